@@ -1,0 +1,12 @@
+# Flags that every target of this project is built with; never exported to users.
+add_library(misa_flags INTERFACE)
+target_compile_options(misa_flags INTERFACE
+  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror
+  # One rounding an operation wherever the code does not ask for a fused one: results must not
+  # depend on what the compiler chose to contract.
+  -ffp-contract=off)
+if(MISA_SANITIZE)
+  target_compile_options(misa_flags INTERFACE -fsanitize=${MISA_SANITIZE} -fno-omit-frame-pointer
+    -fno-sanitize-recover=all)
+  target_link_options(misa_flags INTERFACE -fsanitize=${MISA_SANITIZE})
+endif()

@@ -1,0 +1,54 @@
+/// \file
+/// The backend, its threads and its memory cap.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace misa {
+
+struct ContextOptions {
+  /// "auto", "cpu", or a backend's own name. "auto" is the one that the environment variable
+  /// MISA_BACKEND names, else the one of highest priority that this machine can run; "cpu" is the
+  /// best of those for the CPU.
+  std::string_view backend = "auto";
+  int threads = 0;                                     ///< 0: as many as the process may use
+  std::size_t workspace_cap = std::size_t{256} << 20;  ///< bytes a plan's workspace may take
+};
+
+/// A backend as `misa info` lists it.
+struct BackendInfo {
+  std::string name;
+  std::string isa;          ///< the instruction set it runs, e.g. "AVX-512 BF16"
+  std::string requirement;  ///< what it needs to run
+  bool available = false;
+  int priority = 0;  ///< "auto" takes the highest available
+};
+
+/// A cheap handle, shared by the plans made from it.
+class Context {
+ public:
+  /// Throws Error if the backend is unknown (the message lists those present) or unavailable.
+  explicit Context(const ContextOptions& options = {});
+
+  [[nodiscard]] std::string backend() const;
+  [[nodiscard]] int threads() const;
+  [[nodiscard]] std::size_t workspace_cap() const;
+
+  struct State;
+  [[nodiscard]] const State& state() const { return *state_; }
+
+ private:
+  std::shared_ptr<const State> state_;
+};
+
+/// Every backend of this build, available or not, by falling priority.
+std::vector<BackendInfo> backends();
+
+/// The library's version, "major.minor.patch".
+std::string_view version();
+
+}  // namespace misa

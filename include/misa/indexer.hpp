@@ -1,0 +1,133 @@
+/// \file
+/// The indexers: which positions of its context each query attends to.
+///
+///   score(t, s, J) = sum over j in J of w[t,j] * max(0, q[t,j] . k[s])
+///
+/// DSA takes the top k of the score over all heads. MISA (arXiv 2605.07363) routes each query to a
+/// few heads and scores with those. The named indexers are points of one space: block filter x
+/// head routing x linear residual x re-rank.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "misa/context.hpp"
+#include "misa/view.hpp"
+
+namespace misa {
+
+/// How the active heads J(t) of a query are chosen: the h heads of largest value, ties to the
+/// lower head, NaN below every number.
+enum class Router : std::uint8_t {
+  all,           ///< no routing: every head scores
+  pooled,        ///< mean over blocks of |w * max(0, q . block mean)| (MISA)
+  nonlinearity,  ///< what a linear fit of the ReLU leaves over, on sampled keys (MISA-R)
+  dispersion,    ///< |w| * standard deviation of max(0, q . k) over the sampled keys
+  self,          ///< w * max(0, q . k of the last key that the query sees)
+  qnorm,         ///< |q|
+  weight,        ///< |w|
+  fixed,         ///< the heads of IndexerConfig::static_heads ("static" on the command line)
+};
+
+/// What an indexer computes. The named constructors give the published points.
+struct IndexerConfig {
+  int top_k = 2048;  ///< positions wanted a query, 1 or more
+  Router router = Router::all;
+  int heads = 0;           ///< h: routed heads, 1 to H; 0 only with residual; ignored by `all`
+  int block = 1024;        ///< B of the pooled router, a multiple of 64
+  bool residual = false;   ///< replace the heads that are not routed by one linear row
+  int filter_block = 0;    ///< HISA's B, a multiple of 64; 0: no block filter
+  int filter_blocks = 64;  ///< blocks that the filter keeps, the first and the last included
+  int candidates = 0;      ///< m: positions re-ranked by all heads; 0: no re-rank
+  bool ordered = false;    ///< positions ascend inside a row
+  std::vector<std::int32_t>
+      static_heads;  ///< Router::fixed: distinct heads, exactly `heads` of them
+
+  static IndexerConfig dsa(int top_k = 2048);
+  static IndexerConfig misa(int top_k = 2048, int heads = 8);
+  static IndexerConfig misa_dagger(int top_k = 2048, int heads = 8, int candidates = 8192);
+  static IndexerConfig misa_r(int top_k = 2048, int heads = 7, int candidates = 0);
+  static IndexerConfig hisa(int top_k = 2048, int filter_block = 128, int filter_blocks = 64);
+};
+
+/// Names of the indexers and routers as the command line and reports spell them.
+std::span<const std::string_view> indexer_names();     ///< dsa, misa, misa-dagger, misa-r, hisa
+IndexerConfig indexer_by_name(std::string_view name);  ///< throws Error on an unknown name
+std::span<const std::string_view> router_names();      ///< all, pooled, … static
+Router router_by_name(std::string_view name);          ///< throws Error on an unknown name
+std::string_view name_of(Router router);
+
+/// Everything that fixes the cost of a call and is known before its data.
+struct Shape {
+  std::int64_t tokens = 0;    ///< T: the most queries a call brings
+  std::int64_t heads = 0;     ///< H
+  std::int64_t dim = 0;       ///< D
+  std::int64_t max_keys = 0;  ///< the most keys that one query sees
+  DType q_dtype = DType::f32;
+  DType k_dtype = DType::f32;
+};
+
+/// Where the results go; every span is dense row-major and an empty one is not written.
+struct Selection {
+  std::span<std::int32_t>
+      indices;  ///< [T, top_k] positions relative to the query's sequence, -1 on the right
+  std::span<float> scores;        ///< [T, top_k] the scores that ranked them, -inf where padded
+  std::span<std::int32_t> heads;  ///< [T, h] active heads, ascending; -1 for empty rows
+  std::span<float> residual;      ///< [T, D] the residual row before rounding; 0 for empty rows
+};
+
+/// A validated choice of indexer for a bounded shape on one backend: asked for once, run often.
+/// `run` allocates nothing beyond the workspace it is given. One plan may run in several threads
+/// at once, each with a workspace of its own.
+class Plan {
+ public:
+  Plan(Context context, IndexerConfig config, const Shape& shape);
+  ~Plan();
+  Plan(Plan&&) noexcept;
+  Plan& operator=(Plan&&) noexcept;
+
+  /// Bytes that run needs, at most the context's workspace cap.
+  [[nodiscard]] std::size_t workspace_bytes() const;
+  [[nodiscard]] const IndexerConfig& config() const;
+  [[nodiscard]] const Shape& shape() const;
+
+  /// Writes the selection for every query. The workspace is aligned to 64 bytes and holds at least
+  /// workspace_bytes(). Throws Error before anything is written if an argument is wrong.
+  void run(const Queries& q, const Weights& w, const RaggedKeys& k, const Selection& out,
+           std::span<std::byte> workspace) const;
+  void run(const Queries& q, const Weights& w, const PagedKeys& k, const Selection& out,
+           std::span<std::byte> workspace) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// Which of the optional outputs `select` returns.
+struct Want {
+  bool scores = false;
+  bool heads = false;
+  bool residual = false;
+};
+
+/// A selection that owns its arrays; shapes as in Selection.
+struct Selected {
+  std::int64_t tokens = 0;
+  std::int64_t top_k = 0;
+  std::vector<std::int32_t> indices;
+  std::vector<float> scores;
+  std::vector<std::int32_t> heads;
+  std::vector<float> residual;
+};
+
+/// Plans, allocates and runs in one call.
+Selected select(const Context& context, const IndexerConfig& config, const Queries& q,
+                const Weights& w, const RaggedKeys& k, Want want = {});
+Selected select(const Context& context, const IndexerConfig& config, const Queries& q,
+                const Weights& w, const PagedKeys& k, Want want = {});
+
+}  // namespace misa

@@ -1,0 +1,70 @@
+/// \file
+/// Non-owning views of the tensors that callers bring. Strides count elements unless they say
+/// bytes; the innermost dimension is always contiguous.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "misa/types.hpp"
+
+namespace misa {
+
+/// Indexer queries q [T, H, D]. For e4m3 their scale is folded into the weights.
+struct Queries {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t tokens = 0;        ///< T
+  std::int64_t heads = 0;         ///< H, 1 to kMaxHeads
+  std::int64_t dim = 0;           ///< D, 64 or 128
+  std::int64_t token_stride = 0;  ///< elements from one token to the next; 0: heads * head stride
+  std::int64_t head_stride = 0;   ///< elements from one head to the next; 0: dim
+};
+
+/// Head weights w [T, H] fp32, any sign, with the softmax scale, H^-1/2 and the query scale folded
+/// in.
+struct Weights {
+  const float* data = nullptr;
+  std::int64_t tokens = 0;        ///< T
+  std::int64_t heads = 0;         ///< H
+  std::int64_t token_stride = 0;  ///< elements from one token to the next; 0: heads
+};
+
+/// Contiguous keys k [L, D] shared by a pack of sequences: query t sees the keys s with
+/// ks[t] <= s < ke[t]. Consecutive queries of equal ks are taken to be one sequence, which lets
+/// them share work; the result does not depend on it.
+struct RaggedKeys {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t tokens = 0;               ///< L
+  std::int64_t dim = 0;                  ///< D
+  std::int64_t token_stride = 0;         ///< elements from one key to the next; 0: dim
+  const float* scale = nullptr;          ///< [L], one a token, for e4m3 only
+  std::span<const std::int32_t> starts;  ///< ks [T], 0 <= ks <= L
+  std::span<const std::int32_t> ends;    ///< ke [T], 0 <= ke <= L; ke <= ks is an empty row
+};
+
+/// The paged key cache: uint8 [pages, 64, D + 4], inside a page first 64 x D e4m3 bytes, then 64
+/// fp32 scales.
+struct CacheView {
+  const std::uint8_t* data = nullptr;
+  std::int64_t pages = 0;
+  std::int64_t dim = 0;  ///< D
+  std::int64_t page_stride =
+      0;  ///< bytes from one page to the next, a multiple of 4; 0: 64 * (D + 4)
+  const float* page_sums =
+      nullptr;  ///< [pages, D] sums of the dequantised keys of each page, or null
+};
+
+/// Keys of a batch of sequences in a paged cache. Row i of sequence b is query b * next_n + i and
+/// sees the first context_lens[b] - next_n + 1 + i keys.
+struct PagedKeys {
+  CacheView cache;
+  const std::int32_t* block_table = nullptr;  ///< [batch, max_pages] page numbers
+  std::int64_t max_pages = 0;
+  std::int64_t block_table_stride = 0;         ///< elements a row; 0: max_pages
+  std::span<const std::int32_t> context_lens;  ///< [batch]; zero or negative is an empty sequence
+  std::int64_t next_n = 1;                     ///< queries a sequence
+};
+
+}  // namespace misa
