@@ -1,0 +1,90 @@
+// The named points of the space of indexers.
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+
+#include "misa/error.hpp"
+#include "misa/indexer.hpp"
+
+namespace misa {
+namespace {
+
+constexpr std::array<std::string_view, 5> kIndexers{"dsa", "misa", "misa-dagger", "misa-r", "hisa"};
+
+// In the order of Router.
+constexpr std::array<std::string_view, 8> kRouters{"all",  "pooled", "nonlinearity", "dispersion",
+                                                   "self", "qnorm",  "weight",       "static"};
+static_assert(kRouters.size() == static_cast<std::size_t>(Router::fixed) + 1);
+
+// Where a name stands in a list.
+std::size_t index_of(std::string_view name, std::string_view kind,
+                     std::span<const std::string_view> names) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found == names.end()) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("{}: expected {}, got '{}'", kind, fmt::join(names, ", "), name));
+  }
+  return static_cast<std::size_t>(found - names.begin());
+}
+
+}  // namespace
+
+IndexerConfig IndexerConfig::dsa(int top_k) {
+  IndexerConfig config;
+  config.top_k = top_k;
+  return config;
+}
+
+IndexerConfig IndexerConfig::misa(int top_k, int heads) {
+  IndexerConfig config = dsa(top_k);
+  config.router = Router::pooled;
+  config.heads = heads;
+  return config;
+}
+
+IndexerConfig IndexerConfig::misa_dagger(int top_k, int heads, int candidates) {
+  IndexerConfig config = misa(top_k, heads);
+  config.candidates = candidates;
+  return config;
+}
+
+IndexerConfig IndexerConfig::misa_r(int top_k, int heads, int candidates) {
+  IndexerConfig config = dsa(top_k);
+  config.router = Router::nonlinearity;
+  config.heads = heads;
+  config.residual = true;
+  config.candidates = candidates;
+  return config;
+}
+
+IndexerConfig IndexerConfig::hisa(int top_k, int filter_block, int filter_blocks) {
+  IndexerConfig config = dsa(top_k);
+  config.filter_block = filter_block;
+  config.filter_blocks = filter_blocks;
+  return config;
+}
+
+std::span<const std::string_view> indexer_names() { return kIndexers; }
+
+IndexerConfig indexer_by_name(std::string_view name) {
+  switch (index_of(name, "indexer", kIndexers)) {
+    case 0: return IndexerConfig::dsa();
+    case 1: return IndexerConfig::misa();
+    case 2: return IndexerConfig::misa_dagger();
+    case 3: return IndexerConfig::misa_r();
+    default: return IndexerConfig::hisa();
+  }
+}
+
+std::span<const std::string_view> router_names() { return kRouters; }
+
+Router router_by_name(std::string_view name) {
+  return static_cast<Router>(index_of(name, "router", kRouters));
+}
+
+std::string_view name_of(Router router) { return kRouters[static_cast<std::size_t>(router)]; }
+
+}  // namespace misa

@@ -1,0 +1,36 @@
+// What callers bring, checked once at the public interface: whatever passes here may be computed
+// without reading or writing out of bounds.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "misa/indexer.hpp"
+
+namespace misa {
+
+// A choice of indexer against the shape that it is planned for.
+void validate(const IndexerConfig& config, const Shape& shape);
+
+// The inputs of a call, strides resolved.
+Queries validated(const Queries& q);
+Weights validated(const Weights& w, const Queries& q);
+RaggedKeys validated(const RaggedKeys& k, const Queries& q);
+PagedKeys validated(const PagedKeys& k, const Queries& q);
+
+// The shape of a validated call.
+Shape shape_of(const Queries& q, const RaggedKeys& k);
+Shape shape_of(const Queries& q, const PagedKeys& k);
+
+// That a call's shape is one that was planned.
+void validate_planned(const Shape& call, const Shape& planned);
+
+// That the outputs hold what is written, and are asked for only where they exist.
+void validate(const Selection& out, const IndexerConfig& config, const Queries& q);
+
+// Every buffer of a workspace starts on a cache line.
+inline constexpr std::size_t kWorkspaceAlignment = 64;
+
+void validate_workspace(std::span<const std::byte> workspace, std::size_t bytes);
+
+}  // namespace misa
