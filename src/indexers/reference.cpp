@@ -1,0 +1,201 @@
+#include "indexers/reference.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <numeric>
+
+#include "dispatch/backend.hpp"
+#include "misa/error.hpp"
+#include "pool/reference.hpp"
+#include "route/reference.hpp"
+#include "score/reference.hpp"
+#include "select/reference.hpp"
+
+namespace misa {
+namespace reference {
+namespace {
+
+std::vector<std::int32_t> all_heads(const Row& row) {
+  std::vector<std::int32_t> heads(static_cast<std::size_t>(row.heads));
+  std::iota(heads.begin(), heads.end(), 0);
+  return heads;
+}
+
+// The k best of positions that have these scores.
+Ranked best(const Ranked& from, std::int64_t k) {
+  Ranked kept;
+  for (const std::int64_t i : top_k(from.scores, k)) {
+    kept.positions.push_back(from.positions[i]);
+    kept.scores.push_back(from.scores[i]);
+  }
+  return kept;
+}
+
+}  // namespace
+
+std::vector<double> head_values(const Row& row, const IndexerConfig& config) {
+  switch (config.router) {
+    case Router::pooled: return pooled_energy(row, block_means(row, config.block));
+    case Router::nonlinearity: return nonlinearity(row);
+    case Router::dispersion: return dispersion(row);
+    case Router::self: return self_score(row);
+    case Router::qnorm: return query_norm(row);
+    case Router::weight: return weight_magnitude(row);
+    case Router::all:
+    case Router::fixed: break;
+  }
+  throw Error(ErrorCode::internal, "router: expected one that ranks heads");
+}
+
+Routed route(const Row& row, const IndexerConfig& config) {
+  Routed routed;
+  if (config.router == Router::all) {
+    routed.heads = all_heads(row);
+  } else if (config.router == Router::fixed) {
+    routed.heads = config.static_heads;
+    std::sort(routed.heads.begin(), routed.heads.end());
+  } else {
+    for (const std::int64_t j : top_k(head_values(row, config), config.heads)) {
+      routed.heads.push_back(static_cast<std::int32_t>(j));
+    }
+  }
+  if (config.residual) {
+    routed.residual = residual_row(row, routed.heads);
+  }
+  return routed;
+}
+
+std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config) {
+  std::vector<std::int64_t> positions;
+  if (config.filter_block == 0) {
+    positions.resize(static_cast<std::size_t>(row.length));
+    std::iota(positions.begin(), positions.end(), 0);
+    return positions;
+  }
+  // The first and the last block are always kept; the others compete for the rest.
+  std::vector<double> block_scores;
+  for (const std::vector<double>& mean : block_means(row, config.filter_block)) {
+    block_scores.push_back(score(row, mean, all_heads(row)));
+  }
+  const auto blocks = static_cast<std::int64_t>(block_scores.size());
+  std::vector<std::int64_t> kept{0};
+  if (blocks > 2) {
+    const auto between = std::span(block_scores).subspan(1, block_scores.size() - 2);
+    for (const std::int64_t i : top_k(between, config.filter_blocks - 2)) {
+      kept.push_back(1 + i);
+    }
+  }
+  if (blocks > 1) {
+    kept.push_back(blocks - 1);
+  }
+  for (const std::int64_t b : kept) {
+    const std::int64_t last = std::min((b + 1) * config.filter_block, row.length);
+    for (std::int64_t position = b * config.filter_block; position < last; ++position) {
+      positions.push_back(position);
+    }
+  }
+  return positions;
+}
+
+std::vector<double> first_scores(const Row& row, const IndexerConfig& config, DType k_dtype,
+                                 const Routed& routed, std::span<const std::int64_t> positions) {
+  // With every head routed there is nothing left for a residual row to stand for.
+  const bool linear = config.residual && std::ssize(routed.heads) < row.heads;
+  const std::vector<double> residual =
+      linear ? rounded_residual(routed.residual, k_dtype) : std::vector<double>{};
+  std::vector<double> scores;
+  for (const std::int64_t position : positions) {
+    scores.push_back(score(row, row.key(position), routed.heads, residual));
+  }
+  return scores;
+}
+
+Ranked select_row(const Row& row, const IndexerConfig& config, DType k_dtype,
+                  const Routed& routed) {
+  Ranked ranked;
+  ranked.positions = filter(row, config);
+  ranked.scores = first_scores(row, config, k_dtype, routed, ranked.positions);
+  if (config.candidates > 0) {
+    ranked = best(ranked, config.candidates);
+    for (std::size_t i = 0; i < ranked.positions.size(); ++i) {
+      ranked.scores[i] = score(row, row.key(ranked.positions[i]), all_heads(row));
+    }
+  }
+  return best(ranked, config.top_k);
+}
+
+}  // namespace reference
+
+namespace {
+
+// Row t of an output of `width` columns; empty if the output is not wanted.
+template <class T>
+std::span<T> output_row(std::span<T> output, std::int64_t t, std::int64_t width) {
+  return output.empty()
+             ? output
+             : output.subspan(static_cast<std::size_t>(t * width), static_cast<std::size_t>(width));
+}
+
+// Writes as many values as the row holds and pads it.
+template <class T, class Values>
+void write(std::span<T> row, const Values& values, T padding) {
+  for (std::size_t i = 0; i < row.size(); ++i) {
+    row[i] = i < values.size() ? static_cast<T>(values[i]) : padding;
+  }
+}
+
+void run_row(const Problem& problem, std::int64_t t) {
+  const IndexerConfig& config = problem.config;
+  const reference::Row row = reference::load_row(problem, t);
+  reference::Routed routed;
+  reference::Ranked ranked;
+  if (row.length > 0) {
+    routed = reference::route(row, config);
+    ranked = reference::select_row(row, config, problem.k_dtype(), routed);
+  }
+  const Selection& out = problem.out;
+  write(output_row(out.indices, t, config.top_k), ranked.positions, -1);
+  write(output_row(out.scores, t, config.top_k), ranked.scores,
+        -std::numeric_limits<float>::infinity());
+  write(output_row(out.heads, t, config.heads), routed.heads, -1);
+  write(output_row(out.residual, t, row.dim), routed.residual, 0.0F);
+}
+
+// Reads neither page sums nor a workspace: everything is recomputed from the keys, a row at a time.
+class ReferencePlan final : public BackendPlan {
+ public:
+  explicit ReferencePlan(const Threads& threads) : threads_(threads) {}
+
+  [[nodiscard]] std::size_t workspace_bytes() const override { return 0; }
+
+  void run(const Problem& problem, std::span<std::byte> /*workspace*/) const override {
+    threads_.for_each(problem.q.tokens,
+                      [&](std::int64_t t, int /*thread*/) { run_row(problem, t); });
+  }
+
+ private:
+  const Threads& threads_;
+};
+
+class ReferenceBackend final : public Backend {
+ public:
+  [[nodiscard]] BackendInfo info() const override {
+    return {"reference", "scalar fp64", "nothing", true, 0};
+  }
+
+  [[nodiscard]] std::unique_ptr<const BackendPlan> plan(
+      const IndexerConfig& /*config*/, const Shape& /*shape*/,
+      const Context::State& context) const override {
+    return std::make_unique<ReferencePlan>(context.threads);
+  }
+};
+
+}  // namespace
+
+const Backend& reference_backend() {
+  static const ReferenceBackend backend;
+  return backend;
+}
+
+}  // namespace misa

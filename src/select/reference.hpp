@@ -1,0 +1,13 @@
+// Top-k: the k largest values; of equal values the lower index wins; NaN ranks below every number.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace misa::reference {
+
+// Their indices, ascending; all of them if there are no more than k.
+std::vector<std::int64_t> top_k(std::span<const double> values, std::int64_t k);
+
+}  // namespace misa::reference
