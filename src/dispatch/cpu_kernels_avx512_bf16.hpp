@@ -1,0 +1,10 @@
+#pragma once
+
+#include "dispatch/cpu_kernels.hpp"
+
+namespace misa::cpu {
+
+// Present where the compiler can target AVX-512 BF16 (MISA_HAVE_AVX512_BF16).
+void fill_avx512_bf16_kernels(Kernels& table);
+
+}  // namespace misa::cpu

@@ -1,0 +1,36 @@
+#include "rerank/cpu.hpp"
+
+#include <algorithm>
+
+#include "cache/cpu.hpp"
+#include "select/cpu.hpp"
+
+namespace misa::cpu {
+
+void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
+            std::span<const std::uint64_t> candidates, const QueryRows& all_heads, Operand operand,
+            void* pack, Tile& tile, Selector& selector, std::uint64_t* entries) {
+  std::uint32_t positions[2][kPageSize];  // of this tile and the next
+  alignas(64) float scores[kPageSize];
+  const auto take = [&](std::size_t first, std::uint32_t* out) {
+    const std::size_t count =
+        std::min<std::size_t>(kPageSize, candidates.size() - std::min(first, candidates.size()));
+    for (std::size_t i = 0; i < count; ++i) {
+      out[i] = pair_position(candidates[first + i]);
+    }
+    return std::span<const std::uint32_t>(out, count);
+  };
+  std::span<const std::uint32_t> current = take(0, positions[0]);
+  for (std::size_t first = 0; !current.empty(); first += kPageSize) {
+    const auto next = take(first + kPageSize, positions[first / kPageSize % 2 ^ 1]);
+    prefetch_tile(problem, t, next);
+    load_tile(kernels, problem, t, current, operand, pack, tile);
+    const int count = static_cast<int>(current.size());
+    kernels.score(operand, all_heads, tile, count, scores);
+    kernels.offer(scores, tile.position, count, selector, entries);
+    current = next;
+  }
+  kernels.compact(selector, entries);
+}
+
+}  // namespace misa::cpu

@@ -1,0 +1,18 @@
+// Re-ranking for the CPU backend.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "dispatch/cpu_kernels.hpp"
+#include "indexers/problem.hpp"
+
+namespace misa::cpu {
+
+// Scores the candidates (pairs ascending by position) of query t by all its heads and keeps the
+// selector's best. `pack` holds 64 rows of operands, `entries` selector.capacity entries.
+void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
+            std::span<const std::uint64_t> candidates, const QueryRows& all_heads, Operand operand,
+            void* pack, Tile& tile, Selector& selector, std::uint64_t* entries);
+
+}  // namespace misa::cpu
