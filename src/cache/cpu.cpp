@@ -26,6 +26,16 @@ void fold_scale(const void* row, Operand operand, int key, Tile& tile) {
   tile.scale[key] = std::isfinite(scale) ? -scale : 1.0F;
 }
 
+void prefetch_key(const Problem& problem, std::int64_t t, std::int64_t position) {
+  constexpr std::int64_t kLine = 64;
+  constexpr int kToL2 = 2;
+  const auto* row = static_cast<const std::byte*>(problem.key(t, position).data);
+  const std::int64_t bytes = problem.q.dim * static_cast<std::int64_t>(size_of(problem.k_dtype()));
+  for (std::int64_t i = 0; i < bytes; i += kLine) {
+    __builtin_prefetch(row + i, 0, kToL2);
+  }
+}
+
 }  // namespace
 
 void load_tile(const Kernels& kernels, const Problem& problem, std::int64_t t,
@@ -62,13 +72,14 @@ void load_page(const Kernels& kernels, const Problem& problem, std::int64_t t, s
 
 void prefetch_tile(const Problem& problem, std::int64_t t,
                    std::span<const std::uint32_t> positions) {
-  constexpr std::int64_t kLine = 64;
-  const std::int64_t bytes = problem.q.dim * static_cast<std::int64_t>(size_of(problem.k_dtype()));
   for (const std::uint32_t position : positions) {
-    const auto* row = static_cast<const std::byte*>(problem.key(t, position).data);
-    for (std::int64_t i = 0; i < bytes; i += kLine) {
-      __builtin_prefetch(row + i);
-    }
+    prefetch_key(problem, t, position);
+  }
+}
+
+void prefetch_page(const Problem& problem, std::int64_t t, std::int64_t first, int count) {
+  for (int i = 0; i < count; ++i) {
+    prefetch_key(problem, t, first + i);
   }
 }
 

@@ -23,6 +23,7 @@ void load_page(const Kernels& kernels, const Problem& problem, std::int64_t t, s
 // the page order put them, which the hardware does not foresee.
 void prefetch_tile(const Problem& problem, std::int64_t t,
                    std::span<const std::uint32_t> positions);
+void prefetch_page(const Problem& problem, std::int64_t t, std::int64_t first, int count);
 
 // All heads of query t as operands, [H][D].
 void load_heads(const Kernels& kernels, const Problem& problem, std::int64_t t, Operand operand,

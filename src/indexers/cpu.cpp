@@ -112,6 +112,7 @@ Needs::Needs(const IndexerConfig& config, const Shape& shape, const Kernels& ker
   filtered = config.filter_block > 0;
   reranked = config.candidates > 0;
   rows = routed ? config.heads + (config.residual ? kMaxResidualRows : 0) : shape.heads;
+  rows = std::max(rows, reranked ? shape.heads : 0);  // all heads score where all are candidates
   const std::int64_t max_keys = std::max<std::int64_t>(1, shape.max_keys);
   keep = std::min<std::int64_t>(reranked ? config.candidates : config.top_k, max_keys);
   capacity = selector_capacity(keep, max_keys);
@@ -171,8 +172,9 @@ struct SequenceState {
 
 struct QueryState {
   std::int64_t n;
-  bool scored;    // stage 3 has work to do
+  bool scored;    // stage 3 has work to do; otherwise every position is selected
   bool filtered;  // only the kept blocks are scored
+  bool reranked;  // otherwise stage 3 is the only selection
   QueryRows rows;
   std::byte* row_data;
   float* weight;
@@ -422,12 +424,14 @@ class Run {
     state.n = problem_.visible(t);
     state.filtered =
         needs_.filtered && ceil_div(state.n, config_.filter_block) > config_.filter_blocks;
-    state.scored = state.filtered || state.n > needs_.keep ||
-                   (state.n > 0 && !needs_.reranked && !problem_.out.scores.empty());
+    // Where every position is a candidate, all heads score them in stage 3, which shares the pages.
+    state.reranked = needs_.reranked && (state.filtered || state.n > config_.candidates);
+    state.scored = state.n > config_.top_k || (state.n > 0 && !problem_.out.scores.empty());
+    const std::int64_t keep = state.reranked ? needs_.keep : needs_.final_keep;
     state.selectors = &workspace_.selectors[(t - wave_first_) * parts_];
     for (std::int64_t part = 0; part < parts_; ++part) {
       Selector& selector = state.selectors[part];
-      selector = {selector.entries, 0, needs_.capacity, needs_.keep, 0};
+      selector = {selector.entries, 0, needs_.capacity, keep, 0};
     }
     const bool routed = config_.router != Router::all;
     const bool reported = !problem_.out.heads.empty() || !problem_.out.residual.empty();
@@ -439,9 +443,10 @@ class Run {
       if (state.filtered) {
         keep_blocks(t, in, heads, scratch);
       }
-      if (routed) {
+      if (routed && (reported || state.reranked || !needs_.reranked)) {
         choose_rows(t, in, heads, scratch);
-      } else {
+      }
+      if (!routed || state.reranked != needs_.reranked) {
         set_rows(state, heads);
       }
     }
@@ -635,7 +640,8 @@ class Run {
       ++stride;
     }
     alignas(64) float scores[kPageSize];
-    for (std::int64_t i = pages * part / parts_; i < pages * (part + 1) / parts_; ++i) {
+    const std::int64_t end = pages * (part + 1) / parts_;
+    for (std::int64_t i = pages * part / parts_; i < end; ++i) {
       const std::int64_t first = i * stride % pages * kPageSize;
       bool packed = false;
       for (std::int64_t q = 0; q < block.count; ++q) {
@@ -648,6 +654,11 @@ class Run {
           load_page(kernels_, problem_, block.first, first, static_cast<int>(in_page),
                     needs_.operand, scratch.pack, scratch.tile);
           packed = true;
+          if (i + 1 < end) {
+            const std::int64_t next = (i + 1) * stride % pages * kPageSize;
+            prefetch_page(problem_, block.first, next,
+                          static_cast<int>(std::min<std::int64_t>(kPageSize, longest - next)));
+          }
         }
         const int valid = static_cast<int>(std::min<std::int64_t>(kPageSize, state.n - first));
         kernels_.score(needs_.operand, state.rows, scratch.tile, valid, scores);
@@ -675,14 +686,14 @@ class Run {
       kernels_.compact(selector, scratch.select);
       sort_by_position(selector.entries, selector.count, state.n, scratch.select);
     } else {
-      selector.count = std::min(state.n, needs_.keep);
+      selector.count = state.n;
       for (std::int64_t i = 0; i < selector.count; ++i) {
         selector.entries[i] = static_cast<std::uint64_t>(i) << 32;
       }
     }
     std::span<const std::uint64_t> pairs(selector.entries,
                                          static_cast<std::size_t>(selector.count));
-    if (needs_.reranked && (state.n > config_.top_k || !problem_.out.scores.empty())) {
+    if (state.reranked) {
       const Heads heads = all_heads(t, scratch);
       const QueryRows rows{heads.rows, heads.weight, scratch.floor, heads.count};
       Selector best{scratch.final_entries, 0, needs_.final_capacity, needs_.final_keep, 0};
