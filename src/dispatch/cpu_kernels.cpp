@@ -25,9 +25,11 @@
 namespace misa::cpu {
 namespace {
 
+#if HWY_ARCH_X86
 bool has(std::uint64_t target) {
   return (static_cast<std::uint64_t>(hwy::SupportedTargets()) & target) != 0;
 }
+#endif
 
 Kernels named(const char* name, const char* isa, const char* requirement, int priority,
               bool (*available)(), void (*fill)(Kernels&)) {
