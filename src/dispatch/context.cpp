@@ -6,6 +6,7 @@
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 
+#include <atomic>
 #include <cstdlib>
 
 #include "dispatch/backend.hpp"
@@ -49,16 +50,23 @@ void Threads::run(std::int64_t count, void (*call)(const void*, std::int64_t, in
     }
     return;
   }
+  // The scheduler orders the start before every task and every task before the end; the atomic says
+  // the same where a tool can see it, since the scheduler's library is not built for one.
+  std::atomic<std::int64_t> order{0};
+  order.store(1, std::memory_order_release);
   arena_->arena.execute([&] {
     tbb::parallel_for(
         tbb::blocked_range<std::int64_t>(0, count, 1),
         [&](const tbb::blocked_range<std::int64_t>& range) {
+          (void)order.load(std::memory_order_acquire);
           for (std::int64_t i = range.begin(); i < range.end(); ++i) {
             call(state, i, tbb::this_task_arena::current_thread_index());
           }
+          order.fetch_add(1, std::memory_order_release);
         },
         tbb::simple_partitioner());
   });
+  (void)order.load(std::memory_order_acquire);
 }
 
 namespace {

@@ -534,7 +534,7 @@ class Run {
       rms = sampled.rms;
     }
     const std::span<const std::int32_t> active = choose_heads(t, in, heads, rms, scratch);
-    std::ranges::copy(active, heads_out(t).begin());
+    std::copy_n(active.begin(), heads_out(t).size(), heads_out(t).begin());
     std::span<const float> residual;
     if (config_.residual) {
       residual_row(kernels_, problem_, t, active, scratch.fit.slope, scratch.residual);

@@ -58,7 +58,7 @@ inline void Fit(const float* HWY_RESTRICT dots, std::int64_t stride, int heads, 
     for (int i = 0; i < count; i += lanes) {
       const auto mask = hn::FirstN(d, static_cast<size_t>(count - i));
       const V x = hn::IfThenElse(mask, hn::LoadU(d, x_row + i), first);
-      varies = hn::Or(varies, hn::Ne(x, first));
+      varies = hn::Or(varies, hn::Not(hn::Eq(x, first)));  // NaN varies
       sum_x = hn::Add(sum_x, hn::IfThenElseZero(mask, x));
       sum_r = hn::Add(sum_r, hn::IfThenElseZero(mask, hn::Max(zero, x)));
     }

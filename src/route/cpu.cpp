@@ -97,7 +97,7 @@ int split_residual(std::span<const float> row, DType k_dtype, Operand operand, v
   if (k_dtype == DType::e4m3 && finite) {
     weight = largest / kE4m3Max;
     write([&](std::size_t d) {
-      return largest > 0 ? e4m3_to_float(float_to_e4m3(row[d] / weight)) : 0.0F;
+      return weight > 0 ? e4m3_to_float(float_to_e4m3(row[d] / weight)) : 0.0F;
     });
     return 1;
   }

@@ -71,9 +71,11 @@ void sort_by_position(std::uint64_t* entries, std::int64_t count, std::int64_t n
 void write_row(std::span<const std::uint64_t> pairs, std::int64_t t, std::int64_t top_k,
                const Selection& out) {
   const auto count = static_cast<std::int64_t>(pairs.size());
-  for (std::int64_t i = 0; i < top_k; ++i) {
-    out.indices[t * top_k + i] =
-        i < count ? static_cast<std::int32_t>(pair_position(pairs[i])) : -1;
+  if (!out.indices.empty()) {
+    for (std::int64_t i = 0; i < top_k; ++i) {
+      out.indices[t * top_k + i] =
+          i < count ? static_cast<std::int32_t>(pair_position(pairs[i])) : -1;
+    }
   }
   if (!out.scores.empty()) {
     for (std::int64_t i = 0; i < top_k; ++i) {

@@ -1,0 +1,88 @@
+// What the tests of the indexers share: every test runs for every backend of this machine.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "misa/indexer.hpp"
+#include "support/check.hpp"
+#include "support/inputs.hpp"
+
+namespace misa::test {
+
+class EachBackend : public ::testing::TestWithParam<std::string> {
+ protected:
+  [[nodiscard]] Context context(int threads = 1) const { return context_for(GetParam(), threads); }
+};
+
+// A backend's name as a test's name may hold it.
+inline std::string identifier(std::string name) {
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+}
+
+inline std::string backend_name(const ::testing::TestParamInfo<std::string>& info) {
+  return identifier(info.param);
+}
+
+struct NamedConfig {
+  std::string name;
+  IndexerConfig config;
+};
+
+// The five indexers, MISA-R with re-rank too, small enough that every stage has work at a few
+// hundred positions.
+inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
+  std::vector<NamedConfig> configs{
+      {"dsa", IndexerConfig::dsa(top_k)},
+      {"misa", IndexerConfig::misa(top_k, heads)},
+      {"misa-dagger", IndexerConfig::misa_dagger(top_k, heads, 2 * top_k + 1)},
+      {"misa-r", IndexerConfig::misa_r(top_k, heads)},
+      {"misa-r re-ranked", IndexerConfig::misa_r(top_k, heads, 2 * top_k)},
+      {"hisa", IndexerConfig::hisa(top_k, 64, 2 + (top_k + 63) / 64)},
+  };
+  for (NamedConfig& named : configs) {
+    named.config.block = 128;
+  }
+  return configs;
+}
+
+// block filter x routing x residual x re-rank, every combination.
+inline std::vector<NamedConfig> compositions(int top_k, int heads) {
+  std::vector<NamedConfig> configs;
+  for (const bool filter : {false, true}) {
+    for (const std::string_view router : router_names()) {
+      for (const bool residual : {false, true}) {
+        for (const int candidates : {0, 2 * top_k}) {
+          IndexerConfig config;
+          config.top_k = top_k;
+          config.router = router_by_name(router);
+          config.heads = heads;
+          config.block = 64;
+          config.residual = residual;
+          config.filter_block = filter ? 64 : 0;
+          config.filter_blocks = 2 + (top_k + 63) / 64;
+          config.candidates = candidates;
+          if (config.router == Router::all && residual) {
+            continue;
+          }
+          if (config.router == Router::fixed) {
+            for (int j = heads - 1; j >= 0; --j) {
+              config.static_heads.push_back(2 * j);
+            }
+          }
+          configs.push_back({std::string(router) + (filter ? ", filter" : "") +
+                                 (residual ? ", residual" : "") +
+                                 (candidates > 0 ? ", re-rank" : ""),
+                             config});
+        }
+      }
+    }
+  }
+  return configs;
+}
+
+}  // namespace misa::test

@@ -1,0 +1,124 @@
+// Generated inputs: a pack of sequences, encoded once and laid out ragged or paged. Padding of
+// every kind is filled with NaN, so that reading it shows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "misa/view.hpp"
+
+namespace misa::test {
+
+// The last `queries` positions of a sequence ask: query i sees keys - queries + 1 + i keys (none
+// where that is not positive).
+struct SequenceSpec {
+  std::int64_t keys;
+  std::int64_t queries;
+};
+
+enum class Values {
+  normal,    // independent normal entries; about half of the weights negative
+  integers,  // small integers, for which every sum of DSA is exact in fp32; ties are common
+  zero,      // all q, k and w are zero
+  repeated,  // every key of a sequence is the same
+};
+
+struct PackSpec {
+  std::vector<SequenceSpec> sequences;
+  std::int64_t heads = 8;
+  std::int64_t dim = 64;
+  DType q_dtype = DType::f32;
+  DType k_dtype = DType::f32;
+  Values values = Values::normal;
+  std::uint64_t seed = 1;
+};
+
+// The tensors of a pack, dense and encoded.
+struct Pack {
+  PackSpec spec;
+  std::vector<std::byte> q;               // [T, H, D]
+  std::vector<float> w;                   // [T, H]
+  std::vector<std::vector<std::byte>> k;  // a sequence: [keys, D]
+  std::vector<std::vector<float>> scale;  // a sequence: [keys]; all 1 unless keys are e4m3
+
+  [[nodiscard]] std::int64_t tokens() const;
+  void set_q(std::int64_t t, std::int64_t j, std::int64_t d, float value);
+  void set_k(std::int64_t sequence, std::int64_t position, std::int64_t d, float value);
+};
+
+Pack make_pack(const PackSpec& spec);
+
+// A run of queries.
+struct Rows {
+  std::int64_t first;
+  std::int64_t count;
+};
+
+// Some of the queries of a pack of one sequence, with no later key than the last of them sees.
+Pack cut(const Pack& pack, Rows rows);
+
+// Packs of the same heads, size and dtypes, one after the other.
+Pack concat(const std::vector<Pack>& packs);
+
+// Writes a value as element i of a row of any dtype.
+void encode(float value, DType dtype, std::byte* row, std::int64_t i);
+
+// Queries and weights with padded strides.
+class QueryTensors {
+ public:
+  QueryTensors(const Pack& pack, std::int64_t padding);
+
+  [[nodiscard]] std::int64_t tokens() const { return queries_.tokens; }
+  [[nodiscard]] Rows all() const { return {0, tokens()}; }
+  [[nodiscard]] Queries q(Rows rows) const;
+  [[nodiscard]] Weights w(Rows rows) const;
+
+ private:
+  std::vector<std::byte> q_;
+  std::vector<float> w_;
+  Queries queries_;
+  Weights weights_;
+};
+
+// Keys of all sequences one after the other; `padding` is added to every stride, and as many
+// tokens stand between sequences.
+class RaggedInputs : public QueryTensors {
+ public:
+  explicit RaggedInputs(const Pack& pack, std::int64_t padding = 0);
+
+  [[nodiscard]] RaggedKeys k(Rows rows) const;
+
+ private:
+  std::vector<std::byte> k_;
+  std::vector<float> scale_;
+  std::vector<std::int32_t> starts_;
+  std::vector<std::int32_t> ends_;
+  RaggedKeys keys_;
+};
+
+struct PageLayout {
+  std::uint64_t shuffle = 0;  // seed of the order of pages; 0: in order
+  std::int64_t padding = 0;   // of the page stride, in units of 4 bytes, and of the block table's
+  bool page_sums = false;
+};
+
+// An e4m3 pack whose sequences all have the same number of queries, in a paged cache.
+class PagedInputs : public QueryTensors {
+ public:
+  explicit PagedInputs(const Pack& pack, const PageLayout& layout = {});
+
+  // Whole sequences only.
+  [[nodiscard]] PagedKeys k(Rows rows) const;
+
+ private:
+  std::vector<std::uint8_t> cache_;
+  std::vector<float> page_sums_;
+  std::vector<std::int32_t> block_table_;
+  std::vector<std::int32_t> context_lens_;
+  PagedKeys keys_;
+};
+
+}  // namespace misa::test

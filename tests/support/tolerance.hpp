@@ -1,0 +1,62 @@
+// How far an fp32 backend may be from the reference, from norms and the number of roundings.
+//
+// A sum of n products of magnitude sum |a_i b_i| = A, in any order and with or without fused
+// operations, is off by at most gamma_n A, gamma_n = n u / (1 - n u), u = 2^-24, plus what
+// underflow takes: hardware that flushes subnormal operands and results loses at most 2^-126 a
+// step. From that:
+//
+//   dot      e_j = gamma_{D+4} sum_d |q_d k_d| + underflow                      (+4: see kDotExtra)
+//   head     max(0, x) is 1-Lipschitz; where x + e <= 0 it is exactly 0
+//   score    sum_j |w_j| e_j over the heads that can fire, and gamma_{|J|+6} of the terms
+//   mean     gamma_{64 + B/64 + 4} of the mean of |k|: tokens, pages, scale and division
+//   fit      see fit_bounds
+//
+// Where a magnitude could overflow fp32, or an infinity takes part, nothing is promised.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "indexers/problem.hpp"
+#include "indexers/reference.hpp"
+
+namespace misa::test {
+
+// Where a backend's value may lie. A certain NaN is {-inf, -inf}, for it ranks below every number;
+// nothing promised is {-inf, inf}.
+struct Interval {
+  double low;
+  double high;
+
+  [[nodiscard]] bool contains(double value) const;
+};
+
+// A row of the reference and what the bounds need besides.
+struct BoundedRow {
+  reference::Row row;
+  std::vector<double> k_magnitude;  // [n, D] |k|
+  std::vector<double> k_scale;      // [n]
+  DType k_dtype;
+};
+
+BoundedRow bounded_row(const Problem& problem, std::int64_t t);
+
+// [n] scores of the given heads and residual row.
+std::vector<Interval> score_intervals(const BoundedRow& row, const IndexerConfig& config,
+                                      const reference::Routed& routed);
+
+// [n] scores of all heads.
+std::vector<Interval> all_head_intervals(const BoundedRow& row);
+
+// [ceil(n / filter_block)] block scores.
+std::vector<Interval> block_intervals(const BoundedRow& row, std::int64_t block);
+
+// [H] what a router that ranks heads makes of them.
+std::vector<Interval> head_intervals(const BoundedRow& row, const IndexerConfig& config);
+
+// [D] the residual row for the given heads.
+std::vector<Interval> residual_intervals(const BoundedRow& row,
+                                         std::span<const std::int32_t> heads);
+
+}  // namespace misa::test
