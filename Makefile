@@ -1,0 +1,40 @@
+# One line a target over CMake presets; every target installs what it misses (Debian 12).
+.PHONY: demo test bench format check-format sanitize fuzz clean
+
+TRACES := $(wildcard data/*.safetensors)
+
+demo:
+	@scripts/install-deps.sh
+	@cmake --preset release >/dev/null && cmake --build --preset release --target misa_program
+	@mkdir -p build/demo
+	@build/release/cli/misa compare $(TRACES) --html build/demo/report.html
+
+test:
+	@scripts/install-deps.sh
+	@cmake --preset release >/dev/null && cmake --build --preset release && ctest --preset release
+
+bench:
+	@scripts/install-deps.sh bench
+	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench
+	@build/bench/bench/misa_bench --benchmark_counters_tabular=true
+
+format:
+	@scripts/install-deps.sh check
+	@git ls-files '*.cpp' '*.hpp' '*.h' | xargs clang-format -i
+
+check-format:
+	@scripts/install-deps.sh check
+	@git ls-files '*.cpp' '*.hpp' '*.h' | xargs clang-format --dry-run -Werror
+
+# A subset of the tests under the address and undefined sanitizers, then under the thread one.
+sanitize:
+	@scripts/install-deps.sh check
+	@scripts/sanitize.sh
+
+# Every fuzzer for a short while, from its corpus.
+fuzz:
+	@scripts/install-deps.sh check
+	@scripts/fuzz.sh
+
+clean:
+	@rm -rf build

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Installs what is missing to build, test and check MISA on Debian 12, as root or through sudo.
+#   scripts/install-deps.sh            what `make demo` and `make test` need
+#   scripts/install-deps.sh bench      and Google Benchmark and oneDNN
+#   scripts/install-deps.sh check      and the formatter, clang and its sanitizer runtimes
+set -euo pipefail
+
+packages=(
+  g++ make cmake ninja-build pkg-config git
+  libhwy-dev libtbb-dev libfmt-dev libcli11-dev nlohmann-json3-dev libgtest-dev libgmock-dev
+)
+for group in "$@"; do
+  case "$group" in
+    bench) packages+=(libbenchmark-dev libdnnl-dev) ;;
+    check) packages+=(clang clang-format libclang-rt-dev) ;;
+    *) echo "install-deps.sh: expected bench or check, got '$group'" >&2; exit 2 ;;
+  esac
+done
+
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+sudo=()
+[ "$(id -u)" -eq 0 ] || sudo=(sudo)
+echo "installing: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+"${sudo[@]}" apt-get update -qq
+"${sudo[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
