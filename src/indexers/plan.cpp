@@ -1,5 +1,6 @@
 // A plan: everything that depends on shapes alone, then runs that only check and compute.
 #include <new>
+#include <utility>
 
 #include "dispatch/backend.hpp"
 #include "indexers/validate.hpp"

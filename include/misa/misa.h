@@ -1,0 +1,248 @@
+/**
+ * \file
+ * The C interface: what the C++ headers of this folder offer, through opaque handles and plain
+ * structs. The C++ headers say what each field means in full.
+ *
+ * Every function that can fail returns a misa_status and leaves a message for misa_last_error. No
+ * exception crosses this interface and nothing aborts. Outputs are written only on success.
+ *
+ * Structs carry no size or version field: a struct never changes within one version of the shared
+ * library's soname, and what is new comes as a new struct with a new function. A caller that was
+ * built for another layout is therefore refused by the loader, before it could pass one.
+ *
+ * A struct that is zeroed and then filled in is right: zero strides are the dense ones, a null
+ * array that a call need not have is absent. Counts beside arrays count elements.
+ */
+#ifndef MISA_MISA_H
+#define MISA_MISA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+#define MISA_NOEXCEPT noexcept
+extern "C" {
+#else
+#define MISA_NOEXCEPT
+#endif
+
+typedef enum misa_status {
+  MISA_OK = 0,
+  MISA_INVALID_ARGUMENT = 1, /**< a shape, dtype, stride, value or pointer is wrong */
+  MISA_UNSUPPORTED = 2,      /**< no backend of this build or machine can do it */
+  MISA_WORKSPACE = 3,        /**< the workspace or its cap is too small */
+  MISA_IO = 4,               /**< a file could not be read or written */
+  MISA_INTERNAL = 5,         /**< a defect of this library */
+  MISA_OUT_OF_MEMORY = 6
+} misa_status;
+
+enum { MISA_F32 = 0, MISA_BF16 = 1, MISA_E4M3 = 2 }; /* a dtype */
+
+enum { MISA_SCALE_F32 = 0, MISA_SCALE_UE8M0 = 1 }; /* a scale format */
+
+enum { /* a router */
+       MISA_ROUTER_ALL = 0,
+       MISA_ROUTER_POOLED = 1,
+       MISA_ROUTER_NONLINEARITY = 2,
+       MISA_ROUTER_DISPERSION = 3,
+       MISA_ROUTER_SELF = 4,
+       MISA_ROUTER_QNORM = 5,
+       MISA_ROUTER_WEIGHT = 6,
+       MISA_ROUTER_STATIC = 7
+};
+
+/** The message of this thread's last call that failed; empty before there was one. Valid until the
+ * thread's next failure. */
+const char* misa_last_error(void) MISA_NOEXCEPT;
+
+/** "major.minor.patch" */
+const char* misa_version(void) MISA_NOEXCEPT;
+
+/* Backends and contexts */
+
+typedef struct misa_backend_info {
+  const char* name; /**< the strings live as long as the library is loaded */
+  const char* isa;
+  const char* requirement;
+  int32_t available; /**< 0 or 1 */
+  int32_t priority;
+} misa_backend_info;
+
+/** How many backends this build has, available or not. */
+misa_status misa_backend_count(size_t* count) MISA_NOEXCEPT;
+
+/** The backend at an index, by falling priority. */
+misa_status misa_backend_at(size_t index, misa_backend_info* info) MISA_NOEXCEPT;
+
+typedef struct misa_context_options {
+  const char* backend;  /**< "auto", "cpu" or a backend's own name; null: "auto" */
+  int32_t threads;      /**< 0: as many as the process may use */
+  size_t workspace_cap; /**< bytes a plan's workspace may take; 0: 256 MiB */
+} misa_context_options;
+
+typedef struct misa_context misa_context;
+
+/** options may be null: all defaults. */
+misa_status misa_context_create(const misa_context_options* options,
+                                misa_context** context) MISA_NOEXCEPT;
+
+/** Plans made from the context keep what they need of it. Null is ignored. */
+void misa_context_destroy(misa_context* context) MISA_NOEXCEPT;
+
+/* Plans */
+
+typedef struct misa_config {
+  int32_t top_k;
+  int32_t router;
+  int32_t heads;
+  int32_t block;
+  int32_t residual; /**< 0 or 1 */
+  int32_t filter_block;
+  int32_t filter_blocks;
+  int32_t candidates;
+  int32_t ordered; /**< 0 or 1 */
+  const int32_t* static_heads;
+  size_t static_head_count;
+} misa_config;
+
+/** The defaults of an indexer: "dsa", "misa", "misa-dagger", "misa-r" or "hisa". */
+misa_status misa_config_by_name(const char* indexer, misa_config* config) MISA_NOEXCEPT;
+
+typedef struct misa_shape {
+  int64_t tokens;
+  int64_t heads;
+  int64_t dim;
+  int64_t max_keys;
+  int32_t q_dtype;
+  int32_t k_dtype;
+} misa_shape;
+
+typedef struct misa_plan misa_plan;
+
+/** The configuration is copied, its static heads included. */
+misa_status misa_plan_create(const misa_context* context, const misa_config* config,
+                             const misa_shape* shape, misa_plan** plan) MISA_NOEXCEPT;
+
+/** Null is ignored. */
+void misa_plan_destroy(misa_plan* plan) MISA_NOEXCEPT;
+
+misa_status misa_plan_workspace_bytes(const misa_plan* plan, size_t* bytes) MISA_NOEXCEPT;
+
+/* Runs */
+
+typedef struct misa_queries {
+  const void* data; /**< q [T, H, D] */
+  int32_t dtype;
+  int64_t tokens;
+  int64_t heads;
+  int64_t dim;
+  int64_t token_stride;
+  int64_t head_stride;
+} misa_queries;
+
+typedef struct misa_weights {
+  const float* data; /**< w [T, H] */
+  int64_t tokens;
+  int64_t heads;
+  int64_t token_stride;
+} misa_weights;
+
+typedef struct misa_ragged_keys {
+  const void* data; /**< k [L, D] */
+  int32_t dtype;
+  int64_t tokens;
+  int64_t dim;
+  int64_t token_stride;
+  const float* scale;    /**< [L], for e4m3 only */
+  const int32_t* starts; /**< ks [T] */
+  size_t start_count;
+  const int32_t* ends; /**< ke [T] */
+  size_t end_count;
+} misa_ragged_keys;
+
+typedef struct misa_cache_view {
+  const uint8_t* data; /**< [pages, 64, D + 4] */
+  int64_t pages;
+  int64_t dim;
+  int64_t page_stride;    /**< bytes */
+  const float* page_sums; /**< [pages, D] or null */
+} misa_cache_view;
+
+typedef struct misa_paged_keys {
+  misa_cache_view cache;
+  const int32_t* block_table; /**< [batch, max_pages] */
+  int64_t max_pages;
+  int64_t block_table_stride;
+  const int32_t* context_lens; /**< [batch] */
+  size_t batch;
+  int64_t next_n; /**< queries a sequence, 1 or more */
+} misa_paged_keys;
+
+/** Each array is dense row-major; one of count 0 is not written. */
+typedef struct misa_selection {
+  int32_t* indices; /**< [T, top_k] */
+  size_t index_count;
+  float* scores; /**< [T, top_k] */
+  size_t score_count;
+  int32_t* heads; /**< [T, h] */
+  size_t head_count;
+  float* residual; /**< [T, D] */
+  size_t residual_count;
+} misa_selection;
+
+/** workspace is aligned to 64 bytes and holds at least misa_plan_workspace_bytes. One plan may run
+ * in several threads at once, each with a workspace of its own. */
+misa_status misa_run_ragged(const misa_plan* plan, const misa_queries* q, const misa_weights* w,
+                            const misa_ragged_keys* k, const misa_selection* out, void* workspace,
+                            size_t workspace_bytes) MISA_NOEXCEPT;
+misa_status misa_run_paged(const misa_plan* plan, const misa_queries* q, const misa_weights* w,
+                           const misa_paged_keys* k, const misa_selection* out, void* workspace,
+                           size_t workspace_bytes) MISA_NOEXCEPT;
+
+/* The key cache */
+
+typedef struct misa_cache_span {
+  uint8_t* data;
+  int64_t pages;
+  int64_t dim;
+  int64_t page_stride;
+  float* page_sums;
+} misa_cache_span;
+
+typedef struct misa_new_keys {
+  const void* data; /**< k [N, D], f32 or bf16 */
+  int32_t dtype;
+  int64_t tokens;
+  int64_t dim;
+  int64_t token_stride;
+} misa_new_keys;
+
+misa_status misa_cache_bytes(int64_t pages, int64_t dim, int64_t* bytes) MISA_NOEXCEPT;
+
+/** Quantises one key [dim] to out [dim] and its scale. */
+misa_status misa_cache_quantize(const float* key, size_t dim, int32_t scale_format, uint8_t* out,
+                                float* scale) MISA_NOEXCEPT;
+
+misa_status misa_cache_append(const misa_cache_span* cache, const misa_new_keys* keys,
+                              const int64_t* slots, size_t slot_count,
+                              int32_t scale_format) MISA_NOEXCEPT;
+
+/** from [count] and to [count] are page numbers. */
+misa_status misa_cache_copy_pages(const misa_cache_view* source, const int32_t* from,
+                                  const misa_cache_span* target, const int32_t* to,
+                                  size_t count) MISA_NOEXCEPT;
+
+/** filled [count], or null: all 64 tokens of every page count. */
+misa_status misa_cache_rebuild_page_sums(const misa_cache_span* cache, const int32_t* pages,
+                                         const int32_t* filled, size_t count) MISA_NOEXCEPT;
+
+/** k [tokens, D] and scale [tokens]. */
+misa_status misa_cache_gather(const misa_cache_view* cache, const int32_t* block_table,
+                              size_t block_table_count, int64_t tokens, uint8_t* k,
+                              float* scale) MISA_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,361 @@
+// The C interface: equal to the C++ one, and nothing but a status and a message on failure.
+#include <gmock/gmock.h>
+
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "api/workspace.hpp"
+#include "misa/misa.h"
+#include "misa/misa.hpp"
+#include "support/check.hpp"
+#include "support/inputs.hpp"
+
+extern "C" int misa_c_program();
+
+namespace misa {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+// The handles of a test.
+struct Handles {
+  misa_context* context = nullptr;
+  misa_plan* plan = nullptr;
+
+  Handles() = default;
+  Handles(const Handles&) = delete;
+  Handles& operator=(const Handles&) = delete;
+  ~Handles() {
+    misa_plan_destroy(plan);
+    misa_context_destroy(context);
+  }
+};
+
+misa_queries c_queries(const Queries& q) {
+  return {
+      q.data,       static_cast<std::int32_t>(q.dtype), q.tokens, q.heads, q.dim, q.token_stride,
+      q.head_stride};
+}
+
+misa_weights c_weights(const Weights& w) { return {w.data, w.tokens, w.heads, w.token_stride}; }
+
+// The outputs of a routed indexer with a residual row.
+struct Outputs {
+  Selected selected;
+
+  Outputs(std::int64_t tokens, const IndexerConfig& config, std::int64_t dim) {
+    const auto rows = static_cast<std::size_t>(tokens);
+    selected.tokens = tokens;
+    selected.top_k = config.top_k;
+    selected.indices.resize(rows * static_cast<std::size_t>(config.top_k));
+    selected.scores.resize(selected.indices.size());
+    selected.heads.resize(rows * static_cast<std::size_t>(config.heads));
+    selected.residual.resize(rows * static_cast<std::size_t>(dim));
+  }
+
+  misa_selection c() {
+    return {selected.indices.data(),  selected.indices.size(), selected.scores.data(),
+            selected.scores.size(),   selected.heads.data(),   selected.heads.size(),
+            selected.residual.data(), selected.residual.size()};
+  }
+};
+
+const IndexerConfig kConfig = IndexerConfig::misa_r(20, 3, 40);
+
+misa_config c_config() {
+  misa_config config{};
+  EXPECT_EQ(misa_config_by_name("misa-r", &config), MISA_OK);
+  config.top_k = 20;
+  config.heads = 3;
+  config.candidates = 40;
+  return config;
+}
+
+test::Pack pack() {
+  return test::make_pack({.sequences = {{150, 4}, {90, 4}},
+                          .heads = 8,
+                          .dim = 64,
+                          .q_dtype = DType::bf16,
+                          .k_dtype = DType::e4m3});
+}
+
+// Creates the context and the plan of the shape that `pack` has.
+void create(Handles& handles, std::size_t& workspace_bytes) {
+  ASSERT_EQ(misa_context_create(nullptr, &handles.context), MISA_OK);
+  const misa_config config = c_config();
+  const misa_shape shape{8, 8, 64, 150, MISA_BF16, MISA_E4M3};
+  ASSERT_EQ(misa_plan_create(handles.context, &config, &shape, &handles.plan), MISA_OK);
+  ASSERT_EQ(misa_plan_workspace_bytes(handles.plan, &workspace_bytes), MISA_OK);
+}
+
+TEST(CApi, ACProgramRunsSmoke) { EXPECT_EQ(misa_c_program(), 0); }
+
+TEST(CApi, RaggedEqualsTheCppInterface) {
+  const test::RaggedInputs inputs(pack(), 4);
+  const Queries q = inputs.q(inputs.all());
+  const Weights w = inputs.w(inputs.all());
+  const RaggedKeys k = inputs.k(inputs.all());
+  const Selected expected = select(Context(), kConfig, q, w, k, {true, true, true});
+
+  Handles handles;
+  std::size_t bytes = 0;
+  create(handles, bytes);
+  const test::Workspace workspace(bytes);
+  Outputs outputs(q.tokens, kConfig, q.dim);
+  const misa_queries queries = c_queries(q);
+  const misa_weights weights = c_weights(w);
+  const misa_ragged_keys keys{k.data,         MISA_E4M3,    k.tokens,        k.dim,
+                              k.token_stride, k.scale,      k.starts.data(), k.starts.size(),
+                              k.ends.data(),  k.ends.size()};
+  const misa_selection out = outputs.c();
+  ASSERT_EQ(misa_run_ragged(handles.plan, &queries, &weights, &keys, &out, workspace.span().data(),
+                            bytes),
+            MISA_OK)
+      << misa_last_error();
+  EXPECT_TRUE(test::same_bits(outputs.selected, expected));
+}
+
+TEST(CApi, PagedEqualsTheCppInterface) {
+  const test::PagedInputs inputs(pack(), {.shuffle = 3, .padding = 2, .page_sums = true});
+  const Queries q = inputs.q(inputs.all());
+  const Weights w = inputs.w(inputs.all());
+  const PagedKeys k = inputs.k(inputs.all());
+  const Selected expected = select(Context(), kConfig, q, w, k, {true, true, true});
+
+  Handles handles;
+  std::size_t bytes = 0;
+  create(handles, bytes);
+  const test::Workspace workspace(bytes);
+  Outputs outputs(q.tokens, kConfig, q.dim);
+  const misa_queries queries = c_queries(q);
+  const misa_weights weights = c_weights(w);
+  const misa_paged_keys keys{
+      {k.cache.data, k.cache.pages, k.cache.dim, k.cache.page_stride, k.cache.page_sums},
+      k.block_table,
+      k.max_pages,
+      k.block_table_stride,
+      k.context_lens.data(),
+      k.context_lens.size(),
+      k.next_n};
+  const misa_selection out = outputs.c();
+  ASSERT_EQ(
+      misa_run_paged(handles.plan, &queries, &weights, &keys, &out, workspace.span().data(), bytes),
+      MISA_OK)
+      << misa_last_error();
+  EXPECT_TRUE(test::same_bits(outputs.selected, expected));
+}
+
+TEST(CApi, CacheEqualsTheCppInterface) {
+  constexpr std::int64_t kTokens = 70;
+  std::vector<float> k(kTokens * 64);
+  std::vector<std::int64_t> slots(kTokens);
+  for (std::size_t i = 0; i < k.size(); ++i) {
+    k[i] = static_cast<float>(i % 97) - 48.0F;
+  }
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    slots[i] = static_cast<std::int64_t>(i);
+  }
+  std::int64_t bytes = 0;
+  ASSERT_EQ(misa_cache_bytes(4, 64, &bytes), MISA_OK);
+  ASSERT_EQ(bytes, cache_bytes(4, 64));
+  std::vector<std::uint8_t> data(static_cast<std::size_t>(bytes));
+  std::vector<std::uint8_t> expected_data(data.size());
+  std::vector<float> sums(4 * 64);
+  std::vector<float> expected_sums(4 * 64);
+  const std::vector<std::int32_t> from{0, 1};
+  const std::vector<std::int32_t> to{3, 2};
+
+  const CacheSpan span{expected_data.data(), 4, 64, 0, expected_sums.data()};
+  append(span, {k.data(), DType::f32, kTokens, 64, 0}, slots, ScaleFormat::ue8m0);
+  copy_pages({span.data, 4, 64, 0, span.page_sums}, from, span, to);
+
+  const misa_cache_span cache{data.data(), 4, 64, 0, sums.data()};
+  const misa_cache_view view{data.data(), 4, 64, 0, sums.data()};
+  const misa_new_keys keys{k.data(), MISA_F32, kTokens, 64, 0};
+  ASSERT_EQ(misa_cache_append(&cache, &keys, slots.data(), slots.size(), MISA_SCALE_UE8M0),
+            MISA_OK);
+  ASSERT_EQ(misa_cache_copy_pages(&view, from.data(), &cache, to.data(), 2), MISA_OK);
+  EXPECT_EQ(data, expected_data);
+  EXPECT_EQ(sums, expected_sums);
+
+  sums.assign(sums.size(), 0);
+  const std::vector<std::int32_t> pages{0, 1, 2, 3};
+  const std::vector<std::int32_t> filled{64, 6, 6, 64};
+  ASSERT_EQ(misa_cache_rebuild_page_sums(&cache, pages.data(), filled.data(), 4), MISA_OK);
+  EXPECT_EQ(sums, expected_sums);
+  sums.assign(sums.size(), 0);
+  ASSERT_EQ(misa_cache_rebuild_page_sums(&cache, pages.data(), nullptr, 1), MISA_OK);
+  EXPECT_TRUE(std::equal(sums.begin(), sums.begin() + 64, expected_sums.begin()));
+
+  std::vector<std::uint8_t> gathered(kTokens * 64);
+  std::vector<float> scale(kTokens);
+  ASSERT_EQ(misa_cache_gather(&view, to.data(), 2, kTokens, gathered.data(), scale.data()),
+            MISA_OK);
+  std::vector<std::uint8_t> one(64);
+  float one_scale = 0;
+  ASSERT_EQ(misa_cache_quantize(k.data() + 69 * 64, 64, MISA_SCALE_UE8M0, one.data(), &one_scale),
+            MISA_OK);
+  EXPECT_EQ(scale[69], one_scale);
+  EXPECT_TRUE(std::equal(one.begin(), one.end(), gathered.begin() + 69 * 64));
+}
+
+TEST(CApi, ListsTheBackends) {
+  const std::vector<BackendInfo> expected = backends();
+  std::size_t count = 0;
+  ASSERT_EQ(misa_backend_count(&count), MISA_OK);
+  ASSERT_EQ(count, expected.size());
+  for (std::size_t i = 0; i < count; ++i) {
+    misa_backend_info info{};
+    ASSERT_EQ(misa_backend_at(i, &info), MISA_OK);
+    EXPECT_EQ(info.name, expected[i].name);
+    EXPECT_EQ(info.isa, expected[i].isa);
+    EXPECT_EQ(info.requirement, expected[i].requirement);
+    EXPECT_EQ(info.available != 0, expected[i].available);
+    EXPECT_EQ(info.priority, expected[i].priority);
+  }
+  misa_backend_info info{};
+  EXPECT_EQ(misa_backend_at(count, &info), MISA_INVALID_ARGUMENT);
+  EXPECT_THAT(misa_last_error(), StartsWith("index: expected 0 to "));
+  EXPECT_EQ(misa_version(), std::string(version()));
+}
+
+TEST(CApi, ConfigsAreThoseOfTheNamedIndexers) {
+  for (const std::string_view name : indexer_names()) {
+    const IndexerConfig expected = indexer_by_name(name);
+    misa_config config{};
+    ASSERT_EQ(misa_config_by_name(std::string(name).c_str(), &config), MISA_OK);
+    EXPECT_EQ(config.top_k, expected.top_k);
+    EXPECT_EQ(config.router, static_cast<std::int32_t>(expected.router));
+    EXPECT_EQ(config.heads, expected.heads);
+    EXPECT_EQ(config.block, expected.block);
+    EXPECT_EQ(config.residual != 0, expected.residual);
+    EXPECT_EQ(config.filter_block, expected.filter_block);
+    EXPECT_EQ(config.filter_blocks, expected.filter_blocks);
+    EXPECT_EQ(config.candidates, expected.candidates);
+    EXPECT_EQ(config.ordered != 0, expected.ordered);
+    EXPECT_EQ(config.static_head_count, 0U);
+  }
+}
+
+// A failure's status, with its message checked.
+void expect_invalid(misa_status status, const std::string& message) {
+  EXPECT_EQ(status, MISA_INVALID_ARGUMENT);
+  EXPECT_THAT(misa_last_error(), HasSubstr(message));
+}
+
+TEST(CApi, NullPointersAreErrorsSmoke) {
+  Handles handles;
+  std::size_t bytes = 0;
+  create(handles, bytes);
+  const misa_config config = c_config();
+  const misa_shape shape{8, 8, 64, 150, MISA_BF16, MISA_E4M3};
+  const misa_queries q{};
+  const misa_weights w{};
+  const misa_ragged_keys ragged{};
+  const misa_paged_keys paged{};
+  const misa_selection out{};
+  misa_context* const no_context = nullptr;
+  misa_plan* plan = nullptr;
+
+  expect_invalid(misa_backend_count(nullptr), "count: expected a pointer, got null");
+  expect_invalid(misa_backend_at(0, nullptr), "info: ");
+  expect_invalid(misa_context_create(nullptr, nullptr), "context: ");
+  expect_invalid(misa_config_by_name(nullptr, nullptr), "indexer: ");
+  expect_invalid(misa_config_by_name("dsa", nullptr), "config: ");
+  expect_invalid(misa_plan_create(no_context, &config, &shape, &plan), "context: ");
+  expect_invalid(misa_plan_create(handles.context, nullptr, &shape, &plan), "config: ");
+  expect_invalid(misa_plan_create(handles.context, &config, nullptr, &plan), "shape: ");
+  expect_invalid(misa_plan_create(handles.context, &config, &shape, nullptr), "plan: ");
+  EXPECT_EQ(plan, nullptr);
+  expect_invalid(misa_plan_workspace_bytes(nullptr, &bytes), "plan: ");
+  expect_invalid(misa_plan_workspace_bytes(handles.plan, nullptr), "bytes: ");
+  expect_invalid(misa_run_ragged(nullptr, &q, &w, &ragged, &out, nullptr, 0), "plan: ");
+  expect_invalid(misa_run_ragged(handles.plan, nullptr, &w, &ragged, &out, nullptr, 0), "q: ");
+  expect_invalid(misa_run_ragged(handles.plan, &q, nullptr, &ragged, &out, nullptr, 0), "w: ");
+  expect_invalid(misa_run_ragged(handles.plan, &q, &w, nullptr, &out, nullptr, 0), "k: ");
+  expect_invalid(misa_run_ragged(handles.plan, &q, &w, &ragged, nullptr, nullptr, 0), "out: ");
+  expect_invalid(misa_run_paged(handles.plan, &q, &w, nullptr, &out, nullptr, 0), "k: ");
+  expect_invalid(misa_run_paged(handles.plan, &q, &w, &paged, &out, nullptr, 8), "workspace: ");
+
+  const misa_cache_span cache{};
+  const misa_cache_view view{};
+  const misa_new_keys keys{};
+  float scale = 0;
+  expect_invalid(misa_cache_bytes(1, 64, nullptr), "bytes: ");
+  std::uint8_t out_bytes[64] = {};
+  expect_invalid(misa_cache_quantize(nullptr, 64, 0, out_bytes, &scale), "key: ");
+  expect_invalid(misa_cache_quantize(nullptr, 0, 0, nullptr, nullptr), "scale: ");
+  expect_invalid(misa_cache_append(nullptr, &keys, nullptr, 0, 0), "cache: ");
+  expect_invalid(misa_cache_append(&cache, nullptr, nullptr, 0, 0), "keys: ");
+  expect_invalid(misa_cache_append(&cache, &keys, nullptr, 1, 0), "slots: ");
+  expect_invalid(misa_cache_copy_pages(nullptr, nullptr, &cache, nullptr, 0), "source: ");
+  expect_invalid(misa_cache_copy_pages(&view, nullptr, nullptr, nullptr, 0), "target: ");
+  expect_invalid(misa_cache_copy_pages(&view, nullptr, &cache, nullptr, 1), "expected 1 elements");
+  expect_invalid(misa_cache_rebuild_page_sums(nullptr, nullptr, nullptr, 0), "cache: ");
+  expect_invalid(misa_cache_gather(nullptr, nullptr, 0, 0, nullptr, nullptr), "cache: ");
+  misa_context_destroy(nullptr);
+  misa_plan_destroy(nullptr);
+}
+
+TEST(CApi, ErrorsKeepTheirCode) {
+  misa_context* context = nullptr;
+  const misa_context_options unknown{"tpu", 0, 0};
+  EXPECT_EQ(misa_context_create(&unknown, &context), MISA_UNSUPPORTED);
+  EXPECT_THAT(misa_last_error(), HasSubstr("got 'tpu'"));
+  const misa_context_options threads{nullptr, -1, 0};
+  expect_invalid(misa_context_create(&threads, &context), "threads: ");
+  EXPECT_EQ(context, nullptr);
+
+  Handles handles;
+  std::size_t bytes = 0;
+  create(handles, bytes);
+  misa_config config = c_config();
+  misa_shape shape{8, 8, 64, 150, MISA_BF16, MISA_E4M3};
+  for (const std::int32_t outside : {-1, 3, 256}) {
+    shape.k_dtype = outside;
+    expect_invalid(misa_plan_create(handles.context, &config, &shape, &handles.plan), "k_dtype: ");
+  }
+  shape.k_dtype = MISA_E4M3;
+  for (const std::int32_t outside : {-1, 8, 256}) {
+    config.router = outside;
+    expect_invalid(misa_plan_create(handles.context, &config, &shape, &handles.plan), "router: ");
+  }
+  config = c_config();
+  config.static_head_count = 2;
+  expect_invalid(misa_plan_create(handles.context, &config, &shape, &handles.plan),
+                 "static_heads: expected 2 elements, got null");
+  float scale = 0;
+  const std::vector<float> key(64);
+  std::vector<std::uint8_t> out(64);
+  expect_invalid(misa_cache_quantize(key.data(), 64, 2, out.data(), &scale), "scale format: ");
+}
+
+TEST(CApi, MessagesBelongToTheirThread) {
+  misa_config config{};
+  EXPECT_EQ(misa_config_by_name("first", &config), MISA_INVALID_ARGUMENT);
+  std::string at_start = "none";
+  std::string after;
+  std::thread other([&] {
+    at_start = misa_last_error();
+    misa_config_by_name("second", &config);
+    after = misa_last_error();
+  });
+  other.join();
+  EXPECT_EQ(at_start, "");
+  EXPECT_THAT(after, HasSubstr("'second'"));
+  EXPECT_THAT(misa_last_error(), HasSubstr("'first'"));
+}
+
+TEST(CApi, LongMessagesAreCut) {
+  misa_config config{};
+  const std::string name(10000, 'x');
+  EXPECT_EQ(misa_config_by_name(name.c_str(), &config), MISA_INVALID_ARGUMENT);
+  EXPECT_EQ(std::strlen(misa_last_error()), 511U);
+  EXPECT_THAT(misa_last_error(), StartsWith("indexer: expected dsa"));
+}
+
+}  // namespace
+}  // namespace misa
