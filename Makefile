@@ -17,6 +17,7 @@ bench:
 	@scripts/install-deps.sh bench
 	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench
 	@build/bench/bench/misa_bench --benchmark_counters_tabular=true
+	@python3 -c 'import torch' 2>/dev/null && python3 bench/torch_peer.py || echo 'torch is not installed: its peer was left out'
 
 format:
 	@scripts/install-deps.sh check

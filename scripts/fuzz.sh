@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Runs every fuzzer for FUZZ_SECONDS (default 30), starting from its corpus.
 set -euo pipefail
+fuzzers=()
+for source in tests/fuzz/*.cpp; do
+  fuzzers+=("$(basename "$source" .cpp)")
+done
 cmake --preset fuzz >/dev/null
-cmake --build --preset fuzz --target misa_fuzzers
-for fuzzer in build/fuzz/tests/fuzz/fuzz_*; do
-  [ -x "$fuzzer" ] && [ ! -d "$fuzzer" ] || continue
-  name=$(basename "$fuzzer")
-  found=$(mktemp -d)
-  "$fuzzer" "$found" "tests/fuzz/corpus/${name#fuzz_}" \
-    -max_total_time="${FUZZ_SECONDS:-30}" -print_final_stats=0 -verbosity=0 -rss_limit_mb=4096
-  echo "$name: ${FUZZ_SECONDS:-30} s without a finding"
-  rm -rf "$found"
+cmake --build --preset fuzz --target "${fuzzers[@]/#/misa_fuzz_}"
+for name in "${fuzzers[@]}"; do
+  found=build/fuzz/found/$name
+  mkdir -p "$found"
+  "build/fuzz/tests/fuzz/misa_fuzz_$name" -max_total_time="${FUZZ_SECONDS:-30}" -verbosity=0 \
+    -artifact_prefix="$found/" "$found" "tests/fuzz/corpus/$name"
+  echo "fuzz $name: no finding in ${FUZZ_SECONDS:-30} s"
 done
