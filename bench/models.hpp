@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "metrics.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa::bench {
@@ -31,28 +32,15 @@ inline Work select_work(std::int64_t queries, std::int64_t keys, std::int64_t to
   return {0, 4 * static_cast<double>(queries) * static_cast<double>(keys + top_k)};
 }
 
-// A whole step: the first stage's rows over every key, the router's dot products with what it
-// looks at, and all heads over the candidates.
+// A whole step: what cli::work_of counts, over the queries of a causal tail.
 inline Work step_work(const IndexerConfig& config, const Shape& shape) {
-  const std::int64_t all = shape.heads;
-  const bool routed = config.router != Router::all;
-  const std::int64_t rows = routed ? config.heads + (config.residual ? 1 : 0) : all;
-  std::int64_t keys = shape.max_keys;
-  std::int64_t probes = 0;  // keys that every head meets before scoring
-  if (config.filter_block > 0) {
-    probes += keys / config.filter_block;
-    keys = std::min<std::int64_t>(keys, std::int64_t{config.filter_block} * config.filter_blocks);
+  Work work{0, 0};
+  for (std::int64_t t = 0; t < shape.tokens; ++t) {
+    const cli::Work row = cli::work_of(config, shape, shape.max_keys - shape.tokens + t + 1);
+    work.flops += row.dots * (2 * static_cast<double>(shape.dim) + 3);
+    work.bytes += row.bytes;
   }
-  if (config.router == Router::pooled) {
-    probes += shape.max_keys / config.block;
-  } else if (routed) {
-    probes += 128;
-  }
-  const auto of = [&](std::int64_t count, std::int64_t heads) {
-    return score_work(shape.tokens, count, heads, shape.dim, shape.k_dtype);
-  };
-  const Work first = of(keys, rows);
-  return {first.flops + of(probes, all).flops + of(config.candidates, all).flops, first.bytes};
+  return work;
 }
 
 }  // namespace misa::bench
