@@ -1,0 +1,24 @@
+// How bad input is refused: one line that names it, what was expected and what came.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <utility>
+
+#include "misa/error.hpp"
+
+namespace misa::cli {
+
+template <class... Args>
+[[noreturn]] void fail(fmt::format_string<Args...> message, Args&&... args) {
+  throw Error(ErrorCode::invalid_argument, fmt::format(message, std::forward<Args>(args)...));
+}
+
+template <class... Args>
+void require(bool condition, fmt::format_string<Args...> message, Args&&... args) {
+  if (!condition) {
+    fail(message, std::forward<Args>(args)...);
+  }
+}
+
+}  // namespace misa::cli

@@ -1,0 +1,318 @@
+// misa bench: the time of each indexer's first stage and whole step on random data.
+#include <fmt/format.h>
+
+#include <CLI/App.hpp>
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "commands.hpp"
+#include "dispatch/backend.hpp"
+#include "dispatch/cpu_kernels.hpp"
+#include "metrics.hpp"
+#include "misa/error.hpp"
+#include "options.hpp"
+#include "progress.hpp"
+#include "step.hpp"
+#include "table.hpp"
+#include "variant.hpp"
+
+namespace misa::cli {
+namespace {
+
+struct Options {
+  std::int64_t queries = 256;
+  std::int64_t heads = 64;
+  std::int64_t dim = 128;
+  std::int64_t keys = 65536;
+  int top_k = 2048;
+  std::string dtype = "BF16";
+  int runs = 5;
+  std::vector<std::string> indexers = default_variants();
+  RunOptions run;
+  bool json = false;
+};
+
+constexpr std::array<std::string_view, 2> kDims{"64", "128"};
+
+// As safetensors files spell them.
+constexpr std::array<std::string_view, 3> kDtypes{"F32", "BF16", "F8_E4M3"};
+
+DType dtype_by_name(std::string_view name) {
+  return name == "F32" ? DType::f32 : name == "BF16" ? DType::bf16 : DType::e4m3;
+}
+
+// The first stage of a re-ranked indexer alone: its candidates, as they are ranked.
+IndexerConfig first_stage(IndexerConfig config) {
+  if (config.candidates > 0) {
+    config.top_k = config.candidates;
+    config.candidates = 0;
+  }
+  return config;
+}
+
+// Normal values, encoded.
+std::vector<std::byte> random_values(std::int64_t count, DType dtype, std::mt19937_64& random) {
+  std::normal_distribution<float> normal;
+  std::vector<std::byte> values(static_cast<std::size_t>(count) * size_of(dtype));
+  for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+    const float value = normal(random);
+    if (dtype == DType::f32) {
+      std::memcpy(&values[4 * i], &value, 4);
+    } else if (dtype == DType::bf16) {
+      const std::uint16_t bits = float_to_bf16(value);
+      std::memcpy(&values[2 * i], &bits, 2);
+    } else {
+      values[i] = static_cast<std::byte>(float_to_e4m3(value));
+    }
+  }
+  return values;
+}
+
+// The last queries of one context of random keys; query t sees keys - queries + t + 1 of them.
+class RandomStep {
+ public:
+  explicit RandomStep(const Options& options) {
+    std::mt19937_64 random(1);
+    std::normal_distribution<float> normal;
+    const auto [queries, heads, dim, keys] =
+        std::tuple(options.queries, options.heads, options.dim, options.keys);
+    const DType dtype = dtype_by_name(options.dtype);
+    q_ = random_values(queries * heads * dim, dtype, random);
+    k_ = random_values(keys * dim, dtype, random);
+    w_.resize(static_cast<std::size_t>(queries * heads));
+    std::generate(w_.begin(), w_.end(), [&] { return normal(random); });
+    if (dtype == DType::e4m3) {
+      scale_.assign(static_cast<std::size_t>(keys), 1.0F);
+    }
+    starts_.assign(static_cast<std::size_t>(queries), 0);
+    for (std::int64_t t = 0; t < queries; ++t) {
+      ends_.push_back(static_cast<std::int32_t>(keys - queries + t + 1));
+    }
+    inputs_.q = {q_.data(), dtype, queries, heads, dim};
+    inputs_.w = {w_.data(), queries, heads};
+    inputs_.k = RaggedKeys{k_.data(), dtype, keys, dim, 0, scale_.empty() ? nullptr : scale_.data(),
+                           starts_,   ends_};
+  }
+  RandomStep(const RandomStep&) = delete;
+  RandomStep& operator=(const RandomStep&) = delete;
+
+  [[nodiscard]] const StepInputs& inputs() const { return inputs_; }
+
+ private:
+  std::vector<std::byte> q_;
+  std::vector<std::byte> k_;
+  std::vector<float> w_;
+  std::vector<float> scale_;
+  std::vector<std::int32_t> starts_;
+  std::vector<std::int32_t> ends_;
+  StepInputs inputs_;
+};
+
+struct Result {
+  Variant variant;
+  Timing first_stage;  // routing, scoring and the selection of what is kept for the next stage
+  Timing step;
+  Work work;  // a query
+};
+
+Result measure_variant(const Context& context, const Variant& variant, const StepInputs& inputs,
+                       int runs) {
+  Result result{variant,
+                {},
+                time_step(context, variant.config, inputs, runs).step,
+                mean_work(variant.config, inputs)};
+  result.first_stage = variant.config.candidates > 0
+                           ? time_step(context, first_stage(variant.config), inputs, runs).step
+                           : result.step;
+  return result;
+}
+
+// Selection alone: the top_k of each query's random scores, offered as scoring offers them, a page
+// at a time and a query a thread. None on a backend without such a stage: the reference sorts.
+std::optional<Timing> time_selection(const Context& context, const Options& options) {
+  const auto tables = cpu::kernels();
+  const auto table = std::find_if(tables.begin(), tables.end(), [&](const cpu::Kernels* kernels) {
+    return kernels->name == context.backend();
+  });
+  if (table == tables.end()) {
+    return std::nullopt;
+  }
+  const cpu::Kernels& kernels = **table;
+  std::vector<float> scores(static_cast<std::size_t>(options.keys + kPageSize));
+  std::mt19937_64 random(1);
+  std::normal_distribution<float> normal;
+  std::generate(scores.begin(), scores.end(), [&] { return normal(random); });
+  std::vector<std::uint32_t> positions(scores.size());
+  std::iota(positions.begin(), positions.end(), 0U);
+
+  // Room for as many again as are kept, as the backend has it.
+  const std::int64_t capacity = 2 * std::int64_t{options.top_k} + 2 * cpu::kSelectorSlack;
+  using Entries = std::vector<std::uint64_t>;
+  const Threads& threads = context.state().threads;
+  const auto count = static_cast<std::size_t>(threads.count());
+  std::vector<Entries> entries(count, Entries(static_cast<std::size_t>(capacity)));
+  std::vector<Entries> scratch = entries;
+  return measure(options.runs, [&] {
+    threads.for_each(options.queries, [&](std::int64_t, int thread) {
+      const auto own = static_cast<std::size_t>(thread);
+      cpu::Selector selector{entries[own].data(), 0, capacity, options.top_k, 0};
+      for (std::int64_t s = 0; s < options.keys; s += kPageSize) {
+        const auto valid = static_cast<int>(std::min<std::int64_t>(kPageSize, options.keys - s));
+        kernels.offer(&scores[static_cast<std::size_t>(s)], &positions[static_cast<std::size_t>(s)],
+                      valid, selector, scratch[own].data());
+      }
+      kernels.compact(selector, scratch[own].data());
+    });
+  });
+}
+
+double giga_flops(const Result& result, const Options& options) {
+  const double products = result.work.dots * static_cast<double>(options.queries * options.dim);
+  return 2e-9 * products / result.step.median;
+}
+
+nlohmann::ordered_json to_json(const Timing& timing) {
+  return {{"median", timing.median}, {"fastest", timing.fastest}, {"slowest", timing.slowest}};
+}
+
+nlohmann::ordered_json to_json(const std::vector<Result>& results,
+                               const std::optional<Timing>& selection, const Context& context,
+                               const Options& options) {
+  nlohmann::ordered_json indexers = nlohmann::ordered_json::array();
+  for (const Result& result : results) {
+    indexers.push_back({{"name", result.variant.name},
+                        {"label", result.variant.label},
+                        {"seconds_first_stage", to_json(result.first_stage)},
+                        {"seconds_step", to_json(result.step)},
+                        {"keys_x_heads", result.work.dots},
+                        {"gflops", giga_flops(result, options)}});
+  }
+  return {{"backend", context.backend()},
+          {"threads", context.threads()},
+          {"runs", options.runs},
+          {"queries", options.queries},
+          {"heads", options.heads},
+          {"dim", options.dim},
+          {"keys", options.keys},
+          {"top_k", options.top_k},
+          {"dtype", options.dtype},
+          {"seconds_selection", selection ? to_json(*selection) : nlohmann::ordered_json()},
+          {"indexers", std::move(indexers)}};
+}
+
+std::string to_text(const std::vector<Result>& results, const std::optional<Timing>& selection,
+                    const Context& context, const Options& options) {
+  const auto dense = std::find_if(results.begin(), results.end(),
+                                  [](const Result& r) { return r.variant.name == "dsa"; });
+  std::vector<Cells> rows{
+      {"", "first stage", "whole step", "fastest", "slowest", "a query", "", "speed"},
+      {"indexer", "ms", "ms", "ms", "ms", "µs", "GFLOP/s", "vs DSA"}};
+  for (const Result& result : results) {
+    const auto millis = [](double seconds) { return fmt::format("{:.2f}", 1e3 * seconds); };
+    rows.push_back(
+        {result.variant.label, millis(result.first_stage.median), millis(result.step.median),
+         millis(result.step.fastest), millis(result.step.slowest),
+         fmt::format("{:.1f}", 1e6 * result.step.median / static_cast<double>(options.queries)),
+         fmt::format("{:.0f}", giga_flops(result, options)),
+         dense == results.end() ? "–"
+                                : fmt::format("{:.2f}×", dense->step.median / result.step.median)});
+  }
+  std::string text = fmt::format(
+      "{} queries · {} keys · {} heads × {} · {} · top {}\n{}, threads: {} · medians of {} "
+      "runs\n\n{}",
+      options.queries, options.keys, options.heads, options.dim, options.dtype, options.top_k,
+      context.backend(), context.threads(), options.runs, aligned(rows));
+  if (selection) {
+    text +=
+        fmt::format("\n  Selection alone, of random scores: {:.2f} ms ({:.2f} to {:.2f})\n",
+                    1e3 * selection->median, 1e3 * selection->fastest, 1e3 * selection->slowest);
+  }
+  return text;
+}
+
+void run(const Options& options) {
+  if (options.queries > options.keys) {
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("--queries: expected at most --keys = {}, got {}", options.keys,
+                            options.queries));
+  }
+  std::vector<Variant> variants;
+  for (const std::string& text : options.indexers) {
+    variants.push_back(parse_variant(text, options.top_k));
+  }
+  const Context context = make_context(options.run);
+  const RandomStep step(options);
+  std::vector<Result> results;
+  std::optional<Timing> selection;
+  {
+    Progress progress("measuring", std::ssize(variants) + 1);
+    selection = time_selection(context, options);
+    progress.add(1);
+    for (const Variant& variant : variants) {
+      about(variant, [&] {
+        results.push_back(measure_variant(context, variant, step.inputs(), options.runs));
+      });
+      progress.add(1);
+    }
+  }
+  if (options.json) {
+    print_json(to_json(results, selection, context, options));
+  } else {
+    fmt::print("{}", to_text(results, selection, context, options));
+  }
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "bench",
+      "Times each indexer on random data: the first stage (routing, scoring, selection), the whole "
+      "step, and selection alone");
+  const auto options = std::make_shared<Options>();
+  const auto size = [&](const char* name, auto& value, std::int64_t most, const char* help) {
+    command->add_option(name, value, help)
+        ->type_name("N")
+        ->check(whole_number(1, most))
+        ->capture_default_str();
+  };
+  constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
+  size("--queries", options->queries, most, "Queries T, the last of the context");
+  size("--heads", options->heads, kMaxHeads, "Heads H");
+  command->add_option("--dim", options->dim, "Size D of a head, 64 or 128")
+      ->type_name("N")
+      ->check(one_of(kDims))
+      ->capture_default_str();
+  size("--keys", options->keys, most, "Keys L of the context");
+  size("--top-k", options->top_k, most, "Positions wanted a query");
+  command->add_option("--dtype", options->dtype, "Of queries and keys: F32, BF16 or F8_E4M3")
+      ->type_name("NAME")
+      ->check(one_of(kDtypes))
+      ->capture_default_str();
+  command
+      ->add_option("--indexers", options->indexers,
+                   fmt::format("What to time, separated by commas: {}", kVariantHelp))
+      ->type_name("LIST")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->capture_default_str();
+  size("--runs", options->runs, most, "Runs that a time is the median of");
+  add_run_options(*command, options->run);
+  add_json_option(*command, options->json);
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace misa::cli

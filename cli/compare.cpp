@@ -1,0 +1,338 @@
+// misa compare: how much of DSA's set each indexer finds, and what it costs.
+#include <fmt/format.h>
+
+#include <CLI/App.hpp>
+#include <algorithm>
+#include <cstdint>
+#include <fstream>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "commands.hpp"
+#include "metrics.hpp"
+#include "misa/error.hpp"
+#include "options.hpp"
+#include "output_file.hpp"
+#include "progress.hpp"
+#include "report.hpp"
+#include "step.hpp"
+#include "trace.hpp"
+#include "variant.hpp"
+
+namespace misa::cli {
+namespace {
+
+// 1024 positions are a sixteenth of a context of 16K, as DSA's 2048 are of 32K.
+constexpr int kTopK = 1024;
+
+// Heads that the routers are asked for where the page shows which they pick: MISA's own number.
+constexpr std::int64_t kHeadUseHeads = 8;
+
+struct Options {
+  std::vector<std::string> files;
+  std::vector<std::string> indexers = default_variants();
+  std::string html;
+  int top_k = kTopK;
+  int runs = 5;
+  RunOptions run;
+  bool json = false;
+};
+
+// The attention of a query over the positions that it sees.
+struct AttentionRow {
+  std::int64_t t;
+  std::vector<float> weights;
+};
+
+// What one trace's selections are held against: DSA's sets and the attention that the file
+// carries, over the rows that see more than top_k keys.
+class Judge {
+ public:
+  Judge(const Context& context, const Trace& trace, int top_k)
+      : top_k_(top_k), dense_(select(context, IndexerConfig::dsa(top_k), trace.inputs())) {
+    for (std::int64_t t = 0; t < trace.inputs().q.tokens; ++t) {
+      if (trace.inputs().visible(t) > top_k) {
+        rows_.push_back(t);
+      }
+    }
+    for (const std::int64_t t : rows_) {
+      if (trace.has_attention(t)) {
+        attention_.push_back({t, trace.attention(t)});
+      }
+    }
+  }
+
+  [[nodiscard]] std::int64_t rows() const { return std::ssize(rows_); }
+
+  [[nodiscard]] std::optional<Summary> recall_of(const Selected& selected) const {
+    if (rows_.empty()) {
+      return std::nullopt;
+    }
+    std::vector<double> shares;
+    for (const std::int64_t t : rows_) {
+      shares.push_back(recall(row(selected, t), row(dense_, t)));
+    }
+    return summarize(shares);
+  }
+
+  [[nodiscard]] std::optional<AttentionKept> attention_of(const Selected& selected) const {
+    if (attention_.empty()) {
+      return std::nullopt;
+    }
+    const double kept = mass(selected);
+    return AttentionKept{kept, kept / mass(dense_)};
+  }
+
+  // The most attention that top_k positions can hold.
+  [[nodiscard]] std::optional<double> attention_bound() const {
+    if (attention_.empty()) {
+      return std::nullopt;
+    }
+    std::vector<double> shares;
+    for (const AttentionRow& attention : attention_) {
+      shares.push_back(best_attention_mass(attention.weights, top_k_));
+    }
+    return mean(shares);
+  }
+
+ private:
+  static std::span<const std::int32_t> row(const Selected& selected, std::int64_t t) {
+    return std::span(selected.indices)
+        .subspan(static_cast<std::size_t>(t * selected.top_k),
+                 static_cast<std::size_t>(selected.top_k));
+  }
+
+  [[nodiscard]] double mass(const Selected& selected) const {
+    std::vector<double> shares;
+    for (const AttentionRow& attention : attention_) {
+      shares.push_back(attention_mass(row(selected, attention.t), attention.weights));
+    }
+    return mean(shares);
+  }
+
+  int top_k_;
+  Selected dense_;
+  std::vector<std::int64_t> rows_;
+  std::vector<AttentionRow> attention_;
+};
+
+// 1, 2, 4, … below H, then H.
+std::vector<int> head_counts(std::int64_t heads) {
+  std::vector<int> counts;
+  for (int h = 1; h < heads; h *= 2) {
+    counts.push_back(h);
+  }
+  counts.push_back(static_cast<int>(heads));
+  return counts;
+}
+
+// Mean recall against h: MISA, and MISA-R, which can do without routed heads. Needs long rows.
+std::vector<Curve> recall_by_heads(const Context& context, const StepInputs& inputs,
+                                   const Judge& judge, int top_k) {
+  Curve misa{"MISA", {}};
+  Curve misa_r{"MISA-R", {}};
+  const auto add = [&](Curve& curve, const IndexerConfig& config) {
+    const Selected selected = select(context, config, inputs);
+    curve.points.push_back({static_cast<double>(config.heads), judge.recall_of(selected)->mean});
+  };
+  add(misa_r, IndexerConfig::misa_r(top_k, 0));
+  for (const int h : head_counts(inputs.q.heads)) {
+    add(misa, IndexerConfig::misa(top_k, h));
+    add(misa_r, IndexerConfig::misa_r(top_k, h));
+  }
+  return {misa, misa_r};
+}
+
+// How often each router picks each head, over the rows that see any key.
+std::vector<HeadUse> head_use(const Context& context, const StepInputs& inputs, int heads,
+                              int top_k) {
+  std::vector<HeadUse> use;
+  for (const Router router : {Router::pooled, Router::nonlinearity, Router::dispersion,
+                              Router::self, Router::qnorm, Router::weight}) {
+    IndexerConfig config = IndexerConfig::dsa(top_k);
+    config.router = router;
+    config.heads = heads;
+    const Selected selected = select(context, config, inputs, {.heads = true});
+    std::vector<double> share(static_cast<std::size_t>(inputs.q.heads));
+    double rows = 0;
+    for (std::int64_t t = 0; t < inputs.q.tokens; ++t) {
+      rows += inputs.visible(t) > 0 ? 1 : 0;
+    }
+    for (const std::int32_t head : selected.heads) {
+      if (head >= 0) {
+        share[static_cast<std::size_t>(head)] += 1 / rows;
+      }
+    }
+    use.push_back({std::string(name_of(router)), std::move(share)});
+  }
+  return use;
+}
+
+// Seconds a query over prefixes of an eighth, a quarter, a half and all of the context.
+Curve time_by_keys(const Context& context, const StepInputs& inputs, const Variant& variant,
+                   int runs) {
+  const std::int64_t longest = inputs.shape().max_keys;
+  Curve curve{variant.label, {}};
+  for (const std::int64_t part : {8, 4, 2, 1}) {
+    if (const std::int64_t keys = longest / part; keys > 0) {
+      const Prefix prefix(inputs, keys);
+      const Timing step = time_step(context, variant.config, prefix.inputs(), runs).step;
+      curve.points.push_back(
+          {static_cast<double>(keys), step.median / static_cast<double>(inputs.q.tokens)});
+    }
+  }
+  return curve;
+}
+
+Timing divided(const Timing& timing, double by) {
+  return {timing.median / by, timing.fastest / by, timing.slowest / by, timing.runs};
+}
+
+IndexerResult compare_indexer(const Context& context, const StepInputs& inputs, const Judge& judge,
+                              const Variant& variant, int runs) {
+  const Selected selected = select(context, variant.config, inputs);
+  const StepTiming timing = time_step(context, variant.config, inputs, runs);
+  return {variant.name,
+          variant.label,
+          judge.recall_of(selected),
+          judge.attention_of(selected),
+          divided(timing.step, static_cast<double>(inputs.q.tokens)),
+          mean_work(variant.config, inputs),
+          timing.workspace_bytes};
+}
+
+TraceResult compare_trace(const Context& context, const std::string& file,
+                          const std::vector<Variant>& variants, const Options& options,
+                          Progress& progress) {
+  const Trace trace(file);
+  const StepInputs& inputs = trace.inputs();
+  const Judge judge(context, trace, options.top_k);
+  TraceResult result;
+  result.file = file;
+  if (const auto model = trace.metadata().find("model"); model != trace.metadata().end()) {
+    result.model = model->second;
+  }
+  result.shape = inputs.shape();
+  result.long_rows = judge.rows();
+  result.attention_bound = judge.attention_bound();
+  for (const Variant& variant : variants) {
+    about(variant, [&] {
+      result.indexers.push_back(compare_indexer(context, inputs, judge, variant, options.runs));
+    });
+    progress.add(1);
+  }
+  if (!options.html.empty() && judge.rows() > 0) {
+    const int heads = static_cast<int>(std::min(kHeadUseHeads, inputs.q.heads));
+    result.sweeps = {heads,
+                     head_use(context, inputs, heads, options.top_k),
+                     recall_by_heads(context, inputs, judge, options.top_k),
+                     {}};
+    for (const Variant& variant : variants) {
+      result.sweeps->time_by_keys.push_back(time_by_keys(context, inputs, variant, options.runs));
+      progress.add(1);
+    }
+  }
+  return result;
+}
+
+// The processor's name as Linux tells it; elsewhere that it is not known.
+std::string processor() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with("model name")) {
+      return line.substr(std::min(line.find(": ") + 2, line.size()));
+    }
+  }
+  return "unknown processor";
+}
+
+std::string isa_of(std::string_view backend) {
+  for (const BackendInfo& info : backends()) {
+    if (info.name == backend) {
+      return info.isa;
+    }
+  }
+  return {};
+}
+
+Comparison compare(const Options& options) {
+  std::vector<Variant> variants;
+  for (const std::string& text : options.indexers) {
+    variants.push_back(parse_variant(text, options.top_k));
+  }
+  const Context context = make_context(options.run);
+  Comparison comparison{
+      std::string(version()), processor(),  context.backend(), isa_of(context.backend()),
+      context.threads(),      options.runs, options.top_k,     {}};
+  const auto stages = std::ssize(variants) * (options.html.empty() ? 1 : 2);
+  Progress progress("comparing", std::ssize(options.files) * stages);
+  for (const std::string& file : options.files) {
+    comparison.traces.push_back(compare_trace(context, file, variants, options, progress));
+  }
+  return comparison;
+}
+
+void run(const Options& options) {
+  std::optional<OutputFile> page;  // made first: what cannot be written should not be waited for
+  if (!options.html.empty()) {
+    require_no_overwrite(options.html, options.files);
+    page.emplace(options.html);
+  }
+  const Comparison comparison = compare(options);
+  if (page) {
+    const std::string html = to_html(comparison);
+    page->write_at(0, std::as_bytes(std::span(html)));
+    page->commit();
+  }
+  if (options.json) {
+    print_json(to_json(comparison));
+    return;
+  }
+  fmt::print("{}", to_text(comparison));
+  if (page) {
+    fmt::print("\nReport: {}\n", options.html);
+  }
+}
+
+}  // namespace
+
+void add_compare(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "compare",
+      "How much of DSA's set each indexer finds on traces, what attention that holds, and what it "
+      "costs");
+  const auto options = std::make_shared<Options>();
+  command->add_option("IN", options->files, "Traces: safetensors files, one a layer")
+      ->type_name("FILE")
+      ->required();
+  command
+      ->add_option("--indexers", options->indexers,
+                   fmt::format("What to compare, separated by commas: {}", kVariantHelp))
+      ->type_name("LIST")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->capture_default_str();
+  command
+      ->add_option("--top-k", options->top_k,
+                   "Positions wanted a query; the default suits contexts of 16K")
+      ->type_name("N")
+      ->check(whole_number(1))
+      ->capture_default_str();
+  command->add_option("--runs", options->runs, "Runs that a time is the median of")
+      ->type_name("N")
+      ->check(whole_number(1))
+      ->capture_default_str();
+  command
+      ->add_option("--html", options->html,
+                   "Writes a page with tables and plots, sweeps over h and the context's length "
+                   "included; it needs no network to be viewed")
+      ->type_name("FILE");
+  add_run_options(*command, options->run);
+  add_json_option(*command, options->json);
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace misa::cli

@@ -1,0 +1,85 @@
+// What `compare` found, and the three ways it is told: a table, JSON, a page.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "metrics.hpp"
+
+namespace misa::cli {
+
+// Share of attention that the selected positions hold: of all of it, and of what DSA's hold.
+struct AttentionKept {
+  double absolute;
+  double of_dsa;
+};
+
+// One indexer on one trace.
+struct IndexerResult {
+  std::string name;
+  std::string label;
+  std::optional<Summary> recall;  // of DSA's set; none where every row is short
+  std::optional<AttentionKept> attention;
+  Timing query;  // seconds a query
+  Work work;     // a query
+  std::size_t workspace_bytes = 0;
+};
+
+struct Point {
+  double x;
+  double y;
+};
+
+struct Curve {
+  std::string label;
+  std::vector<Point> points;
+};
+
+// How often a router picks each head: shares of rows, [H].
+struct HeadUse {
+  std::string router;
+  std::vector<double> share;
+};
+
+// What only the page draws.
+struct Sweeps {
+  int head_use_heads = 0;  // h that the head use is counted at
+  std::vector<HeadUse> head_use;
+  std::vector<Curve> recall_by_heads;  // x: h
+  std::vector<Curve> time_by_keys;     // x: keys that a query sees; y: seconds a query
+};
+
+struct TraceResult {
+  std::string file;
+  std::string model;  // what the file says of its model; may be empty
+  Shape shape;
+  std::int64_t long_rows = 0;             // rows of n > top_k; the others select everything
+  std::optional<double> attention_bound;  // the most attention that top_k positions can hold
+  std::vector<IndexerResult> indexers;
+  std::optional<Sweeps> sweeps;
+};
+
+struct Comparison {
+  std::string version;
+  std::string processor;
+  std::string backend;
+  std::string isa;
+  int threads = 0;
+  int runs = 0;
+  int top_k = 0;
+  std::vector<TraceResult> traces;
+};
+
+nlohmann::ordered_json to_json(const Comparison& comparison);
+
+// A table a trace, for a terminal.
+std::string to_text(const Comparison& comparison);
+
+// One file that needs nothing else to be viewed.
+std::string to_html(const Comparison& comparison);
+
+}  // namespace misa::cli

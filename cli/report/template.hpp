@@ -1,0 +1,12 @@
+// The page that `compare --html` fills in.
+#pragma once
+
+#include <string_view>
+
+namespace misa::cli {
+
+// Holds kReportData once, where the JSON of the comparison goes.
+extern const std::string_view kReportTemplate;
+inline constexpr std::string_view kReportData = "\"comparison\"";
+
+}  // namespace misa::cli

@@ -1,0 +1,53 @@
+// The input of the indexers as a file holds it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "safetensors.hpp"
+#include "step.hpp"
+
+namespace misa::cli {
+
+// A safetensors file of queries, weights and keys, contiguous or paged, checked in full: what
+// `inputs` returns is valid input of the library. docs/formats.md says what a file holds.
+class Trace {
+ public:
+  // Throws Error, naming the file and the tensor, what was expected and what came.
+  explicit Trace(const std::string& path);
+  Trace(const Trace&) = delete;
+  Trace& operator=(const Trace&) = delete;
+
+  [[nodiscard]] const std::string& path() const { return path_; }
+  // What the file name says after "layer", e.g. 3 of trace_layer3.safetensors; the whole name
+  // without its suffix if it does not say.
+  [[nodiscard]] std::string layer() const;
+  [[nodiscard]] const Metadata& metadata() const { return metadata_; }
+
+  [[nodiscard]] const StepInputs& inputs() const { return inputs_; }
+
+  // Whether the file carries the model's own attention for query t, and that attention over the
+  // positions that t sees.
+  [[nodiscard]] bool has_attention(std::int64_t t) const;
+  [[nodiscard]] std::vector<float> attention(std::int64_t t) const;
+
+ private:
+  const Buffer& read(const SafetensorsReader& file, const TensorInfo& tensor);
+  // `rows` names the dimensions of q and w that make T: "T" or "B, next_n".
+  void read_queries(const SafetensorsReader& file, std::string_view rows);
+  void read_ragged(const SafetensorsReader& file);
+  void read_paged(const SafetensorsReader& file);
+
+  std::string path_;
+  Metadata metadata_;
+  std::vector<Buffer> data_;
+  std::vector<std::int32_t> starts_;  // ks and ke where the file leaves them out
+  std::vector<std::int32_t> ends_;
+  StepInputs inputs_;
+  std::span<const std::uint16_t> attention_;  // [32, L] bf16; empty if there is none
+};
+
+}  // namespace misa::cli

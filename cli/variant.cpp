@@ -1,0 +1,94 @@
+#include "variant.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdint>
+
+#include "misa/error.hpp"
+
+namespace misa::cli {
+namespace {
+
+[[noreturn]] void fail(std::string_view text, std::string_view expected, std::string_view got) {
+  throw Error(ErrorCode::invalid_argument,
+              fmt::format("--indexers {}: expected {}, got '{}'", text, expected, got));
+}
+
+// The text up to the next colon, taken off the front.
+std::string_view take(std::string_view& rest) {
+  const std::size_t end = std::min(rest.find(':'), rest.size());
+  const std::string_view part = rest.substr(0, end);
+  rest.remove_prefix(std::min(end + 1, rest.size()));
+  return part;
+}
+
+int number(std::string_view text, std::string_view value, int unit = 1) {
+  int count = 0;
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), count);
+  const std::int64_t result = std::int64_t{count} * unit;
+  if (error != std::errc{} || end != value.data() + value.size() ||
+      result != static_cast<int>(result)) {
+    fail(text, "a number", value);
+  }
+  return static_cast<int>(result);
+}
+
+std::string label_of(std::string_view name, const IndexerConfig& config) {
+  std::string label = "DSA";
+  if (name == "hisa") {
+    label = fmt::format("HISA {}×{}", config.filter_blocks, config.filter_block);
+  } else if (name != "dsa") {
+    label = config.residual ? "MISA-R" : config.candidates > 0 ? "MISA†" : "MISA";
+  }
+  if (config.router != Router::all) {
+    label += fmt::format(" {}{}", config.heads, config.residual ? "+1" : "");
+  }
+  if (config.router != indexer_by_name(name).router) {
+    label += fmt::format(" {}", name_of(config.router));
+  }
+  if (config.candidates > 0) {
+    label += fmt::format(" m={}", config.candidates);
+  }
+  return label;
+}
+
+}  // namespace
+
+Variant parse_variant(std::string_view text, int top_k) {
+  std::string_view rest = text;
+  const std::string_view name = take(rest);
+  IndexerConfig config = indexer_by_name(name);
+  config.top_k = top_k;
+  while (!rest.empty()) {
+    const std::string_view setting = take(rest);
+    const std::size_t equals = std::min(setting.find('='), setting.size());
+    const std::string_view key = setting.substr(0, equals);
+    const std::string_view value = setting.substr(std::min(equals + 1, setting.size()));
+    if (key == "h") {
+      config.heads = number(text, value);
+    } else if (key == "m") {
+      config.candidates = value.ends_with('k')
+                              ? number(text, value.substr(0, value.size() - 1), top_k)
+                              : number(text, value);
+    } else if (key == "B") {
+      (config.filter_block > 0 ? config.filter_block : config.block) = number(text, value);
+    } else if (key == "blocks") {
+      config.filter_blocks = number(text, value);
+    } else if (key == "router") {
+      config.router = router_by_name(value);
+    } else {
+      fail(text, "h=, m=, B=, blocks= or router=", setting);
+    }
+  }
+  return {std::string(text), label_of(name, config), config};
+}
+
+const std::vector<std::string>& default_variants() {
+  static const std::vector<std::string> variants{
+      "dsa", "misa", "misa-dagger", "hisa", "misa-r", "misa-r:h=3:m=2k", "misa-r:h=3:m=4k"};
+  return variants;
+}
+
+}  // namespace misa::cli

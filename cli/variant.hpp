@@ -1,0 +1,43 @@
+// Indexers as `compare` and `bench` are told them: a name and what differs from its published
+// setting, e.g. misa-r:h=3:m=2k.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "misa/error.hpp"
+#include "misa/indexer.hpp"
+
+namespace misa::cli {
+
+struct Variant {
+  std::string name;   // as the user wrote it
+  std::string label;  // as tables and plots show it, e.g. "MISA-R 3+1 m=2048"
+  IndexerConfig config;
+};
+
+// The grammar, for --help.
+inline constexpr std::string_view kVariantHelp =
+    "NAME[:h=HEADS][:m=CANDIDATES][:B=BLOCK][:blocks=N][:router=ROUTER]; NAME is dsa, misa, "
+    "misa-dagger, misa-r or hisa; m=2k means twice top-k";
+
+// Throws Error on a name, a setting or a value that is none.
+Variant parse_variant(std::string_view text, int top_k);
+
+// Runs body; an Error of it names the variant.
+template <class Body>
+void about(const Variant& variant, const Body& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    throw Error(error.code(), fmt::format("--indexers {}: {}", variant.name, error.what()));
+  }
+}
+
+// The five indexers, and MISA-R with three heads re-ranking 2 and 4 times top-k.
+const std::vector<std::string>& default_variants();
+
+}  // namespace misa::cli

@@ -1,0 +1,544 @@
+// The program from the outside: what it writes, what it prints, and how it refuses bad input.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "misa/indexer.hpp"
+#include "program.hpp"
+#include "trace.hpp"
+
+namespace misa::cli {
+namespace {
+
+using nlohmann::json;
+using ::testing::AllOf;
+using ::testing::ContainsRegex;
+using ::testing::ElementsAre;
+using ::testing::EndsWith;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::StartsWith;
+
+using Arguments = std::vector<std::string>;
+
+Arguments operator+(Arguments a, const Arguments& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+// Runs what has to succeed; returns stdout.
+std::string done(const Arguments& arguments) {
+  const Outcome outcome = run_misa(arguments);
+  EXPECT_EQ(outcome.code, 0) << ::testing::PrintToString(arguments);
+  EXPECT_EQ(outcome.err, "");
+  return outcome.out;
+}
+
+// What has to be refused: exit code 2 and one line on stderr, which is returned.
+std::string refused(const Outcome& outcome) {
+  EXPECT_EQ(outcome.code, 2) << outcome.err;
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_THAT(outcome.err, StartsWith("misa: "));
+  EXPECT_EQ(outcome.err.find('\n'), outcome.err.size() - 1) << outcome.err;
+  return outcome.err.substr(0, outcome.err.size() - 1);
+}
+
+// Indexers small enough for the inputs below, as arguments and as the library knows them.
+struct Named {
+  std::string name;
+  Arguments arguments;
+  IndexerConfig config;
+};
+
+std::vector<Named> indexers() {
+  IndexerConfig fixed = IndexerConfig::misa(40, 2);
+  fixed.router = Router::fixed;
+  fixed.static_heads = {1, 6};
+  IndexerConfig routed_hisa = IndexerConfig::hisa(40, 64, 3);
+  routed_hisa.router = Router::self;
+  routed_hisa.heads = 3;
+  IndexerConfig small_blocks = IndexerConfig::misa(40, 3);
+  small_blocks.block = 128;
+  return {{"dsa", {"--indexer", "dsa"}, IndexerConfig::dsa(40)},
+          {"misa", {"--indexer", "misa", "--heads", "3", "--block", "128"}, small_blocks},
+          {"dagger",
+           {"--indexer", "misa-dagger", "--heads", "3", "--candidates", "90"},
+           IndexerConfig::misa_dagger(40, 3, 90)},
+          {"misa_r",
+           {"--indexer", "misa-r", "--heads", "2", "--candidates", "80"},
+           IndexerConfig::misa_r(40, 2, 80)},
+          {"no_heads", {"--indexer", "misa-r", "--heads", "0"}, IndexerConfig::misa_r(40, 0)},
+          {"hisa",
+           {"--indexer", "hisa", "--hisa-block", "64", "--hisa-blocks", "3"},
+           IndexerConfig::hisa(40, 64, 3)},
+          {"routed_hisa",
+           {"--indexer", "hisa", "--hisa-block", "64", "--hisa-blocks", "3", "--router", "self",
+            "--heads", "3"},
+           routed_hisa},
+          {"static", {"--indexer", "misa", "--router", "static", "--static-heads", "1,6"}, fixed}};
+}
+
+Arguments synth(const std::string& path, const Arguments& more = {}) {
+  return Arguments{"synth", "-o", path, "--heads", "8", "--dim", "64"} + more;
+}
+
+class Select : public ::testing::TestWithParam<std::tuple<Named, std::string>> {};
+
+// More queries than the program takes at a time: its pieces are the library's whole.
+TEST_P(Select, WritesWhatTheLibrarySelects) {
+  const auto& [indexer, backend] = GetParam();
+  const Folder folder;
+  done(synth(folder / "in", {"--queries", "270", "--keys", "280", "--kind", "structured"}));
+  done(Arguments{"select", folder / "in", "-o", folder / "out", "--top-k", "40", "--scores",
+                 "--backend", backend} +
+       indexer.arguments);
+  const Tensors out = read_tensors(folder / "out");
+  const Trace trace(folder / "in");
+  const Selected expected = select(Context({.backend = backend}), indexer.config, trace.inputs(),
+                                   {.scores = true, .heads = true, .residual = true});
+  EXPECT_EQ(out.at("indices").dtype, "I32");
+  EXPECT_THAT(out.at("indices").shape, ElementsAre(270, 40));
+  EXPECT_EQ(values_of<std::int32_t>(out.at("indices")), expected.indices);
+  EXPECT_EQ(out.at("scores").dtype, "F32");
+  EXPECT_EQ(values_of<float>(out.at("scores")), expected.scores);
+  const bool routed = indexer.config.router != Router::all;
+  EXPECT_EQ(out.contains("heads"), routed);
+  if (routed) {
+    EXPECT_EQ(out.at("heads").dtype, "I32");
+    EXPECT_THAT(out.at("heads").shape, ElementsAre(270, indexer.config.heads));
+    EXPECT_EQ(values_of<std::int32_t>(out.at("heads")), expected.heads);
+  }
+  EXPECT_EQ(out.contains("residual"), indexer.config.residual);
+  if (indexer.config.residual) {
+    EXPECT_EQ(out.at("residual").dtype, "F32");
+    EXPECT_THAT(out.at("residual").shape, ElementsAre(270, 64));
+    EXPECT_EQ(values_of<float>(out.at("residual")), expected.residual);
+  }
+}
+
+// The same keys, shuffled among pages.
+TEST_P(Select, PagedAndContiguousKeysGiveEqualIndices) {
+  const Named& indexer = std::get<0>(GetParam());
+  const std::string& backend = std::get<1>(GetParam());
+  const Folder folder;
+  const Arguments shape{"--sequences", "3",   "--queries", "2",
+                        "--keys",      "333", "--dtype",   "F8_E4M3"};
+  const auto selected = [&](const std::string& layout) {
+    done(synth(folder / layout, shape + Arguments{"--layout", layout}));
+    done(Arguments{"select", folder / layout, "-o", folder / "out", "--top-k", "40", "--backend",
+                   backend} +
+         indexer.arguments);
+    return values_of<std::int32_t>(read_tensors(folder / "out").at("indices"));
+  };
+  EXPECT_EQ(selected("ragged"), selected("paged"));
+}
+
+INSTANTIATE_TEST_SUITE_P(, Select,
+                         ::testing::Combine(::testing::ValuesIn(indexers()),
+                                            ::testing::Values("reference", "cpu")),
+                         [](const auto& param) {
+                           return std::get<0>(param.param).name + "_" + std::get<1>(param.param);
+                         });
+
+TEST(SmokeProgram, SelectsWithoutScoresUnlessAsked) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  const std::string out = done({"select", folder / "in", "-o", folder / "out", "--top-k", "7"});
+  EXPECT_THAT(out, AllOf(HasSubstr("top 7"), HasSubstr("3 queries"), HasSubstr("dsa")));
+  EXPECT_EQ(read_tensors(folder / "out").size(), 1U);
+  EXPECT_THAT(folder.names(), ElementsAre("in", "out"));
+}
+
+TEST(SmokeProgram, OneQueryOfNoKeys) {
+  const Folder folder;
+  Tensors tensors = ragged_input();
+  tensors["ke"] = tensor<std::int32_t>("I32", {3}, {0, 2, 10});
+  write_tensors(folder / "in", tensors);
+  done({"select", folder / "in", "-o", folder / "out", "--top-k", "3", "--ordered"});
+  EXPECT_THAT(values_of<std::int32_t>(read_tensors(folder / "out").at("indices")),
+              ElementsAre(-1, -1, -1, 0, 1, -1, -1, -1, -1));
+}
+
+TEST(SmokeProgram, TellsJson) {
+  const Folder folder;
+  write_tensors(folder / "in", paged_input());
+  const json summary = json::parse(done({"select", folder / "in", "-o", folder / "out", "--json",
+                                         "--indexer", "misa", "--heads", "2", "--threads", "1"}));
+  EXPECT_EQ(summary.at("indexer"), "misa");
+  EXPECT_EQ(summary.at("router"), "pooled");
+  EXPECT_EQ(summary.at("queries"), 4);
+  EXPECT_EQ(summary.at("top_k"), 2048);
+  EXPECT_EQ(summary.at("threads"), 1);
+  EXPECT_EQ(summary.at("out_bytes"), std::filesystem::file_size(folder / "out"));
+
+  const json file = json::parse(done({"inspect", folder / "out", "--json"}));
+  EXPECT_EQ(file.at("tensors")[0].at("shape"), json({4, 2048}));
+  EXPECT_EQ(file.at("tensors")[1],
+            json::parse(R"({"name":"heads","dtype":"I32","shape":[4,2],"bytes":32})"));
+
+  const json info = json::parse(done({"info", "--json"}));
+  EXPECT_EQ(info.at("version"), version());
+  EXPECT_EQ(info.at("backends").size(), backends().size());
+}
+
+TEST(SmokeProgram, InspectsForPeople) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  EXPECT_THAT(done({"inspect", folder / "in"}),
+              ContainsRegex("q +F32 +3072 bytes +\\[3, 4, 64\\]"));
+  EXPECT_THAT(done({"info"}), HasSubstr("reference"));
+}
+
+TEST(SmokeProgram, SynthIsAFunctionOfItsOptions) {
+  const Folder folder;
+  const auto bytes = [&](const Arguments& more) {
+    done(synth(folder / "f", Arguments{"--keys", "70", "--queries", "3"} + more));
+    return read_bytes(folder / "f");
+  };
+  EXPECT_EQ(bytes({}), bytes({}));
+  EXPECT_NE(bytes({}), bytes({"--seed", "2"}));
+  EXPECT_NE(bytes({}), bytes({"--kind", "structured"}));
+  for (const char* dtype : {"F32", "BF16", "F8_E4M3"}) {
+    bytes({"--dtype", dtype});
+    const Tensors tensors = read_tensors(folder / "f");
+    EXPECT_EQ(tensors.at("q").dtype, dtype);
+    EXPECT_EQ(tensors.at("k").dtype, dtype);
+  }
+  bytes({"--sequences", "2"});
+  const Tensors tensors = read_tensors(folder / "f");
+  EXPECT_THAT(values_of<std::int32_t>(tensors.at("ks")), ElementsAre(0, 0, 0, 70, 70, 70));
+  EXPECT_THAT(values_of<std::int32_t>(tensors.at("ke")), ElementsAre(68, 69, 70, 138, 139, 140));
+}
+
+// What --help says of structured traces.
+TEST(Program, StructuredTracesHideNeedlesFromEnergy) {
+  const Folder folder;
+  done({"synth", "-o", folder / "in", "--kind", "structured", "--queries", "16", "--keys", "4096"});
+  const auto rows = [&](const std::string& indexer) {
+    done({"select", folder / "in", "-o", folder / "out", "--top-k", "8", "--indexer", indexer});
+    return values_of<std::int32_t>(read_tensors(folder / "out").at("indices"));
+  };
+  const std::vector<std::int32_t> dense = rows("dsa");
+  const auto found = [&](const std::string& indexer) {
+    const std::vector<std::int32_t> indices = rows(indexer);
+    int count = 0;
+    for (std::size_t i = 0; i < dense.size(); ++i) {
+      const auto* row = &indices[i / 8 * 8];
+      count += std::find(row, row + 8, dense[i]) != row + 8 ? 1 : 0;
+    }
+    return count;
+  };
+  EXPECT_LT(found("misa"), 16 * 8 / 2);
+  EXPECT_GT(found("misa-r"), 16 * 8 / 2);
+}
+
+TEST(SmokeProgram, HelpSaysWhatThereIs) {
+  const std::string help = done({"--help"});
+  for (const char* command :
+       {"select", "compare", "bench", "info", "inspect", "synth", "calibrate"}) {
+    EXPECT_THAT(help, HasSubstr(command));
+    EXPECT_THAT(done({command, "--help"}), HasSubstr("--json"));
+  }
+  EXPECT_EQ(done({"--version"}), std::string(version()) + "\n");
+}
+
+// Arguments that are wrong whatever the input.
+TEST(SmokeProgram, RefusesWrongArguments) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  const auto error = [&](const Arguments& more) {
+    return refused(run_misa(Arguments{"select", folder / "in", "-o", folder / "out"} + more));
+  };
+  EXPECT_THAT(refused(run_misa({})), HasSubstr("command: expected select, "));
+  EXPECT_THAT(refused(run_misa({"choose"})), EndsWith("got 'choose'"));
+  EXPECT_THAT(refused(run_misa({"select"})), HasSubstr("IN is required"));
+  EXPECT_THAT(refused(run_misa({"select", folder / "in"})), HasSubstr("--output is required"));
+  EXPECT_THAT(error({"--fast"}), HasSubstr("--fast"));
+  EXPECT_THAT(error({"--indexer", "best"}),
+              EndsWith("--indexer: expected dsa, misa, misa-dagger, misa-r, hisa, got 'best'"));
+  EXPECT_THAT(error({"--backend", "gpu"}), AllOf(HasSubstr("backend: expected auto, "),
+                                                 HasSubstr("reference"), EndsWith("got 'gpu'")));
+  EXPECT_THAT(error({"--threads", "-1"}), HasSubstr("--threads: expected"));
+  for (const char* number : {"0", "-3", "many", "3.5", "99999999999999999999", ""}) {
+    EXPECT_THAT(
+        error({"--top-k", number}),
+        EndsWith(std::string("--top-k: expected a whole number from 1 to 2147483647, got '") +
+                 number + "'"));
+  }
+  EXPECT_THAT(error({"--indexer", "misa", "--heads", "0"}),
+              EndsWith("heads: expected 1 to H = 4, got 0"));
+  EXPECT_THAT(error({"--indexer", "misa", "--heads", "5"}),
+              EndsWith("heads: expected 1 to H = 4, got 5"));
+  EXPECT_THAT(error({"--indexer", "misa", "--heads", "2", "--block", "100"}),
+              EndsWith("block: expected a multiple of 64, got 100"));
+  EXPECT_THAT(error({"--indexer", "misa", "--heads", "2", "--candidates", "9", "--top-k", "10"}),
+              HasSubstr("candidates: expected"));
+  EXPECT_THAT(error({"--indexer", "hisa", "--hisa-blocks", "3"}),
+              HasSubstr("filter_blocks: expected"));
+  EXPECT_THAT(error({"--indexer", "misa", "--router", "all"}),
+              AllOf(HasSubstr("--router: expected pooled, "), EndsWith("got 'all'")));
+  const Arguments fixed{"--indexer", "misa", "--router", "static", "--static-heads"};
+  EXPECT_THAT(error(fixed + Arguments{"1,4"}), EndsWith("static_heads[1]: expected 0 to 3, got 4"));
+  EXPECT_THAT(error(fixed + Arguments{"1,1"}), EndsWith("expected distinct heads, got 1 again"));
+  EXPECT_THAT(error(fixed + Arguments{"1,x"}), EndsWith("got 'x'"));
+  EXPECT_THAT(error(fixed + Arguments{"1,2", "--heads", "3"}),
+              HasSubstr("static_heads: expected 3"));
+  EXPECT_THAT(folder.names(), ElementsAre("in"));
+}
+
+// Options that the indexer would have to ignore.
+TEST(SmokeProgram, RefusesContradictions) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  const auto error = [&](const Arguments& more) {
+    return refused(run_misa(Arguments{"select", folder / "in", "-o", folder / "out"} + more));
+  };
+  EXPECT_THAT(error({"--heads", "2"}), HasSubstr("--heads: expected"));
+  EXPECT_THAT(error({"--router", "self"}), HasSubstr("--router: expected"));
+  EXPECT_THAT(error({"--block", "64"}), HasSubstr("--block: expected"));
+  EXPECT_THAT(error({"--candidates", "4000"}), HasSubstr("--candidates: expected"));
+  EXPECT_THAT(error({"--hisa-block", "64"}), HasSubstr("--hisa-block: expected"));
+  EXPECT_THAT(error({"--hisa-blocks", "64"}), HasSubstr("--hisa-blocks: expected"));
+  EXPECT_THAT(error({"--static-heads", "1"}), HasSubstr("--static-heads: expected"));
+  EXPECT_THAT(error({"--indexer", "misa", "--router", "static"}),
+              HasSubstr("--static-heads: expected"));
+  EXPECT_THAT(error({"--indexer", "misa", "--router", "self", "--block", "64"}),
+              HasSubstr("--block: expected the router pooled, got self"));
+  EXPECT_THAT(error({"--indexer", "misa-dagger", "--candidates", "0"}),
+              HasSubstr("--candidates: expected 1 or more"));
+  EXPECT_THAT(error({"--indexer", "hisa", "--heads", "2"}), HasSubstr("--heads: expected"));
+  EXPECT_THAT(error({"--indexer", "hisa", "--router", "self"}), HasSubstr("--heads: expected"));
+  EXPECT_THAT(folder.names(), ElementsAre("in"));
+}
+
+struct BadInput {
+  std::string name;
+  Tensors (*valid)();
+  std::function<void(Tensors&)> spoil;
+  std::string message;
+};
+
+template <class T>
+std::function<void(Tensors&)> put(std::string name, std::string dtype,
+                                  std::vector<std::int64_t> shape, std::vector<T> values = {}) {
+  return [=](Tensors& tensors) {
+    std::int64_t count = 1;
+    for (const std::int64_t size : shape) {
+      count *= size;
+    }
+    std::vector<T> all = values;
+    all.resize(static_cast<std::size_t>(count));
+    tensors[name] = tensor(dtype, shape, all);
+  };
+}
+
+std::function<void(Tensors&)> without(const std::string& name) {
+  return [=](Tensors& tensors) { tensors.erase(name); };
+}
+
+std::vector<BadInput> bad_inputs() {
+  constexpr std::int32_t kHuge = std::numeric_limits<std::int32_t>::max();
+  using Float = float;
+  using Int = std::int32_t;
+  using Byte = std::uint8_t;
+  const auto& ragged = ragged_input;
+  const auto& paged = paged_input;
+  return {
+      {"no_q", ragged, without("q"), "q: expected a tensor of this name, got none"},
+      {"no_w", ragged, without("w"), "w: expected a tensor of this name, got none"},
+      {"no_k", ragged, without("k"), "k: expected a tensor of this name, got none"},
+      {"extra", ragged, put<Float>("z", "F32", {2, 3}),
+       "z: expected no other tensors than q, w, k, k_scale, ks, ke, attn_last32, got F32 [2, 3]"},
+      {"q_dtype", ragged, put<Byte>("q", "U8", {3, 4, 64}),
+       "q: expected F32, BF16 or F8_E4M3, got U8 [3, 4, 64]"},
+      {"q_rank", ragged, put<Float>("q", "F32", {12, 64}),
+       "q: expected [T, H, D] = [any, any, any], got F32 [12, 64]"},
+      {"q_dim", ragged, put<Float>("q", "F32", {3, 4, 96}), "q: expected D = 64 or 128, got 96"},
+      {"q_no_heads", ragged, put<Float>("q", "F32", {3, 0, 64}), "q: expected H = 1 to 256, got 0"},
+      {"q_heads", ragged, put<Float>("q", "F32", {1, 257, 64}),
+       "q: expected H = 1 to 256, got 257"},
+      {"w_dtype", ragged, put<Byte>("w", "U8", {3, 4}), "w: expected F32 [T, H], got U8 [3, 4]"},
+      {"w_tokens", ragged, put<Float>("w", "F32", {2, 4}),
+       "w: expected [T, H] = [3, 4], got F32 [2, 4]"},
+      {"w_heads", ragged, put<Float>("w", "F32", {3, 5}),
+       "w: expected [T, H] = [3, 4], got F32 [3, 5]"},
+      {"k_dtype", ragged, put<Float>("k", "I32", {100, 64}),
+       "k: expected F32, BF16 or F8_E4M3, got I32 [100, 64]"},
+      {"k_dim", ragged, put<Float>("k", "F32", {50, 128}),
+       "k: expected [L, D] = [any, 64], got F32 [50, 128]"},
+      {"k_rank", ragged, put<Float>("k", "F32", {100, 64, 1}),
+       "k: expected [L, D] = [any, 64], got F32 [100, 64, 1]"},
+      {"no_scale", ragged, put<Byte>("k", "F8_E4M3", {100, 64}),
+       "k_scale: expected F32 [L] with F8_E4M3 keys, got none"},
+      {"scale", ragged, put<Float>("k_scale", "F32", {100}),
+       "k_scale: expected none with F32 keys, got a tensor"},
+      {"scale_length", ragged,
+       [](Tensors& tensors) {
+         put<Byte>("k", "F8_E4M3", {100, 64})(tensors);
+         put<Float>("k_scale", "F32", {99})(tensors);
+       },
+       "k_scale: expected [L] = [100], got F32 [99]"},
+      {"ks_dtype", ragged, put<std::int64_t>("ks", "I64", {3}),
+       "ks: expected I32 [T], got I64 [3]"},
+      {"ks_length", ragged, put<Int>("ks", "I32", {4}), "ks: expected [T] = [3], got I32 [4]"},
+      {"ke_length", ragged, put<Int>("ke", "I32", {2}), "ke: expected [T] = [3], got I32 [2]"},
+      {"ks_negative", ragged, put<Int>("ks", "I32", {3}, {0, -1, 0}),
+       "ks[1]: expected 0 to L = 100, got -1"},
+      {"ks_huge", ragged, put<Int>("ks", "I32", {3}, {0, 0, kHuge}),
+       "ks[2]: expected 0 to L = 100, got 2147483647"},
+      {"ke_negative", ragged, put<Int>("ke", "I32", {3}, {-5, 0, 0}),
+       "ke[0]: expected 0 to L = 100, got -5"},
+      {"ke_huge", ragged, put<Int>("ke", "I32", {3}, {80, 101, 90}),
+       "ke[1]: expected 0 to L = 100, got 101"},
+      {"attention", ragged, put<std::uint16_t>("attn_last32", "BF16", {32, 100}),
+       "attn_last32: expected T = 32 or more, got 3"},
+      {"attention_shape", ragged, put<std::uint16_t>("attn_last32", "BF16", {32, 99}),
+       "attn_last32: expected [32, L] = [32, 100], got BF16 [32, 99]"},
+      {"paged_k", paged, put<Float>("k", "F32", {100, 64}),
+       "k: expected no other tensors than q, w, cache, block_table, context_lens, got F32 [100, "
+       "64]"},
+      {"no_table", paged, without("block_table"),
+       "block_table: expected a tensor of this name, got none"},
+      {"no_lens", paged, without("context_lens"),
+       "context_lens: expected a tensor of this name, got none"},
+      {"paged_q_rank", paged, put<Float>("q", "F32", {4, 4, 64}),
+       "q: expected [B, next_n, H, D] = [any, any, any, any], got F32 [4, 4, 64]"},
+      {"no_next_n", paged,
+       [](Tensors& tensors) {
+         put<Float>("q", "F32", {2, 0, 4, 64})(tensors);
+         put<Float>("w", "F32", {2, 0, 4})(tensors);
+       },
+       "q: expected next_n = 1 or more, got 0"},
+      {"cache_dtype", paged, put<Byte>("cache", "I8", {5, 64, 68}),
+       "cache: expected U8 [pages, 64, D + 4], got I8 [5, 64, 68]"},
+      {"cache_dim", paged, put<Byte>("cache", "U8", {5, 64, 132}),
+       "cache: expected [pages, 64, D + 4] = [any, 64, 68], got U8 [5, 64, 132]"},
+      {"cache_page", paged, put<Byte>("cache", "U8", {5, 32, 68}),
+       "cache: expected [pages, 64, D + 4] = [any, 64, 68], got U8 [5, 32, 68]"},
+      {"table_batch", paged, put<Int>("block_table", "I32", {3, 2}),
+       "block_table: expected [B, max_pages] = [2, any], got I32 [3, 2]"},
+      {"table_negative", paged, put<Int>("block_table", "I32", {2, 2}, {3, -1, 4, 0}),
+       "block_table[0, 1]: expected 0 to 4 (the cache's pages), got -1"},
+      {"table_beyond", paged, put<Int>("block_table", "I32", {2, 2}, {3, 1, 5, 0}),
+       "block_table[1, 0]: expected 0 to 4 (the cache's pages), got 5"},
+      {"lens_length", paged, put<Int>("context_lens", "I32", {3}),
+       "context_lens: expected [B] = [2], got I32 [3]"},
+      {"lens_beyond", paged, put<Int>("context_lens", "I32", {2}, {100, 129}),
+       "context_lens[1]: expected 128 at most (max_pages * 64), got 129"},
+      {"lens_huge", paged, put<Int>("context_lens", "I32", {2}, {kHuge, 1}),
+       "context_lens[0]: expected 128 at most (max_pages * 64), got 2147483647"},
+  };
+}
+
+class SmokeBadInput : public ::testing::TestWithParam<BadInput> {};
+
+TEST_P(SmokeBadInput, IsToldInOneLine) {
+  const Folder folder;
+  Tensors tensors = GetParam().valid();
+  GetParam().spoil(tensors);
+  write_tensors(folder / "in", tensors);
+  const Outcome outcome =
+      run_misa({"select", folder / "in", "-o", folder / "out", "--top-k", "10"});
+  EXPECT_EQ(refused(outcome), "misa: " + (folder / "in") + ": " + GetParam().message);
+  EXPECT_THAT(folder.names(), ElementsAre("in"));
+}
+
+INSTANTIATE_TEST_SUITE_P(, SmokeBadInput, ::testing::ValuesIn(bad_inputs()),
+                         [](const auto& param) { return param.param.name; });
+
+TEST(SmokeProgram, RefusesFilesThatAreNone) {
+  const Folder folder;
+  const auto error = [&](const std::string& path) {
+    const Arguments more{"-o", folder / "out", "--top-k", "10"};
+    return refused(run_misa(Arguments{"select", path} + more));
+  };
+  EXPECT_THAT(error(folder / "in"), EndsWith("cannot be read: No such file or directory"));
+  EXPECT_THAT(error("/dev/zero"), EndsWith("expected a regular file"));
+  write_tensors(folder / "in", ragged_input());
+  const std::string whole = read_bytes(folder / "in");
+  for (const std::size_t bytes :
+       {std::size_t{0}, std::size_t{5}, std::size_t{100}, whole.size() - 1}) {
+    write_bytes(folder / "in", whole.substr(0, bytes));
+    error(folder / "in");
+  }
+  // A name that would make two lines of one.
+  write_raw(folder / "in", R"({"two\nlines":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
+            "x");
+  EXPECT_THAT(error(folder / "in"), HasSubstr("two\\x0alines: expected no other tensors"));
+  EXPECT_THAT(folder.names(), ElementsAre("in"));
+}
+
+TEST(SmokeProgram, RefusesOutputsThatCannotBeWritten) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  const auto error = [&](const std::string& path) {
+    return refused(run_misa({"select", folder / "in", "-o", path}));
+  };
+  EXPECT_THAT(error(folder / "none/out"), EndsWith("cannot be written: No such file or directory"));
+  EXPECT_THAT(error(folder / ""), EndsWith("expected a file name"));
+  EXPECT_THAT(error("/dev/full"), HasSubstr("expected a regular file or none"));
+  EXPECT_THAT(refused(run_misa({"synth", "-o", folder / "none/out"})), HasSubstr("none/out"));
+  EXPECT_THAT(folder.names(), ElementsAre("in"));
+}
+
+TEST(SmokeProgram, RefusesToReplaceItsInput) {
+  const Folder folder;
+  const std::string in = folder / "in";
+  write_tensors(in, ragged_input());
+  const std::string before = read_bytes(in);
+  const std::string link = folder / "link";
+  std::filesystem::create_symlink(in, link);
+  const std::vector<std::vector<std::string>> commands{{"select", in, "-o", in},
+                                                       {"select", in, "-o", link},
+                                                       {"compare", in, "--html", in},
+                                                       {"calibrate", in, "-o", in}};
+  for (const std::vector<std::string>& command : commands) {
+    EXPECT_THAT(refused(run_misa(command)),
+                HasSubstr("expected an output of another name than the input"));
+    EXPECT_EQ(read_bytes(in), before);
+  }
+}
+
+// A limit on the size of files stands for a disk that is full.
+TEST(SmokeProgram, LeavesNothingOnAFullDisk) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  write_bytes(folder / "old", "old");
+  const std::uint64_t room = 10000;  // less than 3 rows of 2048 indices take
+  for (const char* name : {"new", "old"}) {
+    EXPECT_THAT(refused(run_misa({"select", folder / "in", "-o", folder / name}, room)),
+                EndsWith("cannot be written: File too large"));
+  }
+  EXPECT_THAT(refused(run_misa({"synth", "-o", folder / "new"}, room)), EndsWith("File too large"));
+  EXPECT_THAT(folder.names(), ElementsAre("in", "old"));
+  EXPECT_EQ(read_bytes(folder / "old"), "old");
+}
+
+TEST(Program, LeavesNothingWhenInterrupted) {
+  const Folder folder;
+  // Far more than is written before the signal comes.
+  const pid_t child = start_misa({"synth", "-o", folder / "out", "--keys", "2000000000"});
+  while (folder.names().empty()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  ::kill(child, SIGTERM);
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM);
+  EXPECT_THAT(folder.names(), IsEmpty());
+}
+
+}  // namespace
+}  // namespace misa::cli

@@ -1,0 +1,55 @@
+// Indexers as the command line spells them.
+#include "variant.hpp"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "misa/error.hpp"
+
+namespace misa::cli {
+namespace {
+
+TEST(Variant, NamesAloneAreThePublishedSettings) {
+  const Variant misa = parse_variant("misa", 512);
+  EXPECT_EQ(misa.label, "MISA 8");
+  EXPECT_EQ(misa.config.router, Router::pooled);
+  EXPECT_EQ(misa.config.top_k, 512);
+  EXPECT_EQ(parse_variant("dsa", 512).label, "DSA");
+  EXPECT_EQ(parse_variant("misa-dagger", 512).label, "MISA† 8 m=8192");
+  EXPECT_EQ(parse_variant("misa-r", 512).label, "MISA-R 7+1");
+  EXPECT_EQ(parse_variant("hisa", 512).label, "HISA 64×128");
+}
+
+TEST(Variant, SettingsOverrideThem) {
+  const Variant routed = parse_variant("misa-r:h=3:m=2k", 1024);
+  EXPECT_EQ(routed.label, "MISA-R 3+1 m=2048");
+  EXPECT_EQ(routed.config.heads, 3);
+  EXPECT_EQ(routed.config.candidates, 2048);
+  EXPECT_EQ(parse_variant("misa:m=3000", 1024).config.candidates, 3000);
+  EXPECT_EQ(parse_variant("misa:B=512", 1024).config.block, 512);
+  EXPECT_EQ(parse_variant("misa:router=self", 1024).label, "MISA 8 self");
+  const Variant hisa = parse_variant("hisa:B=64:blocks=32", 1024);
+  EXPECT_EQ(hisa.config.filter_block, 64);
+  EXPECT_EQ(hisa.config.filter_blocks, 32);
+}
+
+TEST(Variant, SaysWhatIsWrong) {
+  const auto message = [](const char* text) -> std::string {
+    try {
+      parse_variant(text, 1024);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(message("misa:h=x"), "--indexers misa:h=x: expected a number, got 'x'");
+  EXPECT_EQ(message("misa:m=9999999k"),
+            "--indexers misa:m=9999999k: expected a number, got '9999999'");
+  EXPECT_EQ(message("misa:heads=8"),
+            "--indexers misa:heads=8: expected h=, m=, B=, blocks= or router=, got 'heads=8'");
+  EXPECT_EQ(message("best"), "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, got 'best'");
+}
+
+}  // namespace
+}  // namespace misa::cli

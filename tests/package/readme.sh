@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The README's commands and its C++ example work as printed.
+#   readme.sh SOURCE_DIR MISA_PROGRAM EXAMPLE_PROGRAM
+set -euo pipefail
+source_dir=$1 program=$2 example=$3
+
+# The fenced blocks of one language, one after the other.
+blocks() { awk -v fence="\`\`\`$1" '$0 == "```" {on = 0} on; $0 == fence {on = 1}' "$source_dir/README.md"; }
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+blocks cpp > "$work/example.cpp"
+diff -u "$source_dir/examples/select.cpp" "$work/example.cpp"
+"$example" | grep -q '^query 0 attends to positions 0 ... '
+
+# `make …` lines are what this test itself was started by.
+blocks sh | grep '^misa ' > "$work/commands"
+[ -s "$work/commands" ]
+mkdir "$work/bin" "$work/data"
+ln -s "$program" "$work/bin/misa"
+ln -s "$source_dir"/data/*.safetensors "$work/data/"
+cd "$work"
+PATH="$work/bin:$PATH" bash -euxo pipefail commands
