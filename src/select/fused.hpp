@@ -1,0 +1,41 @@
+// Selection where scoring is fused with it: a bound from a sample before scoring, the exact top k
+// of what passed it after.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/problem.hpp"
+#include "misa/cuda.hpp"
+
+namespace misa::cuda::select {
+
+// Scores of sampled keys; a row's samples are its columns that are not NaN.
+struct Samples {
+  const float* scores;   // [T, columns]
+  std::int64_t columns;  // at most kMaxSamples
+  std::int64_t stride;   // elements from one row to the next
+};
+
+inline constexpr std::int64_t kMaxSamples = 4096;
+
+// Rows that the survivors could not decide, in any order; what selects them must write their
+// outputs whole.
+struct Misses {
+  std::int32_t* rows;  // [T]
+  std::uint32_t* count;
+};
+
+// bounds [T]: more than top_k of a row's scores, and not many more, should exceed its bound
+// strictly. -inf where a row has no more than top_k keys or too few samples to say. Zeroes
+// *misses.count for the launch_survivors that follows. rows > 0; `keys` says which each row sees.
+void launch_threshold(const Samples& samples, const Keys& keys, std::int64_t rows, int top_k,
+                      float* bounds, const Misses& misses, void* stream);
+
+// Writes `out` as misa::cuda::top_k does from each row's candidates: all of its scores above some
+// bound, in lists in any order. A row of no more than top_k keys is written without them, unless
+// scores are wanted. Rows that lost candidates, or have fewer than min(top_k, keys), are appended
+// to the misses instead. Entries are aligned to 8 bytes; lists * capacity < 2^32, rows > 0.
+void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
+                      const TopK& out, const Misses& misses, void* stream);
+
+}  // namespace misa::cuda::select

@@ -1,0 +1,287 @@
+// Top-k of a row of scores in global memory, by one thread block: one read of the row.
+//
+//  1. A row of no more than k positions selects all of them.
+//  2. A sample, spread evenly over the row, gives a bound that should let through more than k
+//     scores and fewer than shared memory holds.
+//  3. The row is streamed once. Scores above the bound become candidates in shared memory, those
+//     equal to it are counted. (A row that fits is taken whole, without a bound.)
+//  4. The cut, the entry (entry.hpp) of rank k, comes
+//       a. from the candidates, if there are at least k and they fit;
+//       b. from the bound, if it is a plateau: fewer than k above it, at least k with it. The
+//          lowest of the equals fill up;
+//       c. else, where the sample misled, from the row in global memory.
+//  5. All entries from the cut on are written (emit.cuh).
+//
+// Every choice on the way depends on counts alone, never on the order in which threads appended, so
+// the result is the same bit for bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "select/emit.cuh"
+#include "select/entry.hpp"
+#include "select/generic_config.cuh"
+#include "select/radix.cuh"
+
+namespace misa::cuda::select {
+
+// A row in 16-byte vectors, with what stands before and behind them.
+struct Row {
+  const float* scores;
+  std::uint32_t length;
+  std::uint32_t head;  // scores before the first vector
+  std::uint32_t vectors;
+
+  __device__ Row(const float* data, std::uint32_t n) : scores(data), length(n) {
+    const auto misaligned = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(data) % 16);
+    head = min(n, (16 - misaligned) % 16 / 4);
+    vectors = (n - head) / 4;
+  }
+  __device__ const float4* body() const { return reinterpret_cast<const float4*>(scores + head); }
+};
+
+// The entries that selection draws from: candidates, and those of the row that are no larger than
+// a ceiling.
+struct RowSource {
+  const Held* held;
+  std::uint32_t count;
+  const float* row;
+  std::uint32_t length;
+  std::uint32_t ceiling;
+
+  template <class Visitor>
+  __device__ void visit(std::uint32_t first, std::uint32_t last, const Visitor& visitor) const {
+    for (std::uint32_t base = 0; base < count; base += kThreads) {
+      const std::uint32_t i = base + threadIdx.x;
+      const Held candidate = i < count ? held[i] : Held{};
+      visitor(make_entry(candidate.score, candidate.position), i < count);
+    }
+    const std::uint32_t end = min(last, length);
+    for (std::uint32_t base = first; base < end; base += kThreads * kLoads) {
+      float scores[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const std::uint32_t position = base + i * kThreads + threadIdx.x;
+        scores[i] = position < end ? row[position] : 0.0F;
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const std::uint32_t position = base + i * kThreads + threadIdx.x;
+        visitor(make_entry(scores[i], position),
+                position < end && ordered_bits(scores[i]) <= ceiling);
+      }
+    }
+  }
+};
+
+// Step 2.
+__device__ inline float sample_bound(Shared& shared, const RowPlan& plan, const Row& row) {
+  std::uint32_t keys[kSampleVectors * 4];
+#pragma unroll
+  for (int i = 0; i < kSampleVectors; ++i) {
+    const std::uint32_t vector = i * kThreads + threadIdx.x;
+    const std::uint64_t pairs = row.vectors / 2;
+    const auto pair = static_cast<std::uint32_t>(vector / 2 * pairs / kSegments);
+    const float4 scores = row.body()[2 * pair + vector % 2];
+    keys[4 * i] = ordered_bits(scores.x);
+    keys[4 * i + 1] = ordered_bits(scores.y);
+    keys[4 * i + 2] = ordered_bits(scores.z);
+    keys[4 * i + 3] = ordered_bits(scores.w);
+  }
+  const auto visit = [&](const auto& visitor) {
+#pragma unroll
+    for (const std::uint32_t key : keys) {
+      visitor(key, true);
+    }
+  };
+  const auto rank = [&](std::uint32_t scores) {
+    return static_cast<std::uint32_t>(std::uint64_t{scores} * kSample / row.length);
+  };
+  // All of a bracket may pass if that should fill no more than three quarters of the capacity; one
+  // key that is too many is a plateau, which the bound then excludes.
+  const std::uint32_t most = rank(plan.capacity / 4 * 3);
+  const std::uint32_t wanted = max(1U, rank(plan.target));
+  Bracket<std::uint32_t> bracket = bracket_all(shared, kSample, visit);
+  while (bracket.above + bracket.count > most && bracket.reach != 0) {
+    bracket = narrow(shared, bracket, wanted, visit);
+  }
+  return bracket.above + bracket.count > most
+             ? fmaxf(score_of_bits(bracket.low), -std::numeric_limits<float>::infinity())
+             : bound_below(bracket.low);
+}
+
+// Step 3 for N scores a thread. NaN is above nothing and equal to nothing, so it also stands for
+// "no score here".
+template <int N>
+__device__ void append(Shared& shared, Held* held, std::uint32_t capacity, float bound,
+                       const float (&scores)[N], const std::uint32_t (&positions)[N],
+                       std::uint32_t& equals) {
+  std::uint32_t own = 0;
+#pragma unroll
+  for (const float score : scores) {
+    own += score > bound ? 1 : 0;
+    equals += score == bound ? 1 : 0;
+  }
+  if (!__any_sync(kWarp, own != 0)) {
+    return;
+  }
+  const unsigned lane = threadIdx.x % 32;
+  std::uint32_t end = own;
+#pragma unroll
+  for (unsigned step = 1; step < 32; step *= 2) {
+    const std::uint32_t before = __shfl_up_sync(kWarp, end, step);
+    end += lane >= step ? before : 0;
+  }
+  std::uint32_t base = 0;
+  if (lane == 31) {
+    base = atomicAdd(&shared.appended, end);
+  }
+  std::uint32_t place = __shfl_sync(kWarp, base, 31) + end - own;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (scores[i] > bound) {
+      if (place < capacity) {
+        held[place] = {scores[i], positions[i]};
+      }
+      ++place;
+    }
+  }
+}
+
+__device__ inline void stream(Shared& shared, Held* held, std::uint32_t capacity, float bound,
+                              const Row& row) {
+  constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
+  std::uint32_t equals = 0;
+  for (std::uint32_t first = 0; first < row.vectors; first += kThreads * kLoads) {
+    float scores[kLoads * 4];
+    std::uint32_t positions[kLoads * 4];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const std::uint32_t vector = first + i * kThreads + threadIdx.x;
+      const float4 four = vector < row.vectors ? __ldcs(row.body() + vector)
+                                               : make_float4(kNone, kNone, kNone, kNone);
+      scores[4 * i] = four.x;
+      scores[4 * i + 1] = four.y;
+      scores[4 * i + 2] = four.z;
+      scores[4 * i + 3] = four.w;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        positions[4 * i + j] = row.head + 4 * vector + j;
+      }
+    }
+    append(shared, held, capacity, bound, scores, positions, equals);
+  }
+  // At most three scores before the vectors and three behind them.
+  const std::uint32_t body = 4 * row.vectors;
+  const std::uint32_t position = threadIdx.x < row.head ? threadIdx.x : threadIdx.x + body;
+  const float edge[1] = {position < row.length ? row.scores[position] : kNone};
+  append(shared, held, capacity, bound, edge, {position}, equals);
+  equals = __reduce_add_sync(kWarp, equals);
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&shared.equals, equals);
+  }
+}
+
+// Step 4b: the entry of the wanted-th (from 1) of the scores equal to a bound, lowest first.
+__device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float bound,
+                                          std::uint32_t wanted) {
+  for (std::uint32_t first = 0; first < row.length; first += kWindow) {
+#pragma unroll 4
+    for (std::uint32_t i = threadIdx.x; i < kWindow; i += kThreads) {
+      const std::uint32_t position = first + i;
+      const bool equal = position < row.length && row.scores[position] == bound;
+      const std::uint32_t word = __ballot_sync(kWarp, equal);
+      if (threadIdx.x % 32 == 0) {
+        shared.words[i / 32] = word;
+      }
+    }
+    __syncthreads();
+    std::uint32_t own = 0;
+    for (int i = 0; i < 4; ++i) {
+      own += static_cast<std::uint32_t>(__popc(shared.words[threadIdx.x * 4 + i]));
+    }
+    std::uint32_t before = 0;
+    std::uint32_t total = 0;
+    Scan(shared.scan).ExclusiveSum(own, before, total);
+    if (before < wanted && wanted <= before + own) {
+      for (std::uint32_t word = threadIdx.x * 4; before < wanted; ++word) {
+        for (std::uint32_t bits = shared.words[word]; bits != 0; bits &= bits - 1) {
+          if (++before == wanted) {
+            const std::uint32_t bit = __ffs(static_cast<int>(bits)) - 1;
+            shared.cut = make_entry(bound, first + word * 32 + bit);
+            break;
+          }
+        }
+      }
+    }
+    __syncthreads();
+    if (wanted <= total) {
+      break;
+    }
+    wanted -= total;
+  }
+  return shared.cut;
+}
+
+// Selects one row. Called by all kThreads threads of a block with plan.bytes() of shared memory,
+// aligned to 16 bytes; a block that goes on to another row synchronises in between. The row may
+// have been written by this block before a barrier.
+__device__ inline void select_row(std::byte* memory, const RowPlan& plan, const float* row_scores,
+                                  std::uint32_t length, const OutputRow& out) {
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  auto* held = reinterpret_cast<Held*>(memory + sizeof(Shared));
+  auto* staged = reinterpret_cast<std::uint16_t*>(held + plan.capacity);
+  const std::uint32_t top_k = plan.top_k;
+  const Row row(row_scores, length);
+
+  if (length <= top_k) {  // step 1
+    for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
+      out.indices[i] = static_cast<std::int32_t>(i);
+      if (out.scores != nullptr) {
+        out.scores[i] = score_of_bits(ordered_bits(row.scores[i]));
+      }
+    }
+    pad(out, length, top_k);
+    return;
+  }
+
+  std::uint32_t count = length;
+  std::uint32_t equals = 0;
+  float bound = 0;
+  if (length <= plan.capacity) {
+#pragma unroll 4
+    for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
+      held[i] = {row.scores[i], i};
+    }
+  } else {
+    if (threadIdx.x == 0) {
+      shared.appended = 0;
+      shared.equals = 0;
+    }
+    bound = sample_bound(shared, plan, row);  // begins with a barrier
+    stream(shared, held, plan.capacity, bound, row);
+    __syncthreads();
+    count = shared.appended;
+    equals = shared.equals;
+  }
+
+  RowSource source{held, count, row.scores, 0, 0};  // step 4a
+  std::uint64_t cut = 0;
+  const bool fits = count <= plan.capacity;
+  if (fits && count < top_k && top_k <= count + equals) {  // step 4b
+    cut = nth_equal(shared, row, bound, top_k - count);
+    source.length = min(entry_position(cut) + 1, length);
+    source.ceiling = static_cast<std::uint32_t>(cut >> 32);
+  } else {
+    if (!fits || count < top_k) {  // step 4c
+      source = {held, 0, row.scores, length, kWarp};
+    }
+    cut = select_entry(shared, max(source.count, source.length), top_k,
+                       [&](const auto& visitor) { source.visit(0, source.length, visitor); });
+  }
+  emit(shared, staged, source, cut, length, top_k, out);
+}
+
+}  // namespace misa::cuda::select

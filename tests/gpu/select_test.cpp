@@ -1,0 +1,673 @@
+// Selection on the device against a sort of entries on the host. All results must be equal bit for
+// bit: selection rounds nothing.
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cuda/check.cuh"
+#include "misa/cuda.hpp"
+#include "select/entry.hpp"
+#include "select/fused.hpp"
+#include "support/adversarial.hpp"
+
+namespace misa::test {
+namespace {
+
+using cuda::check;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Elements around every array. Before and behind scores they are +inf, so that whoever uses one
+// selects it; around outputs they must stay what they were.
+constexpr std::int64_t kGuard = 1024;
+
+bool have_device() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+// An array in device memory between guards. It ends where its allocation does but for the guard,
+// `shift` elements after a boundary of 256 bytes.
+template <class T>
+class Device {
+ public:
+  Device(std::span<const T> values, T guard, std::int64_t shift = 0)
+      : size_(std::ssize(values)), front_(kGuard + shift), guard_(guard) {
+    std::vector<T> all(static_cast<std::size_t>(front_ + size_ + kGuard), guard);
+    std::copy(values.begin(), values.end(), all.begin() + front_);
+    check(cudaMalloc(reinterpret_cast<void**>(&data_), all.size() * sizeof(T)), "cudaMalloc");
+    check(cudaMemcpy(data_, all.data(), all.size() * sizeof(T), cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  }
+  ~Device() { cudaFree(data_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  [[nodiscard]] T* data() const { return data_ + front_; }
+
+  // The values, after whatever was launched has ended; the guards must be whole.
+  [[nodiscard]] std::vector<T> values() const {
+    std::vector<T> all(static_cast<std::size_t>(front_ + size_ + kGuard));
+    check(cudaMemcpy(all.data(), data_, all.size() * sizeof(T), cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    const auto whole = [&](std::int64_t first, std::int64_t count) {
+      return std::all_of(all.begin() + first, all.begin() + first + count, [&](const T& value) {
+        return std::memcmp(&value, &guard_, sizeof(T)) == 0;
+      });
+    };
+    EXPECT_TRUE(whole(0, front_)) << "written before the array";
+    EXPECT_TRUE(whole(front_ + size_, kGuard)) << "written behind the array";
+    return {all.begin() + front_, all.begin() + front_ + size_};
+  }
+
+ private:
+  T* data_ = nullptr;
+  std::int64_t size_;
+  std::int64_t front_;
+  T guard_;
+};
+
+constexpr std::int32_t kPoison = 0x5A5A5A5A;
+constexpr float kPoisonScore = -12345.0F;
+
+// Outputs of `rows` rows, poisoned.
+struct Outputs {
+  Outputs(std::int64_t rows, std::int64_t top_k)
+      : indices(std::vector<std::int32_t>(rows * top_k, kPoison), kPoison),
+        scores(std::vector<float>(rows * top_k, kPoisonScore), kPoisonScore) {}
+
+  Device<std::int32_t> indices;
+  Device<float> scores;
+};
+
+struct Selected {
+  std::vector<std::int32_t> indices;
+  std::vector<std::uint32_t> scores;  // their bits
+};
+
+Selected expected(std::span<const float> row, std::int64_t top_k) {
+  std::vector<std::uint64_t> entries;
+  for (std::size_t i = 0; i < row.size(); ++i) {
+    entries.push_back(make_entry(row[i], static_cast<std::uint32_t>(i)));
+  }
+  if (std::ssize(entries) > top_k) {
+    std::nth_element(entries.begin(), entries.begin() + top_k, entries.end(), std::greater<>());
+    entries.resize(top_k);
+  }
+  std::sort(entries.begin(), entries.end(),
+            [](std::uint64_t a, std::uint64_t b) { return entry_position(a) < entry_position(b); });
+  Selected selected;
+  for (const std::uint64_t entry : entries) {
+    selected.indices.push_back(static_cast<std::int32_t>(entry_position(entry)));
+    selected.scores.push_back(std::bit_cast<std::uint32_t>(entry_score(entry)));
+  }
+  selected.indices.resize(top_k, -1);
+  selected.scores.resize(top_k, std::bit_cast<std::uint32_t>(-kInfinity));
+  return selected;
+}
+
+Selected row_of(const std::vector<std::int32_t>& indices, const std::vector<float>& scores,
+                std::int64_t row, std::int64_t top_k) {
+  Selected selected;
+  for (std::int64_t i = row * top_k; i < (row + 1) * top_k; ++i) {
+    selected.indices.push_back(indices[i]);
+    selected.scores.push_back(std::bit_cast<std::uint32_t>(scores[i]));
+  }
+  return selected;
+}
+
+// One line about the first difference instead of two rows of thousands.
+void expect_equal(const Selected& got, const Selected& want, const std::string& what) {
+  const auto compare = [&](const auto& a, const auto& b, const char* name) {
+    const auto [at, other] = std::mismatch(a.begin(), a.end(), b.begin());
+    if (at != a.end()) {
+      ADD_FAILURE() << what << ": " << name << '[' << at - a.begin() << "]: expected " << *other
+                    << ", got " << *at;
+    }
+  };
+  compare(got.indices, want.indices, "indices");
+  compare(got.scores, want.scores, "scores");
+}
+
+using RowsOfScores = std::vector<std::vector<float>>;
+
+// Runs the selector over rows that stand `padding` elements apart and start `shift` after a
+// boundary, with and without scores.
+void check_top_k(const RowsOfScores& rows, const std::vector<std::int32_t>& lengths, int top_k,
+                 const std::string& what, std::int64_t padding = 0, std::int64_t shift = 0) {
+  const std::int64_t count = std::ssize(rows);
+  const std::int64_t columns = std::ssize(rows[0]);
+  const std::int64_t stride = columns + padding;
+  std::vector<float> scores(count * stride - padding, kInfinity);
+  for (std::int64_t row = 0; row < count; ++row) {
+    std::copy(rows[row].begin(), rows[row].end(), scores.begin() + row * stride);
+  }
+  const Device<float> input(scores, kInfinity, shift);
+  const Device<std::int32_t> device_lengths(lengths, std::numeric_limits<std::int32_t>::max());
+  const cuda::Logits logits{input.data(), count, columns, stride,
+                            lengths.empty() ? nullptr : device_lengths.data()};
+  const Outputs out(count, top_k);
+  const Outputs only_indices(count, top_k);
+  cuda::top_k(logits, top_k, {out.indices.data(), out.scores.data()}, nullptr);
+  cuda::top_k(logits, top_k, {only_indices.indices.data(), nullptr}, nullptr);
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  const std::vector<std::int32_t> got = out.indices.values();
+  const std::vector<float> got_scores = out.scores.values();
+  for (std::int64_t row = 0; row < count; ++row) {
+    const std::int64_t length =
+        lengths.empty() ? columns : std::clamp<std::int64_t>(lengths[row], 0, columns);
+    expect_equal(row_of(got, got_scores, row, top_k),
+                 expected(std::span(rows[row]).first(length), top_k),
+                 what + ", k " + std::to_string(top_k) + ", columns " + std::to_string(columns) +
+                     ", padding " + std::to_string(padding) + ", shift " + std::to_string(shift) +
+                     ", row " + std::to_string(row));
+  }
+  EXPECT_EQ(only_indices.indices.values(), got) << what << ": another run, without scores";
+}
+
+std::vector<float> normal_row(std::int64_t n, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> row(n);
+  std::generate(row.begin(), row.end(), [&] { return normal(random); });
+  return row;
+}
+
+class CudaSelect : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!have_device()) {
+      GTEST_SKIP() << "no CUDA device";
+    }
+  }
+};
+
+using SmokeCudaTopK = CudaSelect;
+using CudaTopK = CudaSelect;
+using SmokeCudaSurvivors = CudaSelect;
+using CudaSurvivors = CudaSelect;
+using SmokeCudaThreshold = CudaSelect;
+using CudaThreshold = CudaSelect;
+
+TEST_F(SmokeCudaTopK, SelectsFromShortAndLongRows) {
+  for (const std::int64_t columns : {1, 3, 64, 511, 8191, 20001}) {
+    for (const int top_k : {1, 64, 2048}) {
+      check_top_k({normal_row(columns, 1), normal_row(columns, 2)}, {}, top_k, "normal", 3, 1);
+    }
+  }
+}
+
+TEST_F(SmokeCudaTopK, SelectsFromPlateausAndMisledSamples) {
+  const std::int64_t n = 9000;
+  std::vector<float> zeros(n, 0.0F);
+  std::vector<float> last(n, 0.0F);
+  std::fill(last.end() - 500, last.end(), 1.0F);
+  check_top_k({zeros, last, std::vector<float>(n, kNaN)}, {}, 2048, "plateaus");
+}
+
+TEST_F(CudaTopK, ShapesAroundEveryBoundary) {
+  for (const std::int64_t boundary : {512, 2048, 7680, 8192, 16384, 32768, 65536, 70000}) {
+    for (const std::int64_t beside : {-4, -1, 0, 1, 2, 5}) {
+      const std::int64_t columns = boundary + beside;
+      const auto seed = static_cast<std::uint64_t>(columns);
+      for (const int top_k : {1, 17, 512, 2048, 2049, 16384}) {
+        check_top_k({normal_row(columns, seed), normal_row(columns, seed + 1)}, {}, top_k, "normal",
+                    columns % 5, columns % 4);
+      }
+    }
+  }
+}
+
+TEST_F(CudaTopK, GeneratedShapes) {
+  std::mt19937_64 random(7);
+  const auto below = [&](std::int64_t end) {
+    return std::uniform_int_distribution<std::int64_t>(0, end - 1)(random);
+  };
+  for (int i = 0; i < 150; ++i) {
+    const std::int64_t columns = 1 + below(std::int64_t{1} << (1 + below(17)));
+    const int top_k = static_cast<int>(1 + below(std::int64_t{1} << (1 + below(14))));
+    RowsOfScores rows;
+    std::vector<std::int32_t> lengths;
+    for (int row = 0; row < 4; ++row) {
+      rows.push_back(normal_row(columns, random()));
+      if (row % 2 == 1) {  // many equal scores
+        for (float& score : rows.back()) {
+          score = std::round(score * 8);
+        }
+      }
+      lengths.push_back(static_cast<std::int32_t>(below(2 * columns)));
+    }
+    check_top_k(rows, lengths, top_k, "generated " + std::to_string(i), below(9), below(4));
+  }
+}
+
+TEST_F(CudaTopK, Lengths) {
+  for (const int top_k : {1, 100, 2048}) {
+    const std::vector<std::int32_t> lengths{std::numeric_limits<std::int32_t>::min(),
+                                            -1,
+                                            0,
+                                            1,
+                                            top_k - 1,
+                                            top_k,
+                                            top_k + 1,
+                                            8999,
+                                            9000,
+                                            9001,
+                                            std::numeric_limits<std::int32_t>::max()};
+    RowsOfScores rows;
+    for (std::size_t i = 0; i < lengths.size(); ++i) {
+      rows.push_back(normal_row(9000, i));
+    }
+    check_top_k(rows, lengths, top_k, "lengths", 2, 3);
+  }
+}
+
+TEST_F(CudaTopK, LongRows) {
+  check_top_k({normal_row(200003, 1)}, {}, 2048, "long");
+  check_top_k({normal_row(1 << 20, 2)}, {}, 2048, "long");
+  check_top_k({normal_row((1 << 20) + 3, 3)}, {}, 16384, "long");
+}
+
+TEST_F(CudaTopK, AdversarialRows) {
+  for (const ScoreRow& row : adversarial_rows()) {
+    for (const std::int64_t n : {300, 7681, 20000, 66001}) {
+      for (const int top_k : {16, 2048, 8192}) {
+        check_top_k({row.make(n, top_k)}, {}, top_k, std::string(row.name), 0, n % 4);
+      }
+    }
+  }
+}
+
+// The sample takes pairs of vectors at even distances: rows that are better, or worse, just there.
+TEST_F(CudaTopK, RowsThatMisleadTheSample) {
+  for (const std::int64_t n : {16384, 65536, 131072}) {
+    const std::int64_t period = n / 512;
+    for (const float step : {10.0F, -10.0F, kInfinity, -kInfinity, kNaN}) {
+      std::vector<float> row = normal_row(n, 5);
+      for (std::int64_t i = 0; i < n; ++i) {
+        row[i] += i % period < 8 ? step : 0.0F;
+      }
+      for (const int top_k : {100, 2048, 8192}) {
+        check_top_k({row}, {}, top_k, "step " + std::to_string(step));
+      }
+    }
+  }
+}
+
+// Scores above a plateau: as many as there is capacity, k, or beside them; equals around the quota.
+TEST_F(CudaTopK, PlateausAtTheBound) {
+  for (const std::int64_t above : {0, 1, 2047, 2048, 2049, 7679, 7680, 7681}) {
+    for (const std::int64_t equal : {0, 1, 2, 3000, 40000}) {
+      std::vector<float> row = normal_row(66000, 11);
+      for (std::int64_t i = 0; i < std::ssize(row); ++i) {
+        row[i] = i < above ? 1 + std::abs(row[i]) : i < above + equal ? 1.0F : -std::abs(row[i]);
+      }
+      std::shuffle(row.begin(), row.end(), std::mt19937_64(3));
+      check_top_k({row}, {}, 2048,
+                  std::to_string(above) + " above, " + std::to_string(equal) + " equal");
+    }
+  }
+}
+
+// Few zeros at the sampled rank: the bound lies at zero, where -0 and +0 are one.
+TEST_F(CudaTopK, ZerosOfBothSignsAtTheBound) {
+  std::vector<float> row = normal_row(65536, 13);
+  for (std::int64_t i = 0; i < std::ssize(row); ++i) {
+    const float size = std::abs(row[i]);
+    row[i] = i < 3000 ? size : i < 4500 ? (i % 2 == 0 ? 0.0F : -0.0F) : -size;
+  }
+  std::shuffle(row.begin(), row.end(), std::mt19937_64(5));
+  for (const int top_k : {2048, 3000, 3001, 4000, 4500, 4501}) {
+    check_top_k({row}, {}, top_k, "zeros");
+  }
+}
+
+TEST_F(CudaTopK, InfinitiesAndNaN) {
+  for (const float value : {kInfinity, -kInfinity, kNaN}) {
+    for (const std::int64_t others : {0, 1, 2047, 2048, 7680, 30000}) {
+      std::vector<float> row(40000, value);
+      const std::vector<float> normal = normal_row(others, 17);
+      std::copy(normal.begin(), normal.end(), row.begin());
+      std::shuffle(row.begin(), row.end(), std::mt19937_64(7));
+      check_top_k({row}, {}, 2048, std::to_string(value) + " but for " + std::to_string(others));
+    }
+  }
+}
+
+TEST_F(CudaTopK, CanBeCaptured) {
+  const std::vector<float> row = normal_row(30000, 19);
+  const Device<float> input(row, kInfinity);
+  const Outputs out(1, 512);
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check(cudaStreamCreate(&stream), "cudaStreamCreate");
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+  cuda::top_k({input.data(), 1, 30000}, 512, {out.indices.data(), out.scores.data()}, stream);
+  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  expect_equal(row_of(out.indices.values(), out.scores.values(), 0, 512), expected(row, 512),
+               "captured");
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+// --- The fused path ---
+
+// Rows of scores as scoring would hand them on: all that exceed a bound, each to the list that its
+// position names.
+struct Survivors {
+  std::int64_t lists;
+  std::int64_t capacity;
+  std::vector<cuda::Candidate> entries;  // [T, lists, capacity], with junk behind the filled
+  std::vector<std::uint32_t> counts;     // [T, lists]
+};
+
+Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& bounds,
+                       std::int64_t lists, std::int64_t capacity) {
+  const std::int64_t count = std::ssize(rows);
+  Survivors survivors{
+      lists, capacity,
+      std::vector<cuda::Candidate>(count * lists * capacity, cuda::Candidate{kInfinity, 77}),
+      std::vector<std::uint32_t>(count * lists, 0)};
+  std::mt19937_64 random(23);
+  for (std::int64_t t = 0; t < count; ++t) {
+    std::vector<std::uint32_t> positions;
+    for (std::size_t i = 0; i < rows[t].size(); ++i) {
+      if (rows[t][i] > bounds[t]) {
+        positions.push_back(static_cast<std::uint32_t>(i));
+      }
+    }
+    std::shuffle(positions.begin(), positions.end(), random);
+    for (const std::uint32_t position : positions) {
+      const std::int64_t list = t * lists + position / 64 % lists;
+      const std::uint32_t place = survivors.counts[list]++;
+      if (place < capacity) {
+        survivors.entries[list * capacity + place] = {rows[t][position], position};
+      }
+    }
+  }
+  return survivors;
+}
+
+// Queries whose keys stand one after the other, as many as there are scores.
+class Sequences {
+ public:
+  explicit Sequences(const RowsOfScores& rows)
+      : total_(total(rows)), starts_(ranges(rows, false), -7), ends_(ranges(rows, true), -7) {}
+
+  [[nodiscard]] cuda::Keys keys() const {
+    cuda::Keys keys{};
+    keys.tokens = total_;
+    keys.starts = starts_.data();
+    keys.ends = ends_.data();
+    keys.max_keys = std::numeric_limits<std::int32_t>::max();
+    return keys;
+  }
+
+ private:
+  static std::int64_t total(const RowsOfScores& rows) {
+    std::int64_t sum = 0;
+    for (const auto& row : rows) {
+      sum += std::ssize(row);
+    }
+    return sum;
+  }
+  static std::vector<std::int32_t> ranges(const RowsOfScores& rows, bool ends) {
+    std::vector<std::int32_t> edges;
+    std::int64_t sum = 0;
+    for (const auto& row : rows) {
+      edges.push_back(static_cast<std::int32_t>(sum + (ends ? std::ssize(row) : 0)));
+      sum += std::ssize(row);
+    }
+    return edges;
+  }
+
+  std::int64_t total_;
+  Device<std::int32_t> starts_;
+  Device<std::int32_t> ends_;
+};
+
+// Runs launch_survivors with and without scores; returns the rows that missed, sorted.
+std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Survivors& survivors,
+                                          int top_k, const std::string& what,
+                                          bool with_scores = true) {
+  const std::int64_t count = std::ssize(rows);
+  const Sequences sequences(rows);
+  const Device<cuda::Candidate> entries(survivors.entries, {kInfinity, 99});
+  const Device<std::uint32_t> counts(survivors.counts, 0xFFFFFFFFU);
+  const cuda::Candidates candidates{entries.data(), counts.data(),
+                                    static_cast<std::uint32_t>(survivors.lists),
+                                    static_cast<std::uint32_t>(survivors.capacity)};
+  const Device<std::int32_t> missed(std::vector<std::int32_t>(count, kPoison), kPoison);
+  const Device<std::uint32_t> miss_count(std::vector<std::uint32_t>{0}, 0x5A5A5A5AU);
+  const Outputs out(count, top_k);
+  cuda::select::launch_survivors(candidates, sequences.keys(), count, top_k,
+                                 {out.indices.data(), with_scores ? out.scores.data() : nullptr},
+                                 {missed.data(), miss_count.data()}, nullptr);
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  std::vector<std::int32_t> misses = missed.values();
+  misses.resize(miss_count.values()[0]);
+  std::sort(misses.begin(), misses.end());
+  const std::vector<std::int32_t> indices = out.indices.values();
+  const std::vector<float> scores = out.scores.values();
+  for (std::int64_t t = 0; t < count; ++t) {
+    if (std::binary_search(misses.begin(), misses.end(), t)) {
+      continue;
+    }
+    Selected want = expected(rows[t], top_k);
+    const Selected got = row_of(indices, scores, t, top_k);
+    if (!with_scores) {
+      want.scores = got.scores;
+    }
+    expect_equal(got, want, what + ", k " + std::to_string(top_k) + ", row " + std::to_string(t));
+  }
+  return misses;
+}
+
+// A bound that lets through as many scores as wanted, or a few more.
+float bound_for(const std::vector<float>& row, std::int64_t wanted) {
+  std::vector<float> sorted = row;
+  if (wanted >= std::ssize(sorted)) {
+    return -kInfinity;
+  }
+  std::nth_element(sorted.begin(), sorted.begin() + wanted, sorted.end(), std::greater<>());
+  return sorted[wanted];
+}
+
+TEST_F(SmokeCudaSurvivors, SelectsExactly) {
+  RowsOfScores rows;
+  std::vector<float> bounds;
+  for (const std::int64_t n : {5000, 3000, 2048, 100, 0}) {
+    rows.push_back(normal_row(n, static_cast<std::uint64_t>(n)));
+    bounds.push_back(bound_for(rows.back(), 3000));
+  }
+  const Survivors survivors = survivors_of(rows, bounds, 24, 256);
+  EXPECT_TRUE(check_survivors(rows, survivors, 2048, "with scores").empty());
+  EXPECT_TRUE(check_survivors(rows, survivors, 2048, "without scores", false).empty());
+}
+
+TEST_F(SmokeCudaSurvivors, ReportsMisses) {
+  const RowsOfScores rows{normal_row(5000, 1), normal_row(5000, 2), normal_row(5000, 3),
+                          normal_row(50, 4)};
+  const std::vector<float> bounds{bound_for(rows[0], 99), bound_for(rows[1], 100),
+                                  bound_for(rows[2], 2000), 0.0F};
+  const Survivors survivors = survivors_of(rows, bounds, 16, 64);
+  // Too few; just enough; lists that overflow; a short row with candidates missing.
+  EXPECT_EQ(check_survivors(rows, survivors, 100, "with scores"),
+            (std::vector<std::int32_t>{0, 2, 3}));
+  EXPECT_EQ(check_survivors(rows, survivors, 100, "without scores", false),
+            (std::vector<std::int32_t>{0, 2}));
+}
+
+TEST_F(CudaSurvivors, GeneratedShapes) {
+  std::mt19937_64 random(29);
+  const auto below = [&](std::int64_t end) {
+    return std::uniform_int_distribution<std::int64_t>(0, end - 1)(random);
+  };
+  for (int i = 0; i < 100; ++i) {
+    const int top_k = static_cast<int>(1 + below(std::int64_t{1} << (1 + below(14))));
+    RowsOfScores rows;
+    std::vector<float> bounds;
+    for (int t = 0; t < 4; ++t) {
+      rows.push_back(normal_row(below(std::int64_t{1} << (1 + below(17))), random()));
+      if (t % 2 == 1) {
+        for (float& score : rows.back()) {
+          score = std::round(score * 64);
+        }
+      }
+      bounds.push_back(bound_for(rows.back(), top_k + below(top_k) + 4));
+    }
+    const std::int64_t lists = 1 + below(700);
+    const Survivors survivors = survivors_of(rows, bounds, lists, 2 * top_k / lists + 200);
+    check_survivors(rows, survivors, top_k, "generated " + std::to_string(i), i % 3 != 0);
+  }
+}
+
+// More candidates than shared memory holds, at every capacity's edge.
+TEST_F(CudaSurvivors, MoreThanSharedMemoryHolds) {
+  for (const std::int64_t count : {5119, 5120, 5121, 8191, 60000}) {
+    const RowsOfScores rows{normal_row(70000, static_cast<std::uint64_t>(count))};
+    const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 128, 600);
+    EXPECT_TRUE(check_survivors(rows, survivors, 2048, std::to_string(count)).empty());
+  }
+  const RowsOfScores rows{normal_row(70000, 1)};
+  const Survivors survivors = survivors_of(rows, {-kInfinity}, 1, 70000);
+  EXPECT_TRUE(check_survivors(rows, survivors, 16384, "one list").empty());
+}
+
+TEST_F(CudaSurvivors, TiesAndWideRanges) {
+  std::vector<float> equal(40000, 1.0F);
+  std::vector<float> zeros = normal_row(40000, 31);
+  std::vector<float> wide = normal_row(40000, 37);
+  for (std::size_t i = 0; i < zeros.size(); ++i) {
+    zeros[i] = std::max(0.0F, zeros[i] - 2);
+    wide[i] = std::ldexp(wide[i], static_cast<int>(i * 37 % 200) - 100);
+  }
+  wide[5] = kInfinity;
+  const RowsOfScores rows{equal, zeros, wide};
+  for (const int top_k : {1, 2048, 8192}) {
+    const Survivors survivors = survivors_of(rows, {0.5F, -0.5F, -kInfinity}, 100, 1000);
+    EXPECT_TRUE(check_survivors(rows, survivors, top_k, "ties").empty());
+  }
+}
+
+TEST_F(CudaSurvivors, LongRows) {
+  const RowsOfScores rows{normal_row(3000000, 41)};
+  const Survivors survivors = survivors_of(rows, {bound_for(rows[0], 3000)}, 128, 64);
+  EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
+}
+
+// Every stride-th score of each row, counted from the first key of all, as scoring samples; NaN
+// elsewhere.
+std::vector<float> sample(const RowsOfScores& rows, std::int64_t stride, std::int64_t columns) {
+  std::vector<float> samples(rows.size() * columns, kNaN);
+  std::int64_t start = 0;
+  for (std::size_t t = 0; t < rows.size(); ++t) {
+    for (std::int64_t i = 0; i < std::ssize(rows[t]); ++i) {
+      if ((start + i) % stride == 0) {
+        samples[t * columns + (start + i) / stride] = rows[t][i];
+      }
+    }
+    start += std::ssize(rows[t]);
+  }
+  return samples;
+}
+
+std::vector<float> bounds_of(const RowsOfScores& rows, const std::vector<float>& samples,
+                             std::int64_t columns, int top_k) {
+  const std::int64_t count = std::ssize(rows);
+  const Sequences sequences(rows);
+  const Device<float> device_samples(samples, kInfinity);
+  const Device<float> bounds(std::vector<float>(count, kPoisonScore), kPoisonScore);
+  const Device<std::uint32_t> miss_count(std::vector<std::uint32_t>{5}, 0x5A5A5A5AU);
+  cuda::select::launch_threshold({device_samples.data(), columns, columns}, sequences.keys(), count,
+                                 top_k, bounds.data(), {nullptr, miss_count.data()}, nullptr);
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  EXPECT_EQ(miss_count.values()[0], 0U);
+  return bounds.values();
+}
+
+TEST_F(SmokeCudaThreshold, LetsEverythingThroughWhereItCannotSay) {
+  const RowsOfScores rows{normal_row(100, 1), normal_row(101, 2), normal_row(0, 3),
+                          normal_row(150, 4)};
+  // One sample in 64: too few for k = 100 of up to 150.
+  EXPECT_EQ(bounds_of(rows, sample(rows, 64, 33), 33, 100), std::vector<float>(4, -kInfinity));
+}
+
+// With all scores sampled there is no doubt: exactly k exceed the bound, but for a sixteenth more.
+TEST_F(SmokeCudaThreshold, IsExactWithoutSampling) {
+  const RowsOfScores rows{normal_row(1000, 1), normal_row(800, 2)};
+  const std::vector<float> bounds = bounds_of(rows, sample(rows, 1, 1800), 1800, 100);
+  for (std::size_t t = 0; t < rows.size(); ++t) {
+    const auto above = std::count_if(rows[t].begin(), rows[t].end(),
+                                     [&](float score) { return score > bounds[t]; });
+    EXPECT_GE(above, 100);
+    EXPECT_LE(above, 101 + 101 / 16);
+  }
+}
+
+TEST_F(CudaThreshold, BoundsTheSurvivorsOfNormalRows) {
+  struct Shape {
+    std::int64_t n;
+    std::int64_t stride;
+    int top_k;
+  };
+  for (const Shape& shape : {Shape{8192, 16, 512}, Shape{65536, 64, 2048}, Shape{65536, 32, 2048},
+                             Shape{131072, 64, 4096}, Shape{131072, 32, 8192}}) {
+    RowsOfScores rows;
+    for (std::uint64_t t = 0; t < 8; ++t) {
+      rows.push_back(normal_row(shape.n + static_cast<std::int64_t>(t), t));
+    }
+    // Rows one by one, so that each has the columns of the sample for itself.
+    for (const auto& row : rows) {
+      const std::int64_t columns = (std::ssize(row) + shape.stride - 1) / shape.stride;
+      const std::int64_t padded = std::min<std::int64_t>(columns + 5, cuda::select::kMaxSamples);
+      if (columns > padded) {
+        continue;
+      }
+      const float bound =
+          bounds_of({row}, sample({row}, shape.stride, padded), padded, shape.top_k)[0];
+      const auto above = static_cast<double>(
+          std::count_if(row.begin(), row.end(), [&](float score) { return score > bound; }));
+      // The rank that the sample was cut at, a sixteenth more, and five deviations either way.
+      const double mean = static_cast<double>(shape.top_k) / static_cast<double>(shape.stride);
+      const double rank = (mean + 4.5 * std::sqrt(mean) + 2) * 17 / 16;
+      const double most = static_cast<double>(shape.stride) * (rank + 5 * std::sqrt(rank));
+      EXPECT_GT(above, shape.top_k) << shape.n;
+      EXPECT_LT(above, most) << shape.n;
+    }
+  }
+}
+
+// The bound lies on a plateau of zeros: what exceeds it are the scores above zero.
+TEST_F(CudaThreshold, LeavesWidePlateausOut) {
+  std::vector<float> row = normal_row(65536, 43);
+  for (float& score : row) {
+    score = std::max(0.0F, score - 1.75F);  // about 2600 above zero
+  }
+  EXPECT_EQ(bounds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{0.0F});
+}
+
+TEST_F(CudaThreshold, TakesNaNForNoSample) {
+  std::vector<float> row(65536, kNaN);
+  EXPECT_EQ(bounds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{-kInfinity});
+}
+
+}  // namespace
+}  // namespace misa::test
