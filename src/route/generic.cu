@@ -1,0 +1,30 @@
+// The data flow of routing: block means where the router asks for them, heads, residual row.
+#include "pool/generic.hpp"
+#include "route/generic.hpp"
+#include "route/means.hpp"
+#include "route/sampled.hpp"
+
+namespace misa::cuda::route {
+
+std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape,
+                            std::int64_t total_keys) {
+  return config.router == Router::pooled
+             ? pool::workspace_bytes(shape.tokens, total_keys, shape.dim, config.block)
+             : 0;
+}
+
+void launch(const Problem& problem, const IndexerConfig& config, const Routing& out,
+            std::span<std::byte> workspace, cudaStream_t stream) {
+  if (problem.q.tokens == 0) {
+    return;
+  }
+  if (config.router == Router::pooled) {
+    const pool::Means means = pool::launch(problem, config.block, workspace, stream);
+    launch_pooled(problem, means, config.heads, out.heads, stream);
+  }
+  if (config.router != Router::pooled || config.residual) {
+    launch_sampled(problem, config, out, stream);
+  }
+}
+
+}  // namespace misa::cuda::route
