@@ -1,0 +1,19 @@
+// CUDA's errors as this library's.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "misa/error.hpp"
+
+namespace misa::cuda {
+
+inline void check(cudaError_t result, const char* call) {
+  if (result != cudaSuccess) {
+    throw Error(ErrorCode::internal, std::string(call) + ": " + cudaGetErrorString(result) + " (" +
+                                         cudaGetErrorName(result) + ")");
+  }
+}
+
+}  // namespace misa::cuda

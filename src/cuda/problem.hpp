@@ -1,0 +1,68 @@
+// A call in device memory, as every CUDA stage sees it. Host code validated the shapes; what the
+// arrays hold is unknown, so kernels clamp whatever they use as an index.
+#pragma once
+
+#include <cstdint>
+
+#include "misa/view.hpp"
+
+namespace misa::cuda {
+
+// Ragged keys k [L, D] and the range that each query sees.
+struct Keys {
+  const void* data;
+  DType dtype;
+  std::int64_t tokens;         // L
+  std::int64_t stride;         // elements from one key to the next
+  const float* scale;          // [L] for e4m3, else null
+  const std::int32_t* starts;  // ks [T]
+  const std::int32_t* ends;    // ke [T]
+  std::int32_t max_keys;       // no query sees more; rows that would are cut there
+};
+
+// Queries and weights have their strides resolved. A slab of a call is a Problem whose pointers
+// are moved and whose q.tokens is the slab's.
+struct Problem {
+  Queries q;
+  Weights w;
+  Keys k;
+};
+
+// What scores for a query: routed heads, and the row that stands for the others.
+struct Routing {
+  std::int32_t* heads;    // [T, h] ascending; -1 for empty rows
+  float* residual;        // [T, D] before rounding; 0 for empty rows; null: no residual row
+  std::uint8_t* rounded;  // [T, D] e4m3, where keys are e4m3: residual = rounded * scale
+  float* rounded_scale;   // [T]
+};
+
+// Which positions the columns of a matrix of scores stand for: column c is position c; or, with a
+// list, position list[t, c / block] * block + c % block of query t.
+struct Columns {
+  const std::int32_t* list;  // [T, width] ascending, -1 behind them; null: no list
+  std::int32_t width;
+  std::int32_t block;
+};
+
+// Scores [T, columns].
+struct Scores {
+  float* data;
+  std::int64_t columns;
+};
+
+// A position and its score, as scoring hands it to selection; one 8-byte store.
+struct alignas(8) Candidate {
+  float score;
+  std::uint32_t position;
+};
+
+// The candidates of each query, in lists that one writer each fills: [T, lists, capacity] entries
+// and [T, lists] counts. A count above the capacity says that entries were lost.
+struct Candidates {
+  Candidate* entries;
+  std::uint32_t* counts;
+  std::uint32_t lists;
+  std::uint32_t capacity;
+};
+
+}  // namespace misa::cuda

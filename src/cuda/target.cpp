@@ -1,0 +1,46 @@
+#include "cuda/target.hpp"
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+
+namespace misa::cuda {
+namespace {
+
+// Priorities above those of the CPU's: where there is a device, it is what the caller wants.
+constexpr std::array kTargets{
+    Target{"cuda-generic", "CUDA mma.sync",
+           "a GPU of compute capability 8.0 or above, and a driver", 100, 80},
+};
+
+bool any_device() {
+  static const bool found = [] {
+    int count = 0;
+    const bool any = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+    cudaGetLastError();  // no device is no error of a later call
+    return any;
+  }();
+  return found;
+}
+
+// Of the current device; 0 if it cannot be told.
+int capability() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  return known ? 10 * major + minor : 0;
+}
+
+}  // namespace
+
+std::span<const Target> targets() { return kTargets; }
+
+bool available(const Target& target) {
+  return any_device() && capability() >= target.least_capability;
+}
+
+}  // namespace misa::cuda

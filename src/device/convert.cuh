@@ -1,0 +1,48 @@
+// Elements of every dtype as bf16 or fp32. e4m3 is exact in bf16.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "misa/types.hpp"
+
+namespace misa::cuda {
+
+// Element i of a row of any dtype.
+__device__ inline float element(const void* row, DType dtype, std::int64_t i) {
+  switch (dtype) {
+    case DType::f32: return static_cast<const float*>(row)[i];
+    case DType::bf16: return bf16_to_float(static_cast<const std::uint16_t*>(row)[i]);
+    case DType::e4m3: return e4m3_to_float(static_cast<const std::uint8_t*>(row)[i]);
+  }
+  return 0;
+}
+
+// Two bf16 in a register, the first in the lower half.
+__device__ inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
+  const auto product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(a),
+                               reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const std::uint32_t&>(product);
+}
+
+// The two e4m3 that stand in the upper bytes of the halves of `pair`.
+//  1. Exponent and mantissa move to where bf16 has them: a value 2^-120 as large, for the biases
+//     are 7 and 127. Subnormals follow the same rule, for bf16 has them too.
+//  2. The product with 2^120 is exact.
+//  3. e4m3's one NaN, all ones, came out as 480 and gets all ones.
+__device__ inline std::uint32_t e4m3x2_to_bf16x2(std::uint32_t pair) {
+  constexpr std::uint32_t kRescale = 0x7B807B80;  // 2^120, twice
+  const std::uint32_t small = (pair & 0x80008000) | (pair >> 4 & 0x07F007F0);
+  const std::uint32_t nan = ((pair & 0x7F007F00) + 0x01000100) & 0x80008000;
+  return multiply_bf16x2(small, kRescale) | (nan - (nan >> 15));
+}
+
+// Four e4m3 of a register.
+__device__ inline void e4m3x4_to_bf16(std::uint32_t bytes, std::uint32_t& low,
+                                      std::uint32_t& high) {
+  low = e4m3x2_to_bf16x2(__byte_perm(bytes, 0, 0x1404));
+  high = e4m3x2_to_bf16x2(__byte_perm(bytes, 0, 0x3424));
+}
+
+}  // namespace misa::cuda

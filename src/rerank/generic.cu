@@ -1,0 +1,64 @@
+#include "rerank/generic.hpp"
+
+#include <cuda_runtime.h>
+
+#include "cuda/check.cuh"
+#include "cuda/range.cuh"
+
+namespace misa::cuda::rerank {
+namespace {
+
+constexpr int kThreads = 256;
+
+// A thread a query.
+__global__ void lengths_kernel(Keys keys, std::int64_t queries, Columns columns, std::int32_t most,
+                               std::int32_t* lengths) {
+  const std::int64_t t = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (t >= queries) {
+    return;
+  }
+  const std::int32_t n = visible(keys, t).length;
+  std::int64_t length = n;
+  if (columns.list != nullptr) {
+    length = 0;
+    for (std::int32_t i = 0; i < columns.width; ++i) {
+      const std::int32_t first = position_of(columns, t, std::int64_t{i} * columns.block, n);
+      length += first < 0 ? 0 : min(columns.block, n - first);
+    }
+  }
+  lengths[t] = static_cast<std::int32_t>(min(length, std::int64_t{most}));
+}
+
+// A thread an entry.
+__global__ void positions_kernel(Keys keys, std::int64_t entries, Columns columns,
+                                 std::int32_t* chosen, std::int32_t width) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= entries || chosen[i] < 0) {
+    return;
+  }
+  const std::int64_t t = i / width;
+  chosen[i] = position_of(columns, t, chosen[i], visible(keys, t).length);
+}
+
+unsigned blocks_for(std::int64_t threads) {
+  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+}
+
+}  // namespace
+
+void launch_lengths(const Keys& keys, std::int64_t queries, const Columns& columns,
+                    std::int32_t most, std::int32_t* lengths, void* stream) {
+  lengths_kernel<<<blocks_for(queries), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      keys, queries, columns, most, lengths);
+  check(cudaGetLastError(), "lengths");
+}
+
+void launch_positions(const Keys& keys, std::int64_t queries, const Columns& columns,
+                      std::int32_t* chosen, std::int32_t width, void* stream) {
+  const std::int64_t entries = queries * width;
+  positions_kernel<<<blocks_for(entries), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      keys, entries, columns, chosen, width);
+  check(cudaGetLastError(), "positions");
+}
+
+}  // namespace misa::cuda::rerank
