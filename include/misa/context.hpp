@@ -11,9 +11,9 @@
 namespace misa {
 
 struct ContextOptions {
-  /// "auto", "cpu", or a backend's own name. "auto" is the one that the environment variable
-  /// MISA_BACKEND names, else the one of highest priority that this machine can run; "cpu" is the
-  /// best of those for the CPU.
+  /// "auto", "cpu", "cuda", or a backend's own name. "auto" is the one that the environment
+  /// variable MISA_BACKEND names, else the one of highest priority that this machine can run; "cpu"
+  /// and "cuda" are the best of those for the CPU or a CUDA device.
   std::string_view backend = "auto";
   int threads = 0;                                     ///< 0: as many as the process may use
   std::size_t workspace_cap = std::size_t{256} << 20;  ///< bytes a plan's workspace may take

@@ -34,7 +34,8 @@ class Backend {
 };
 
 const Backend& reference_backend();
-std::span<const Backend* const> cpu_backends();  // one an instruction set, by falling priority
+std::span<const Backend* const> cpu_backends();   // one an instruction set, by falling priority
+std::span<const Backend* const> cuda_backends();  // in builds with CUDA, by falling priority
 
 // Every backend of this build, by falling priority.
 std::span<const Backend* const> all_backends();

@@ -16,8 +16,11 @@ namespace misa {
 
 std::span<const Backend* const> all_backends() {
   static const std::vector<const Backend*> list = [] {
-    const auto cpu = cpu_backends();
-    std::vector<const Backend*> all(cpu.begin(), cpu.end());
+    std::vector<const Backend*> all;
+#if MISA_HAVE_CUDA
+    all.insert(all.end(), cuda_backends().begin(), cuda_backends().end());
+#endif
+    all.insert(all.end(), cpu_backends().begin(), cpu_backends().end());
     all.push_back(&reference_backend());
     return all;
   }();
@@ -77,19 +80,22 @@ const Backend& choose(std::string_view name) {
     name = wanted != nullptr && *wanted != '\0' ? wanted : "auto";
   }
   std::vector<std::string> present{"auto", "cpu"};
+  std::string requirement;  // of the last backend that was asked for and cannot run
   for (const Backend* backend : all_backends()) {
     const BackendInfo info = backend->info();
-    const bool family = name == "auto" || (name == "cpu" && info.name.starts_with("cpu-"));
-    if (info.available && (family || info.name == name)) {
+    const bool family = (name == "cpu" || name == "cuda") && info.name.starts_with(name);
+    if (info.available && (name == "auto" || family || info.name == name)) {
       return *backend;
     }
-    if (info.name == name) {
-      throw Error(ErrorCode::unsupported,
-                  fmt::format("backend: '{}' needs {}", name, info.requirement));
+    if (family || info.name == name) {
+      requirement = info.requirement;
     }
     if (info.available) {
       present.push_back(info.name);
     }
+  }
+  if (!requirement.empty()) {
+    throw Error(ErrorCode::unsupported, fmt::format("backend: '{}' needs {}", name, requirement));
   }
   throw Error(ErrorCode::unsupported,
               fmt::format("backend: expected {}, got '{}'", fmt::join(present, ", "), name));

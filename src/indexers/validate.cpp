@@ -154,7 +154,7 @@ Weights validated(const Weights& w, const Queries& q) {
   return resolved;
 }
 
-RaggedKeys validated(const RaggedKeys& k, const Queries& q) {
+RaggedKeys validated_layout(const RaggedKeys& k, const Queries& q) {
   validate_dtype("k", k.dtype);
   require(k.tokens >= 0 && k.tokens <= kMaxKeys, "k: expected L = 0 to {}, got {}", kMaxKeys,
           k.tokens);
@@ -174,6 +174,11 @@ RaggedKeys validated(const RaggedKeys& k, const Queries& q) {
           k.ends.size());
   require_data("ks", k.starts.data(), q.tokens, alignof(std::int32_t));
   require_data("ke", k.ends.data(), q.tokens, alignof(std::int32_t));
+  return resolved;
+}
+
+RaggedKeys validated(const RaggedKeys& k, const Queries& q) {
+  const RaggedKeys resolved = validated_layout(k, q);
   for (std::size_t t = 0; t < k.starts.size(); ++t) {
     require(k.starts[t] >= 0 && k.starts[t] <= k.tokens, "ks[{}]: expected 0 to L = {}, got {}", t,
             k.tokens, k.starts[t]);

@@ -18,6 +18,9 @@ Weights validated(const Weights& w, const Queries& q);
 RaggedKeys validated(const RaggedKeys& k, const Queries& q);
 PagedKeys validated(const PagedKeys& k, const Queries& q);
 
+// The same without a look at what the arrays hold, which may lie in device memory.
+RaggedKeys validated_layout(const RaggedKeys& k, const Queries& q);
+
 // The shape of a validated call.
 Shape shape_of(const Queries& q, const RaggedKeys& k);
 Shape shape_of(const Queries& q, const PagedKeys& k);

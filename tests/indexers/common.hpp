@@ -16,6 +16,12 @@ namespace misa::test {
 class EachBackend : public ::testing::TestWithParam<std::string> {
  protected:
   [[nodiscard]] Context context(int threads = 1) const { return context_for(GetParam(), threads); }
+
+  template <class Inputs>
+  [[nodiscard]] ::testing::AssertionResult valid(const IndexerConfig& config, const Inputs& inputs,
+                                                 const Selected& result) const {
+    return test::valid(config, inputs, result, GetParam());
+  }
 };
 
 // A backend's name as a test's name may hold it.

@@ -43,7 +43,7 @@ class Shapes : public ::testing::TestWithParam<ShapeCase> {
     const int routed = static_cast<int>(std::min<std::int64_t>(3, shape.heads));
     for (const NamedConfig& named : named_configs(kTopK, routed)) {
       const Selected result = run(context, named.config, ragged);
-      ASSERT_TRUE(valid(named.config, ragged, result)) << named.name;
+      ASSERT_TRUE(valid(named.config, ragged, result, shape.backend)) << named.name;
       if (shape.k_dtype == DType::e4m3) {
         const PagedInputs paged(pack, {7, 4, true});
         EXPECT_TRUE(same_bits(run(context, named.config, paged), result)) << named.name;

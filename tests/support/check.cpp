@@ -213,7 +213,7 @@ Fault judge_row(const IndexerConfig& config, const BoundedRow& row, const Select
 
 template <class Keys>
 AssertionResult judge(const IndexerConfig& config, const Queries& q, const Weights& w,
-                      const Keys& keys, const Selected& result) {
+                      const Keys& keys, const Selected& result, std::string_view backend) {
   const bool routed = config.router != Router::all;
   const std::int64_t tokens = q.tokens;
   const auto size = [](const auto& output) { return std::ssize(output); };
@@ -225,8 +225,9 @@ AssertionResult judge(const IndexerConfig& config, const Queries& q, const Weigh
     return AssertionFailure() << "an output has the wrong size";
   }
   const Problem problem{config, q, w, keys, {}};
+  const Arithmetic arithmetic = arithmetic_of(backend, q.dtype, problem.k_dtype());
   for (std::int64_t t = 0; t < tokens; ++t) {
-    const BoundedRow row = bounded_row(problem, t);
+    const BoundedRow row = bounded_row(problem, t, arithmetic);
     if (const Fault fault = judge_row(config, row, result, t)) {
       return AssertionFailure() << "row " << t << " (n = " << row.row.length << "): " << *fault;
     }
@@ -335,15 +336,15 @@ AssertionResult same_bits(const Selected& a, const Selected& b) {
 }
 
 AssertionResult valid(const IndexerConfig& config, const RaggedInputs& inputs,
-                      const Selected& result) {
+                      const Selected& result, std::string_view backend) {
   const Rows all = inputs.all();
-  return judge(config, inputs.q(all), inputs.w(all), inputs.k(all), result);
+  return judge(config, inputs.q(all), inputs.w(all), inputs.k(all), result, backend);
 }
 
 AssertionResult valid(const IndexerConfig& config, const PagedInputs& inputs,
-                      const Selected& result) {
+                      const Selected& result, std::string_view backend) {
   const Rows all = inputs.all();
-  return judge(config, inputs.q(all), inputs.w(all), inputs.k(all), result);
+  return judge(config, inputs.q(all), inputs.w(all), inputs.k(all), result, backend);
 }
 
 }  // namespace misa::test

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "misa/indexer.hpp"
@@ -38,10 +39,10 @@ Selected slice(const Selected& whole, Rows rows);
 // on what the backend reported of the one before: the heads against the reference's values of
 // them, the residual row for those heads, the scores for those heads and that row, and the set by
 // those scores. A position may be in or out only where its interval (tolerance.hpp) leaves the
-// choice open.
+// choice open; the backend's name says how wide it is.
 ::testing::AssertionResult valid(const IndexerConfig& config, const RaggedInputs& inputs,
-                                 const Selected& result);
+                                 const Selected& result, std::string_view backend = "cpu");
 ::testing::AssertionResult valid(const IndexerConfig& config, const PagedInputs& inputs,
-                                 const Selected& result);
+                                 const Selected& result, std::string_view backend = "cpu");
 
 }  // namespace misa::test

@@ -47,16 +47,20 @@ struct BoundedKey {
 // Collects terms weight * x; says NaN if one certainly is, and nothing if one may be anything.
 class Sum {
  public:
-  explicit Sum(DType k_dtype) : e4m3_(k_dtype == DType::e4m3) {}
+  Sum(DType k_dtype, const Products& products)
+      : e4m3_(k_dtype == DType::e4m3), products_(products) {}
 
   // weight * max(0, q . k), or weight * (q . k) if linear.
   void add(double weight, std::span<const double> q, const BoundedKey& key, bool linear) {
     double x = 0;
     double terms = 0;
+    double positive = 0;
+    double negative = 0;
     double q_entries = 0;
     double k_entries = 0;
     for (std::size_t d = 0; d < q.size(); ++d) {
       x += q[d] * key.value[d];
+      (q[d] * key.value[d] > 0 ? positive : negative) += std::abs(q[d]) * key.magnitude[d];
       terms += std::abs(q[d]) * key.magnitude[d];
       q_entries += std::abs(q[d]);
       k_entries += key.magnitude[d];
@@ -78,7 +82,8 @@ class Sum {
     }
     const auto dim = static_cast<std::int64_t>(q.size());
     const double underflow = kTiny * scale * (static_cast<double>(dim) + q_entries + k_entries);
-    const double error = gamma(dim + kDotExtra + key.roundings) * terms + underflow;
+    const double error = gamma(dim + kDotExtra + key.roundings) * terms +
+                         steps_error(dim) * std::max(positive, negative) + underflow;
     if (!linear && x + error <= 0) {
       return;
     }
@@ -101,7 +106,16 @@ class Sum {
   }
 
  private:
+  // Of a dot product on a tensor core, as a share of what is added; what a step is off by is itself
+  // cut off by those that follow.
+  [[nodiscard]] double steps_error(std::int64_t dim) const {
+    const auto steps = static_cast<double>((dim + products_.step - 1) / products_.step);
+    const double error = steps * static_cast<double>(products_.step + 1) * products_.unit;
+    return error / (1 - error);
+  }
+
   bool e4m3_;
+  Products products_;
   bool unknown_ = false;
   bool nan_ = false;
   double value_ = 0;
@@ -123,9 +137,9 @@ std::vector<std::int32_t> all_heads(const Row& row) {
   return heads;
 }
 
-Interval score_interval(const BoundedRow& bounded, const BoundedKey& key,
+Interval score_interval(const BoundedRow& bounded, const BoundedKey& key, const Products& products,
                         std::span<const std::int32_t> heads, std::span<const double> residual) {
-  Sum sum(bounded.k_dtype);
+  Sum sum(bounded.k_dtype, products);
   for (const std::int32_t j : heads) {
     sum.add(bounded.row.w[j], bounded.row.query(j), key, false);
   }
@@ -204,7 +218,7 @@ FitBounds fit_bounds(const BoundedRow& bounded, std::int64_t j) {
   const auto first_key = bounded.row.key(0);
   for (const std::int64_t position : positions) {
     const BoundedKey key = key_at(bounded, position);
-    Sum sum(bounded.k_dtype);
+    Sum sum(bounded.k_dtype, bounded.arithmetic.route);
     sum.add(1, bounded.row.query(j), key, true);
     const Interval interval = sum.interval();
     bounds.unknown = bounds.unknown || interval.high == kInfinity;
@@ -253,7 +267,7 @@ std::vector<Interval> pooled_intervals(const BoundedRow& bounded, std::int64_t b
   for (std::int64_t j = 0; j < bounded.row.heads; ++j) {
     Interval total{0, 0};
     for (std::int64_t b = 0; b < blocks; ++b) {
-      Sum sum(bounded.k_dtype);
+      Sum sum(bounded.k_dtype, bounded.arithmetic.route);
       sum.add(bounded.row.w[j], bounded.row.query(j), means.at(b), false);
       const Interval term = magnitude_of(sum.interval());
       total.low += term.low;
@@ -321,8 +335,16 @@ bool Interval::contains(double value) const {
   return std::isnan(value) ? low == -kInfinity : low <= value && value <= high;
 }
 
-BoundedRow bounded_row(const Problem& problem, std::int64_t t) {
-  BoundedRow bounded{reference::load_row(problem, t), {}, {}, problem.k_dtype()};
+Arithmetic arithmetic_of(std::string_view backend, DType q_dtype, DType k_dtype) {
+  if (!backend.starts_with("cuda") || q_dtype == DType::f32 || k_dtype == DType::f32) {
+    return {};
+  }
+  constexpr Products kBf16{16, 0x1p-23};  // fp32's ulp of the largest
+  return {kBf16, kBf16};
+}
+
+BoundedRow bounded_row(const Problem& problem, std::int64_t t, const Arithmetic& arithmetic) {
+  BoundedRow bounded{reference::load_row(problem, t), {}, {}, problem.k_dtype(), arithmetic};
   for (const double value : bounded.row.k) {
     bounded.k_magnitude.push_back(std::abs(value));
   }
@@ -339,7 +361,8 @@ std::vector<Interval> score_intervals(const BoundedRow& row, const IndexerConfig
       linear ? reference::rounded_residual(routed.residual, row.k_dtype) : std::vector<double>{};
   std::vector<Interval> intervals;
   for (std::int64_t position = 0; position < row.row.length; ++position) {
-    intervals.push_back(score_interval(row, key_at(row, position), routed.heads, residual));
+    intervals.push_back(
+        score_interval(row, key_at(row, position), row.arithmetic.score, routed.heads, residual));
   }
   return intervals;
 }
@@ -347,7 +370,8 @@ std::vector<Interval> score_intervals(const BoundedRow& row, const IndexerConfig
 std::vector<Interval> all_head_intervals(const BoundedRow& row) {
   std::vector<Interval> intervals;
   for (std::int64_t position = 0; position < row.row.length; ++position) {
-    intervals.push_back(score_interval(row, key_at(row, position), all_heads(row.row), {}));
+    intervals.push_back(
+        score_interval(row, key_at(row, position), row.arithmetic.score, all_heads(row.row), {}));
   }
   return intervals;
 }
@@ -356,7 +380,8 @@ std::vector<Interval> block_intervals(const BoundedRow& row, std::int64_t block)
   const BoundedMeans means = bounded_means(row, block);
   std::vector<Interval> intervals;
   for (std::size_t b = 0; b < means.value.size(); ++b) {
-    intervals.push_back(score_interval(row, means.at(b), all_heads(row.row), {}));
+    intervals.push_back(
+        score_interval(row, means.at(b), row.arithmetic.route, all_heads(row.row), {}));
   }
   return intervals;
 }
@@ -369,7 +394,7 @@ std::vector<Interval> head_intervals(const BoundedRow& row, const IndexerConfig&
     case Router::dispersion: return sampled_intervals(row, config);
     case Router::self:
       for (std::int64_t j = 0; j < row.row.heads; ++j) {
-        Sum sum(row.k_dtype);
+        Sum sum(row.k_dtype, row.arithmetic.route);
         sum.add(row.row.w[j], row.row.query(j), key_at(row, row.row.length - 1), false);
         intervals.push_back(sum.interval());
       }

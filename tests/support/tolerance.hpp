@@ -11,11 +11,18 @@
 //   mean     gamma_{64 + B/64 + 4} of the mean of |k|: tokens, pages, scale and division
 //   fit      see fit_bounds
 //
+// A tensor core adds the K products of a step and the running sum at once: it aligns them to the
+// largest and cuts them off at `unit` times it, so a step is off by (K + 1) unit m, where m bounds
+// whatever is added or held: the larger of the sums of positive and of negative products. A dot
+// takes D / K steps; that error comes
+// beside the roundings above.
+//
 // Where a magnitude could overflow fp32, or an infinity takes part, nothing is promised.
 #pragma once
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "indexers/problem.hpp"
@@ -32,15 +39,31 @@ struct Interval {
   [[nodiscard]] bool contains(double value) const;
 };
 
+// How a backend adds products up: each with a rounding of its own, or in the steps of a tensor
+// core.
+struct Products {
+  std::int64_t step = 1;  // K
+  double unit = 0;
+};
+
+struct Arithmetic {
+  Products score;
+  Products route;  // what routing, the block filter and the residual row come from
+};
+
+// By the backend's name.
+Arithmetic arithmetic_of(std::string_view backend, DType q_dtype, DType k_dtype);
+
 // A row of the reference and what the bounds need besides.
 struct BoundedRow {
   reference::Row row;
   std::vector<double> k_magnitude;  // [n, D] |k|
   std::vector<double> k_scale;      // [n]
   DType k_dtype;
+  Arithmetic arithmetic;
 };
 
-BoundedRow bounded_row(const Problem& problem, std::int64_t t);
+BoundedRow bounded_row(const Problem& problem, std::int64_t t, const Arithmetic& arithmetic = {});
 
 // [n] scores of the given heads and residual row.
 std::vector<Interval> score_intervals(const BoundedRow& row, const IndexerConfig& config,

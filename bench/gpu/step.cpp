@@ -1,0 +1,235 @@
+// Times whole steps of the device plan: routing, scoring and selection of the last T queries of a
+// context of L keys. Run beside peers.py, which times the dense step of others on the same shapes.
+//
+// A figure is the median of 20 steps that stand in one stream between events, after 5 that are not
+// counted. FLOP are those that the indexer cannot do without (bench/models.hpp).
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/check.cuh"
+#include "misa/cache.hpp"
+#include "misa/cuda.hpp"
+#include "models.hpp"
+
+namespace {
+
+using misa::cuda::check;
+
+template <class T>
+class Device {
+ public:
+  explicit Device(std::size_t size) : size_(size) {
+    check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<std::size_t>(1, size) * sizeof(T)),
+          "cudaMalloc");
+  }
+  explicit Device(const std::vector<T>& values) : Device(values.size()) {
+    check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  }
+  ~Device() { cudaFree(data_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  [[nodiscard]] T* data() const { return data_; }
+  [[nodiscard]] std::span<T> span() const { return {data_, size_}; }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t size_;
+};
+
+struct Options {
+  std::string backend = "auto";
+  std::vector<std::string> indexers{"dsa", "misa"};
+  std::vector<std::int64_t> keys{65536};
+  std::int64_t queries = 2048;
+  std::int64_t heads = 64;
+  int top_k = 2048;
+  int routed = 0;       // 0: the indexer's own
+  int candidates = -1;  // -1: the indexer's own
+  std::size_t workspace = std::size_t{1} << 30;
+  std::uint64_t seed = std::random_device()();
+  bool json = false;
+};
+
+constexpr std::int64_t kDim = 128;
+
+// e4m3 keys and queries of normal entries; a query's scale is folded into its weight.
+struct Data {
+  std::vector<std::uint8_t> q;
+  std::vector<float> w;
+  std::vector<std::uint8_t> k;
+  std::vector<float> scale;
+  std::vector<std::int32_t> starts;
+  std::vector<std::int32_t> ends;
+
+  Data(const Options& options, std::int64_t keys) {
+    std::mt19937_64 random(options.seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> row(kDim);
+    const auto quantised = [&](std::vector<std::uint8_t>& out) {
+      std::generate(row.begin(), row.end(), [&] { return normal(random); });
+      out.resize(out.size() + kDim);
+      return misa::quantize(row, misa::ScaleFormat::f32, std::span(out).last(kDim));
+    };
+    for (std::int64_t i = 0; i < options.queries * options.heads; ++i) {
+      w.push_back(quantised(q) * normal(random));
+    }
+    for (std::int64_t i = 0; i < keys; ++i) {
+      scale.push_back(quantised(k));
+    }
+    for (std::int64_t t = 0; t < options.queries; ++t) {
+      starts.push_back(0);
+      ends.push_back(static_cast<std::int32_t>(keys - options.queries + t + 1));
+    }
+  }
+};
+
+struct Result {
+  std::string backend;
+  double median;
+  double low;   // 10th percentile
+  double high;  // 90th
+  double tflops;
+  std::size_t workspace;
+};
+
+std::vector<double> microseconds(const std::function<void()>& enqueue) {
+  constexpr int kWarmUp = 5;
+  constexpr int kRuns = 20;
+  std::vector<cudaEvent_t> events(kRuns + 1);
+  for (cudaEvent_t& event : events) {
+    check(cudaEventCreate(&event), "cudaEventCreate");
+  }
+  for (int i = 0; i < kWarmUp; ++i) {
+    enqueue();
+  }
+  for (int i = 0; i <= kRuns; ++i) {
+    check(cudaEventRecord(events[i], nullptr), "cudaEventRecord");
+    if (i < kRuns) {
+      enqueue();
+    }
+  }
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  std::vector<double> times;
+  for (int i = 0; i < kRuns; ++i) {
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, events[i], events[i + 1]), "cudaEventElapsedTime");
+    times.push_back(1e3 * double{milliseconds});
+  }
+  for (const cudaEvent_t event : events) {
+    check(cudaEventDestroy(event), "cudaEventDestroy");
+  }
+  return times;
+}
+
+Result time_step(const misa::IndexerConfig& config, const Options& options, const Data& data) {
+  const auto keys = static_cast<std::int64_t>(data.scale.size());
+  const misa::Shape shape{options.queries,   options.heads,    kDim, keys,
+                          misa::DType::e4m3, misa::DType::e4m3};
+  const misa::cuda::Plan plan(config, shape, {keys, options.workspace, options.backend});
+  const Device<std::uint8_t> q(data.q);
+  const Device<float> w(data.w);
+  const Device<std::uint8_t> k(data.k);
+  const Device<float> scale(data.scale);
+  const Device<std::int32_t> starts(data.starts);
+  const Device<std::int32_t> ends(data.ends);
+  const Device<std::int32_t> indices(static_cast<std::size_t>(options.queries * config.top_k));
+  const Device<std::byte> workspace(plan.workspace_bytes());
+  const std::vector<double> times = microseconds([&] {
+    plan.run({q.data(), misa::DType::e4m3, options.queries, options.heads, kDim},
+             {w.data(), options.queries, options.heads},
+             {k.data(), misa::DType::e4m3, keys, kDim, 0, scale.data(), starts.span(), ends.span()},
+             {indices.span(), {}, {}, {}}, workspace.span(), nullptr);
+  });
+  const double median = misa::cli::quantile(times, 0.5);
+  const double flops = misa::bench::step_work(config, shape).flops;
+  return {std::string(plan.backend()),     median,
+          misa::cli::quantile(times, 0.1), misa::cli::quantile(times, 0.9),
+          flops / median * 1e-6,           plan.workspace_bytes()};
+}
+
+misa::IndexerConfig config_of(const std::string& name, const Options& options) {
+  misa::IndexerConfig config = misa::indexer_by_name(name);
+  config.top_k = options.top_k;
+  config.heads = options.routed > 0 ? options.routed : config.heads;
+  config.candidates = options.candidates >= 0 ? options.candidates : config.candidates;
+  return config;
+}
+
+void run(const Options& options) {
+  nlohmann::ordered_json list = nlohmann::ordered_json::array();
+  if (!options.json) {
+    fmt::print(
+        "{} queries, {} heads, top {}, seed {}\n{:12} {:>8} {:>6} {:>7} {:>10} {:>20} {:>9}\n",
+        options.queries, options.heads, options.top_k, options.seed, "indexer", "keys", "routed",
+        "re-rank", "us", "10 % - 90 %", "TFLOP/s");
+  }
+  for (const std::int64_t keys : options.keys) {
+    const Data data(options, keys);
+    for (const std::string& name : options.indexers) {
+      const misa::IndexerConfig config = config_of(name, options);
+      const Result result = time_step(config, options, data);
+      if (options.json) {
+        list.push_back({{"indexer", name},
+                        {"backend", result.backend},
+                        {"queries", options.queries},
+                        {"heads", options.heads},
+                        {"keys", keys},
+                        {"top_k", config.top_k},
+                        {"routed", config.heads},
+                        {"candidates", config.candidates},
+                        {"us", result.median},
+                        {"us_low", result.low},
+                        {"us_high", result.high},
+                        {"tflops", result.tflops},
+                        {"workspace", result.workspace},
+                        {"seed", options.seed}});
+      } else {
+        fmt::print("{:12} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", name, keys,
+                   config.heads, config.candidates, result.median, result.low, result.high,
+                   result.tflops);
+      }
+    }
+  }
+  if (options.json) {
+    fmt::print("{}\n", list.dump(2));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  CLI::App app("Times whole steps of the device plan on random e4m3 data");
+  app.add_option("--backend", options.backend, "a CUDA backend's name, or auto");
+  app.add_option("--indexer", options.indexers, "dsa, misa, misa-dagger, misa-r, hisa");
+  app.add_option("--keys", options.keys, "L");
+  app.add_option("--queries", options.queries, "T");
+  app.add_option("--heads", options.heads, "H");
+  app.add_option("--top-k", options.top_k, "positions wanted a query");
+  app.add_option("--routed", options.routed, "h; 0: the indexer's own");
+  app.add_option("--candidates", options.candidates, "m; 0: no re-rank; -1: the indexer's own");
+  app.add_option("--workspace", options.workspace, "bytes");
+  app.add_option("--seed", options.seed, "of the data; random unless given");
+  app.add_flag("--json", options.json, "print JSON");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    run(options);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "misa_bench_step: {}\n", error.what());
+    return 1;
+  }
+  return 0;
+}

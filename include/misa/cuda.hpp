@@ -1,0 +1,85 @@
+/// \file
+/// The CUDA side. This header needs no toolkit: a stream is the `void*` that a cudaStream_t is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "misa/error.hpp"
+#include "misa/indexer.hpp"
+
+namespace misa::cuda {
+
+inline constexpr int kMaxTopK = 16384;
+
+/// Scores [rows, columns] fp32 in device memory, whoever made them.
+struct Logits {
+  const float* data = nullptr;  ///< aligned to 4 bytes; rows need no further alignment
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  std::int64_t row_stride = 0;  ///< elements from one row to the next, >= columns; 0: columns
+  /// [rows] int32 in device memory, or null where every row is `columns` long. A row's length is
+  /// min(lengths[row], columns); zero or negative is an empty row. Nothing beyond it is read.
+  const std::int32_t* lengths = nullptr;
+};
+
+/// What top_k writes, in device memory.
+struct TopK {
+  std::int32_t* indices = nullptr;  ///< [rows, top_k] positions, ascending; -1 on the right
+  float* scores = nullptr;          ///< [rows, top_k] their scores, -inf where padded; null: none
+};
+
+/// The top_k largest scores of every row: of equal ones the lower position wins, NaN ranks below
+/// every number, -0 equals +0. A row of no more than top_k positions selects all of them. Written
+/// scores hold +0 for -0 and one NaN for every NaN. The outputs are a function of the row alone,
+/// bit for bit.
+///
+/// Runs on the current device, in order on `stream`, and returns at once: it neither synchronises
+/// nor allocates, and may be captured into a graph.
+///
+/// Throws Error: invalid_argument for an argument out of range (0 <= rows, columns < 2^31,
+/// 1 <= top_k <= kMaxTopK), internal, with CUDA's message, where a CUDA call fails.
+void top_k(const Logits& logits, int top_k, const TopK& out, void* stream);
+
+struct PlanOptions {
+  std::int64_t total_keys = 0;  ///< L: the most keys that a call brings, of all sequences
+  std::size_t workspace_cap = std::size_t{256} << 20;  ///< bytes a plan's workspace may take
+  std::string_view backend = "auto";                   ///< "auto", or a CUDA backend's own name
+};
+
+/// An indexer on the device that was current when it was planned. Everything that `run` is given
+/// lies in device memory, also what the spans hold.
+class Plan {
+ public:
+  /// Throws Error: invalid_argument, workspace if the cap is too small, unsupported if the device
+  /// cannot run the backend.
+  Plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options);
+  ~Plan();
+  Plan(Plan&&) noexcept;
+  Plan& operator=(Plan&&) noexcept;
+
+  /// Bytes that run needs, at most the cap.
+  [[nodiscard]] std::size_t workspace_bytes() const;
+  [[nodiscard]] std::string_view backend() const;
+
+  /// Writes the selection for every query, in order on `stream`, and returns at once: it neither
+  /// synchronises nor allocates, and may be captured into a graph. Positions ascend inside a row.
+  ///
+  /// What ks and ke hold is not known here: 0 <= ks, ke <= L is enforced by clamping, and a row
+  /// that would see more than the planned max_keys is cut there. Rows of q and of k start on 16
+  /// bytes; the workspace is aligned to 256 bytes.
+  ///
+  /// Throws Error: invalid_argument or workspace before anything is enqueued, internal, with CUDA's
+  /// message, where a CUDA call fails.
+  void run(const Queries& q, const Weights& w, const RaggedKeys& k, const Selection& out,
+           std::span<std::byte> workspace, void* stream) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace misa::cuda

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Builds, tests, sanitises and benchmarks the CUDA backends on a machine with a device.
+#   tests/gpu.sh                          all of it, in build/gpu
+#   tests/gpu.sh FOLDER [STAGE...]        with the programs found under FOLDER, nothing is built;
+#                                         stages: test sanitize bench (default: all three)
+# Libraries that the machine lacks are looked for in FOLDER/lib.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+if [ $# -eq 0 ]; then
+  folder=build/gpu
+  cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DMISA_BUILD_CUDA=ON || exit 2
+  cmake --build "$folder" || exit 2
+else
+  folder=$1
+  shift
+fi
+stages=("$@")
+[ ${#stages[@]} -gt 0 ] || stages=(test sanitize bench)
+[ ! -d "$folder/lib" ] || export LD_LIBRARY_PATH="$(realpath "$folder")/lib:${LD_LIBRARY_PATH:-}"
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 2
+
+summary=()
+failures=0
+
+# run NAME PROGRAM ARGUMENTS...: one line of the summary.
+run() {
+  local name=$1 program start status
+  program=$(find "$folder" -type f -name "$2" -perm -u+x | head -n 1)
+  shift 2
+  start=$SECONDS
+  echo "== $name"
+  if [ -z "$program" ]; then
+    status="not built"
+  elif "${wrapper[@]}" "$program" "$@"; then
+    status=ok
+  else
+    status=FAILED
+    failures=$((failures + 1))
+  fi
+  summary+=("$(printf '%-40s %-10s %4d s' "$name" "$status" $((SECONDS - start)))")
+}
+
+wrapper=(env)
+for stage in "${stages[@]}"; do
+  case "$stage" in
+    test)
+      run "misa info" misa info
+      run "tests/gpu" misa_tests_gpu --gtest_brief=1
+      run "tests/indexers" misa_tests_indexers --gtest_brief=1 --gtest_filter='*cuda_*'
+      run "tests/api" misa_tests_api --gtest_brief=1
+      ;;
+    sanitize)
+      for tool in memcheck racecheck initcheck synccheck; do
+        wrapper=(compute-sanitizer --tool "$tool" --error-exitcode 1)
+        run "$tool tests/gpu" misa_tests_gpu --gtest_brief=1 --gtest_filter='*Smoke*'
+        run "$tool tests/indexers" misa_tests_indexers --gtest_brief=1 \
+          --gtest_filter='*Smoke*cuda_*'
+      done
+      wrapper=(env)
+      ;;
+    bench)
+      run "select" misa_bench_gpu
+      for heads in 64 32; do
+        run "steps, $heads heads" misa_bench_step --heads "$heads" --keys 65536 131072 \
+          --indexer dsa misa misa-dagger misa-r hisa
+      done
+      run "MISA-R, 3 heads, re-ranked" misa_bench_step --keys 65536 131072 --indexer misa-r \
+        --routed 3 --candidates 4096
+      ;;
+    *)
+      echo "gpu.sh: expected test, sanitize or bench, got '$stage'" >&2
+      exit 2
+      ;;
+  esac
+done
+
+printf '\n'
+printf '%s\n' "${summary[@]}"
+exit "$((failures > 0))"
