@@ -1,0 +1,32 @@
+// How a slab of queries is cut for fused scoring: host code, from shapes alone.
+#pragma once
+
+#include <cstdint>
+
+namespace misa::cuda::fused {
+
+// The most rows (heads and the residual row) that a query may score with.
+inline constexpr int kMaxRows = 64;
+
+struct Shape {
+  std::int64_t tokens;      // queries of a slab
+  std::int64_t total_keys;  // L
+  std::int64_t max_keys;    // that one query sees
+  int rows;                 // heads and the residual row of a query, 1 to kMaxRows
+  int top_k;
+  int processors;           // of the device
+};
+
+struct Layout {
+  int splits;                  // parts of the keys, a block each; also a query's lists of candidates
+  std::uint32_t capacity;      // of a list
+  std::int64_t sample_stride;  // every so many keys one is a sample
+  std::int64_t samples;        // columns of the samples' scores
+};
+
+Layout layout(const Shape& shape);
+
+// Elements of the scales of this many keys: whole tiles (launch_scales).
+std::int64_t scales(std::int64_t keys);
+
+}  // namespace misa::cuda::fused

@@ -1,0 +1,141 @@
+// What the fused kernels share: how rows of queries are laid out for a product, and how a product
+// becomes scores. The bits of a score are a function of the query's rows, the weights, the key and
+// its scale: an element of a product does not depend on its place in the tile.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "cuda/problem.hpp"
+#include "fused/sm90.hpp"
+#include "fused/sm90_config.cuh"
+
+namespace misa::cuda::fused {
+
+inline constexpr unsigned kWarp = 0xFFFFFFFFU;
+
+// max(0, x) / 2^25: on the pipe of multiply-adds, where a maximum would be on that of the integers.
+// No product of 128 elements is larger. A NaN becomes 0, so NaN has to come with weights
+// (load_rows) and scales (launch_scales).
+inline constexpr float kClip = 0x1p-25F;
+
+__device__ inline float clipped(float x) {
+  float y;
+  asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(kClip));
+  return y;
+}
+
+// Whether one of four e4m3 elements is NaN: 0x7f or 0xff.
+__device__ inline bool any_nan(std::uint32_t four) {
+  return __vcmpeq4(four & 0x7F7F7F7FU, 0x7F7F7F7FU) != 0;
+}
+
+__device__ inline bool any_nan(uint4 bytes) {
+  return any_nan(bytes.x) || any_nan(bytes.y) || any_nan(bytes.z) || any_nan(bytes.w);
+}
+
+// Rows of queries as `columns` rows of a swizzled tile (Columns), with their weights: zero where a
+// query has fewer rows, or query_of says -1. Weights of rows that are clipped make up for kClip.
+// Called by the `threads` threads of a block that have numbers thread = 0, 1 ….
+template <int rows, bool residual, int columns, class QueryOf>
+__device__ void load_rows(const Problem& problem, const Rows& scored, int thread, int threads,
+                          const QueryOf& query_of, std::uint8_t* tile, float* weights) {
+  const Queries& q = problem.q;
+  for (int column = thread; column < columns; column += threads) {
+    const int local = column / 8 * 2 + column % 2;
+    const int slot = local % rows;
+    const std::int64_t t = query_of(4 * (local / rows) + column % 8 / 2);
+    const std::uint8_t* source = nullptr;
+    float weight = 0;
+    if (t >= 0 && slot < scored.head_count) {
+      const std::int32_t head =
+          scored.heads == nullptr ? slot : scored.heads[t * scored.head_count + slot];
+      if (head >= 0) {
+        source =
+            static_cast<const std::uint8_t*>(q.data) + t * q.token_stride + head * q.head_stride;
+        weight = __ldg(problem.w.data + t * problem.w.token_stride + head) / kClip;
+      }
+    } else if (residual && t >= 0 && slot == rows - 1) {
+      source = scored.residual + t * kDim;
+      weight = __ldg(scored.residual_scale + t);
+    }
+    bool nan = false;
+#pragma unroll
+    for (int chunk = 0; chunk < kDim / 16; ++chunk) {
+      const uint4 bytes = source == nullptr
+                              ? make_uint4(0, 0, 0, 0)
+                              : __ldg(reinterpret_cast<const uint4*>(source) + chunk);
+      *reinterpret_cast<uint4*>(tile + column * kDim + (chunk ^ column % 8) * 16) = bytes;
+      nan = nan || any_nan(bytes);
+    }
+    weights[column] = nan ? std::numeric_limits<float>::quiet_NaN() : weight;
+  }
+}
+
+// The weights of a thread's locals of a product, from those of its columns.
+template <int columns>
+__device__ void own_weights(const float* weights, int quad_lane, float (&own)[columns / 4]) {
+#pragma unroll
+  for (int i = 0; i < columns / 4; ++i) {
+    own[i] = weights[i / 2 * 8 + quad_lane * 2 + i % 2];
+  }
+}
+
+// Scores of a thread's two keys of a product, from the sums of its locals first_local …. `plain`:
+// no scale is negative; else the sign of a scale, which is exact, goes to the sums. Rows of a query
+// are summed in order; where the product holds but a part of them, `partial` carries the rest.
+// emit(g, r, score): the thread's query g and its key r.
+template <int rows, bool residual, int first_local, bool plain, int locals, class Emit>
+__device__ void weigh(const float (&sums)[2 * locals], const float (&weights)[locals],
+                      const float* scales, float (&partial)[2], const Emit& emit) {
+  constexpr int kSlots = rows < locals ? rows : locals;  // of a query, in this product
+#pragma unroll
+  for (int i = 0; i < locals; i += kSlots) {
+    const int local = first_local + i;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float score = local % rows == 0 ? 0.0F : partial[r];
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        float x = sums[(i + slot) / 2 * 4 + 2 * r + (i + slot) % 2];
+        if (!plain) {
+          x = copysignf(1.0F, scales[r]) * x;
+        }
+        const bool linear = residual && (local + slot) % rows == rows - 1;
+        score = __fmaf_rn(weights[i + slot], linear ? x : clipped(x), score);
+      }
+      if ((local + kSlots) % rows == 0) {
+        emit(local / rows, r, __fmul_rn(score, plain ? scales[r] : fabsf(scales[r])));
+      } else {
+        partial[r] = score;
+      }
+    }
+  }
+}
+
+// Calls body<rows, residual>() for the number of rows that a kernel is built for.
+template <bool residual, class Body>
+void for_rows(int rows, const Body& body) {
+  if (rows <= 4) {
+    body.template operator()<4, residual>();
+  } else if (rows <= 8) {
+    body.template operator()<8, residual>();
+  } else if (rows <= 16) {
+    body.template operator()<16, residual>();
+  } else if (rows <= 32) {
+    body.template operator()<32, residual>();
+  } else {
+    body.template operator()<64, residual>();
+  }
+}
+
+template <class Body>
+void for_rows(const Rows& rows, const Body& body) {
+  if (rows.residual != nullptr) {
+    for_rows<true>(rows.count(), body);
+  } else {
+    for_rows<false>(rows.count(), body);
+  }
+}
+
+}  // namespace misa::cuda::fused

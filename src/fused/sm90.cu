@@ -1,0 +1,450 @@
+// Scores of a slab of queries against all keys that they see, gated on the spot: no score is
+// written unless it is above its query's bound.
+//
+// A block takes 2 x 256 rows of queries (routed heads and residual rows, gathered as they are
+// loaded) and every splits-th tile of 128 keys.
+//
+//  1. One thread has the copy engine bring tiles of keys, kStages ahead.
+//  2. A warpgroup multiplies 64 keys with its own 256 rows: keys on M, rows on N, in two halves, so
+//     that the tensor cores work at one while the warps weigh the other.
+//  3. The rows of a query stand in columns that one thread holds (Columns), so each thread clips,
+//     weighs and sums the scores of its own queries in order of the heads, and no thread needs
+//     another's.
+//  4. A score above its query's bound goes to the thread's own queue in shared memory: no votes, no
+//     atomics on the way of the tensor cores.
+//  5. Every tile takes a few entries out of the queues into the lists of candidates in global
+//     memory, one a query and split. Neighbouring tiles go to different splits, so that a cluster of
+//     good keys fills all lists alike.
+//
+// Scores of sampled keys are the same kernel with another sink: all of them are written.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cuda/ptx>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#include "cuda/check.cuh"
+#include "cuda/range.cuh"
+#include "device/barrier.cuh"
+#include "device/registers.cuh"
+#include "device/wgmma.cuh"
+#include "fused/scores.cuh"
+#include "fused/sm90.hpp"
+#include "fused/sm90_config.cuh"
+#include "misa/error.hpp"
+
+namespace misa::cuda::fused {
+namespace {
+
+namespace ptx = ::cuda::ptx;
+
+enum class Sink { samples, candidates };
+
+struct Arguments {
+  Problem problem;
+  Rows rows;
+  int splits;
+  std::int64_t key_stride;  // key index of tile row r is r * key_stride
+  std::int64_t key_rows;    // rows of the key tensor map
+  const float* scales;      // [key_rows] or more, a multiple of kTileKeys (scales_kernel)
+  const float* bounds;      // [T]
+  Candidates candidates;
+  float* scores;            // [T, key_rows]
+};
+
+// Where a thread's candidates go: of its query g, counts and starts [4 g], entries [base + g step].
+struct Lists {
+  std::uint32_t* counts;
+  const std::int32_t* starts;
+  std::uint32_t base;
+  std::uint32_t step;
+};
+
+// Step 5 for up to kPops entries, the last ones of a queue. Returns its new tail.
+__device__ Candidate* pop(const Candidates& out, const Lists& lists, const Candidate* queue,
+                          Candidate* tail) {
+  Candidate taken[kPops];
+  std::uint32_t slots[kPops];
+#pragma unroll
+  for (int i = 0; i < kPops; ++i) {
+    slots[i] = out.capacity;
+    if (tail > queue) {
+      tail -= kQueueStep;
+      taken[i] = *tail;
+      slots[i] = atomicAdd(lists.counts + (taken[i].position >> kKeyBits) * 4, 1U);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPops; ++i) {
+    if (slots[i] < out.capacity) {
+      const std::uint32_t g = taken[i].position >> kKeyBits;
+      const std::uint32_t key = taken[i].position & ((1U << kKeyBits) - 1);
+      const std::uint32_t place = lists.base + g * lists.step + slots[i];
+      out.entries[place] = {taken[i].score, key - static_cast<std::uint32_t>(lists.starts[g * 4])};
+    }
+  }
+  return tail;
+}
+
+template <int rows, bool residual, Sink sink>
+__device__ void score_group(const Arguments& arguments, Shared& shared, int group,
+                            std::int32_t first_tile, std::int32_t last_tile,
+                            std::int64_t first_query) {
+  using Own = Columns<rows>;
+  const int thread = threadIdx.x % kGroupThreads;
+  const int lane = thread % 32;
+  const int key_row = thread / 32 * 16 + lane / 4;
+  const std::int64_t tokens = arguments.problem.q.tokens;
+  const std::int64_t first = first_query + group * Own::kQueries;
+  std::uint8_t* const tile_rows = shared.rows[group];
+
+  load_rows<rows, residual, kColumns>(
+      arguments.problem, arguments.rows, thread, kGroupThreads,
+      [&](int query) { return first + query < tokens ? first + query : std::int64_t{-1}; },
+      tile_rows, shared.weights[group]);
+  float bounds[Own::kOwn];
+  if constexpr (sink == Sink::candidates) {
+#pragma unroll
+    for (int g = 0; g < Own::kOwn; ++g) {
+      const std::int64_t t = first + 4 * g + lane % 4;
+      bounds[g] = t < tokens ? arguments.bounds[t] : std::numeric_limits<float>::infinity();
+    }
+  }
+  ptx::fence_proxy_async(ptx::space_shared);
+  const int own = 1 + group;  // the barrier of a group's threads
+  barrier_sync(own, kGroupThreads);
+  float weights[2][kHalfColumns / 4];
+  own_weights<kHalfColumns>(shared.weights[group], lane % 4, weights[0]);
+  own_weights<kHalfColumns>(shared.weights[group] + kHalfColumns, lane % 4, weights[1]);
+  const std::uint64_t row_descriptor = swizzled_tile(tile_rows);
+
+  float sums[2][kHalfColumns / 2];
+  // Starts product `part` of a stage: keys 64 (part / 2) …, half part % 2 of the columns.
+  const auto multiply = [&](int stage, int part) {
+    const std::uint64_t keys = swizzled_tile(shared.keys[stage] + part / 2 * kProductKeys * kDim);
+    const std::uint64_t half = row_descriptor + part % 2 * (kHalfColumns * kDim / 16);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kDim / 32; ++k) {
+      wgmma_e4m3<kHalfColumns>(sums[part % 2], keys + 2 * k, half + 2 * k, k > 0);
+    }
+    wgmma_commit();
+  };
+
+  Candidate* const queue =
+      reinterpret_cast<Candidate*>(&shared + 1) + group * kGroupThreads + thread;
+  Candidate* tail = queue;
+  const std::uint32_t list_step =
+      static_cast<std::uint32_t>(arguments.splits) * arguments.candidates.capacity;
+  const Lists lists{shared.counts + group * Own::kQueries + lane % 4,
+                    shared.starts + group * Own::kQueries + lane % 4,
+                    static_cast<std::uint32_t>(first + lane % 4) * list_step +
+                        blockIdx.x % arguments.splits * arguments.candidates.capacity,
+                    4 * list_step};
+  const auto make_room = [&] {
+    while (__any_sync(kWarp, tail > queue + kQueueSpare * kQueueStep)) {
+      tail = pop(arguments.candidates, lists, queue, tail);
+    }
+  };
+
+  int stage = 0;
+  std::uint32_t phase = 0;
+  const auto await_keys = [&] {
+    while (!ptx::mbarrier_try_wait_parity(&shared.full[stage], phase)) {
+    }
+  };
+  // The thread's keys of a tile are row, row + 8, row + 64 and row + 72.
+  std::int32_t row = first_tile * kTileKeys + key_row;
+  float next[4];
+  const auto load_scales = [&](const float* from) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      next[i] = __ldg(from + i / 2 * kProductKeys + i % 2 * 8);
+    }
+  };
+  const float* scale = arguments.scales + row;
+  if (first_tile < last_tile) {
+    load_scales(scale);
+    await_keys();
+  }
+  multiply(stage, 0);
+  for (std::int32_t tile = first_tile; tile < last_tile; tile += arguments.splits) {
+    const float scales[4] = {next[0], next[1], next[2], next[3]};
+    const std::int32_t ahead = tile + arguments.splits;
+    if (ahead < last_tile) {
+      scale += arguments.splits * kTileKeys;
+      load_scales(scale);
+    }
+    const bool plain =
+        tile >= shared.plain_first[group] && tile < shared.plain_last[group] &&
+        !__any_sync(kWarp, scales[0] < 0 || scales[1] < 0 || scales[2] < 0 || scales[3] < 0);
+    if constexpr (sink == Sink::candidates) {
+      tail = pop(arguments.candidates, lists, queue, tail);
+    }
+
+    float partial[2];
+    const auto take = [&]<int part>(std::integral_constant<int, part>) {
+      constexpr int kProduct = part / 2;
+      constexpr int kFirst = part % 2 * (kHalfColumns / 4);  // of the thread's locals
+      wgmma_wait<0>();
+      wgmma_pin(sums[part % 2]);
+      if constexpr (part < 3) {
+        multiply(stage, part + 1);
+      } else {
+        const int taken = stage;
+        if (++stage == kStages) {
+          stage = 0;
+          phase ^= 1;
+        }
+        if (ahead < last_tile) {
+          await_keys();
+        }
+        multiply(stage, 0);  // after the last tile of what is there, for nobody: no branch here
+        if (thread == 0) {
+          ptx::mbarrier_arrive(&shared.empty[taken]);
+        }
+      }
+      const auto emit = [&](int g, int r, float score) {
+        const std::int32_t key = row + kProduct * kProductKeys + 8 * r;
+        if constexpr (sink == Sink::samples) {
+          const std::int64_t t = first + 4 * g + lane % 4;
+          if (t < tokens && key < arguments.key_rows) {
+            arguments.scores[t * arguments.key_rows + key] = score;
+          }
+        } else {
+          if (score > bounds[g]) {
+            *tail = {score,
+                     static_cast<std::uint32_t>(key) | static_cast<std::uint32_t>(g) << kKeyBits};
+            tail += kQueueStep;
+          }
+        }
+      };
+      const auto emit_seen = [&](int g, int r, float score) {
+        const std::int64_t key = (row + kProduct * kProductKeys + 8 * r) * arguments.key_stride;
+        const int place = group * Own::kQueries + 4 * g + lane % 4;
+        const bool seen = key >= shared.starts[place] && key < shared.ends[place];
+        emit(g, r, seen ? score : std::numeric_limits<float>::quiet_NaN());
+      };
+      const auto& own_sums = sums[part % 2];
+      const auto& own_weights = weights[part % 2];
+      const float* own_scales = scales + 2 * kProduct;
+      if (plain) {
+        weigh<rows, residual, kFirst, true>(own_sums, own_weights, own_scales, partial, emit);
+      } else {
+        weigh<rows, residual, kFirst, false>(own_sums, own_weights, own_scales, partial, emit_seen);
+      }
+      if constexpr (sink == Sink::candidates && part % 2 == 1) {
+        make_room();
+      }
+    };
+    take(std::integral_constant<int, 0>{});
+    take(std::integral_constant<int, 1>{});
+    take(std::integral_constant<int, 2>{});
+    take(std::integral_constant<int, 3>{});
+    row += arguments.splits * kTileKeys;
+  }
+  wgmma_wait<0>();
+  if constexpr (sink == Sink::candidates) {
+    while (__any_sync(kWarp, tail > queue)) {
+      tail = pop(arguments.candidates, lists, queue, tail);
+    }
+    barrier_sync(own, kGroupThreads);
+    for (int query = thread; query < Own::kQueries && first + query < tokens;
+         query += kGroupThreads) {
+      arguments.candidates
+          .counts[(first + query) * arguments.splits + blockIdx.x % arguments.splits] =
+          shared.counts[group * Own::kQueries + query];
+    }
+  }
+}
+
+template <int rows, bool residual, Sink sink>
+__global__ void __launch_bounds__(kThreads, 1)
+    score_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(1024) std::uint8_t memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  using Own = Columns<rows>;
+  const std::int64_t first_query =
+      std::int64_t{blockIdx.x} / arguments.splits * Own::kBlockQueries;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&shared.full[i], 1);
+      ptx::mbarrier_init(&shared.empty[i], kGroups);
+    }
+    ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    shared.first = std::numeric_limits<std::int32_t>::max();
+    shared.last = 0;
+    for (int group = 0; group < kGroups; ++group) {
+      shared.plain_first[group] = 0;
+      shared.plain_last[group] = std::numeric_limits<std::int32_t>::max();
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < Own::kBlockQueries; i += kThreads) {
+    Range range{0, 0};
+    if (first_query + i < arguments.problem.q.tokens) {
+      range = visible(arguments.problem.k, first_query + i);
+      const int group = i / Own::kQueries;
+      const auto step = static_cast<std::int32_t>(arguments.key_stride * kTileKeys);
+      atomicMax(&shared.plain_first[group], (range.start + step - 1) / step);
+      atomicMin(&shared.plain_last[group], (range.start + range.length) / step);
+      if (range.length > 0) {
+        atomicMin(&shared.first, range.start);
+        atomicMax(&shared.last, range.start + range.length);
+      }
+    }
+    shared.counts[i] = 0;
+    shared.starts[i] = range.start;
+    shared.ends[i] = range.start + range.length;
+  }
+  __syncthreads();
+
+  std::int32_t first_tile = 0;
+  std::int32_t last_tile = static_cast<std::int32_t>((arguments.key_rows + kTileKeys - 1) / kTileKeys);
+  if constexpr (sink == Sink::candidates) {
+    first_tile = shared.first / kTileKeys;
+    last_tile = min(last_tile, (shared.last + kTileKeys - 1) / kTileKeys);
+  }
+  first_tile += static_cast<std::int32_t>(blockIdx.x % arguments.splits);
+
+  // The same for a whole warp, and the compiler is to know it.
+  const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+  if (group == kGroups) {
+    give_registers<kFeedingRegisters>();
+    if (threadIdx.x % kGroupThreads == 0) {
+      int stage = 0;
+      std::uint32_t phase = 1;  // the first pass finds every stage empty
+      for (std::int32_t tile = first_tile; tile < last_tile; tile += arguments.splits) {
+        while (!ptx::mbarrier_try_wait_parity(&shared.empty[stage], phase)) {
+        }
+        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                                       &shared.full[stage], kTileBytes);
+        const std::int32_t corner[2] = {0, tile * kTileKeys};
+        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared.keys[stage], &map,
+                                  corner, &shared.full[stage]);
+        if (++stage == kStages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+    }
+  } else {
+    take_registers<kScoringRegisters>();
+    score_group<rows, residual, sink>(arguments, shared, group, first_tile, last_tile, first_query);
+  }
+}
+
+// Eight threads a key.
+__global__ void __launch_bounds__(kScaleThreads)
+    scales_kernel(const Keys keys, std::int64_t rows, std::int64_t stride, float* scales) {
+  const std::int64_t row = (std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x) / 8;
+  const int chunk = threadIdx.x % 8;
+  bool bad = true;
+  float scale = 0;
+  if (row < rows) {
+    const std::int64_t key = row * stride;
+    scale = __ldg(keys.scale + key);
+    const auto* bytes = static_cast<const std::uint8_t*>(keys.data) + key * keys.stride;
+    bad = !isfinite(scale) || any_nan(__ldg(reinterpret_cast<const uint4*>(bytes) + chunk));
+  }
+  const unsigned votes = __ballot_sync(kWarp, bad) >> (threadIdx.x % 32 / 8 * 8) & 0xFF;
+  if (chunk == 0) {
+    scales[row] = votes != 0 ? std::numeric_limits<float>::quiet_NaN() : scale;
+  }
+}
+
+CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess) {
+      throw Error(ErrorCode::unsupported, "cuTensorMapEncodeTiled: not in this driver");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  CUtensorMap map{};
+  const cuuint64_t sizes[2] = {kDim, static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[2] = {kDim, kTileKeys};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result = encode(
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(k.data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw Error(ErrorCode::internal,
+                "cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+template <Sink sink>
+void launch(const Arguments& arguments, void* stream) {
+  const Keys& k = arguments.problem.k;
+  // Without keys there are no tiles, and nothing reads the map.
+  const CUtensorMap map = arguments.key_rows > 0
+                              ? key_map(k, arguments.key_rows, k.stride * arguments.key_stride)
+                              : CUtensorMap{};
+  for_rows(arguments.rows, [&]<int rows, bool residual>() {
+    const auto kernel = score_kernel<rows, residual, sink>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               shared_bytes<rows>()),
+          "cudaFuncSetAttribute");
+    const std::int64_t blocks =
+        (arguments.problem.q.tokens + Columns<rows>::kBlockQueries - 1) / Columns<rows>::kBlockQueries;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks * arguments.splits));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared_bytes<rows>();
+    config.stream = static_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, kernel, map, arguments), "cudaLaunchKernelEx");
+  });
+}
+
+}  // namespace
+
+bool takes(const Problem& problem, int rows) {
+  const auto aligned = [](const void* data, std::int64_t stride) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 16 == 0;
+  };
+  const Queries& q = problem.q;
+  const Keys& k = problem.k;
+  return q.dtype == DType::e4m3 && k.dtype == DType::e4m3 && q.dim == kDim && rows >= 1 &&
+         rows <= kMaxRows && k.tokens <= kMaxKeys && aligned(q.data, q.token_stride) &&
+         aligned(q.data, q.head_stride) && aligned(k.data, k.stride);
+}
+
+void launch_scales(const Keys& keys, std::int64_t count, std::int64_t stride, float* scales,
+                   void* stream) {
+  if (count == 0) {
+    return;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(fused::scales(count) / (kScaleThreads / 8)));
+  config.blockDim = dim3(kScaleThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, scales_kernel, keys, count, stride, scales),
+        "cudaLaunchKernelEx");
+}
+
+void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,
+                    const float* scales, float* scores, void* stream) {
+  launch<Sink::samples>({problem, rows, layout.splits, layout.sample_stride, layout.samples, scales,
+                         nullptr, {}, scores},
+                        stream);
+}
+
+void launch_candidates(const Problem& problem, const Rows& rows, const Layout& layout,
+                       const float* scales, const float* bounds, const Candidates& out,
+                       void* stream) {
+  launch<Sink::candidates>(
+      {problem, rows, layout.splits, 1, problem.k.tokens, scales, bounds, out, nullptr}, stream);
+}
+
+}  // namespace misa::cuda::fused

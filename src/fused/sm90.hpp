@@ -1,0 +1,60 @@
+// Scoring fused with the gate of selection, for Hopper: e4m3 queries and keys, D = 128, at most
+// kMaxRows rows a query. In order on a stream:
+//
+//   launch_scales      once for all keys, once for the sampled ones
+//   launch_samples     scores of the sampled keys
+//   (a bound for every query, from them: select/fused.hpp)
+//   launch_candidates  scores above the bounds
+//   (the top k of the candidates: select/fused.hpp)
+//   launch_missed      the top k of the queries whose bound misled, with the same bits
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "cuda/problem.hpp"
+#include "fused/layout.hpp"
+#include "misa/cuda.hpp"
+#include "select/fused.hpp"
+
+namespace misa::cuda::fused {
+
+// What scores for a query. heads null: heads 0 … head_count - 1 of every query.
+struct Rows {
+  const std::int32_t* heads;     // [T, head_count]; negative: none
+  int head_count;
+  const std::uint8_t* residual;  // [T, D] e4m3, or null
+  const float* residual_scale;   // [T]
+
+  [[nodiscard]] int count() const { return head_count + (residual != nullptr ? 1 : 0); }
+};
+
+// Whether the tensors lie as the copy engine and 16-byte loads want them, and there are not too
+// many keys (2^28) or rows.
+bool takes(const Problem& problem, int rows);
+
+// The scale of keys 0, stride, 2 stride …, `count` of them, as scoring uses it: NaN where it is not
+// finite, where an element of the key is NaN, and behind the last one up to scales(count).
+void launch_scales(const Keys& keys, std::int64_t count, std::int64_t stride, float* scales,
+                   void* stream);
+
+// Scores of the sampled keys, [T, samples]: of key c * sample_stride in column c; NaN where the
+// query does not see it. `scales`: of the sampled keys.
+void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,
+                    const float* scales, float* scores, void* stream);
+
+// Candidates [T, splits, capacity]: the keys that the query sees whose score is above its bound [T].
+// `scales`: of all keys.
+void launch_candidates(const Problem& problem, const Rows& rows, const Layout& layout,
+                       const float* scales, const float* bounds, const Candidates& out,
+                       void* stream);
+
+// The exact top k of the queries listed in `missed`, by scoring all keys that they see. `scores` is
+// room for max_keys scores of at least one query; more of it lets more blocks work at once. Does
+// next to nothing if none was missed.
+void launch_missed(const Problem& problem, const Rows& rows, const float* scales,
+                   const select::Misses& missed, int top_k, const TopK& out,
+                   std::span<float> scores, void* stream);
+
+}  // namespace misa::cuda::fused

@@ -1,0 +1,195 @@
+// The exact top k of queries whose bound let through too few scores, or more than their lists hold.
+// Such a query depends on no bound: all its scores are written and selected from.
+//
+//  1. A block takes four queries of the list at a time, one for each lane of a quad.
+//  2. Its warpgroups share the keys that some of the four see, in tiles of 64, and multiply each
+//     with the rows of all four.
+//  3. Scores, with the bits that the fused kernel gives them (scores.cuh), go to the block's room in
+//     global memory.
+//  4. The block selects from each of the four rows (select/row.cuh).
+//
+// Blocks find no work and end where nothing was missed, which is the rule.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cuda/ptx>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/check.cuh"
+#include "cuda/range.cuh"
+#include "device/barrier.cuh"
+#include "device/wgmma.cuh"
+#include "fused/scores.cuh"
+#include "fused/sm90.hpp"
+#include "fused/sm90_config.cuh"
+#include "misa/error.hpp"
+#include "select/launch.cuh"
+#include "select/row.cuh"
+
+namespace misa::cuda::fused {
+namespace {
+
+namespace ptx = ::cuda::ptx;
+
+static_assert(kMissedThreads == select::kThreads);
+
+struct Arguments {
+  Problem problem;
+  Rows rows;
+  const float* scales;  // of all keys
+  select::Misses missed;
+  TopK out;
+  select::RowPlan plan;
+  float* room;       // [blocks, queries, stride] scores
+  std::int64_t stride;
+  int queries;       // that a block has room for, 1 to kMissedQueries
+};
+
+// Step 2's A operand: 64 keys from `first` on, by the threads of a group; zero beyond the last key.
+__device__ void load_keys(const Keys& keys, std::int64_t first, int thread, std::uint8_t* tile) {
+#pragma unroll
+  for (int i = 0; i < kProductKeys * kDim / 16 / kGroupThreads; ++i) {
+    const int row = (i * kGroupThreads + thread) / 8;
+    const int chunk = thread % 8;
+    const std::int64_t key = first + row;
+    const auto* source = static_cast<const std::uint8_t*>(keys.data) + key * keys.stride;
+    const uint4 bytes = key < keys.tokens ? __ldg(reinterpret_cast<const uint4*>(source) + chunk)
+                                          : make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(tile + row * kDim + (chunk ^ row % 8) * 16) = bytes;
+  }
+}
+
+// Steps 2 and 3 of one warpgroup.
+template <int rows, bool residual>
+__device__ void score_tiles(const Arguments& arguments, MissedShared& shared, int group,
+                            float* scores) {
+  constexpr int kMissedColumns = std::min(kMissedQueries * rows, kHalfColumns);  // of a product
+  constexpr int kProducts = kMissedQueries * rows / kMissedColumns;
+  constexpr int kLocals = kMissedColumns / 4;
+  const Keys& keys = arguments.problem.k;
+  const int thread = threadIdx.x % kGroupThreads;
+  const int lane = thread % 32;
+  std::int32_t first = std::numeric_limits<std::int32_t>::max();
+  std::int32_t last = 0;
+  for (int i = 0; i < kMissedQueries; ++i) {
+    if (shared.lengths[i] > 0) {
+      first = min(first, shared.starts[i]);
+      last = max(last, shared.starts[i] + shared.lengths[i]);
+    }
+  }
+  const std::int32_t start = shared.starts[lane % 4];
+  const std::int32_t length = shared.lengths[lane % 4];
+  float* const own = scores + lane % 4 * arguments.stride;
+  const std::uint64_t key_tile = swizzled_tile(shared.keys[group]);
+  const std::uint64_t row_tile = swizzled_tile(shared.rows);
+  for (std::int64_t tile = first / kProductKeys + group; tile * kProductKeys < last;
+       tile += kMissedGroups) {
+    load_keys(keys, tile * kProductKeys, thread, shared.keys[group]);
+    ptx::fence_proxy_async(ptx::space_shared);
+    barrier_sync(1 + group, kGroupThreads);
+    const std::int64_t row = tile * kProductKeys + thread / 32 * 16 + lane / 4;
+    const float scales[2] = {__ldg(arguments.scales + row), __ldg(arguments.scales + row + 8)};
+    const auto write = [&](int /*query*/, int r, float score) {
+      const std::int64_t position = row + 8 * r - start;
+      if (position >= 0 && position < length) {
+        own[position] = score;
+      }
+    };
+    float partial[2];
+    const auto take = [&]<int product>(std::integral_constant<int, product>) {
+      constexpr int kFirst = product * kMissedColumns;
+      float sums[kMissedColumns / 2];
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kDim / 32; ++k) {
+        wgmma_e4m3<kMissedColumns>(sums, key_tile + 2 * k, row_tile + kFirst * kDim / 16 + 2 * k,
+                                   k > 0);
+      }
+      wgmma_commit();
+      float weights[kLocals];
+      own_weights<kMissedColumns>(shared.weights + kFirst, lane % 4, weights);
+      wgmma_wait<0>();
+      wgmma_pin(sums);
+      weigh<rows, residual, product * kLocals, false>(sums, weights, scales, partial, write);
+    };
+    take(std::integral_constant<int, 0>{});
+    if constexpr (kProducts == 2) {
+      take(std::integral_constant<int, 1>{});
+    }
+    barrier_sync(1 + group, kGroupThreads);  // before the tile is overwritten
+  }
+}
+
+template <int rows, bool residual>
+__global__ void __launch_bounds__(kMissedThreads, 1)
+    missed_kernel(const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(1024) std::byte memory[];
+  MissedShared& shared = *reinterpret_cast<MissedShared*>(memory);
+  const auto count = static_cast<std::int64_t>(*arguments.missed.count);
+  float* const scores =
+      arguments.room + std::int64_t{blockIdx.x} * arguments.queries * arguments.stride;
+  for (std::int64_t first = std::int64_t{blockIdx.x} * arguments.queries; first < count;
+       first += std::int64_t{gridDim.x} * arguments.queries) {
+    if (threadIdx.x < kMissedQueries) {  // step 1
+      const std::int64_t i = first + threadIdx.x;
+      const bool taken = static_cast<int>(threadIdx.x) < arguments.queries && i < count;
+      const std::int64_t t = taken ? arguments.missed.rows[i] : -1;
+      const Range range = taken ? visible(arguments.problem.k, t) : Range{0, 0};
+      shared.queries[threadIdx.x] = t;
+      shared.starts[threadIdx.x] = range.start;
+      shared.lengths[threadIdx.x] = range.length;
+    }
+    __syncthreads();
+    load_rows<rows, residual, kMissedQueries * rows>(
+        arguments.problem, arguments.rows, threadIdx.x, kMissedThreads,
+        [&](int query) { return shared.queries[query]; }, shared.rows, shared.weights);
+    ptx::fence_proxy_async(ptx::space_shared);
+    __syncthreads();
+    const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+    score_tiles<rows, residual>(arguments, shared, group, scores);
+    // Selection takes the same shared memory.
+    std::int64_t queries[kMissedQueries];
+    std::int32_t lengths[kMissedQueries];
+    for (int i = 0; i < kMissedQueries; ++i) {
+      queries[i] = shared.queries[i];
+      lengths[i] = shared.lengths[i];
+    }
+    __syncthreads();
+    for (int i = 0; i < kMissedQueries; ++i) {
+      if (queries[i] >= 0) {
+        select::select_row(memory, arguments.plan, scores + i * arguments.stride,
+                           static_cast<std::uint32_t>(lengths[i]),
+                           select::output_row(arguments.out, queries[i], arguments.plan.top_k));
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace
+
+void launch_missed(const Problem& problem, const Rows& rows, const float* scales,
+                   const select::Misses& missed, int top_k, const TopK& out,
+                   std::span<float> scores, void* stream) {
+  int device = 0;
+  int processors = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  const std::int64_t stride = std::max(problem.k.max_keys, 1);
+  const std::int64_t room = static_cast<std::int64_t>(scores.size()) / stride;
+  if (room < 1) {
+    throw Error(ErrorCode::internal, "missed queries: no room for one query's scores");
+  }
+  const auto queries = static_cast<int>(std::min<std::int64_t>(room, kMissedQueries));
+  const std::int64_t blocks = std::min<std::int64_t>(room / queries, processors);
+  const select::RowPlan plan = select::plan_row(top_k, select::shared_limit());
+  for_rows(rows, [&]<int padded, bool residual>() {
+    select::launch(missed_kernel<padded, residual>, blocks, kMissedThreads,
+                   std::max(sizeof(MissedShared), plan.bytes()), stream,
+                   Arguments{problem, rows, scales, missed, out, plan, scores.data(), stride, queries});
+  });
+}
+
+}  // namespace misa::cuda::fused
