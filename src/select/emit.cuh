@@ -9,22 +9,12 @@
 #include <cstdint>
 #include <limits>
 
-#include "misa/cuda.hpp"
 #include "select/entry.hpp"
 #include "select/generic_config.cuh"
+#include "select/output.cuh"
 #include "select/radix.cuh"
 
 namespace misa::cuda::select {
-
-// A row's place in the outputs; no scores: null.
-struct OutputRow {
-  std::int32_t* indices;
-  float* scores;
-};
-
-__device__ inline OutputRow output_row(const TopK& out, std::int64_t row, std::uint32_t top_k) {
-  return {out.indices + row * top_k, out.scores != nullptr ? out.scores + row * top_k : nullptr};
-}
 
 // What follows the selected: [count, top_k).
 __device__ inline void pad(const OutputRow& out, std::uint32_t count, std::uint32_t top_k) {

@@ -18,6 +18,9 @@ struct Samples {
 
 inline constexpr std::int64_t kMaxSamples = 4096;
 
+// Lists of a query: one for every lane of a warp.
+inline constexpr std::uint32_t kMaxLists = 32;
+
 // Rows that the survivors could not decide, in any order; what selects them must write their
 // outputs whole.
 struct Misses {
@@ -34,7 +37,8 @@ void launch_threshold(const Samples& samples, const Keys& keys, std::int64_t row
 // Writes `out` as misa::cuda::top_k does from each row's candidates: all of its scores above some
 // bound, in lists in any order. A row of no more than top_k keys is written without them, unless
 // scores are wanted. Rows that lost candidates, or have fewer than min(top_k, keys), are appended
-// to the misses instead. Entries are aligned to 8 bytes; lists * capacity < 2^32, rows > 0.
+// to the misses instead. rows > 0, lists <= kMaxLists, lists * capacity < 2^32; entries are aligned to
+// 16 bytes and the capacity is even, so that they are read in pairs.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, const Misses& misses, void* stream);
 

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocksPerSm)
 
 void launch_generic(const Logits& logits, int top_k, const TopK& out, void* stream) {
   const RowPlan plan = plan_row(top_k, shared_limit());
-  launch(top_k_kernel, logits.rows, plan.bytes(), stream, logits, plan, out);
+  launch(top_k_kernel, logits.rows, kThreads, plan.bytes(), stream, logits, plan, out);
 }
 
 }  // namespace misa::cuda::select

@@ -23,14 +23,14 @@ inline std::size_t shared_limit() {
 
 // A block a row; rows > 0.
 template <class... Arguments>
-void launch(void (*kernel)(Arguments...), std::int64_t rows, std::size_t bytes, void* stream,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Arguments...), std::int64_t rows, int threads, std::size_t bytes,
+            void* stream, const Arguments&... arguments) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(rows));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");

@@ -1,171 +1,428 @@
 // Exact top-k of the candidates that passed a row's bound: one thread block a row.
 //
 //  1. A row of no more than k keys selects all of them; without scores that needs no candidates.
-//  2. A warp's lists are gathered into shared memory. A row that lost candidates, or has too few,
-//     is a miss.
-//  3. The cut is the entry (entry.hpp) of rank k (radix.cuh).
-//  4. All entries from the cut on are written (emit.cuh).
+//  2. The lists are cut into chunks that warps share out. Entries (entry.hpp) are held in registers;
+//     those beyond are read from their lists again by every step: slower, never wrong. A row that
+//     lost candidates, or has too few, is a miss.
+//  3. Digits of the scores, and on a plateau of the positions, narrow down where the entry of rank k
+//     lies until few are left (digits.cuh).
+//  4. What is above them is selected for certain: marked in a bitmap of positions. The few are ranked
+//     directly, and marked if their rank is good enough.
+//  5. A scan over the bitmap's words gives every selected position its rank. Entries go there in
+//     shared memory, from there to the output in whole lines.
 //
-// Candidates beyond what shared memory holds are read from their lists again: slower, never wrong.
-// Their order in shared memory is any; the cut and the output depend on the set alone.
+// No choice depends on the order of candidates, so neither does the output.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "cuda/range.cuh"
-#include "select/emit.cuh"
+#include "select/digits.cuh"
 #include "select/entry.hpp"
 #include "select/fused.hpp"
-#include "select/generic_config.cuh"
 #include "select/launch.cuh"
-#include "select/radix.cuh"
+#include "select/output.cuh"
 
 namespace misa::cuda::select {
 namespace {
 
-// Loads in flight a lane: with 2048 threads 64 KB an SM (see kLoads).
-constexpr int kListLoads = 4;
+// Entries of a list that a warp loads at once: 16 bytes, two entries, a lane.
+constexpr std::uint32_t kChunk = 64;
 
-// The lists of a row, and the copy of their candidates where it is whole.
-struct Lists {
-  const Held* entries;
-  const std::uint32_t* counts;
-  std::uint32_t lists;
-  std::uint32_t capacity;
-  const Held* held;
-  std::uint32_t count;
-  bool whole;
+// Positions that one bitmap covers at most: 16 KB, and 8 KB for ranks.
+constexpr std::uint32_t kMostPositions = 1U << 17;
 
-  template <class Visitor>
-  __device__ void visit(std::uint32_t, std::uint32_t, const Visitor& visitor) const {
-    if (whole) {
-      for (std::uint32_t base = 0; base < count; base += kThreads) {
-        const std::uint32_t i = base + threadIdx.x;
-        const Held candidate = i < count ? held[i] : Held{};
-        visitor(make_entry(candidate.score, candidate.position), i < count);
-      }
-      return;
-    }
-    for (std::uint32_t list = threadIdx.x / 32; list < lists; list += kWarps) {
-      const std::uint32_t filled = min(counts[list], capacity);
-      for (std::uint32_t base = 0; base < filled; base += 32) {
-        const std::uint32_t i = base + threadIdx.x % 32;
-        const Held candidate = i < filled ? entries[list * capacity + i] : Held{};
-        visitor(make_entry(candidate.score, candidate.position), i < filled);
-      }
-    }
-  }
+// A block of `threads` threads that hold 2 * slots entries each; `blocks` share an SM.
+template <int threads_, int slots_, int blocks_>
+struct Config {
+  static constexpr int kThreads = threads_;
+  static constexpr int kWarps = threads_ / 32;
+  static constexpr int kSlots = slots_;
+  static constexpr int kBlocks = blocks_;
+  static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
+  // Digits of 10 bits leave 5 to 70 of a few thousand scores in a narrow range.
+  using Radix = Digits<threads_, threads_ <= 256 ? 10 : 11>;
+
+  struct Shared {
+    typename Radix::Shared radix;
+    std::uint64_t few[threads_];
+    std::uint32_t few_count;
+  };
 };
 
-// Step 2. Lane l of a warp looks after its l-th list; all lanes copy each.
-__device__ void gather(Shared& shared, const Lists& row, Held* held, std::uint32_t capacity) {
-  const std::uint32_t lane = threadIdx.x % 32;
-  for (std::uint32_t first = threadIdx.x / 32; first < row.lists; first += kThreads) {
-    const std::uint32_t list = first + lane * kWarps;
-    std::uint32_t filled = list < row.lists ? row.counts[list] : 0;
-    if (filled > row.capacity) {
-      atomicOr(&shared.overflow, 1U);
-      filled = row.capacity;
-    }
-    std::uint32_t end = filled;
+// What a block's shared memory is laid out for.
+struct SurvivorPlan {
+  std::uint32_t top_k;
+  std::uint32_t positions;
+};
+
+// The lists of a row as chunks. Lane l of every warp looks after list l.
+class Chunks {
+ public:
+  __device__ Chunks(const Candidates& candidates, std::int64_t t)
+      : entries_(candidates.entries + t * candidates.lists * candidates.capacity) {
+    const std::uint32_t lane = threadIdx.x % 32;
+    const std::uint32_t count =
+        lane < candidates.lists ? candidates.counts[t * candidates.lists + lane] : 0;
+    lost = __any_sync(kWarp, count > candidates.capacity);
+    const std::uint32_t filled = min(count, candidates.capacity);
+    total = __reduce_add_sync(kWarp, filled);
+    const std::uint32_t own = filled / kChunk + (filled % kChunk != 0 ? 1 : 0);
+    end_ = own;
 #pragma unroll
     for (unsigned step = 1; step < 32; step *= 2) {
-      const std::uint32_t before = __shfl_up_sync(kWarp, end, step);
-      end += lane >= step ? before : 0;
+      const std::uint32_t before = __shfl_up_sync(kWarp, end_, step);
+      end_ += lane >= step ? before : 0;
     }
-    std::uint32_t base = 0;
-    if (lane == 31) {
-      base = atomicAdd(&shared.appended, end);
-    }
-    const std::uint32_t start = __shfl_sync(kWarp, base, 31) + end - filled;
+    this->count = __shfl_sync(kWarp, end_, 31);
+    const std::uint32_t first = lane * candidates.capacity;
+    limit_ = first + filled;
+    offset_ = first - (end_ - own) * kChunk;
+  }
 
-    const std::uint32_t own = min((row.lists - first + kWarps - 1) / kWarps, 32U);
-    for (std::uint32_t next = 0; next < own; next += kListLoads) {
-      std::uint32_t counts[kListLoads];
-      std::uint32_t starts[kListLoads];
-      std::uint32_t longest = 0;
+  // The lane's pair of a chunk; `left` says how many of the two are there, or more. All lanes call.
+  __device__ uint4 load(std::uint32_t chunk, std::int32_t& left) const {
+    // Behind the last chunk this asks lane 0, whose list ended before.
+    const int list = __popc(__ballot_sync(kWarp, end_ <= chunk));
+    const std::uint32_t i =
+        __shfl_sync(kWarp, offset_, list) + chunk * kChunk + threadIdx.x % 32 * 2;
+    left = static_cast<std::int32_t>(__shfl_sync(kWarp, limit_, list) - i);
+    return left > 0 ? *reinterpret_cast<const uint4*>(entries_ + i) : uint4{};
+  }
+
+  std::uint32_t total;  // candidates
+  std::uint32_t count;  // chunks
+  bool lost;            // whether some list lost candidates
+
+ private:
+  const Candidate* entries_;
+  std::uint32_t end_;     // behind the list's last chunk
+  std::uint32_t limit_;   // behind its last entry
+  std::uint32_t offset_;  // from kChunk * chunk to its entries, modulo 2^32
+};
+
+// ordered_bits of a score that is not NaN; no candidate is.
+__device__ std::uint32_t key_of(std::uint32_t score) {
+  const std::uint32_t bits = __float_as_uint(__uint_as_float(score) + 0.0F);
+  return bits ^ (static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000U);
+}
+
+// A row's candidates, those held first, as key and position.
+template <class Own>
+class Entries {
+ public:
+  __device__ Entries(const Chunks& chunks, std::uint32_t length)
+      : chunks_(chunks), length_(length) {
+    uint4 pairs[Own::kSlots];
+    std::int32_t left[Own::kSlots];
 #pragma unroll
-      for (std::uint32_t j = 0; j < kListLoads; ++j) {
-        // Lanes without a list have none filled; beyond the last lane there are none.
-        const std::uint32_t from = min(next + j, 31U);
-        counts[j] = next + j < own ? __shfl_sync(kWarp, filled, from) : 0;
-        starts[j] = __shfl_sync(kWarp, start, from);
-        longest = max(longest, counts[j]);
-      }
-      for (std::uint32_t i = lane; i < longest; i += 32) {
-        Held copies[kListLoads];
-#pragma unroll
-        for (std::uint32_t j = 0; j < kListLoads; ++j) {
-          if (i < counts[j]) {
-            copies[j] = row.entries[(first + (next + j) * kWarps) * row.capacity + i];
-          }
-        }
-#pragma unroll
-        for (std::uint32_t j = 0; j < kListLoads; ++j) {
-          if (i < counts[j] && starts[j] + i < capacity) {
-            held[starts[j] + i] = copies[j];
-          }
-        }
-      }
+    for (int slot = 0; slot < Own::kSlots; ++slot) {
+      pairs[slot] = chunks_.load(slot * Own::kWarps + threadIdx.x / 32, left[slot]);
     }
+#pragma unroll
+    for (int slot = 0; slot < Own::kSlots; ++slot) {
+      held_[slot] = convert(pairs[slot], left[slot]);
+    }
+  }
+
+  // Absent candidates are visited too; their key is 0.
+  template <class Visitor>
+  __device__ void visit_held(const Visitor& visitor) const {
+#pragma unroll
+    for (const uint4& pair : held_) {
+      visitor(pair.x, pair.y);
+      visitor(pair.z, pair.w);
+    }
+  }
+  template <class Visitor>
+  __device__ void visit(const Visitor& visitor) const {
+    visit_held(visitor);
+#pragma unroll 1
+    for (std::uint32_t chunk = Own::kSlots * Own::kWarps + threadIdx.x / 32; chunk < chunks_.count;
+         chunk += Own::kWarps) {
+      std::int32_t left = 0;
+      const uint4 two = chunks_.load(chunk, left);
+      const uint4 pair = convert(two, left);
+      visitor(pair.x, pair.y);
+      visitor(pair.z, pair.w);
+    }
+  }
+  __device__ bool all_held() const { return chunks_.count <= Own::kSlots * Own::kWarps; }
+
+ private:
+  __device__ uint4 convert(const uint4& two, std::int32_t left) const {
+    return {left > 0 && two.y < length_ ? key_of(two.x) : 0, two.y,
+            left > 1 && two.w < length_ ? key_of(two.z) : 0, two.w};
+  }
+
+  const Chunks& chunks_;
+  std::uint32_t length_;
+  uint4 held_[Own::kSlots];
+};
+
+__device__ std::uint64_t entry_of(std::uint32_t key, std::uint32_t position) {
+  return std::uint64_t{key} << 32 | ~position;
+}
+
+// Step 3. Entries above `high` are selected; of those in [low, high] `quota` more. On a plateau
+// positions decide which those are, else scores alone do.
+struct Cut {
+  std::uint64_t low;
+  std::uint64_t high;
+  std::uint32_t quota;
+  bool plateau;
+};
+
+template <class Own>
+__device__ Cut find_cut(typename Own::Shared& shared, const Entries<Own>& entries,
+                        std::uint32_t count, std::uint32_t wanted, std::uint32_t length) {
+  using Radix = typename Own::Radix;
+  std::uint32_t smallest = kWarp;
+  std::uint32_t largest = 0;
+  entries.visit([&](std::uint32_t key, std::uint32_t) {
+    smallest = key != 0 ? min(smallest, key) : smallest;
+    largest = max(largest, key);
+  });
+  Bracket keys = Radix::bracket_all(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
+  const auto open = [&](const Bracket& bracket) {
+    return bracket.count > Own::kThreads && bracket.above + bracket.count != wanted;
+  };
+  while (open(keys) && keys.reach != 0) {
+    keys = Radix::narrow(shared.radix, keys, wanted, [&](const auto& visitor) {
+      entries.visit([&](std::uint32_t key, std::uint32_t) { visitor(key, true); });
+    });
+  }
+  const std::uint64_t low = std::uint64_t{keys.low} << 32;
+  if (keys.above + keys.count == wanted) {
+    return {low - 1, low - 1, 0, false};
+  }
+  if (!open(keys)) {
+    return {low, std::uint64_t{keys.low + keys.reach} << 32 | kWarp, wanted - keys.above, false};
+  }
+  // A plateau: lower positions come first.
+  Bracket places{~(length - 1), length - 1, keys.above, keys.count};
+  while (open(places) && places.reach != 0) {
+    places = Radix::narrow(shared.radix, places, wanted, [&](const auto& visitor) {
+      entries.visit([&](std::uint32_t key, std::uint32_t position) {
+        visitor(~position, key == keys.low);
+      });
+    });
+  }
+  return {low | places.low, (low | places.low) + places.reach, wanted - places.above, true};
+}
+
+// Where the output is made: after Shared follow uint32 bitmap[positions / 32], uint16
+// ranks[positions / 32] and uint32 staged[top_k], the last once more for scores, or null.
+struct Stage {
+  std::uint32_t positions;
+  std::uint32_t* bitmap;
+  std::uint16_t* ranks;
+  std::uint32_t* staged;
+  std::uint32_t* scores;
+};
+
+template <int threads>
+__device__ void clear(const Stage& stage) {
+  for (std::uint32_t i = threadIdx.x; i < stage.positions / 128; i += threads) {
+    reinterpret_cast<uint4*>(stage.bitmap)[i] = uint4{0, 0, 0, 0};
   }
 }
 
-__global__ void __maxnreg__(kSurvivorRegisters)
-    survivors_kernel(const Candidates candidates, const Keys keys, const Plan plan, const TopK out,
-                     const Misses misses) {
+// Steps 4 and 5. Returns how many are staged. `plain`: all candidates are held, one bitmap has all
+// positions, and scores alone tell who is selected for certain.
+template <class Own, bool plain>
+__device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
+                              const Entries<Own>& entries, const Cut& cut, std::uint32_t length) {
+  const auto low = static_cast<std::uint32_t>(cut.low >> 32);
+  const auto high = static_cast<std::uint32_t>(cut.high >> 32);
+  const auto visit = [&](const auto& visitor) {
+    if constexpr (plain) {
+      entries.visit_held(visitor);
+    } else {
+      entries.visit(visitor);
+    }
+  };
+  const auto certain = [&](std::uint32_t key, std::uint32_t position) {
+    return plain ? key > high : entry_of(key, position) > cut.high;
+  };
+  std::uint64_t own = 0;  // the thread's of the few, if it is selected
+  std::uint32_t placed = 0;
+  for (std::uint32_t first = 0; first < length; first += stage.positions) {
+    const auto here = [&](std::uint32_t position) {
+      return plain || position - first < stage.positions;
+    };
+    const auto mark = [&](std::uint32_t position) {
+      const std::uint32_t offset = position - first;
+      atomicOr(&stage.bitmap[offset / 32], 1U << offset % 32);
+    };
+    visit([&](std::uint32_t key, std::uint32_t position) {
+      const bool sure = certain(key, position);
+      if (sure && here(position)) {
+        mark(position);
+      }
+      if (first == 0 && !sure && (plain ? key >= low : entry_of(key, position) >= cut.low)) {
+        const std::uint32_t place = atomicAdd(&shared.few_count, 1U);
+        if (place < Own::kThreads) {
+          shared.few[place] = entry_of(key, position);
+        }
+      }
+    });
+    if (first == 0 && cut.quota != 0) {
+      __syncthreads();
+      const std::uint32_t few = min(shared.few_count, std::uint32_t{Own::kThreads});
+      if (threadIdx.x < few) {
+        own = shared.few[threadIdx.x];
+        std::uint32_t rank = 0;
+        for (std::uint32_t i = 0; i < few; ++i) {
+          rank += shared.few[i] > own ? 1 : 0;
+        }
+        own = rank < cut.quota ? own : 0;
+      }
+    }
+    const bool own_here = own != 0 && here(entry_position(own));
+    if (own_here) {
+      mark(entry_position(own));
+    }
+    __syncthreads();
+
+    // A thread's words lie side by side; ranks count from its first word, then from all.
+    const std::uint32_t each = stage.positions / 32 / Own::kThreads;
+    const std::uint32_t begin = threadIdx.x * each;
+    std::uint32_t sum = 0;
+    for (std::uint32_t i = 0; i < each; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(stage.bitmap + begin + i);
+      const std::uint32_t second = sum + __popc(four.x);
+      const std::uint32_t third = second + __popc(four.y);
+      const std::uint32_t fourth = third + __popc(four.z);
+      *reinterpret_cast<uint2*>(stage.ranks + begin + i) = {sum | second << 16,
+                                                            third | fourth << 16};
+      sum = fourth + __popc(four.w);
+    }
+    std::uint32_t before = 0;
+    std::uint32_t total = 0;
+    typename Own::Radix::Scan(shared.radix.scan).ExclusiveSum(sum, before, total);
+    for (std::uint32_t i = 0; i < each; i += 4) {
+      uint2& four = *reinterpret_cast<uint2*>(stage.ranks + begin + i);
+      four = {four.x + before * 0x10001U, four.y + before * 0x10001U};
+    }
+    __syncthreads();
+    const auto place = [&](std::uint32_t key, std::uint32_t position, bool selected) {
+      const std::uint32_t offset = position - first;
+      const std::uint32_t word = selected ? stage.bitmap[offset / 32] : 0;
+      const std::uint32_t rank = selected ? placed + stage.ranks[offset / 32] : 0;
+      const std::uint32_t slot = rank + __popc(word & ((1U << offset % 32) - 1));
+      if (selected) {
+        stage.staged[slot] = position;
+      }
+      if (selected && stage.scores != nullptr) {
+        stage.scores[slot] = key;
+      }
+    };
+    visit([&](std::uint32_t key, std::uint32_t position) {
+      place(key, position, certain(key, position) && here(position));
+    });
+    if (own_here) {
+      place(static_cast<std::uint32_t>(own >> 32), entry_position(own), true);
+    }
+    placed += total;
+    __syncthreads();
+    if (plain) {
+      break;
+    }
+    clear<Own::kThreads>(stage);
+    __syncthreads();
+  }
+  return placed;
+}
+
+template <class Own>
+__global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
+    survivors_kernel(const Candidates candidates, const Keys keys, const SurvivorPlan plan,
+                     const TopK out, const Misses misses) {
+  constexpr int kThreads = Own::kThreads;
   extern __shared__ __align__(16) std::byte memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  auto* held = reinterpret_cast<Held*>(memory + sizeof(Shared));
-  auto* staged = reinterpret_cast<std::uint16_t*>(held + plan.capacity);
+  auto& shared = *reinterpret_cast<typename Own::Shared*>(memory);
+  const std::uint32_t words = plan.positions / 32;
+  auto* bitmap = reinterpret_cast<std::uint32_t*>(memory + sizeof(typename Own::Shared));
+  auto* ranks = reinterpret_cast<std::uint16_t*>(bitmap + words);
+  auto* staged = reinterpret_cast<std::uint32_t*>(ranks + words);
+  const Stage stage{plan.positions, bitmap, ranks, staged,
+                    out.scores != nullptr ? staged + plan.top_k : nullptr};
+
   const std::int64_t t = blockIdx.x;
+  const Chunks chunks(candidates, t);
   const auto length = static_cast<std::uint32_t>(visible(keys, t).length);
   const OutputRow output = output_row(out, t, plan.top_k);
-
-  if (length == 0 || (length <= plan.top_k && output.scores == nullptr)) {  // step 1
-    for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
-      output.indices[i] = static_cast<std::int32_t>(i);
+  const std::uint32_t wanted = min(plan.top_k, length);
+  const auto write = [&](std::uint32_t count, const auto& index_of) {
+    for (std::uint32_t i = threadIdx.x; i < plan.top_k; i += kThreads) {
+      output.indices[i] = i < count ? static_cast<std::int32_t>(index_of(i)) : -1;
     }
-    pad(output, length, plan.top_k);
+  };
+  if (length == 0 || (length <= plan.top_k && output.scores == nullptr)) {  // step 1
+    write(length, [](std::uint32_t i) { return i; });
+    if (output.scores != nullptr) {
+      for (std::uint32_t i = threadIdx.x; i < plan.top_k; i += kThreads) {
+        output.scores[i] = -std::numeric_limits<float>::infinity();
+      }
+    }
     return;
   }
-
-  if (threadIdx.x == 0) {
-    shared.appended = 0;
-    shared.overflow = 0;
-  }
-  __syncthreads();
-  const std::int64_t list = t * candidates.lists;
-  Lists row{reinterpret_cast<const Held*>(candidates.entries) + list * candidates.capacity,
-            candidates.counts + list,
-            candidates.lists,
-            candidates.capacity,
-            held,
-            0,
-            false};
-  gather(shared, row, held, plan.capacity);
-  __syncthreads();
-  row.count = shared.appended;
-  row.whole = row.count <= plan.capacity;
-  const std::uint32_t wanted = min(plan.top_k, length);
-  if (shared.overflow != 0 || row.count < wanted) {
+  if (chunks.lost || chunks.total < wanted) {
     if (threadIdx.x == 0) {
       misses.rows[atomicAdd(misses.count, 1U)] = static_cast<std::int32_t>(t);
     }
     return;
   }
-  const std::uint64_t cut = select_entry(
-      shared, row.count, wanted, [&](const auto& visitor) { row.visit(0, length, visitor); });
-  emit(shared, staged, row, cut, length, plan.top_k, output);
+
+  Own::Radix::clear(shared.radix);
+  clear<kThreads>(stage);
+  if (threadIdx.x == 0) {
+    shared.few_count = 0;
+  }
+  const Entries<Own> entries(chunks, length);  // step 2
+  const Cut cut = find_cut<Own>(shared, entries, chunks.total, wanted, length);
+
+  const bool plain = entries.all_held() && length <= stage.positions && !cut.plateau;
+  const std::uint32_t placed = plain ? fill<Own, true>(shared, stage, entries, cut, length)
+                                     : fill<Own, false>(shared, stage, entries, cut, length);
+
+  write(placed, [&](std::uint32_t i) { return staged[i]; });
+  if (output.scores != nullptr) {
+    for (std::uint32_t i = threadIdx.x; i < plan.top_k; i += kThreads) {
+      output.scores[i] =
+          i < placed ? score_of_bits(stage.scores[i]) : -std::numeric_limits<float>::infinity();
+    }
+  }
+}
+
+template <class Own>
+void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
+                 const TopK& out, const Misses& misses, void* stream) {
+  const std::int64_t most = std::min<std::int64_t>({keys.tokens, keys.max_keys, kMostPositions});
+  const auto steps = static_cast<std::uint32_t>((most + Own::kStep - 1) / Own::kStep);
+  const SurvivorPlan plan{static_cast<std::uint32_t>(top_k),
+                          std::max(steps, std::uint32_t{1}) * Own::kStep};
+  const std::size_t bytes = sizeof(typename Own::Shared) + plan.positions / 32 * 6 +
+                            sizeof(std::uint32_t) * top_k * (out.scores != nullptr ? 2 : 1);
+  launch(survivors_kernel<Own>, rows, Own::kThreads, bytes, stream, candidates, keys, plan, out,
+         misses);
 }
 
 }  // namespace
 
+// 256 threads hold 4096 entries; one bound in a hundred lets more of 2048 wanted through. 80
+// registers leave room for three blocks an SM.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, const Misses& misses, void* stream) {
-  const Plan plan = plan_survivors(top_k, shared_limit());
-  launch(survivors_kernel, rows, plan.bytes(), stream, candidates, keys, plan, out, misses);
+  if (top_k <= 2048) {
+    launch_rows<Config<256, 8, 3>>(candidates, keys, rows, top_k, out, misses, stream);
+  } else {
+    launch_rows<Config<512, 10, 2>>(candidates, keys, rows, top_k, out, misses, stream);
+  }
 }
 
 }  // namespace misa::cuda::select

@@ -533,18 +533,51 @@ TEST_F(CudaSurvivors, GeneratedShapes) {
       }
       bounds.push_back(bound_for(rows.back(), top_k + below(top_k) + 4));
     }
-    const std::int64_t lists = 1 + below(700);
-    const Survivors survivors = survivors_of(rows, bounds, lists, 2 * top_k / lists + 200);
+    const std::int64_t lists = 1 + below(cuda::select::kMaxLists);
+    const std::int64_t capacity = (2 * top_k / lists + 200) / 2 * 2;
+    const Survivors survivors = survivors_of(rows, bounds, lists, capacity);
     check_survivors(rows, survivors, top_k, "generated " + std::to_string(i), i % 3 != 0);
   }
 }
 
-// More candidates than shared memory holds, at every capacity's edge.
-TEST_F(CudaSurvivors, MoreThanSharedMemoryHolds) {
-  for (const std::int64_t count : {5119, 5120, 5121, 8191, 60000}) {
+// Few long lists, that end anywhere in a warp's share of them, of rows that registers hold and of
+// rows that they don't.
+TEST_F(CudaSurvivors, FewLongLists) {
+  for (const std::int64_t lists : {1, 2, 3, 4, 16, 32}) {
+    for (const std::int64_t count : {100, 2048, 2049, 3300, 3969, 4032, 4095, 4096, 4097, 5000}) {
+      const RowsOfScores rows{normal_row(70000, static_cast<std::uint64_t>(count))};
+      const Survivors survivors =
+          survivors_of(rows, {bound_for(rows[0], count)}, lists, (2 * count / lists + 200) / 2 * 2);
+      for (const int top_k : {100, 2048}) {
+        EXPECT_EQ(check_survivors(rows, survivors, top_k,
+                                  std::to_string(count) + " in " + std::to_string(lists))
+                      .empty(),
+                  count >= top_k);
+      }
+    }
+  }
+}
+
+// Lists as full as they can be, side by side; the last one's end is the array's.
+TEST_F(CudaSurvivors, FullLists) {
+  for (const std::int64_t lists : {1, 4, 16}) {
+    const RowsOfScores rows{normal_row(1024 * lists, 3), normal_row(1024 * lists, 4)};
+    const Survivors survivors = survivors_of(rows, {-kInfinity, -kInfinity}, lists, 1024);
+    for (const int top_k : {1, 512, 1023, 4096}) {
+      EXPECT_TRUE(check_survivors(rows, survivors, top_k, "full").empty());
+    }
+  }
+}
+
+// More candidates than registers hold, at every capacity's edge.
+TEST_F(CudaSurvivors, MoreThanRegistersHold) {
+  for (const std::int64_t count : {8191, 10239, 10240, 10241, 60000}) {
     const RowsOfScores rows{normal_row(70000, static_cast<std::uint64_t>(count))};
-    const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 128, 600);
-    EXPECT_TRUE(check_survivors(rows, survivors, 2048, std::to_string(count)).empty());
+    const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 32, 2400);
+    for (const int top_k : {2048, 4096, 8192}) {
+      EXPECT_EQ(check_survivors(rows, survivors, top_k, std::to_string(count)).empty(),
+                count >= top_k);
+    }
   }
   const RowsOfScores rows{normal_row(70000, 1)};
   const Survivors survivors = survivors_of(rows, {-kInfinity}, 1, 70000);
@@ -562,14 +595,14 @@ TEST_F(CudaSurvivors, TiesAndWideRanges) {
   wide[5] = kInfinity;
   const RowsOfScores rows{equal, zeros, wide};
   for (const int top_k : {1, 2048, 8192}) {
-    const Survivors survivors = survivors_of(rows, {0.5F, -0.5F, -kInfinity}, 100, 1000);
+    const Survivors survivors = survivors_of(rows, {0.5F, -0.5F, -kInfinity}, 25, 4000);
     EXPECT_TRUE(check_survivors(rows, survivors, top_k, "ties").empty());
   }
 }
 
 TEST_F(CudaSurvivors, LongRows) {
   const RowsOfScores rows{normal_row(3000000, 41)};
-  const Survivors survivors = survivors_of(rows, {bound_for(rows[0], 3000)}, 128, 64);
+  const Survivors survivors = survivors_of(rows, {bound_for(rows[0], 3000)}, 16, 512);
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
 }
 

@@ -1,0 +1,20 @@
+// Where a row's selection is written.
+#pragma once
+
+#include <cstdint>
+
+#include "misa/cuda.hpp"
+
+namespace misa::cuda::select {
+
+// A row's place in the outputs; no scores: null.
+struct OutputRow {
+  std::int32_t* indices;
+  float* scores;
+};
+
+__device__ inline OutputRow output_row(const TopK& out, std::int64_t row, std::uint32_t top_k) {
+  return {out.indices + row * top_k, out.scores != nullptr ? out.scores + row * top_k : nullptr};
+}
+
+}  // namespace misa::cuda::select
