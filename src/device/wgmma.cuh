@@ -1,9 +1,9 @@
-// Warpgroup matrix products of Hopper: D[64, N] += A[64, 32] B[N, 32]^T in e4m3 with fp32 sums, both
-// operands in shared memory.
+// Warpgroup matrix products of Hopper: D[64, N] += A[64, 32] B[N, 32]^T in e4m3 with fp32 sums,
+// both operands in shared memory.
 //
 // Accumulators: thread i of the warpgroup holds, for every group j of eight columns, the elements
-// (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1) as d[4 j] … d[4 j + 3],
-// row = 16 (i / 32) + (i % 32) / 4, column = 8 j + 2 (i % 4).
+// (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1) as d[4 j] … d[4 j +
+// 3], row = 16 (i / 32) + (i % 32) / 4, column = 8 j + 2 (i % 4).
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 namespace misa::cuda {
 
 // A tile of rows of 128 bytes in shared memory, 1024-byte aligned, in the 128-byte swizzle: the
-// 16-byte chunk c of row r stands at chunk c ^ (r % 8). Groups of 8 rows are 1024 bytes apart. Adding
-// 2 to a descriptor moves it on by 32 bytes of every row.
+// 16-byte chunk c of row r stands at chunk c ^ (r % 8). Groups of 8 rows are 1024 bytes apart.
+// Adding 2 to a descriptor moves it on by 32 bytes of every row.
 __device__ inline std::uint64_t swizzled_tile(const void* tile) {
   const auto address = static_cast<std::uint64_t>(__cvta_generic_to_shared(tile));
   return (address & 0x3FFFF) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{1024 >> 4} << 32 |
@@ -93,26 +93,6 @@ __device__ inline void wgmma_e4m3<128>(float (&d)[64], std::uint64_t a, std::uin
       "}, %64, %65, add, 1, 1;\n}\n"
       : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24), MISA_D8(32), MISA_D8(40), MISA_D8(48),
         MISA_D8(56)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-
-template <>
-__device__ inline void wgmma_e4m3<256>(float (&d)[128], std::uint64_t a, std::uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-      "}, %128, %129, add, 1, 1;\n}\n"
-      : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24), MISA_D8(32), MISA_D8(40), MISA_D8(48),
-        MISA_D8(56), MISA_D8(64), MISA_D8(72), MISA_D8(80), MISA_D8(88), MISA_D8(96),
-        MISA_D8(104), MISA_D8(112), MISA_D8(120)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 

@@ -51,12 +51,12 @@ double room(const Shape& shape, std::int64_t samples, int splits) {
 std::int64_t scales(std::int64_t keys) { return ceil_div(keys, kTileKeys) * kTileKeys; }
 
 Layout layout(const Shape& shape) {
-  const auto rows = static_cast<std::int64_t>(
-      std::max(4U, std::bit_ceil(static_cast<unsigned>(shape.rows))));
-  const std::int64_t queries = kGroups * kColumns / rows;
+  const auto rows =
+      static_cast<std::int64_t>(std::max(4U, std::bit_ceil(static_cast<unsigned>(shape.rows))));
+  const std::int64_t queries = kGroups * std::max<std::int64_t>(kProductColumns, 4 * rows) / rows;
   Layout layout{};
-  layout.splits = splits(std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1),
-                         shape.processors);
+  layout.splits =
+      splits(std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1), shape.processors);
   layout.sample_stride = std::max<std::int64_t>(ceil_div(shape.total_keys, kSamples), 1);
   layout.samples = ceil_div(shape.total_keys, layout.sample_stride);
   // A split sees every splits-th tile; one more than its share where the ends are not its own.

@@ -14,12 +14,12 @@ struct Shape {
   std::int64_t max_keys;    // that one query sees
   int rows;                 // heads and the residual row of a query, 1 to kMaxRows
   int top_k;
-  int processors;           // of the device
+  int processors;  // of the device
 };
 
 struct Layout {
-  int splits;                  // parts of the keys, a block each; also a query's lists of candidates
-  std::uint32_t capacity;      // of a list
+  int splits;              // parts of the keys, a block each; also a query's lists of candidates
+  std::uint32_t capacity;  // of a list
   std::int64_t sample_stride;  // every so many keys one is a sample
   std::int64_t samples;        // columns of the samples' scores
 };

@@ -36,10 +36,11 @@ __device__ inline bool any_nan(uint4 bytes) {
 
 // Rows of queries as `columns` rows of a swizzled tile (Columns), with their weights: zero where a
 // query has fewer rows, or query_of says -1. Weights of rows that are clipped make up for kClip.
-// Called by the `threads` threads of a block that have numbers thread = 0, 1 ….
+// Called by the `threads` threads that have numbers thread = 0, 1 ….
 template <int rows, bool residual, int columns, class QueryOf>
 __device__ void load_rows(const Problem& problem, const Rows& scored, int thread, int threads,
-                          const QueryOf& query_of, std::uint8_t* tile, float* weights) {
+                          const QueryOf& query_of, std::uint8_t* tile,
+                          float (*weights)[kProductWeights]) {
   const Queries& q = problem.q;
   for (int column = thread; column < columns; column += threads) {
     const int local = column / 8 * 2 + column % 2;
@@ -62,52 +63,55 @@ __device__ void load_rows(const Problem& problem, const Rows& scored, int thread
     bool nan = false;
 #pragma unroll
     for (int chunk = 0; chunk < kDim / 16; ++chunk) {
-      const uint4 bytes = source == nullptr
-                              ? make_uint4(0, 0, 0, 0)
-                              : __ldg(reinterpret_cast<const uint4*>(source) + chunk);
+      const uint4 bytes = source == nullptr ? make_uint4(0, 0, 0, 0)
+                                            : __ldg(reinterpret_cast<const uint4*>(source) + chunk);
       *reinterpret_cast<uint4*>(tile + column * kDim + (chunk ^ column % 8) * 16) = bytes;
       nan = nan || any_nan(bytes);
     }
-    weights[column] = nan ? std::numeric_limits<float>::quiet_NaN() : weight;
+    weights[local / kProductLocals][column % 8 / 2 * kLaneWeights + local % kProductLocals] =
+        nan ? std::numeric_limits<float>::quiet_NaN() : weight;
   }
 }
 
-// The weights of a thread's locals of a product, from those of its columns.
-template <int columns>
-__device__ void own_weights(const float* weights, int quad_lane, float (&own)[columns / 4]) {
-#pragma unroll
-  for (int i = 0; i < columns / 4; ++i) {
-    own[i] = weights[i / 2 * 8 + quad_lane * 2 + i % 2];
-  }
-}
-
-// Scores of a thread's two keys of a product, from the sums of its locals first_local …. `plain`:
-// no scale is negative; else the sign of a scale, which is exact, goes to the sums. Rows of a query
-// are summed in order; where the product holds but a part of them, `partial` carries the rest.
-// emit(g, r, score): the thread's query g and its key r.
+// Scores of a thread's two keys of a product, from the sums of its locals first_local … and their
+// weights in shared memory. `plain`: no scale is negative; else the sign of a scale, which is
+// exact, goes to the sums. Rows of a query are summed in order; where a product holds but a part of
+// them, `partial` carries the rest. emit(g, r, score): the thread's query g and its key r.
 template <int rows, bool residual, int first_local, bool plain, int locals, class Emit>
-__device__ void weigh(const float (&sums)[2 * locals], const float (&weights)[locals],
-                      const float* scales, float (&partial)[2], const Emit& emit) {
+__device__ void weigh(const float (&sums)[2 * locals], const float* weights, const float* scales,
+                      float (&partial)[2], const Emit& emit) {
   constexpr int kSlots = rows < locals ? rows : locals;  // of a query, in this product
 #pragma unroll
   for (int i = 0; i < locals; i += kSlots) {
     const int local = first_local + i;
+    float score[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float score = local % rows == 0 ? 0.0F : partial[r];
+      score[r] = local % rows == 0 ? 0.0F : partial[r];
+    }
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        float x = sums[(i + slot) / 2 * 4 + 2 * r + (i + slot) % 2];
-        if (!plain) {
-          x = copysignf(1.0F, scales[r]) * x;
+    for (int slot = 0; slot < kSlots; slot += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(weights + i + slot);
+      const float weight[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const bool linear = residual && (local + slot + s) % rows == rows - 1;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float x = sums[(i + slot + s) / 2 * 4 + 2 * r + s % 2];
+          if (!plain) {
+            x = copysignf(1.0F, scales[r]) * x;
+          }
+          score[r] = __fmaf_rn(weight[s], linear ? x : clipped(x), score[r]);
         }
-        const bool linear = residual && (local + slot) % rows == rows - 1;
-        score = __fmaf_rn(weights[i + slot], linear ? x : clipped(x), score);
       }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       if ((local + kSlots) % rows == 0) {
-        emit(local / rows, r, __fmul_rn(score, plain ? scales[r] : fabsf(scales[r])));
+        emit(local / rows, r, __fmul_rn(score[r], plain ? scales[r] : fabsf(scales[r])));
       } else {
-        partial[r] = score;
+        partial[r] = score[r];
       }
     }
   }

@@ -1,20 +1,21 @@
 // Scores of a slab of queries against all keys that they see, gated on the spot: no score is
 // written unless it is above its query's bound.
 //
-// A block takes 2 x 256 rows of queries (routed heads and residual rows, gathered as they are
-// loaded) and every splits-th tile of 128 keys.
+// A block takes 4 x 128 rows of queries (routed heads and residual rows, gathered as they are
+// loaded; 4 x 256 where a query has 64) and every splits-th tile of 128 keys.
 //
-//  1. One thread has the copy engine bring tiles of keys, kStages ahead.
-//  2. A warpgroup multiplies 64 keys with its own 256 rows: keys on M, rows on N, in two halves, so
-//     that the tensor cores work at one while the warps weigh the other.
+//  1. A thread has the copy engine bring tiles of keys, kAhead of them ahead.
+//  2. A warpgroup multiplies 64 keys with 128 of its own rows: keys on M, rows on N. The tensor
+//  cores
+//     work for one group while the others weigh.
 //  3. The rows of a query stand in columns that one thread holds (Columns), so each thread clips,
 //     weighs and sums the scores of its own queries in order of the heads, and no thread needs
 //     another's.
 //  4. A score above its query's bound goes to the thread's own queue in shared memory: no votes, no
 //     atomics on the way of the tensor cores.
 //  5. Every tile takes a few entries out of the queues into the lists of candidates in global
-//     memory, one a query and split. Neighbouring tiles go to different splits, so that a cluster of
-//     good keys fills all lists alike.
+//     memory, one a query and split. Neighbouring tiles go to different splits, so that a cluster
+//     of good keys fills all lists alike.
 //
 // Scores of sampled keys are the same kernel with another sink: all of them are written.
 #include <cuda.h>
@@ -28,7 +29,6 @@
 #include "cuda/check.cuh"
 #include "cuda/range.cuh"
 #include "device/barrier.cuh"
-#include "device/registers.cuh"
 #include "device/wgmma.cuh"
 #include "fused/scores.cuh"
 #include "fused/sm90.hpp"
@@ -51,7 +51,7 @@ struct Arguments {
   const float* scales;      // [key_rows] or more, a multiple of kTileKeys (scales_kernel)
   const float* bounds;      // [T]
   Candidates candidates;
-  float* scores;            // [T, key_rows]
+  float* scores;  // [T, key_rows]
 };
 
 // Where a thread's candidates go: of its query g, counts and starts [4 g], entries [base + g step].
@@ -62,48 +62,38 @@ struct Lists {
   std::uint32_t step;
 };
 
-// Step 5 for up to kPops entries, the last ones of a queue. Returns its new tail.
+// Step 5 for the last entry of each queue. Returns the queue's new tail. Threads without an entry
+// go along, and add nothing: there is no branch.
 __device__ Candidate* pop(const Candidates& out, const Lists& lists, const Candidate* queue,
                           Candidate* tail) {
-  Candidate taken[kPops];
-  std::uint32_t slots[kPops];
-#pragma unroll
-  for (int i = 0; i < kPops; ++i) {
-    slots[i] = out.capacity;
-    if (tail > queue) {
-      tail -= kQueueStep;
-      taken[i] = *tail;
-      slots[i] = atomicAdd(lists.counts + (taken[i].position >> kKeyBits) * 4, 1U);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPops; ++i) {
-    if (slots[i] < out.capacity) {
-      const std::uint32_t g = taken[i].position >> kKeyBits;
-      const std::uint32_t key = taken[i].position & ((1U << kKeyBits) - 1);
-      const std::uint32_t place = lists.base + g * lists.step + slots[i];
-      out.entries[place] = {taken[i].score, key - static_cast<std::uint32_t>(lists.starts[g * 4])};
-    }
+  const bool any = tail != queue;
+  tail -= any ? kQueueStep : 0;
+  const Candidate taken = *tail;
+  const std::uint32_t g = any ? taken.position >> kKeyBits : 0;
+  const std::uint32_t key = taken.position & ((1U << kKeyBits) - 1);
+  const std::uint32_t slot = atomicAdd(lists.counts + g * 4, any ? 1U : 0U);
+  const std::int32_t start = lists.starts[g * 4];
+  if (any && slot < out.capacity) {
+    out.entries[lists.base + g * lists.step + slot] = {taken.score,
+                                                       key - static_cast<std::uint32_t>(start)};
   }
   return tail;
 }
 
 template <int rows, bool residual, Sink sink>
-__device__ void score_group(const Arguments& arguments, Shared& shared, int group,
-                            std::int32_t first_tile, std::int32_t last_tile,
-                            std::int64_t first_query) {
+__device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
+                            Shared<rows>& shared, int group, std::int32_t first_tile,
+                            std::int32_t last_tile, std::int64_t first_query) {
   using Own = Columns<rows>;
   const int thread = threadIdx.x % kGroupThreads;
   const int lane = thread % 32;
-  const int key_row = thread / 32 * 16 + lane / 4;
   const std::int64_t tokens = arguments.problem.q.tokens;
   const std::int64_t first = first_query + group * Own::kQueries;
-  std::uint8_t* const tile_rows = shared.rows[group];
 
-  load_rows<rows, residual, kColumns>(
+  load_rows<rows, residual, Own::kCount>(
       arguments.problem, arguments.rows, thread, kGroupThreads,
       [&](int query) { return first + query < tokens ? first + query : std::int64_t{-1}; },
-      tile_rows, shared.weights[group]);
+      shared.rows_of[group], shared.weights[group]);
   float bounds[Own::kOwn];
   if constexpr (sink == Sink::candidates) {
 #pragma unroll
@@ -115,26 +105,11 @@ __device__ void score_group(const Arguments& arguments, Shared& shared, int grou
   ptx::fence_proxy_async(ptx::space_shared);
   const int own = 1 + group;  // the barrier of a group's threads
   barrier_sync(own, kGroupThreads);
-  float weights[2][kHalfColumns / 4];
-  own_weights<kHalfColumns>(shared.weights[group], lane % 4, weights[0]);
-  own_weights<kHalfColumns>(shared.weights[group] + kHalfColumns, lane % 4, weights[1]);
-  const std::uint64_t row_descriptor = swizzled_tile(tile_rows);
 
-  float sums[2][kHalfColumns / 2];
-  // Starts product `part` of a stage: keys 64 (part / 2) …, half part % 2 of the columns.
-  const auto multiply = [&](int stage, int part) {
-    const std::uint64_t keys = swizzled_tile(shared.keys[stage] + part / 2 * kProductKeys * kDim);
-    const std::uint64_t half = row_descriptor + part % 2 * (kHalfColumns * kDim / 16);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kDim / 32; ++k) {
-      wgmma_e4m3<kHalfColumns>(sums[part % 2], keys + 2 * k, half + 2 * k, k > 0);
-    }
-    wgmma_commit();
-  };
-
-  Candidate* const queue =
-      reinterpret_cast<Candidate*>(&shared + 1) + group * kGroupThreads + thread;
+  const std::uint64_t row_tile = swizzled_tile(shared.rows_of[group]);
+  const std::uint64_t key_tiles = swizzled_tile(shared.keys);
+  const float* const weights = shared.weights[group][0] + lane % 4 * kLaneWeights;
+  Candidate* const queue = &shared.queue[0][group * kGroupThreads + thread];
   Candidate* tail = queue;
   const std::uint32_t list_step =
       static_cast<std::uint32_t>(arguments.splits) * arguments.candidates.capacity;
@@ -143,71 +118,86 @@ __device__ void score_group(const Arguments& arguments, Shared& shared, int grou
                     static_cast<std::uint32_t>(first + lane % 4) * list_step +
                         blockIdx.x % arguments.splits * arguments.candidates.capacity,
                     4 * list_step};
-  const auto make_room = [&] {
-    while (__any_sync(kWarp, tail > queue + kQueueSpare * kQueueStep)) {
-      tail = pop(arguments.candidates, lists, queue, tail);
-    }
-  };
 
-  int stage = 0;
-  std::uint32_t phase = 0;
-  const auto await_keys = [&] {
-    while (!ptx::mbarrier_try_wait_parity(&shared.full[stage], phase)) {
-    }
-  };
   // The thread's keys of a tile are row, row + 8, row + 64 and row + 72.
-  std::int32_t row = first_tile * kTileKeys + key_row;
-  float next[4];
-  const auto load_scales = [&](const float* from) {
+  std::int32_t row = first_tile * kTileKeys + thread / 32 * 16 + lane / 4;
+  const float* scale = arguments.scales + row;
+  float next[4];  // scales
+  const auto load_scales = [&] {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      next[i] = __ldg(from + i / 2 * kProductKeys + i % 2 * 8);
+      next[i] = __ldg(scale + i / 2 * kProductKeys + i % 2 * 8);
     }
   };
-  const float* scale = arguments.scales + row;
   if (first_tile < last_tile) {
-    load_scales(scale);
-    await_keys();
+    load_scales();
   }
-  multiply(stage, 0);
+  // Step 1: the tile of pass `pass`, once all groups are done with what stands in its stage.
+  const auto fetch = [&](std::uint32_t pass, std::int32_t tile) {
+    if (threadIdx.x != 0 || tile >= last_tile) {
+      return;
+    }
+    const std::uint32_t stage = pass % kStages;
+    if (pass >= kStages) {
+      while (!ptx::mbarrier_try_wait_parity(&shared.empty[stage], (pass / kStages - 1) % 2)) {
+      }
+    }
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                                   &shared.full[stage], kTileBytes);
+    const std::int32_t corner[2] = {0, tile * kTileKeys};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared.keys[stage], &map,
+                              corner, &shared.full[stage]);
+  };
+  for (int i = 0; i < kAhead; ++i) {
+    fetch(i, first_tile + i * arguments.splits);
+  }
+  std::uint32_t pass = 0;
   for (std::int32_t tile = first_tile; tile < last_tile; tile += arguments.splits) {
+    const std::uint32_t stage = pass % kStages;
+    fetch(pass + kAhead, tile + kAhead * arguments.splits);
     const float scales[4] = {next[0], next[1], next[2], next[3]};
-    const std::int32_t ahead = tile + arguments.splits;
-    if (ahead < last_tile) {
+    if (tile + arguments.splits < last_tile) {
       scale += arguments.splits * kTileKeys;
-      load_scales(scale);
+      load_scales();
     }
-    const bool plain =
-        tile >= shared.plain_first[group] && tile < shared.plain_last[group] &&
-        !__any_sync(kWarp, scales[0] < 0 || scales[1] < 0 || scales[2] < 0 || scales[3] < 0);
-    if constexpr (sink == Sink::candidates) {
-      tail = pop(arguments.candidates, lists, queue, tail);
+    const bool inside = tile >= shared.plain_first[group] && tile < shared.plain_last[group];
+    while (!ptx::mbarrier_try_wait_parity(&shared.full[stage], pass / kStages % 2)) {
     }
-
     float partial[2];
+    bool plain = inside;
     const auto take = [&]<int part>(std::integral_constant<int, part>) {
-      constexpr int kProduct = part / 2;
-      constexpr int kFirst = part % 2 * (kHalfColumns / 4);  // of the thread's locals
+      constexpr int kKeys = part / Own::kProducts;     // which 64 of the tile's
+      constexpr int kProduct = part % Own::kProducts;  // which of the columns
+      constexpr bool kLast = part == 2 * Own::kProducts - 1;
+      float sums[2 * kProductLocals];
+      const std::uint64_t keys =
+          key_tiles + (stage * kTileBytes + kKeys * kProductKeys * kDim) / 16;
+      const std::uint64_t columns = row_tile + kProduct * kProductColumns * kDim / 16;
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kDim / 32; ++k) {
+        wgmma_e4m3<kProductColumns>(sums, keys + 2 * k, columns + 2 * k, k > 0);
+      }
+      wgmma_commit();
+      // While the tensor cores work:
+      if constexpr (part == 0) {
+        plain = inside && !__any_sync(kWarp, scales[0] < 0 || scales[1] < 0 || scales[2] < 0 ||
+                                                 scales[3] < 0);
+      }
+      if constexpr (sink == Sink::candidates && kProduct == 0) {
+        do {
+          tail = pop(arguments.candidates, lists, queue, tail);
+        } while (__any_sync(kWarp, tail > queue + kQueueSpare * kQueueStep));
+      }
       wgmma_wait<0>();
-      wgmma_pin(sums[part % 2]);
-      if constexpr (part < 3) {
-        multiply(stage, part + 1);
-      } else {
-        const int taken = stage;
-        if (++stage == kStages) {
-          stage = 0;
-          phase ^= 1;
-        }
-        if (ahead < last_tile) {
-          await_keys();
-        }
-        multiply(stage, 0);  // after the last tile of what is there, for nobody: no branch here
+      wgmma_pin(sums);
+      if constexpr (kLast) {
         if (thread == 0) {
-          ptx::mbarrier_arrive(&shared.empty[taken]);
+          ptx::mbarrier_arrive(&shared.empty[stage]);
         }
       }
       const auto emit = [&](int g, int r, float score) {
-        const std::int32_t key = row + kProduct * kProductKeys + 8 * r;
+        const std::int32_t key = row + kKeys * kProductKeys + 8 * r;
         if constexpr (sink == Sink::samples) {
           const std::int64_t t = first + 4 * g + lane % 4;
           if (t < tokens && key < arguments.key_rows) {
@@ -215,39 +205,39 @@ __device__ void score_group(const Arguments& arguments, Shared& shared, int grou
           }
         } else {
           if (score > bounds[g]) {
-            *tail = {score,
-                     static_cast<std::uint32_t>(key) | static_cast<std::uint32_t>(g) << kKeyBits};
+            *tail = {score, static_cast<std::uint32_t>(key) | static_cast<std::uint32_t>(g)
+                                                                  << kKeyBits};
             tail += kQueueStep;
           }
         }
       };
       const auto emit_seen = [&](int g, int r, float score) {
-        const std::int64_t key = (row + kProduct * kProductKeys + 8 * r) * arguments.key_stride;
+        const std::int64_t key = (row + kKeys * kProductKeys + 8 * r) * arguments.key_stride;
         const int place = group * Own::kQueries + 4 * g + lane % 4;
         const bool seen = key >= shared.starts[place] && key < shared.ends[place];
         emit(g, r, seen ? score : std::numeric_limits<float>::quiet_NaN());
       };
-      const auto& own_sums = sums[part % 2];
-      const auto& own_weights = weights[part % 2];
-      const float* own_scales = scales + 2 * kProduct;
+      constexpr int kFirst = kProduct * kProductLocals;
+      const float* product_weights = weights + kProduct * kProductWeights;
       if (plain) {
-        weigh<rows, residual, kFirst, true>(own_sums, own_weights, own_scales, partial, emit);
+        weigh<rows, residual, kFirst, true, kProductLocals>(sums, product_weights,
+                                                            scales + 2 * kKeys, partial, emit);
       } else {
-        weigh<rows, residual, kFirst, false>(own_sums, own_weights, own_scales, partial, emit_seen);
-      }
-      if constexpr (sink == Sink::candidates && part % 2 == 1) {
-        make_room();
+        weigh<rows, residual, kFirst, false, kProductLocals>(
+            sums, product_weights, scales + 2 * kKeys, partial, emit_seen);
       }
     };
     take(std::integral_constant<int, 0>{});
     take(std::integral_constant<int, 1>{});
-    take(std::integral_constant<int, 2>{});
-    take(std::integral_constant<int, 3>{});
+    if constexpr (Own::kProducts == 2) {
+      take(std::integral_constant<int, 2>{});
+      take(std::integral_constant<int, 3>{});
+    }
     row += arguments.splits * kTileKeys;
+    ++pass;
   }
-  wgmma_wait<0>();
   if constexpr (sink == Sink::candidates) {
-    while (__any_sync(kWarp, tail > queue)) {
+    while (__any_sync(kWarp, tail != queue)) {
       tail = pop(arguments.candidates, lists, queue, tail);
     }
     barrier_sync(own, kGroupThreads);
@@ -262,12 +252,12 @@ __device__ void score_group(const Arguments& arguments, Shared& shared, int grou
 
 template <int rows, bool residual, Sink sink>
 __global__ void __launch_bounds__(kThreads, 1)
-    score_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ Arguments arguments) {
+    score_kernel(const __grid_constant__ CUtensorMap map,
+                 const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  auto& shared = *reinterpret_cast<Shared<rows>*>(memory);
   using Own = Columns<rows>;
-  const std::int64_t first_query =
-      std::int64_t{blockIdx.x} / arguments.splits * Own::kBlockQueries;
+  const std::int64_t first_query = std::int64_t{blockIdx.x} / arguments.splits * Own::kBlockQueries;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -303,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   std::int32_t first_tile = 0;
-  std::int32_t last_tile = static_cast<std::int32_t>((arguments.key_rows + kTileKeys - 1) / kTileKeys);
+  std::int32_t last_tile =
+      static_cast<std::int32_t>((arguments.key_rows + kTileKeys - 1) / kTileKeys);
   if constexpr (sink == Sink::candidates) {
     first_tile = shared.first / kTileKeys;
     last_tile = min(last_tile, (shared.last + kTileKeys - 1) / kTileKeys);
@@ -312,29 +303,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // The same for a whole warp, and the compiler is to know it.
   const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-  if (group == kGroups) {
-    give_registers<kFeedingRegisters>();
-    if (threadIdx.x % kGroupThreads == 0) {
-      int stage = 0;
-      std::uint32_t phase = 1;  // the first pass finds every stage empty
-      for (std::int32_t tile = first_tile; tile < last_tile; tile += arguments.splits) {
-        while (!ptx::mbarrier_try_wait_parity(&shared.empty[stage], phase)) {
-        }
-        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                                       &shared.full[stage], kTileBytes);
-        const std::int32_t corner[2] = {0, tile * kTileKeys};
-        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared.keys[stage], &map,
-                                  corner, &shared.full[stage]);
-        if (++stage == kStages) {
-          stage = 0;
-          phase ^= 1;
-        }
-      }
-    }
-  } else {
-    take_registers<kScoringRegisters>();
-    score_group<rows, residual, sink>(arguments, shared, group, first_tile, last_tile, first_query);
-  }
+  score_group<rows, residual, sink>(map, arguments, shared, group, first_tile, last_tile,
+                                    first_query);
 }
 
 // Eight threads a key.
@@ -373,10 +343,10 @@ CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride) {
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
   const cuuint32_t box[2] = {kDim, kTileKeys};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(k.data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(k.data), sizes, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(ErrorCode::internal,
                 "cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
@@ -394,14 +364,14 @@ void launch(const Arguments& arguments, void* stream) {
   for_rows(arguments.rows, [&]<int rows, bool residual>() {
     const auto kernel = score_kernel<rows, residual, sink>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               shared_bytes<rows>()),
+                               static_cast<int>(sizeof(Shared<rows>))),
           "cudaFuncSetAttribute");
-    const std::int64_t blocks =
-        (arguments.problem.q.tokens + Columns<rows>::kBlockQueries - 1) / Columns<rows>::kBlockQueries;
+    const std::int64_t blocks = (arguments.problem.q.tokens + Columns<rows>::kBlockQueries - 1) /
+                                Columns<rows>::kBlockQueries;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks * arguments.splits));
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes<rows>();
+    config.dynamicSmemBytes = sizeof(Shared<rows>);
     config.stream = static_cast<cudaStream_t>(stream);
     check(cudaLaunchKernelEx(&config, kernel, map, arguments), "cudaLaunchKernelEx");
   });
@@ -435,8 +405,15 @@ void launch_scales(const Keys& keys, std::int64_t count, std::int64_t stride, fl
 
 void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,
                     const float* scales, float* scores, void* stream) {
-  launch<Sink::samples>({problem, rows, layout.splits, layout.sample_stride, layout.samples, scales,
-                         nullptr, {}, scores},
+  launch<Sink::samples>({problem,
+                         rows,
+                         layout.splits,
+                         layout.sample_stride,
+                         layout.samples,
+                         scales,
+                         nullptr,
+                         {},
+                         scores},
                         stream);
 }
 

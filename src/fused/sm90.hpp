@@ -22,7 +22,7 @@ namespace misa::cuda::fused {
 
 // What scores for a query. heads null: heads 0 … head_count - 1 of every query.
 struct Rows {
-  const std::int32_t* heads;     // [T, head_count]; negative: none
+  const std::int32_t* heads;  // [T, head_count]; negative: none
   int head_count;
   const std::uint8_t* residual;  // [T, D] e4m3, or null
   const float* residual_scale;   // [T]
@@ -44,8 +44,8 @@ void launch_scales(const Keys& keys, std::int64_t count, std::int64_t stride, fl
 void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,
                     const float* scales, float* scores, void* stream);
 
-// Candidates [T, splits, capacity]: the keys that the query sees whose score is above its bound [T].
-// `scales`: of all keys.
+// Candidates [T, splits, capacity]: the keys that the query sees whose score is above its bound
+// [T]. `scales`: of all keys.
 void launch_candidates(const Problem& problem, const Rows& rows, const Layout& layout,
                        const float* scales, const float* bounds, const Candidates& out,
                        void* stream);

@@ -4,7 +4,8 @@
 //  1. A block takes four queries of the list at a time, one for each lane of a quad.
 //  2. Its warpgroups share the keys that some of the four see, in tiles of 64, and multiply each
 //     with the rows of all four.
-//  3. Scores, with the bits that the fused kernel gives them (scores.cuh), go to the block's room in
+//  3. Scores, with the bits that the fused kernel gives them (scores.cuh), go to the block's room
+//  in
 //     global memory.
 //  4. The block selects from each of the four rows (select/row.cuh).
 //
@@ -41,9 +42,9 @@ struct Arguments {
   select::Misses missed;
   TopK out;
   select::RowPlan plan;
-  float* room;       // [blocks, queries, stride] scores
+  float* room;  // [blocks, queries, stride] scores
   std::int64_t stride;
-  int queries;       // that a block has room for, 1 to kMissedQueries
+  int queries;  // that a block has room for, 1 to kMissedQueries
 };
 
 // Step 2's A operand: 64 keys from `first` on, by the threads of a group; zero beyond the last key.
@@ -64,7 +65,7 @@ __device__ void load_keys(const Keys& keys, std::int64_t first, int thread, std:
 template <int rows, bool residual>
 __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, int group,
                             float* scores) {
-  constexpr int kMissedColumns = std::min(kMissedQueries * rows, kHalfColumns);  // of a product
+  constexpr int kMissedColumns = std::min(kMissedQueries * rows, kProductColumns);  // of a product
   constexpr int kProducts = kMissedQueries * rows / kMissedColumns;
   constexpr int kLocals = kMissedColumns / 4;
   const Keys& keys = arguments.problem.k;
@@ -107,11 +108,11 @@ __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, in
                                    k > 0);
       }
       wgmma_commit();
-      float weights[kLocals];
-      own_weights<kMissedColumns>(shared.weights + kFirst, lane % 4, weights);
       wgmma_wait<0>();
       wgmma_pin(sums);
-      weigh<rows, residual, product * kLocals, false>(sums, weights, scales, partial, write);
+      const float* weights = shared.weights[product] + lane % 4 * kLaneWeights;
+      weigh<rows, residual, product * kLocals, false, kLocals>(sums, weights, scales, partial,
+                                                               write);
     };
     take(std::integral_constant<int, 0>{});
     if constexpr (kProducts == 2) {
@@ -186,9 +187,10 @@ void launch_missed(const Problem& problem, const Rows& rows, const float* scales
   const std::int64_t blocks = std::min<std::int64_t>(room / queries, processors);
   const select::RowPlan plan = select::plan_row(top_k, select::shared_limit());
   for_rows(rows, [&]<int padded, bool residual>() {
-    select::launch(missed_kernel<padded, residual>, blocks, kMissedThreads,
-                   std::max(sizeof(MissedShared), plan.bytes()), stream,
-                   Arguments{problem, rows, scales, missed, out, plan, scores.data(), stride, queries});
+    select::launch(
+        missed_kernel<padded, residual>, blocks, kMissedThreads,
+        std::max(sizeof(MissedShared), plan.bytes()), stream,
+        Arguments{problem, rows, scales, missed, out, plan, scores.data(), stride, queries});
   });
 }
 
