@@ -63,10 +63,10 @@ for stage in "${stages[@]}"; do
     bench)
       run "select" misa_bench_gpu
       for heads in 64 32; do
-        run "steps, $heads heads" misa_bench_step --heads "$heads" --keys 65536 131072 \
+        run "steps, $heads heads" misa_bench_step --stages --heads "$heads" --keys 65536 131072 \
           --indexer dsa misa misa-dagger misa-r hisa
       done
-      run "MISA-R, 3 heads, re-ranked" misa_bench_step --keys 65536 131072 --indexer misa-r \
+      run "MISA-R, 3 heads, re-ranked" misa_bench_step --stages --keys 65536 131072 --indexer misa-r \
         --routed 3 --candidates 4096
       ;;
     *)

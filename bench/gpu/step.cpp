@@ -2,7 +2,8 @@
 // context of L keys. Run beside peers.py, which times the dense step of others on the same shapes.
 //
 // A figure is the median of 20 steps that stand in one stream between events, after 5 that are not
-// counted. FLOP are those that the indexer cannot do without (bench/models.hpp).
+// counted. FLOP are those that the indexer cannot do without (bench/models.hpp). With --stages
+// there are 20 further steps with events between their stages too.
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "cuda/check.cuh"
+#include "cuda/stages.hpp"
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
 #include "models.hpp"
@@ -61,6 +63,7 @@ struct Options {
   std::size_t workspace = std::size_t{1} << 30;
   std::uint64_t seed = std::random_device()();
   bool json = false;
+  bool stages = false;
 };
 
 constexpr std::int64_t kDim = 128;
@@ -96,6 +99,11 @@ struct Data {
   }
 };
 
+struct StageTime {
+  std::string name;
+  double median;  // microseconds of a step
+};
+
 struct Result {
   std::string backend;
   double median;
@@ -103,11 +111,19 @@ struct Result {
   double high;  // 90th
   double tflops;
   std::size_t workspace;
+  std::vector<StageTime> stages;
 };
 
+constexpr int kWarmUp = 5;
+constexpr int kRuns = 20;
+
+double microseconds_between(cudaEvent_t from, cudaEvent_t to) {
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, from, to), "cudaEventElapsedTime");
+  return 1e3 * double{milliseconds};
+}
+
 std::vector<double> microseconds(const std::function<void()>& enqueue) {
-  constexpr int kWarmUp = 5;
-  constexpr int kRuns = 20;
   std::vector<cudaEvent_t> events(kRuns + 1);
   for (cudaEvent_t& event : events) {
     check(cudaEventCreate(&event), "cudaEventCreate");
@@ -124,14 +140,56 @@ std::vector<double> microseconds(const std::function<void()>& enqueue) {
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   std::vector<double> times;
   for (int i = 0; i < kRuns; ++i) {
-    float milliseconds = 0;
-    check(cudaEventElapsedTime(&milliseconds, events[i], events[i + 1]), "cudaEventElapsedTime");
-    times.push_back(1e3 * double{milliseconds});
+    times.push_back(microseconds_between(events[i], events[i + 1]));
   }
   for (const cudaEvent_t event : events) {
     check(cudaEventDestroy(event), "cudaEventDestroy");
   }
   return times;
+}
+
+// The stages of a step in order; what a stage takes in several slabs is added up.
+std::vector<StageTime> stage_times(const std::function<void()>& enqueue) {
+  struct Mark {
+    int run;
+    const char* stage;  // that begins; null: the step ends
+    cudaEvent_t event;
+  };
+  std::vector<Mark> marks;
+  int run = 0;
+  misa::cuda::stage_listener = [&](const char* stage) {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreate(&event), "cudaEventCreate");
+    check(cudaEventRecord(event, nullptr), "cudaEventRecord");
+    marks.push_back({run, stage, event});
+  };
+  for (; run < kRuns; ++run) {
+    enqueue();
+  }
+  misa::cuda::stage_listener = nullptr;
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+
+  std::vector<std::string> names;
+  std::vector<std::vector<double>> times;  // [stage, run]
+  for (std::size_t i = 0; i < marks.size(); ++i) {
+    const auto& [at_run, stage, event] = marks[i];
+    if (stage != nullptr) {
+      const auto at = std::find(names.begin(), names.end(), stage) - names.begin();
+      if (at == std::ssize(names)) {
+        names.emplace_back(stage);
+        times.emplace_back(kRuns);
+      }
+      times[at][at_run] += microseconds_between(event, marks[i + 1].event);
+    }
+  }
+  for (const Mark& mark : marks) {
+    check(cudaEventDestroy(mark.event), "cudaEventDestroy");
+  }
+  std::vector<StageTime> stages;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    stages.push_back({names[i], misa::cli::quantile(times[i], 0.5)});
+  }
+  return stages;
 }
 
 Result time_step(const misa::IndexerConfig& config, const Options& options, const Data& data) {
@@ -147,17 +205,22 @@ Result time_step(const misa::IndexerConfig& config, const Options& options, cons
   const Device<std::int32_t> ends(data.ends);
   const Device<std::int32_t> indices(static_cast<std::size_t>(options.queries * config.top_k));
   const Device<std::byte> workspace(plan.workspace_bytes());
-  const std::vector<double> times = microseconds([&] {
+  const auto enqueue = [&] {
     plan.run({q.data(), misa::DType::e4m3, options.queries, options.heads, kDim},
              {w.data(), options.queries, options.heads},
              {k.data(), misa::DType::e4m3, keys, kDim, 0, scale.data(), starts.span(), ends.span()},
              {indices.span(), {}, {}, {}}, workspace.span(), nullptr);
-  });
+  };
+  const std::vector<double> times = microseconds(enqueue);
   const double median = misa::cli::quantile(times, 0.5);
   const double flops = misa::bench::step_work(config, shape).flops;
-  return {std::string(plan.backend()),     median,
-          misa::cli::quantile(times, 0.1), misa::cli::quantile(times, 0.9),
-          flops / median * 1e-6,           plan.workspace_bytes()};
+  return {std::string(plan.backend()),
+          median,
+          misa::cli::quantile(times, 0.1),
+          misa::cli::quantile(times, 0.9),
+          flops / median * 1e-6,
+          plan.workspace_bytes(),
+          options.stages ? stage_times(enqueue) : std::vector<StageTime>{}};
 }
 
 misa::IndexerConfig config_of(const std::string& name, const Options& options) {
@@ -182,6 +245,10 @@ void run(const Options& options) {
       const misa::IndexerConfig config = config_of(name, options);
       const Result result = time_step(config, options, data);
       if (options.json) {
+        nlohmann::ordered_json stages = nlohmann::ordered_json::object();
+        for (const StageTime& stage : result.stages) {
+          stages[stage.name] = stage.median;
+        }
         list.push_back({{"indexer", name},
                         {"backend", result.backend},
                         {"queries", options.queries},
@@ -195,11 +262,15 @@ void run(const Options& options) {
                         {"us_high", result.high},
                         {"tflops", result.tflops},
                         {"workspace", result.workspace},
+                        {"stages", stages},
                         {"seed", options.seed}});
       } else {
         fmt::print("{:12} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", name, keys,
                    config.heads, config.candidates, result.median, result.low, result.high,
                    result.tflops);
+        for (const StageTime& stage : result.stages) {
+          fmt::print("  {:12} {:30.1f}\n", stage.name, stage.median);
+        }
       }
     }
   }
@@ -223,6 +294,7 @@ int main(int argc, char** argv) {
   app.add_option("--candidates", options.candidates, "m; 0: no re-rank; -1: the indexer's own");
   app.add_option("--workspace", options.workspace, "bytes");
   app.add_option("--seed", options.seed, "of the data; random unless given");
+  app.add_flag("--stages", options.stages, "also the time of every stage");
   app.add_flag("--json", options.json, "print JSON");
   CLI11_PARSE(app, argc, argv);
   try {

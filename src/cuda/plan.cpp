@@ -48,12 +48,11 @@ void require_rows(std::string_view name, const void* data, DType dtype,
   }
 }
 
-Step step_for(const IndexerConfig& config, const Shape& shape, const PlanOptions& options) {
+void validate_plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options) {
   validate(config, shape);
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   require(options.total_keys >= 0 && options.total_keys <= kMost,
           "total_keys: expected 0 to {}, got {}", kMost, options.total_keys);
-  return Step(config, shape, options.total_keys, options.workspace_cap);
 }
 
 }  // namespace
@@ -63,18 +62,20 @@ struct Plan::State {
       : config(chosen),
         shape(bounds),
         total_keys(options.total_keys),
-        step(step_for(chosen, bounds, options)),
-        target(target_for(options.backend)) {}
+        target(target_for(options.backend)),
+        step(chosen, bounds, options.total_keys, options.workspace_cap, device_of(target)) {}
 
   IndexerConfig config;
   Shape shape;
   std::int64_t total_keys;
-  Step step;
   const Target& target;
+  Step step;
 };
 
-Plan::Plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options)
-    : state_(std::make_unique<State>(config, shape, options)) {}
+Plan::Plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options) {
+  validate_plan(config, shape, options);
+  state_ = std::make_unique<State>(config, shape, options);
+}
 Plan::~Plan() = default;
 Plan::Plan(Plan&&) noexcept = default;
 Plan& Plan::operator=(Plan&&) noexcept = default;

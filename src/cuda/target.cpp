@@ -3,14 +3,21 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <limits>
+
+#include "cuda/check.cuh"
 
 namespace misa::cuda {
 namespace {
 
 // Priorities above those of the CPU's: where there is a device, it is what the caller wants.
 constexpr std::array kTargets{
+    // wgmma is Hopper's alone: no later device runs its code.
+    Target{"cuda-sm90", "CUDA wgmma", "a GPU of compute capability 9.0, and a driver", 110, 90, 90,
+           true},
     Target{"cuda-generic", "CUDA mma.sync",
-           "a GPU of compute capability 8.0 or above, and a driver", 100, 80},
+           "a GPU of compute capability 8.0 or above, and a driver", 100, 80,
+           std::numeric_limits<int>::max(), false},
 };
 
 bool any_device() {
@@ -40,7 +47,17 @@ int capability() {
 std::span<const Target> targets() { return kTargets; }
 
 bool available(const Target& target) {
-  return any_device() && capability() >= target.least_capability;
+  const int has = any_device() ? capability() : 0;
+  return target.least_capability <= has && has <= target.most_capability;
+}
+
+Device device_of(const Target& target) {
+  int device = 0;
+  int processors = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return {target.fused, processors};
 }
 
 }  // namespace misa::cuda

@@ -12,6 +12,8 @@ struct Target {
   std::string_view requirement;
   int priority;
   int least_capability;  // 10 * major + minor
+  int most_capability;
+  bool fused;  // has the kernels of src/fused
 };
 
 // By falling priority.
@@ -19,5 +21,14 @@ std::span<const Target> targets();
 
 // Whether there is a current device, and it can run the target. Says no where there is no driver.
 bool available(const Target& target);
+
+// What a plan has to know of a device.
+struct Device {
+  bool fused;
+  int processors;
+};
+
+// The current device as a target uses it.
+Device device_of(const Target& target);
 
 }  // namespace misa::cuda

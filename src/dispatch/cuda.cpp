@@ -204,9 +204,9 @@ class Output {
 
 class CudaPlan final : public BackendPlan {
  public:
-  CudaPlan(const IndexerConfig& config, const Shape& shape, std::size_t cap)
-      : config_(config), shape_(shape), cap_(cap) {
-    const Step checked(config, shape, shape.max_keys, cap);
+  CudaPlan(const IndexerConfig& config, const Shape& shape, std::size_t cap, const Device& device)
+      : config_(config), shape_(shape), cap_(cap), device_(device) {
+    const Step checked(config, shape, shape.max_keys, cap, device);
   }
 
   // All of it is on the device, and taken for the time of a run.
@@ -231,8 +231,8 @@ class CudaPlan final : public BackendPlan {
     shape.tokens = problem.q.tokens;
     // How many keys there are in all is known only now; a cap that was enough for one query is kept
     // to as far as that leaves it possible.
-    const std::size_t cap = std::max(cap_, Step::least_bytes(config_, shape, k.tokens));
-    const Step step(config_, shape, k.tokens, cap);
+    const std::size_t cap = std::max(cap_, Step::least_bytes(config_, shape, k.tokens, device_));
+    const Step step(config_, shape, k.tokens, cap, device_);
 
     Pieces pieces;
     pieces.add(inputs.bytes().size());
@@ -261,6 +261,7 @@ class CudaPlan final : public BackendPlan {
   IndexerConfig config_;
   Shape shape_;
   std::size_t cap_;
+  Device device_;
 };
 
 class CudaBackend final : public Backend {
@@ -275,7 +276,7 @@ class CudaBackend final : public Backend {
   [[nodiscard]] std::unique_ptr<const BackendPlan> plan(
       const IndexerConfig& config, const Shape& shape,
       const Context::State& context) const override {
-    return std::make_unique<CudaPlan>(config, shape, context.workspace_cap);
+    return std::make_unique<CudaPlan>(config, shape, context.workspace_cap, device_of(target_));
   }
 
  private:

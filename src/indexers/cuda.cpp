@@ -6,21 +6,27 @@
 //  4. select  the top k of each row; or the top m, whose scores over all heads are then
 //  5. rerank  [slab, m], of which the top k are selected
 //
+// Where the device has fused kernels for the shape, they do 3 and 4 at once (Slab::fused).
+//
 // How queries are cut into slabs never changes a result.
 #include "indexers/cuda.hpp"
 
+#include <cuda_runtime_api.h>
 #include <fmt/format.h>
-#include <nvtx3/nvToolsExt.h>
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 
+#include "cuda/stages.hpp"
+#include "fused/sm90.hpp"
+#include "fused/sm90_config.cuh"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
 #include "rerank/generic.hpp"
 #include "route/generic.hpp"
 #include "score/generic.hpp"
+#include "select/fused.hpp"
 #include "select/generic.hpp"
 
 namespace misa::cuda {
@@ -28,15 +34,6 @@ namespace {
 
 // More queries at once only add memory: these are 128 groups of 32 for each tile of keys.
 constexpr std::int64_t kMaxSlab = 4096;
-
-// A stage's name in a profile.
-class Stage {
- public:
-  explicit Stage(const char* name) { nvtxRangePushA(name); }
-  ~Stage() { nvtxRangePop(); }
-  Stage(const Stage&) = delete;
-  Stage& operator=(const Stage&) = delete;
-};
 
 // Hands out pieces of one buffer, or counts what they would take.
 class Bump {
@@ -67,17 +64,68 @@ struct Needs {
   bool filtered;
   bool reranked;
   bool routed;           // the first scores are those of routed heads
+  bool linear;           // and of a residual row
+  bool fused;            // the first scores are selected from as they are made
+  std::int32_t heads;    // of the first scores
   std::int64_t columns;  // of the first scores
   std::int32_t keep;     // of them
 
-  Needs(const IndexerConfig& config, const Shape& shape) {
+  Needs(const IndexerConfig& config, const Shape& shape, const Device& device) {
+    const auto all = static_cast<std::int32_t>(shape.heads);
     const auto blocks = [&](std::int64_t size) { return (shape.max_keys + size - 1) / size; };
     filtered = config.filter_block > 0 && blocks(config.filter_block) > config.filter_blocks;
     columns = filtered ? std::int64_t{config.filter_block} * config.filter_blocks : shape.max_keys;
     // Where all that is scored would be a candidate, all heads score at once.
     reranked = config.candidates > 0 && config.candidates < columns;
     routed = config.router != Router::all && (config.candidates == 0 || reranked);
+    // With every head routed there is nothing left for a residual row to stand for.
+    linear = routed && config.residual && config.heads < all;
+    heads = routed ? config.heads : all;
     keep = reranked ? config.candidates : config.top_k;
+    // Fused scores have bits of their own. So wherever a plan for longer rows would take the scores
+    // that it returns from the generic kernels, so does this one: with a filter, and re-ranked.
+    fused = device.fused && shape.q_dtype == DType::e4m3 && shape.k_dtype == DType::e4m3 &&
+            shape.dim == fused::kDim && heads + linear <= fused::kMaxRows &&
+            config.filter_block == 0 && (config.candidates == 0 || reranked);
+  }
+};
+
+// What fused scoring keeps.
+struct FusedMemory {
+  fused::Layout layout{};
+  float* scales = nullptr;         // of all keys of a call
+  float* sample_scales = nullptr;  // of those that are samples
+  float* samples = nullptr;
+  float* bounds = nullptr;
+  Candidates candidates{};
+  select::Misses misses{};
+  // The candidates' memory once the survivors among them are chosen: what missed scores there.
+  std::span<float> missed_scores;
+
+  FusedMemory() = default;
+  FusedMemory(const Needs& needs, const Shape& slab, std::int64_t total_keys, const Device& device,
+              Bump& bump) {
+    layout = fused::layout({slab.tokens, std::max<std::int64_t>(total_keys, 1), slab.max_keys,
+                            needs.heads + needs.linear, needs.keep, device.processors});
+    scales = bump.take<float>(fused::scales(total_keys));
+    sample_scales = bump.take<float>(fused::scales(layout.samples));
+    samples = bump.take<float>(slab.tokens * layout.samples);
+    bounds = bump.take<float>(slab.tokens);
+    const std::int64_t lists = slab.tokens * layout.splits;
+    constexpr std::int64_t kFloats = sizeof(Candidate) / sizeof(float);
+    const std::int64_t room = std::max(lists * layout.capacity * kFloats, slab.max_keys);
+    missed_scores = {bump.take<float>(room), static_cast<std::size_t>(room)};
+    candidates = {reinterpret_cast<Candidate*>(missed_scores.data()),
+                  bump.take<std::uint32_t>(lists), static_cast<std::uint32_t>(layout.splits),
+                  layout.capacity};
+    misses = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1)};
+  }
+
+  // Once a call: which of its keys are samples, and the scales of all.
+  void prepare(const Keys& keys, cudaStream_t stream) {
+    layout.samples = (keys.tokens + layout.sample_stride - 1) / layout.sample_stride;
+    fused::launch_scales(keys, keys.tokens, 1, scales, stream);
+    fused::launch_scales(keys, layout.samples, layout.sample_stride, sample_scales, stream);
   }
 };
 
@@ -87,6 +135,7 @@ struct Memory {
   std::int32_t* blocks = nullptr;
   std::span<std::byte> route;
   std::span<std::byte> filter;
+  FusedMemory fused;
   score::Rows rows{};
   score::Rows all_rows{};
   Scores scores{};
@@ -96,8 +145,9 @@ struct Memory {
   std::int32_t* candidate_lengths = nullptr;
   std::int32_t* chosen = nullptr;  // indices, where the caller wants none
 
-  Memory(const IndexerConfig& config, const Shape& slab, std::int64_t total_keys, Bump& bump) {
-    const Needs needs(config, slab);
+  Memory(const IndexerConfig& config, const Shape& slab, std::int64_t total_keys,
+         const Device& device, Bump& bump) {
+    const Needs needs(config, slab, device);
     const std::int64_t queries = slab.tokens;
     const auto all = static_cast<std::int32_t>(slab.heads);
     if (config.router != Router::all) {
@@ -113,12 +163,14 @@ struct Memory {
       blocks = bump.take<std::int32_t>(queries * config.filter_blocks);
       filter = bump.take_bytes(filter::workspace_bytes(config, slab, total_keys));
     }
-    // With every head routed there is nothing left for a residual row to stand for.
-    rows = needs.routed ? score::rows_for(slab, config.heads, config.residual && config.heads < all)
-                        : score::rows_for(slab, all, false);
-    take_rows(rows, queries, bump);
-    scores = {bump.take<float>(queries * needs.columns), needs.columns};
-    lengths = bump.take<std::int32_t>(queries);
+    if (needs.fused) {
+      fused = FusedMemory(needs, slab, total_keys, device, bump);
+    } else {
+      rows = score::rows_for(slab, needs.heads, needs.linear);
+      take_rows(rows, queries, bump);
+      scores = {bump.take<float>(queries * needs.columns), needs.columns};
+      lengths = bump.take<std::int32_t>(queries);
+    }
     chosen = bump.take<std::int32_t>(queries * config.top_k);
     if (needs.reranked) {
       all_rows = score::rows_for(slab, all, false);
@@ -138,9 +190,10 @@ struct Memory {
   }
 };
 
-std::size_t bytes_for(const IndexerConfig& config, const Shape& slab, std::int64_t total_keys) {
+std::size_t bytes_for(const IndexerConfig& config, const Shape& slab, std::int64_t total_keys,
+                      const Device& device) {
   Bump bump(nullptr);
-  const Memory counted(config, slab, total_keys, bump);
+  const Memory counted(config, slab, total_keys, device, bump);
   return bump.used();
 }
 
@@ -170,12 +223,13 @@ T* row_of(std::span<T> output, std::int64_t first, std::int64_t width) {
 // One slab: the stages in order.
 class Slab {
  public:
-  Slab(const IndexerConfig& config, const Shape& shape, const Problem& problem, Memory memory,
-       cudaStream_t stream)
+  Slab(const IndexerConfig& config, const Needs& needs, const Problem& problem, Memory memory,
+       Stages& stages, cudaStream_t stream)
       : config_(config),
-        needs_(config, shape),
+        needs_(needs),
         problem_(problem),
         memory_(memory),
+        stages_(stages),
         stream_(stream) {}
 
   // Outputs of the slab's first query on; null where not wanted.
@@ -184,25 +238,30 @@ class Slab {
     memory_.routing.heads = heads != nullptr ? heads : memory_.routing.heads;
     memory_.routing.residual = residual != nullptr ? residual : memory_.routing.residual;
     if (needs_.routed || heads != nullptr || residual != nullptr) {
-      const Stage stage("route");
+      stages_.enter("route");
       route::launch(problem_, config_, memory_.routing, memory_.route, stream_);
     }
     Columns columns{nullptr, 0, 1};
     if (needs_.filtered) {
-      const Stage stage("filter");
+      stages_.enter("filter");
       filter::launch(problem_, config_, memory_.blocks, memory_.filter, stream_);
       columns = {memory_.blocks, config_.filter_blocks, config_.filter_block};
     }
     // A row that is selected whole is scored only to report its scores.
     const std::int32_t whole = out.scores == nullptr ? config_.top_k : 0;
-    const Routing* routing = needs_.routed ? &memory_.routing : nullptr;
+    const TopK first = needs_.reranked ? TopK{memory_.candidates, nullptr} : out;
+    if (needs_.fused) {
+      fused(first);
+    } else {
+      stages_.enter("score");
+      score(needs_.routed ? &memory_.routing : nullptr, memory_.rows, columns,
+            needs_.reranked ? needs_.keep : whole, memory_.scores);
+      select(columns, memory_.scores, memory_.lengths, needs_.keep, first);
+    }
     if (!needs_.reranked) {
-      score(routing, memory_.rows, columns, whole, memory_.scores);
-      select(columns, memory_.scores, memory_.lengths, config_.top_k, out);
       return;
     }
-    score(routing, memory_.rows, columns, needs_.keep, memory_.scores);
-    select(columns, memory_.scores, memory_.lengths, needs_.keep, {memory_.candidates, nullptr});
+    stages_.enter("rerank");
     const Columns kept{memory_.candidates, needs_.keep, 1};
     score(nullptr, memory_.all_rows, kept, whole, memory_.candidate_scores);
     rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, needs_.keep,
@@ -211,9 +270,34 @@ class Slab {
   }
 
  private:
+  // Steps 3 and 4: a bound from sampled scores, the scores above it, the best of them; then, from
+  // all their scores, the rows whose bound misled.
+  void fused(const TopK& out) const {
+    const FusedMemory& memory = memory_.fused;
+    const Keys& keys = problem_.k;
+    const std::int64_t queries = problem_.q.tokens;
+    const fused::Rows rows{needs_.routed ? memory_.routing.heads : nullptr, needs_.heads,
+                           needs_.linear ? memory_.routing.rounded : nullptr,
+                           memory_.routing.rounded_scale};
+    const fused::Layout& layout = memory.layout;
+    stages_.enter("samples");
+    fused::launch_samples(problem_, rows, layout, memory.sample_scales, memory.samples, stream_);
+    stages_.enter("threshold");
+    select::launch_threshold({memory.samples, layout.samples, layout.samples}, keys, queries,
+                             needs_.keep, memory.bounds, memory.misses, stream_);
+    stages_.enter("candidates");
+    fused::launch_candidates(problem_, rows, layout, memory.scales, memory.bounds,
+                             memory.candidates, stream_);
+    stages_.enter("survivors");
+    select::launch_survivors(memory.candidates, keys, queries, needs_.keep, out, memory.misses,
+                             stream_);
+    stages_.enter("missed");
+    fused::launch_missed(problem_, rows, memory.scales, memory.misses, needs_.keep, out,
+                         memory.missed_scores, stream_);
+  }
+
   void score(const Routing* routing, const score::Rows& rows, const Columns& columns,
              std::int32_t unscored, const Scores& scores) const {
-    const Stage stage("score");
     score::launch_rows(problem_, routing, rows, stream_);
     score::launch_generic(problem_, rows, columns, unscored, scores, stream_);
   }
@@ -227,7 +311,7 @@ class Slab {
 
   void select_columns(const Columns& columns, const Scores& scores, const std::int32_t* lengths,
                       std::int32_t count, const TopK& out) const {
-    const Stage stage("select");
+    stages_.enter("select");
     const Logits logits{scores.data, problem_.q.tokens, scores.columns, scores.columns, lengths};
     select::launch_generic(logits, count, out, stream_);
     if (columns.list != nullptr) {
@@ -239,20 +323,21 @@ class Slab {
   Needs needs_;
   Problem problem_;
   Memory memory_;
+  Stages& stages_;
   cudaStream_t stream_;
 };
 
 }  // namespace
 
 std::size_t Step::least_bytes(const IndexerConfig& config, const Shape& shape,
-                              std::int64_t total_keys) {
-  return bytes_for(config, with_tokens(shape, 1), total_keys);
+                              std::int64_t total_keys, const Device& device) {
+  return bytes_for(config, with_tokens(shape, 1), total_keys, device);
 }
 
 Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_keys,
-           std::size_t workspace_cap)
-    : config_(config), slab_(shape), total_keys_(total_keys) {
-  const Needs needs(config, shape);
+           std::size_t workspace_cap, const Device& device)
+    : config_(config), slab_(shape), total_keys_(total_keys), device_(device) {
+  const Needs needs(config, shape, device);
   for (const int wanted : {config.top_k, needs.keep}) {
     if (wanted > kMaxTopK) {
       throw Error(ErrorCode::unsupported,
@@ -260,8 +345,13 @@ Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_k
                               kMaxTopK, wanted));
     }
   }
+  if (needs.fused && total_keys > fused::kMaxKeys) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("total_keys: expected at most {} of e4m3 on this backend, got {}",
+                            fused::kMaxKeys, total_keys));
+  }
   const auto bytes = [&](std::int64_t rows) {
-    return bytes_for(config_, with_tokens(shape, rows), total_keys);
+    return bytes_for(config_, with_tokens(shape, rows), total_keys, device);
   };
   if (bytes(1) > workspace_cap) {
     throw Error(ErrorCode::workspace,
@@ -277,15 +367,24 @@ Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_k
   slab_.tokens = fits;
 }
 
-std::size_t Step::workspace_bytes() const { return bytes_for(config_, slab_, total_keys_); }
+std::size_t Step::workspace_bytes() const {
+  return bytes_for(config_, slab_, total_keys_, device_);
+}
 
 void Step::run(const Problem& problem, const Selection& out, std::byte* workspace,
                void* stream) const {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const Needs needs(config_, slab_, device_);
+  Stages stages;
   Bump bump(workspace);
-  const Memory memory(config_, slab_, total_keys_, bump);
+  Memory memory(config_, slab_, total_keys_, device_, bump);
+  if (needs.fused) {
+    stages.enter("scales");
+    memory.fused.prepare(problem.k, on);
+  }
   for (std::int64_t first = 0; first < problem.q.tokens; first += slab_.tokens) {
     const std::int64_t count = std::min(slab_.tokens, problem.q.tokens - first);
-    Slab(config_, slab_, slab_of(problem, first, count), memory, static_cast<cudaStream_t>(stream))
+    Slab(config_, needs, slab_of(problem, first, count), memory, stages, on)
         .run({row_of(out.indices, first, config_.top_k), row_of(out.scores, first, config_.top_k)},
              row_of(out.heads, first, config_.heads), row_of(out.residual, first, problem.q.dim));
   }

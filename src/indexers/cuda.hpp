@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/problem.hpp"
+#include "cuda/target.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa::cuda {
@@ -14,11 +15,11 @@ class Step {
   // For calls within a shape, of `total_keys` keys at most. Throws Error if the cap cannot hold the
   // smallest slab.
   Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_keys,
-       std::size_t workspace_cap);
+       std::size_t workspace_cap, const Device& device);
 
   // The smallest cap that holds.
   static std::size_t least_bytes(const IndexerConfig& config, const Shape& shape,
-                                 std::int64_t total_keys);
+                                 std::int64_t total_keys, const Device& device);
 
   [[nodiscard]] std::size_t workspace_bytes() const;
 
@@ -29,6 +30,7 @@ class Step {
   IndexerConfig config_;
   Shape slab_;  // the shape of one slab of queries
   std::int64_t total_keys_;
+  Device device_;
 };
 
 }  // namespace misa::cuda

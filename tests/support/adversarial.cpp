@@ -159,7 +159,8 @@ Pack pack_with_scores(std::span<const float> scores, std::int64_t queries, DType
   PackSpec spec;
   spec.sequences = {{std::ssize(scores), queries}};
   spec.heads = 2;
-  spec.dim = 64;
+  spec.dim = 128;
+  spec.q_dtype = k_dtype == DType::e4m3 ? DType::e4m3 : DType::f32;
   spec.k_dtype = k_dtype;
   spec.values = Values::zero;
   Pack pack = make_pack(spec);

@@ -225,7 +225,7 @@ AssertionResult judge(const IndexerConfig& config, const Queries& q, const Weigh
     return AssertionFailure() << "an output has the wrong size";
   }
   const Problem problem{config, q, w, keys, {}};
-  const Arithmetic arithmetic = arithmetic_of(backend, q.dtype, problem.k_dtype());
+  const Arithmetic arithmetic = arithmetic_of(backend, config, q, problem.k_dtype());
   for (std::int64_t t = 0; t < tokens; ++t) {
     const BoundedRow row = bounded_row(problem, t, arithmetic);
     if (const Fault fault = judge_row(config, row, result, t)) {

@@ -73,7 +73,7 @@ class Sum {
     }
     const double scale = std::max(1.0, std::abs(key.scale));
     const double range = scale * std::max(terms, e4m3_ ? q_entries * kMaxE4m3 : 0);
-    if (range * std::max(1.0, std::abs(weight)) > kRange) {
+    if (range * std::max(1.0, std::abs(weight)) > kRange || std::abs(weight) >= products_.weights) {
       unknown_ = true;
       return;
     }
@@ -335,12 +335,19 @@ bool Interval::contains(double value) const {
   return std::isnan(value) ? low == -kInfinity : low <= value && value <= high;
 }
 
-Arithmetic arithmetic_of(std::string_view backend, DType q_dtype, DType k_dtype) {
-  if (!backend.starts_with("cuda") || q_dtype == DType::f32 || k_dtype == DType::f32) {
+Arithmetic arithmetic_of(std::string_view backend, const IndexerConfig& config, const Queries& q,
+                         DType k_dtype) {
+  if (!backend.starts_with("cuda") || q.dtype == DType::f32 || k_dtype == DType::f32) {
     return {};
   }
   constexpr Products kBf16{16, 0x1p-23};  // fp32's ulp of the largest
-  return {kBf16, kBf16};
+  constexpr Products kFp8{32, 0x1p-13, 0x1p103};
+  const bool linear = config.residual && config.heads < q.heads;
+  const std::int64_t rows =
+      config.router == Router::all ? q.heads : config.heads + (linear ? 1 : 0);
+  const bool fused = backend == "cuda-sm90" && q.dtype == DType::e4m3 && k_dtype == DType::e4m3 &&
+                     q.dim == 128 && rows <= 64 && config.filter_block == 0;
+  return {fused ? kFp8 : kBf16, kBf16, kBf16};
 }
 
 BoundedRow bounded_row(const Problem& problem, std::int64_t t, const Arithmetic& arithmetic) {
@@ -371,7 +378,7 @@ std::vector<Interval> all_head_intervals(const BoundedRow& row) {
   std::vector<Interval> intervals;
   for (std::int64_t position = 0; position < row.row.length; ++position) {
     intervals.push_back(
-        score_interval(row, key_at(row, position), row.arithmetic.score, all_heads(row.row), {}));
+        score_interval(row, key_at(row, position), row.arithmetic.rerank, all_heads(row.row), {}));
   }
   return intervals;
 }

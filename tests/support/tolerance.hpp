@@ -14,13 +14,13 @@
 // A tensor core adds the K products of a step and the running sum at once: it aligns them to the
 // largest and cuts them off at `unit` times it, so a step is off by (K + 1) unit m, where m bounds
 // whatever is added or held: the larger of the sums of positive and of negative products. A dot
-// takes D / K steps; that error comes
-// beside the roundings above.
+// takes D / K steps; that error comes beside the roundings above.
 //
 // Where a magnitude could overflow fp32, or an infinity takes part, nothing is promised.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -44,15 +44,18 @@ struct Interval {
 struct Products {
   std::int64_t step = 1;  // K
   double unit = 0;
+  double weights = std::numeric_limits<double>::infinity();  // heads' weights below do not overflow
 };
 
 struct Arithmetic {
   Products score;
+  Products rerank;
   Products route;  // what routing, the block filter and the residual row come from
 };
 
 // By the backend's name.
-Arithmetic arithmetic_of(std::string_view backend, DType q_dtype, DType k_dtype);
+Arithmetic arithmetic_of(std::string_view backend, const IndexerConfig& config, const Queries& q,
+                         DType k_dtype);
 
 // A row of the reference and what the bounds need besides.
 struct BoundedRow {
