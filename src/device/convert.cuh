@@ -1,7 +1,9 @@
-// Elements of every dtype as bf16 or fp32. e4m3 is exact in bf16.
+// Elements of every dtype as bf16, fp16 or fp32. e4m3 is exact in each.
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -43,6 +45,23 @@ __device__ inline void e4m3x4_to_bf16(std::uint32_t bytes, std::uint32_t& low,
                                       std::uint32_t& high) {
   low = e4m3x2_to_bf16x2(__byte_perm(bytes, 0, 0x1404));
   high = e4m3x2_to_bf16x2(__byte_perm(bytes, 0, 0x3424));
+}
+
+// Four e4m3 of a register as fp16: one instruction a pair from compute capability 8.9 on.
+__device__ inline void e4m3x4_to_fp16(std::uint32_t bytes, std::uint32_t& low,
+                                      std::uint32_t& high) {
+  const auto pair = [](std::uint32_t two) {
+    const __half2_raw halves =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
+    return halves.x | static_cast<std::uint32_t>(halves.y) << 16;
+  };
+  low = pair(bytes & 0xFFFF);
+  high = pair(bytes >> 16);
+}
+
+// The two fp16 of a register.
+__device__ inline float2 fp16x2_to_floats(std::uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
 }  // namespace misa::cuda

@@ -82,6 +82,15 @@ struct Elements {
       for (int e = 0; e < 4; ++e) {
         out[e] = __uint_as_float(words[4 * i + e]);
       }
+    } else if constexpr (type == DType::e4m3) {
+      std::uint32_t pairs[2];
+      fp16(i, pairs);
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const float2 two = fp16x2_to_floats(pairs[p]);
+        out[2 * p] = two.x;
+        out[2 * p + 1] = two.y;
+      }
     } else {
       std::uint32_t pairs[2];
       parts(i, 0, pairs);
@@ -90,6 +99,12 @@ struct Elements {
         out[e] = __uint_as_float(e % 2 == 0 ? pairs[e / 2] << 16 : pairs[e / 2] & 0xFFFF0000U);
       }
     }
+  }
+
+  // Elements 4 i … 4 i + 3 as fp16.
+  __device__ void fp16(int i, std::uint32_t (&pairs)[2]) const {
+    static_assert(type == DType::e4m3);
+    e4m3x4_to_fp16(words[i], pairs[0], pairs[1]);
   }
 
   // The bf16 parts of elements 4 i … 4 i + 3.

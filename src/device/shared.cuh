@@ -16,8 +16,14 @@ __device__ inline void copy_16(void* shared, const void* global) {
                : "memory");
 }
 
-// Waits for all copies that this thread started.
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Ends a group of copies: those that this thread started since the group before it.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until no more than the `open` last groups of this thread are under way.
+template <int open>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory");
+}
 
 // Four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8,
 // and gets elements 2 * (l % 4) and the next of row l / 4 of each.

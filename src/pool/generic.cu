@@ -1,19 +1,18 @@
-// Page sums and block means, so that each key is read once for all queries that see it.
+// Block means, so that each key is read once for all queries that see it. Blocks of threads in y
+// share the columns. In x there are two kinds.
 //
-// runs_kernel, one block:
-//  1. A query begins a run if its keys start elsewhere than those of the query before it. An
-//     inclusive count of beginnings numbers the runs.
-//  2. A run has the whole pages of its longest query.
-//  3. Exclusive sums of pages and of whole blocks give each run its rows of the tables. Rows
-//  ascend,
-//     so the runs that fit are those before the first that does not.
+// means_of_blocks: some rows of the table.
+//  1. The sequence that a row belongs to: of the queries whose keys start at the row or before it,
+//     those that start last, and of these the longest.
+//  2. Half a warp sums a page; a thread sums a block's pages in a column and writes its mean.
 //
-// pages_kernel and blocks_kernel, a warp a row of the table: the row's run by bisection, then the
-// sum of a page, or the mean of a block as parts for the tensor cores.
+// means_of_queries: the means that 64 queries have of the blocks they stand in.
+//  1. A stretch are queries of one sequence and block, each seeing no less than the one before.
+//  2. Half a warp sums a page below the last query's; a thread turns these into sums of all pages
+//     before a page.
+//  3. In pages where queries stand, a thread sums a column token by token and writes the mean of
+//     each query as it passes where the query stands.
 #include <cuda_runtime.h>
-
-#include <algorithm>
-#include <limits>
 
 #include "cuda/check.cuh"
 #include "cuda/range.cuh"
@@ -25,205 +24,368 @@
 namespace misa::cuda::pool {
 namespace {
 
-constexpr unsigned kWarp = 0xFFFFFFFFU;
 constexpr std::size_t kAlignment = 64;
+constexpr int kPage = static_cast<int>(kPageSize);
 
 constexpr std::size_t padded(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-__global__ void __launch_bounds__(kRunThreads)
-    runs_kernel(const Keys keys, std::int64_t tokens, const Means means) {
-  __shared__ Scan::TempStorage scan;
-  const auto thread = static_cast<std::int64_t>(threadIdx.x);
+// Rows of the table that a block of threads fills.
+__host__ __device__ constexpr int rows_of(std::int32_t block) {
+  return block < kPages * kPage ? kPages * kPage / block : 1;
+}
 
-  std::int64_t count = 0;
-  for (std::int64_t first = 0; first < tokens; first += kRunThreads) {  // step 1
-    const std::int64_t t = first + thread;
-    std::int32_t start = 0;
-    bool begins = false;
-    if (t < tokens) {
-      start = visible(keys, t).start;
-      begins = t == 0 || start != visible(keys, t - 1).start;
-    }
-    std::int64_t rank = 0;
-    std::int64_t total = 0;
-    Scan(scan).InclusiveSum(begins ? 1 : 0, rank, total);
-    __syncthreads();
-    if (t < tokens) {
-      means.run_of[t] = static_cast<std::int32_t>(count + rank - 1);
-    }
-    if (begins) {
-      means.runs[count + rank - 1] = {start, 0, 0, 0};
-    }
-    count += total;
+// A sequence as a number that is larger for one that starts later, or is longer; 0 is none.
+using Sequence = unsigned long long;
+
+__device__ Sequence sequence(Range range) {
+  return (Sequence{static_cast<std::uint32_t>(range.start)} + 1) << 32 |
+         static_cast<std::uint32_t>(range.length);
+}
+
+struct Shared {
+  float sums[kPages][kColumns];
+  std::uint32_t largest[kPages];  // of the scales of a page
+  Sequence owners[kPages];
+  std::int64_t tokens[kPages];  // where the block of a row begins; -1: there is none
+  std::int32_t starts[kOwnQueries];
+  std::int32_t blocks[kOwnQueries];     // whole ones
+  std::int32_t positions[kOwnQueries];  // in the block where a query stands
+  std::uint32_t begins[kOwnQueries / 32];
+};
+
+// Step 1 of blocks. The owner of a row is the largest sequence that starts there or before it.
+__device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t tokens,
+                            const Means& means, std::int64_t first_row) {
+  constexpr int kInFlight = 8;
+  const int rows = rows_of(means.block);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kPages) {
+    shared.owners[thread] = 0;
   }
   __syncthreads();
-
-  for (std::int64_t t = thread; t - thread < tokens; t += kRunThreads) {  // step 2
-    const std::int32_t run = means.run_of[min(t, tokens - 1)];
-    const std::int32_t pages = visible(keys, min(t, tokens - 1)).length / kPageSize;
-    // A warp inside one run, the usual one, speaks with one voice.
-    const bool together = __all_sync(kWarp, run == __shfl_sync(kWarp, run, 0));
-    const std::int32_t most = __reduce_max_sync(kWarp, pages);
-    if (!together) {
-      atomicMax(&means.runs[run].pages, pages);
-    } else if (threadIdx.x % 32 == 0) {
-      atomicMax(&means.runs[run].pages, most);
+  Sequence before = 0;
+  for (std::int64_t t0 = thread; t0 < tokens; t0 += kInFlight * kThreads) {
+    Range range[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      range[i] = visible(keys, min(t0 + i * kThreads, tokens - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const std::int64_t row = range[i].start / means.block - first_row;
+      if (row <= 0) {
+        before = max(before, sequence(range[i]));
+      } else if (row < rows) {
+        atomicMax(&shared.owners[row], sequence(range[i]));
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    before = max(before, __shfl_xor_sync(kWarp, before, step));
+  }
+  if (thread % 32 == 0) {
+    atomicMax(&shared.owners[0], before);
+  }
+  __syncthreads();
+  if (thread < rows) {
+    Sequence owner = 0;
+    for (int i = 0; i <= thread; ++i) {
+      owner = max(owner, shared.owners[i]);
+    }
+    const auto start = static_cast<std::int64_t>(owner >> 32) - 1;
+    const auto length = static_cast<std::int64_t>(owner & 0xFFFFFFFF);
+    const std::int64_t block = first_row + thread - start / means.block;
+    const bool exists = owner != 0 && block < length / means.block;
+    shared.tokens[thread] = exists ? start + block * means.block : -1;
+    if (first_row + thread < means.capacity) {
+      means.starts[first_row + thread] = exists ? static_cast<std::int32_t>(start) : -1;
     }
   }
   __syncthreads();
+}
 
-  std::int64_t page_row = 0;
-  std::int64_t block_row = 0;
-  for (std::int64_t first = 0; first < count; first += kRunThreads) {  // step 3
-    const std::int64_t r = first + thread;
-    const std::int64_t pages = r < count ? atomicAdd(&means.runs[r].pages, 0) : 0;
-    std::int64_t pages_before = 0;
-    std::int64_t pages_total = 0;
-    Scan(scan).ExclusiveSum(pages, pages_before, pages_total);
+// Sums the pages of which each half of a warp names one by its first token, or -1.
+template <DType type>
+__device__ void sum_pages(Shared& shared, const Keys& keys, const Means& means, std::int64_t token,
+                          int first_column) {
+  const int half = static_cast<int>(threadIdx.x) / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const std::int64_t other = __shfl_xor_sync(kWarp, token, kLanes);
+  if (max(token, other) < 0) {
+    return;
+  }
+  // A half without a page repeats the other one's.
+  const PageSum page = sum_page<type, kManyWords / static_cast<int>(size_of(type))>(
+      keys, means.aligned, token >= 0 ? token : other, first_column + lane * kLaneElements);
+  *reinterpret_cast<float4*>(&shared.sums[half][lane * kLaneElements]) =
+      make_float4(page.sum[0], page.sum[1], page.sum[2], page.sum[3]);
+  if (lane == 0) {
+    shared.largest[half] = page.largest;
+  }
+}
+
+template <DType type>
+__device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t tokens,
+                                const Means& means, std::int64_t first_row, int first_column) {
+  find_blocks(shared, keys, tokens, means, first_row);
+  const std::int32_t pages = means.block / kPage;
+  const int rows = rows_of(means.block);
+  const int half = static_cast<int>(threadIdx.x) / kLanes;
+  const int column = static_cast<int>(threadIdx.x) % kColumns;
+  const int slot = pages < kPages ? half / pages : 0;
+  const std::int64_t begin = slot < rows ? shared.tokens[slot] : -1;
+
+  float sum = 0;  // carried on where a block has more pages than are summed at a time
+  std::uint32_t largest = 0;
+  for (std::int32_t first = 0; first < pages; first += kPages) {
+    const std::int32_t page = pages < kPages ? half % pages : first + half;
+    const bool exists = begin >= 0 && page < pages;
+    sum_pages<type>(shared, keys, means, exists ? begin + std::int64_t{page} * kPage : -1,
+                    first_column);
     __syncthreads();
-    std::int64_t blocks_before = 0;
-    std::int64_t blocks_total = 0;
-    Scan(scan).ExclusiveSum(pages / means.block_pages, blocks_before, blocks_total);
-    __syncthreads();
-    if (r < count) {
-      const std::int64_t capacity = means.capacity;
-      means.runs[r].page_row = static_cast<std::int32_t>(min(page_row + pages_before, capacity));
-      means.runs[r].block_row = static_cast<std::int32_t>(min(block_row + blocks_before, capacity));
+    const int count = min(kPages, pages - first);
+    for (int i = static_cast<int>(threadIdx.x) / kColumns; i < rows; i += kHosts) {
+      if (shared.tokens[i] < 0) {
+        continue;
+      }
+      for (int j = i * pages; j < i * pages + count; ++j) {
+        sum = __fadd_rn(sum, shared.sums[j][column]);
+        largest = max(largest, shared.largest[j]);
+      }
+      if (first + count == pages && first_row + i < means.capacity) {
+        const std::int64_t row = first_row + i;
+        const float scale = means.fp16 ? fp16_scale(largest) : 1;
+        store_mean(means, sum / static_cast<float>(means.block), scale, first_column + column,
+                   means.blocks + row * parts_of(means) * means.dim, means.dim);
+        if (first_column + column == 0) {
+          means.factors[row] = 1 / scale;
+        }
+        sum = 0;
+        largest = 0;
+      }
     }
-    page_row += pages_total;
-    block_row += blocks_total;
-  }
-  if (threadIdx.x == 0) {
-    means.counts[0] = static_cast<std::int32_t>(count);
+    __syncthreads();
   }
 }
 
-// The last run whose rows begin at `row` or before it.
-template <class First>
-__device__ Run run_at(const Means& means, std::int32_t row, const First& first) {
-  std::int32_t low = 0;
-  std::int32_t high = means.counts[0];
-  while (high - low > 1) {
-    const std::int32_t middle = low + (high - low) / 2;
-    (first(means.runs[middle]) <= row ? low : high) = middle;
+// Element d of a key.
+template <DType type>
+__device__ float key_element(const Keys& keys, std::int64_t token, int d) {
+  const auto* row = static_cast<const std::byte*>(keys.data) +
+                    token * keys.stride * static_cast<std::int64_t>(size_of(type));
+  if constexpr (type == DType::e4m3) {
+    const auto byte = __ldg(reinterpret_cast<const std::uint8_t*>(row) + d);
+    return fp16x2_to_floats(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3).x).x;
+  } else {
+    return element(row, type, d);
   }
-  return means.runs[low];
 }
 
-__global__ void __launch_bounds__(kThreads) pages_kernel(const Keys keys, const Means means) {
-  const auto row = static_cast<std::int32_t>(blockIdx.x * kWarps + threadIdx.x / 32);
-  const int d = static_cast<int>(threadIdx.x % 32) * kLaneElements;
-  if (row >= means.capacity || d >= means.dim) {
-    return;
+// Step 3 of queries for one page and column: `begin` is the token of the block, `before` the sum of
+// the pages before this one, queries first … end - 1 the stretch.
+template <DType type>
+__device__ void pass_queries(const Shared& shared, const Keys& keys, const Means& means,
+                             std::int64_t t0, int first, int end, std::int64_t begin,
+                             std::int32_t page, float before, int d) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int32_t base = page * kPage;
+  int query = first;  // the first that stands in the page
+#pragma unroll
+  for (int i = lane; i < kOwnQueries + lane; i += 32) {
+    const bool earlier = i >= first && i < end && shared.positions[i] < base;
+    query += __popc(__ballot_sync(kWarp, earlier));
   }
-  const Run run = run_at(means, row, [](const Run& r) { return r.page_row; });
-  const std::int32_t page = row - run.page_row;
-  if (page >= run.pages || !in_tables(means, run)) {
-    return;
+  const auto position = [&] { return query < end ? shared.positions[query] : -1; };
+  const auto write = [&](float sum) {
+    means.own[(t0 + query) * means.dim + d] = sum / static_cast<float>(shared.positions[query]);
+    ++query;
+  };
+
+  float value[kPage];
+  float scale[kPage / 32] = {};
+  const std::int32_t count = min(kPage, shared.positions[end - 1] - base);
+  const std::int64_t last = begin + base + max(count - 1, 0);
+#pragma unroll
+  for (int i = 0; i < kPage; ++i) {
+    value[i] = key_element<type>(keys, min(begin + base + i, last), d);
   }
-  with_dtype(keys.dtype, [&]<DType type>() {
-    float sum[kLaneElements];
-    sum_keys<type>(keys, means.aligned, run.start + std::int64_t{page} * kPageSize, kPageSize, d,
-                   sum);
-    *reinterpret_cast<float4*>(means.page_sums + std::int64_t{row} * means.dim + d) =
-        make_float4(sum[0], sum[1], sum[2], sum[3]);
-  });
+  if constexpr (type == DType::e4m3) {
+#pragma unroll
+    for (int i = 0; i < kPage / 32; ++i) {
+      scale[i] = __ldg(keys.scale + min(begin + base + i * 32 + lane, last));
+    }
+  }
+  std::int32_t next = position();
+  while (next == base) {
+    if (base > 0) {
+      write(before);
+    } else {
+      ++query;
+    }
+    next = position();
+  }
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPage; ++i) {
+    if constexpr (type == DType::e4m3) {
+      value[i] = __fmul_rn(__shfl_sync(kWarp, scale[i / 32], i % 32), value[i]);
+    }
+    sum = __fadd_rn(sum, value[i]);
+    while (next == base + i + 1 && i + 1 < kPage) {
+      write(__fadd_rn(before, sum));
+      next = position();
+    }
+  }
 }
 
-__global__ void __launch_bounds__(kThreads) blocks_kernel(const Keys keys, const Means means) {
-  const auto row = static_cast<std::int32_t>(blockIdx.x * kWarps + threadIdx.x / 32);
-  const int d = static_cast<int>(threadIdx.x % 32) * kLaneElements;
-  if (row >= means.capacity / means.block_pages || d >= means.dim) {
-    return;
+template <DType type>
+__device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t tokens,
+                                 const Means& means, std::int64_t t0, int first_column) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int queries = static_cast<int>(min(std::int64_t{kOwnQueries}, tokens - t0));
+  if (thread < queries) {
+    const Range range = visible(keys, t0 + thread);
+    shared.starts[thread] = range.start;
+    shared.blocks[thread] = range.length / means.block;
+    shared.positions[thread] = range.length % means.block;
   }
-  const Run run = run_at(means, row, [](const Run& r) { return r.block_row; });
-  const std::int32_t block = row - run.block_row;
-  if (block >= run.pages / means.block_pages || !in_tables(means, run)) {
-    return;
+  __syncthreads();
+  if (thread < kOwnQueries) {  // step 1
+    const bool begins =
+        thread < queries && (thread == 0 || shared.starts[thread] != shared.starts[thread - 1] ||
+                             shared.blocks[thread] != shared.blocks[thread - 1] ||
+                             shared.positions[thread] < shared.positions[thread - 1]);
+    const std::uint32_t mask = __ballot_sync(kWarp, begins);
+    if (thread % 32 == 0) {
+      shared.begins[thread / 32] = mask;
+    }
   }
-  const std::int32_t positions = means.block_pages * kPageSize;
-  float mean[kLaneElements];
-  mean_of(keys, means, run, block * positions, (block + 1) * positions, d, mean);
-  store_mean(mean, d, means.dim, means.blocks + std::int64_t{row} * kMaxParts * means.dim,
-             means.dim);
+  __syncthreads();
+  const std::uint64_t begins = shared.begins[0] | std::uint64_t{shared.begins[1]} << 32;
+
+  const int half = thread / kLanes;
+  const int column = thread % kColumns;
+  for (int first = 0, end = 0; first < queries; first = end) {
+    const std::uint64_t later = first + 1 < kOwnQueries ? begins >> (first + 1) : 0;
+    end = later == 0 ? queries : first + __ffsll(static_cast<long long>(later));
+    const std::int64_t begin =
+        shared.starts[first] + std::int64_t{shared.blocks[first]} * means.block;
+    const std::int32_t first_host = shared.positions[first] / kPage;
+    const std::int32_t last_host = shared.positions[end - 1] / kPage;
+    if (shared.positions[end - 1] == 0) {
+      continue;
+    }
+    float total = 0;  // of the pages so far
+    for (std::int32_t page0 = 0; page0 <= last_host; page0 += kPages) {
+      const std::int32_t page = page0 + half;
+      sum_pages<type>(shared, keys, means,
+                      page < last_host ? begin + std::int64_t{page} * kPage : -1, first_column);
+      __syncthreads();
+      if (thread < kColumns) {
+        for (int i = 0; i < min(kPages, last_host + 1 - page0); ++i) {
+          const float sum = shared.sums[i][column];
+          shared.sums[i][column] = total;
+          total = __fadd_rn(total, sum);
+        }
+      }
+      __syncthreads();
+      for (std::int32_t host = max(page0, first_host) + thread / kColumns;
+           host <= min(last_host, page0 + kPages - 1); host += kHosts) {
+        pass_queries<type>(shared, keys, means, t0, first, end, begin, host,
+                           shared.sums[host - page0][column], first_column + column);
+      }
+      __syncthreads();
+    }
+  }
 }
 
-std::size_t fixed_bytes(std::int64_t tokens) {
-  const auto queries = static_cast<std::size_t>(tokens);
-  return padded(queries * sizeof(Run)) + padded(queries * sizeof(std::int32_t)) +
-         padded(sizeof(std::int32_t));
+template <DType type>
+__global__ void __launch_bounds__(kThreads, 2)
+    means_kernel(const Keys keys, std::int64_t tokens, const Means means, std::int32_t own_blocks) {
+  __shared__ Shared shared;
+  const auto block = static_cast<std::int32_t>(blockIdx.x);
+  const int first_column = static_cast<int>(blockIdx.y) * kColumns;
+  if (block < own_blocks) {
+    means_of_queries<type>(shared, keys, tokens, means, std::int64_t{block} * kOwnQueries,
+                           first_column);
+  } else {
+    means_of_blocks<type>(shared, keys, tokens, means,
+                          std::int64_t{block - own_blocks} * rows_of(means.block), first_column);
+  }
 }
 
-std::size_t page_bytes(std::int64_t dim) { return static_cast<std::size_t>(dim) * sizeof(float); }
-
-std::size_t block_bytes(std::int64_t dim) {
-  return static_cast<std::size_t>(dim) * kMaxParts * sizeof(std::uint16_t);
+std::size_t own_bytes(std::int64_t tokens, std::int64_t dim, bool own) {
+  return own ? padded(static_cast<std::size_t>(tokens * dim) * sizeof(float)) : 0;
 }
 
-// Pages of sequences that do not overlap; rows are counted in 32 bits.
-std::int64_t wanted_capacity(std::int64_t total_keys) {
-  return std::min<std::int64_t>(total_keys / kPageSize,
-                                std::numeric_limits<std::int32_t>::max() / 2);
+std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
+  const auto count = static_cast<std::size_t>(rows);
+  return padded(count * sizeof(std::int32_t)) + padded(count * sizeof(float)) +
+         padded(count * kMaxParts * static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
+}
+
+template <DType type>
+void launch(const Keys& keys, std::int64_t tokens, const Means& means, cudaStream_t stream) {
+  const std::int64_t rows = rows_of(means.block);
+  const std::int64_t own = means.own == nullptr ? 0 : (tokens + kOwnQueries - 1) / kOwnQueries;
+  const dim3 grid(static_cast<unsigned>(own + (means.capacity + rows - 1) / rows),
+                  static_cast<unsigned>(means.dim / kColumns));
+  if (grid.x > 0) {
+    means_kernel<type>
+        <<<grid, kThreads, 0, stream>>>(keys, tokens, means, static_cast<std::int32_t>(own));
+    check(cudaGetLastError(), "pool::means_kernel");
+  }
 }
 
 }  // namespace
 
-std::size_t workspace_bytes(std::int64_t tokens, std::int64_t total_keys, std::int64_t dim,
-                            std::int32_t block) {
-  const auto pages = static_cast<std::size_t>(wanted_capacity(total_keys));
-  const auto blocks = pages / static_cast<std::size_t>(block / kPageSize);
-  return fixed_bytes(tokens) + padded(pages * page_bytes(dim)) + padded(blocks * block_bytes(dim));
+std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::int32_t block,
+                            bool own) {
+  return own_bytes(shape.tokens, shape.dim, own) + table_bytes(total_keys / block, shape.dim);
 }
 
-Means launch(const Problem& problem, std::int32_t block, std::span<std::byte> workspace,
+Means launch(const Problem& problem, std::int32_t block, bool own, std::span<std::byte> workspace,
              cudaStream_t stream) {
   const std::int64_t tokens = problem.q.tokens;
   const std::int64_t dim = problem.q.dim;
-  Means means{};
-  means.block_pages = block / kPageSize;
-  means.dim = static_cast<std::int32_t>(dim);
-  means.aligned = is_aligned(problem.k);
+  const std::size_t own_size = own_bytes(tokens, dim, own);
 
-  // The largest capacity, up to what is wanted, that the workspace has room for.
-  std::int64_t low = 0;
-  std::int64_t high = wanted_capacity(problem.k.tokens);
-  while (low < high) {
-    const std::int64_t middle = high - (high - low) / 2;
-    if (workspace_bytes(tokens, middle * kPageSize, dim, block) <= workspace.size()) {
-      low = middle;
+  // The most rows, up to what keys without overlap need, that the workspace has room for.
+  std::int64_t capacity = 0;
+  std::int64_t high = problem.k.tokens / block;
+  while (capacity < high) {
+    const std::int64_t middle = high - (high - capacity) / 2;
+    if (own_size + table_bytes(middle, dim) <= workspace.size()) {
+      capacity = middle;
     } else {
       high = middle - 1;
     }
   }
-  means.capacity = static_cast<std::int32_t>(low);
 
-  const auto queries = static_cast<std::size_t>(tokens);
   std::byte* next = workspace.data();
   const auto take = [&](std::size_t bytes) {
     std::byte* taken = next;
     next += padded(bytes);
     return taken;
   };
-  means.runs = reinterpret_cast<Run*>(take(queries * sizeof(Run)));
-  means.run_of = reinterpret_cast<std::int32_t*>(take(queries * sizeof(std::int32_t)));
-  means.counts = reinterpret_cast<std::int32_t*>(take(sizeof(std::int32_t)));
-  means.page_sums = reinterpret_cast<float*>(take(static_cast<std::size_t>(low) * page_bytes(dim)));
+  const auto rows = static_cast<std::size_t>(capacity);
+  Means means{};
+  means.own = own ? reinterpret_cast<float*>(take(own_size)) : nullptr;
+  means.starts = reinterpret_cast<std::int32_t*>(take(rows * sizeof(std::int32_t)));
+  means.factors = reinterpret_cast<float*>(take(rows * sizeof(float)));
   means.blocks = reinterpret_cast<std::uint16_t*>(next);
-
-  runs_kernel<<<1, kRunThreads, 0, stream>>>(problem.k, tokens, means);
-  check(cudaGetLastError(), "runs_kernel");
-  const auto grid = [](std::int64_t rows) {
-    return static_cast<unsigned>((rows + kWarps - 1) / kWarps);
-  };
-  if (low > 0) {
-    pages_kernel<<<grid(low), kThreads, 0, stream>>>(problem.k, means);
-    check(cudaGetLastError(), "pages_kernel");
-  }
-  if (low >= means.block_pages) {
-    blocks_kernel<<<grid(low / means.block_pages), kThreads, 0, stream>>>(problem.k, means);
-    check(cudaGetLastError(), "blocks_kernel");
+  means.capacity = static_cast<std::int32_t>(capacity);
+  means.block = block;
+  means.dim = static_cast<std::int32_t>(dim);
+  means.fp16 = problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3;
+  means.aligned = is_aligned(problem.k);
+  switch (problem.k.dtype) {
+    case DType::f32: launch<DType::f32>(problem.k, tokens, means, stream); break;
+    case DType::bf16: launch<DType::bf16>(problem.k, tokens, means, stream); break;
+    case DType::e4m3: launch<DType::e4m3>(problem.k, tokens, means, stream); break;
   }
   return means;
 }

@@ -1,4 +1,4 @@
-// Page sums and block means for every CUDA device of compute capability 8.0 and above.
+// Block means for every CUDA device of compute capability 8.0 and above.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,37 +8,32 @@
 #include <span>
 
 #include "cuda/problem.hpp"
+#include "misa/indexer.hpp"
 
 namespace misa::cuda::pool {
 
-// Consecutive queries whose keys start at the same place.
-struct Run {
-  std::int32_t start;      // of the keys
-  std::int32_t pages;      // whole pages that its longest query sees
-  std::int32_t page_row;   // its first page's row in the table of page sums
-  std::int32_t block_row;  // its first block's row in the table of block means
-};
-
-// The tables, in a workspace. Rows are given to runs in order until the capacity is spent.
+// Block means in a workspace. Block b of the sequence that starts at key s has row s / block + b:
+// sequences that do not overlap share no row. Where sequences overlap, a row holds the block of the
+// one that starts last, and says so; who wants another one sums its keys himself.
 struct Means {
-  Run* runs;              // [T]
-  std::int32_t* run_of;   // [T] the run of a query
-  std::int32_t* counts;   // [1] runs
-  float* page_sums;       // [capacity, D]
-  std::uint16_t* blocks;  // [capacity / block_pages, 3, D] bf16 parts, elements in operand order
+  std::int32_t* starts;   // [capacity] where a row's sequence starts; -1: the row is empty
+  float* factors;         // [capacity] a mean is the sum of its parts times this
+  std::uint16_t* blocks;  // [capacity, parts, D] in operand order
+  float* own;  // [T, D] mean of what a query sees of the block that it stands in; or null
   std::int32_t capacity;
-  std::int32_t block_pages;
-  std::int32_t dim;  // D
-  bool aligned;      // keys start on 16 bytes
+  std::int32_t block;  // positions, a multiple of the page size
+  std::int32_t dim;    // D
+  bool fp16;           // a mean is two parts in fp16 (e4m3 keys and queries), else three in bf16
+  bool aligned;        // keys start on 16 bytes
 };
 
-// Enough for sequences that do not overlap and hold `total_keys` keys. With less, or with overlap
-// beyond it, results stay and time grows.
-std::size_t workspace_bytes(std::int64_t tokens, std::int64_t total_keys, std::int64_t dim,
-                            std::int32_t block);
+// Enough for sequences that do not overlap and hold `total_keys` keys. With less, or with overlap,
+// results stay and time grows. `own` says that queries' own means are wanted.
+std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::int32_t block,
+                            bool own);
 
-// Sums the whole pages and means the whole blocks of all runs. `block` is a multiple of 64.
-Means launch(const Problem& problem, std::int32_t block, std::span<std::byte> workspace,
+// Means all whole blocks that a query of `problem` sees, and the queries' own ones.
+Means launch(const Problem& problem, std::int32_t block, bool own, std::span<std::byte> workspace,
              cudaStream_t stream);
 
 }  // namespace misa::cuda::pool

@@ -1,22 +1,29 @@
-// Sizes of the pool's kernels.
+// Sizes of the pool's kernel.
 #pragma once
-
-#include <cub/block/block_scan.cuh>
 
 #include <cstdint>
 
+#include "device/elements.cuh"
+#include "misa/types.hpp"
+
 namespace misa::cuda::pool {
 
-// One block finds the runs: as wide as a block can be, for 2048 queries take it two steps.
-inline constexpr int kRunThreads = 1024;
-using Scan = cub::BlockScan<std::int64_t, kRunThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+// Half a warp sums a page in 64 columns, four a lane. A block of threads has 16 of them: the pages
+// of one block of 1024 positions, so that 64K keys are 128 blocks of threads where D = 128.
+inline constexpr int kThreads = 256;
+inline constexpr int kLaneElements = 4;
+inline constexpr int kColumns = 64;
+inline constexpr int kLanes = kColumns / kLaneElements;
+inline constexpr int kPages = kThreads / kLanes;
 
-// A warp sums a page. 1024 pages (64K keys) are two blocks of 4 warps an SM.
-inline constexpr int kWarps = 4;
-inline constexpr int kThreads = kWarps * 32;
+// Registers of keys in flight a lane: a page of e4m3; few where others hold the registers.
+inline constexpr int kManyWords = 64;
+inline constexpr int kFewWords = 16;
 
-// Keys in flight a warp: 8 warps x 16 x 128 bytes are 16 KB an SM, half of what latency (0.8 µs) x
-// bandwidth (32 bytes a ns and SM on an H200) asks for, in no more than 80 registers for fp32.
-inline constexpr int kBatch = 16;
+// Queries whose own means a block of threads computes: consecutive ones stand in one or two pages.
+inline constexpr int kOwnQueries = 64;
+
+// A page's columns are summed one a thread where every token's running sum counts.
+inline constexpr int kHosts = kThreads / kColumns;
 
 }  // namespace misa::cuda::pool

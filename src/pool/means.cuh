@@ -1,9 +1,8 @@
-// Page sums and block means in device memory: what the pool writes and routing reads.
-//
-// A run is a stretch of consecutive queries whose keys start at the same place; its queries share
-// everything that whole pages and whole blocks hold. Every sum has one order, whoever computes it:
-// scale * element is rounded once and added, tokens in order inside a page, then pages in order.
+// The sums behind block means. Every sum has one order, whoever computes it: scale * element is
+// rounded once and added, tokens in order inside a page, then pages in order.
 #pragma once
+
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -15,92 +14,122 @@
 
 namespace misa::cuda::pool {
 
-// Four elements of each of D / 4 lanes make a row.
-inline constexpr int kLaneElements = 4;
+inline constexpr unsigned kWarp = 0xFFFFFFFFU;
 
-// A run whose pages lie beyond the tables is summed from its keys by whoever needs it.
-__device__ inline bool in_tables(const Means& means, const Run& run) {
-  return run.page_row + std::int64_t{run.pages} <= means.capacity;
-}
+// fp32 as the sum of fp16: 11 + 11 bits.
+inline constexpr int kFp16Parts = 2;
 
-// sum = elements d … d + 3 of `count` keys from `token` on.
-template <DType type>
-__device__ void sum_keys(const Keys& keys, bool aligned, std::int64_t token, int count, int d,
-                         float (&sum)[kLaneElements]) {
-  for (float& element : sum) {
-    element = 0;
-  }
-  for (int first = 0; first < count; first += kBatch) {
-    Elements<type, kLaneElements> elements[kBatch];
-    float scale[kBatch];
+// The sum of a page in four columns.
+struct PageSum {
+  float sum[kLaneElements];
+  std::uint32_t largest;  // bits of the largest |scale|; 0 without scales
+};
+
+// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. A warp calls; its
+// halves may differ in arguments.
+template <DType type, int batch>
+__device__ PageSum sum_page(const Keys& keys, bool aligned, std::int64_t token, int d) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  PageSum page{};
+#pragma unroll 1
+  for (int first = 0; first < static_cast<int>(kPageSize); first += batch) {
+    Elements<type, kLaneElements> elements[batch];
+    [[maybe_unused]] float scales[(batch + kLanes - 1) / kLanes];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const std::int64_t at = token + min(first + i, count - 1);
-      const auto* row = static_cast<const std::byte*>(keys.data) +
-                        at * keys.stride * static_cast<std::int64_t>(size_of(type));
+    for (int i = 0; i < batch; ++i) {
+      const auto* row =
+          static_cast<const std::byte*>(keys.data) +
+          (token + first + i) * keys.stride * static_cast<std::int64_t>(size_of(type));
       elements[i].load(row, d, aligned);
-      scale[i] = type == DType::e4m3 ? __ldg(keys.scale + at) : 1.0F;
+    }
+    if constexpr (type == DType::e4m3) {
+      static_assert(batch % kLanes == 0);
+#pragma unroll
+      for (int i = 0; i < batch / kLanes; ++i) {
+        scales[i] = __ldg(keys.scale + token + first + i * kLanes + lane);
+        page.largest = max(page.largest, __float_as_uint(fabsf(scales[i])));
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i < count) {
-        float value[kLaneElements];
-        elements[i].floats(0, value);
+    for (int i = 0; i < batch; ++i) {
+      float value[kLaneElements];
+      elements[i].floats(0, value);
+      if constexpr (type == DType::e4m3) {
+        const float scale = __shfl_sync(kWarp, scales[i / kLanes], i % kLanes, kLanes);
 #pragma unroll
-        for (int e = 0; e < kLaneElements; ++e) {
-          sum[e] = __fadd_rn(sum[e], __fmul_rn(scale[i], value[e]));
+        for (float& element : value) {
+          element = __fmul_rn(scale, element);
         }
+      }
+#pragma unroll
+      for (int e = 0; e < kLaneElements; ++e) {
+        page.sum[e] = __fadd_rn(page.sum[e], value[e]);
       }
     }
   }
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    page.largest = max(page.largest, __shfl_xor_sync(kWarp, page.largest, step));
+  }
+  return page;
 }
 
-// mean = elements d … d + 3 of the mean of positions first … last - 1 of a run; first is a multiple
-// of the page size. In the tables all whole pages must be the run's.
-__device__ inline void mean_of(const Keys& keys, const Means& means, const Run& run,
-                               std::int32_t first, std::int32_t last, int d,
-                               float (&mean)[kLaneElements]) {
-  const bool tables = in_tables(means, run);
-  for (float& element : mean) {
-    element = 0;
+// A power of two that takes the mean of keys, of whose scales this is the largest, to below 2^15,
+// in fp16's upper range; 1 if a scale is not finite. So the parts have 22 bits of every element,
+// or of 2^-8 of the largest scale where an element is smaller than that.
+__device__ inline float fp16_scale(std::uint32_t largest) {
+  constexpr int kBias = 127;
+  const int exponent = static_cast<int>(largest >> 23);  // biased
+  // |mean| <= 448 |scale| < 2^9 * 2^(exponent - 126)
+  const int power = exponent == 2 * kBias + 1 ? 0 : min(15 - 9 + kBias - 1 - exponent, kBias - 1);
+  return __uint_as_float(static_cast<std::uint32_t>(kBias + power) << 23);
+}
+
+__device__ inline int parts_of(const Means& means) { return means.fp16 ? kFp16Parts : kMaxParts; }
+
+// Stores the parts of element d of a mean in its row, `stride` elements from part to part.
+__device__ inline void store_mean(const Means& means, float mean, float scale, int d,
+                                  std::uint16_t* row, int stride) {
+  row += operand_place(d / 4 * 4, means.dim) + d % 4 / 2 * 8 + d % 2;
+  if (means.fp16) {
+    const float scaled = mean * scale;
+    const __half high = __float2half_rn(scaled);
+    const float rest = isfinite(scaled) ? scaled - __half2float(high) : 0;
+    row[0] = __half_as_ushort(high);
+    row[stride] = __half_as_ushort(__float2half_rn(rest));
+    return;
   }
-  const auto add = [&](const float(&sum)[kLaneElements]) {
-#pragma unroll
-    for (int e = 0; e < kLaneElements; ++e) {
-      mean[e] = __fadd_rn(mean[e], sum[e]);
-    }
-  };
-  const std::int32_t whole = tables ? last / kPageSize * kPageSize : first;
-#pragma unroll 8
-  for (std::int32_t page = first / kPageSize; page < whole / kPageSize; ++page) {
-    const float4 sum = *reinterpret_cast<const float4*>(
-        means.page_sums + (run.page_row + std::int64_t{page}) * means.dim + d);
-    add({sum.x, sum.y, sum.z, sum.w});
+  for (int part = 0; part < kMaxParts; ++part) {
+    row[part * stride] = static_cast<std::uint16_t>(__float_as_uint(bf16_part(mean, part)) >> 16);
   }
+}
+
+// Writes a block's mean from its keys, the first being `token`; returns its factor. A warp works,
+// slowly but in few registers, for its callers hold operands.
+__device__ inline float write_mean(const Keys& keys, const Means& means, std::int64_t token,
+                                   std::uint16_t* row, int stride) {
+  // Where D = 64 both halves of the warp do the same.
+  const int d = static_cast<int>(threadIdx.x) % 32 * kLaneElements % means.dim;
+  float sum[kLaneElements] = {};
+  std::uint32_t largest = 0;
   with_dtype(keys.dtype, [&]<DType type>() {
-    for (std::int64_t at = whole; at < last; at += kPageSize) {
-      float sum[kLaneElements];
-      sum_keys<type>(keys, means.aligned, run.start + at,
-                     static_cast<int>(min(std::int64_t{kPageSize}, last - at)), d, sum);
-      add(sum);
+#pragma unroll 1
+    for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kPageSize)) {
+      const PageSum page = sum_page<type, kFewWords / static_cast<int>(size_of(type))>(
+          keys, means.aligned, token + first, d);
+      largest = max(largest, page.largest);
+#pragma unroll
+      for (int e = 0; e < kLaneElements; ++e) {
+        sum[e] = __fadd_rn(sum[e], page.sum[e]);
+      }
     }
   });
-  const auto count = static_cast<float>(last - first);
+  const float scale = means.fp16 ? fp16_scale(largest) : 1;
 #pragma unroll
-  for (float& element : mean) {
-    element /= count;
+  for (int e = 0; e < kLaneElements; ++e) {
+    store_mean(means, sum[e] / static_cast<float>(means.block), scale, d + e, row, stride);
   }
-}
-
-// The parts of elements d … d + 3 of a mean, `stride` elements from one part to the next.
-__device__ inline void store_mean(const float (&mean)[kLaneElements], int d, int dim,
-                                  std::uint16_t* row, int stride) {
-  for (int part = 0; part < kMaxParts; ++part) {
-    const std::uint32_t pairs[2] = {
-        upper_halves(bf16_part(mean[0], part), bf16_part(mean[1], part)),
-        upper_halves(bf16_part(mean[2], part), bf16_part(mean[3], part))};
-    store_operand(row + part * stride, d, dim, pairs);
-  }
+  return 1 / scale;
 }
 
 }  // namespace misa::cuda::pool

@@ -104,7 +104,7 @@ std::size_t score_bytes(std::int64_t tokens, std::int64_t stride) {
 std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape,
                             std::int64_t total_keys) {
   return score_bytes(shape.tokens, score_stride(shape.max_keys, config.filter_block)) +
-         pool::workspace_bytes(shape.tokens, total_keys, shape.dim, config.filter_block);
+         pool::workspace_bytes(shape, total_keys, config.filter_block, false);
 }
 
 void launch(const Problem& problem, const IndexerConfig& config, std::int32_t* blocks,
@@ -116,7 +116,7 @@ void launch(const Problem& problem, const IndexerConfig& config, std::int32_t* b
   const std::size_t bytes = score_bytes(problem.q.tokens, stride);
   auto* scores = reinterpret_cast<float*>(workspace.data());
   const pool::Means means =
-      pool::launch(problem, config.filter_block, workspace.subspan(bytes), stream);
+      pool::launch(problem, config.filter_block, false, workspace.subspan(bytes), stream);
   route::launch_block_scores(problem, means, scores, stride, stream);
   const auto grid = static_cast<unsigned>((problem.q.tokens + kWarps - 1) / kWarps);
   filter_kernel<<<grid, kThreads, 0, stream>>>(Arguments{problem.k, problem.q.tokens, scores,

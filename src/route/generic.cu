@@ -9,7 +9,7 @@ namespace misa::cuda::route {
 std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape,
                             std::int64_t total_keys) {
   return config.router == Router::pooled
-             ? pool::workspace_bytes(shape.tokens, total_keys, shape.dim, config.block)
+             ? pool::workspace_bytes(shape, total_keys, config.block, true)
              : 0;
 }
 
@@ -19,7 +19,7 @@ void launch(const Problem& problem, const IndexerConfig& config, const Routing& 
     return;
   }
   if (config.router == Router::pooled) {
-    const pool::Means means = pool::launch(problem, config.block, workspace, stream);
+    const pool::Means means = pool::launch(problem, config.block, true, workspace, stream);
     launch_pooled(problem, means, config.heads, out.heads, stream);
   }
   if (config.router != Router::pooled || config.residual) {

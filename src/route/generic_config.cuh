@@ -10,10 +10,6 @@
 
 namespace misa::cuda::route {
 
-// A block serves 8 consecutive queries, which share the keys that it holds: as many as one tile of
-// the matrix product has columns, so that the queries' own means are one tile. 2048 queries are 256
-// blocks, one wave of two an SM.
-inline constexpr int kQueries = 8;
 inline constexpr int kWarps = 8;
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kBlocksPerSm = 2;
@@ -30,20 +26,35 @@ inline constexpr int kTileKeys = 8;
 inline constexpr int kStep = 16;
 inline constexpr int kStepsPerLoad = 2;
 
-// Block means in shared memory at a time: two blocks an SM of 228 KB, and one in the 99 KB that a
-// block may have on the smaller devices, with three parts of 2 bytes an element at D = 128.
-inline constexpr int kMeans = 96;
+// Judging by means, a warp has two tiles of heads of a query: D / 2 registers of operands a part.
+inline constexpr int kTiles = 2;
+inline constexpr int kWarpHeads = kTiles * kTileHeads;
 
-template <int dim>
-struct MeansShared {
-  float values[kQueries][kMaxHeads];  // energies of heads, or scores of the tile's blocks
-  alignas(16) std::uint16_t own[kMaxParts][kQueries][operand_pitch(dim)];
-  alignas(16) std::uint16_t tile[kMaxParts][kMeans][operand_pitch(dim)];
+// Block means in shared memory at a time, twice for copies run ahead: two blocks an SM of 228 KB,
+// and one in the 99 KB that a block may have on the smaller devices.
+template <int parts>
+inline constexpr int kMeans = parts == 2 ? 64 : 48;
+
+template <int dim, int parts>
+struct MeansTile {
+  alignas(16) std::uint16_t rows[parts][kMeans<parts>][operand_pitch(dim)];
+  float factors[kMeans<parts>];
 };
 
-static_assert(kMeans <= kMaxHeads);
-static_assert(kBlocksPerSm * (sizeof(MeansShared<128>) + 1024) <= 228 * 1024);
-static_assert(sizeof(MeansShared<128>) <= 99 * 1024);
+template <int dim, int parts>
+struct MeansShared {
+  MeansTile<dim, parts> tiles[2];
+  float scores[2][kWarps][kMeans<parts>];  // of a tile's blocks by a warp's heads
+  float energies[kWarps][kWarpHeads];
+};
+
+static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 3>) + 1024) <= 228 * 1024);
+static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 2>) + 1024) <= 228 * 1024);
+static_assert(sizeof(MeansShared<128, 3>) <= 99 * 1024);
+
+// Sampled routing: a block serves up to 16 consecutive queries, fewer where there are not enough
+// queries for all SMs. 2048 queries are 128 blocks, one wave.
+inline constexpr int kQueries = 16;
 
 // The fixed part of what sampled routing holds; the sampled keys follow it, part by part.
 struct SampleShared {

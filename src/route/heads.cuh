@@ -21,8 +21,9 @@ __device__ inline const std::byte* head_row(const Queries& q, std::int64_t t, in
 }
 
 // 16 * tiles heads of a query. Of each tile a lane holds heads g and g + 8 (g = lane / 4), and of
-// those the elements that operand order gives to its place c among the four lanes of a head.
-template <DType type, int dim, int tiles>
+// those the elements that operand order gives to its place c among the four lanes of a head. With
+// `fp16` operands are in fp16, else in bf16.
+template <DType type, bool fp16, int dim, int tiles>
 struct HeadRows {
   static constexpr int kSteps = dim / kStep;
   std::uint32_t a[kParts<type>][tiles][kSteps][4];
@@ -30,25 +31,29 @@ struct HeadRows {
   // Heads `first` … of query t; those beyond H are zero.
   __device__ void load(const Queries& q, bool aligned, std::int64_t t, int first) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
+    Elements<type, dim / 4> elements[tiles][2];
 #pragma unroll
-    for (int m = 0; m < tiles; ++m) {
+    for (int i = 0; i < tiles * 2; ++i) {
+      const int head = first + i * 8 + lane / 4;
+      elements[i / 2][i % 2].clear();
+      if (head < q.heads) {
+        elements[i / 2][i % 2].load(head_row(q, t, head), lane % 4 * (dim / 4), aligned);
+      }
+    }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int head = first + m * kTileHeads + half * 8 + lane / 4;
-        Elements<type, dim / 4> elements;
-        elements.clear();
-        if (head < q.heads) {
-          elements.load(head_row(q, t, head), lane % 4 * (dim / 4), aligned);
-        }
+    for (int i = 0; i < tiles * 2; ++i) {
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
+      for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-          for (int part = 0; part < kParts<type>; ++part) {
-            std::uint32_t pairs[2];
-            elements.parts(s, part, pairs);
-            a[part][m][s][half] = pairs[0];
-            a[part][m][s][2 + half] = pairs[1];
+        for (int part = 0; part < kParts<type>; ++part) {
+          std::uint32_t pairs[2];
+          if constexpr (fp16) {
+            elements[i / 2][i % 2].fp16(s, pairs);
+          } else {
+            elements[i / 2][i % 2].parts(s, part, pairs);
           }
+          a[part][i / 2][s][i % 2] = pairs[0];
+          a[part][i / 2][s][2 + i % 2] = pairs[1];
         }
       }
     }
@@ -59,35 +64,58 @@ struct HeadRows {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       out[e] = 0;
+    }
 #pragma unroll
-      for (int part = 0; part < kParts<type>; ++part) {
-        const std::uint32_t pair = a[part][m][s][half + e / 2 * 2];
-        out[e] += __uint_as_float(e % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U);
+    for (int part = 0; part < kParts<type>; ++part) {
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const std::uint32_t pair = a[part][m][s][half + 2 * p];
+        const float2 two =
+            fp16 ? fp16x2_to_floats(pair)
+                 : make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000U));
+        out[2 * p] = part == 0 ? two.x : out[2 * p] + two.x;
+        out[2 * p + 1] = part == 0 ? two.y : out[2 * p + 1] + two.y;
       }
     }
   }
 };
 
-// x[m] += the products of the heads with 8 operand rows: head g and columns 2c, 2c + 1, then head
-// g + 8. `rows` is the first of them, parts lie `part_stride` elements apart. The smallest parts
-// come first, so that sums round as if there were no others.
-template <DType type, int dim, int tiles>
-__device__ void add_products(const HeadRows<type, dim, tiles>& heads, const std::uint16_t* rows,
-                             int key_parts, int part_stride, float (&x)[tiles][4]) {
+// Tiles of columns multiplied at once: with two tiles of heads four independent sums.
+inline constexpr int kPair = 2;
+
+// x[i][m] += the products of the heads with 8 operand rows, for two tiles of such rows: head g and
+// columns 2c, 2c + 1, then head g + 8. `rows` is the first of the 16, parts lie `part_stride`
+// elements apart. The smallest parts come first, so that sums round as if there were no others.
+template <int row_parts, DType type, bool fp16, int dim, int tiles>
+__device__ void add_products(const HeadRows<type, fp16, dim, tiles>& heads,
+                             const std::uint16_t* rows, int part_stride,
+                             float (&x)[kPair][tiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::uint16_t* row = rows + lane % 8 * operand_pitch(dim) + lane / 8 * 8;
 #pragma unroll
   for (int part = kParts<type> - 1; part >= 0; --part) {
-    for (int key_part = key_parts - 1; key_part >= 0; --key_part) {
+#pragma unroll
+    for (int row_part = row_parts - 1; row_part >= 0; --row_part) {
 #pragma unroll
       for (int s = 0; s < dim / kStep; s += kStepsPerLoad) {
-        std::uint32_t b[kStepsPerLoad][2];
-        load_matrices(b, row + key_part * part_stride + s * kStep);
+        std::uint32_t b[kPair][kStepsPerLoad][2];
 #pragma unroll
-        for (int i = 0; i < kStepsPerLoad; ++i) {
+        for (int i = 0; i < kPair; ++i) {
+          load_matrices(
+              b[i], row + row_part * part_stride + i * kTileKeys * operand_pitch(dim) + s * kStep);
+        }
 #pragma unroll
-          for (int m = 0; m < tiles; ++m) {
-            mma_bf16(x[m], heads.a[part][m][s + i], b[i]);
+        for (int k = 0; k < kStepsPerLoad; ++k) {
+#pragma unroll
+          for (int i = 0; i < kPair; ++i) {
+#pragma unroll
+            for (int m = 0; m < tiles; ++m) {
+              if constexpr (fp16) {
+                mma_fp16(x[i][m], heads.a[part][m][s + k], b[i][k]);
+              } else {
+                mma_bf16(x[i][m], heads.a[part][m][s + k], b[i][k]);
+              }
+            }
           }
         }
       }
@@ -118,31 +146,36 @@ template <class Value>
 __device__ void choose_heads(int heads, int count, const Value& value, std::int32_t* out,
                              std::uint32_t* active) {
   constexpr int kGroups = kMaxHeads / 32;
+  const int groups = (heads + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  std::uint32_t key[kGroups];
+  std::uint32_t key[kGroups] = {};
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
+    if (i >= groups) {
+      break;
+    }
     const int head = 32 * i + lane;
     key[i] = head < heads ? ordered_bits(value(head)) + 1 : 0;
   }
   std::uint32_t taken = 0;  // bit i: head 32 i + lane
   for (int n = 0; n < count; ++n) {
     std::uint32_t best = 0;
+    int lowest = 0;  // this lane's group of it
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
+      if (i >= groups) {
+        break;
+      }
+      lowest = key[i] > best ? i : lowest;
       best = max(best, key[i]);
     }
-    best = __reduce_max_sync(kWarp, best);
-    bool found = false;
+    const std::uint32_t most = __reduce_max_sync(kWarp, best);
+    const auto head = static_cast<std::uint32_t>(32 * lowest + lane);
+    if (__reduce_min_sync(kWarp, best == most ? head : ~0U) == head) {
+      taken |= 1U << lowest;
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const std::uint32_t equal = __ballot_sync(kWarp, key[i] == best);
-      if (!found && equal != 0) {
-        found = true;
-        if (lane == __ffs(static_cast<int>(equal)) - 1) {
-          key[i] = 0;
-          taken |= 1U << i;
-        }
+      for (int i = 0; i < kGroups; ++i) {
+        key[i] = i == lowest ? 0 : key[i];
       }
     }
   }

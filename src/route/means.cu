@@ -1,16 +1,16 @@
-// Heads (the pooled router) and blocks (HISA's filter) judged by block means: a block of threads
-// serves 8 consecutive queries, a warp one of them.
+// Heads (the pooled router) and blocks (HISA's filter) judged by block means: a warp has 32 heads
+// of a query, a block of threads as many queries as its 8 warps hold.
 //
-//  1. The mean of the block that a query stands in counts only the keys that it sees, so every
-//  query
-//     has its own; the 8 are one tile of operands.
-//  2. Queries of one run share the means of whole blocks, which pass by in tiles.
-//  3. x = q . mean for 16 or 32 heads at a time: operands of the heads in registers, means as three
-//     bf16 parts that hold all 24 bits of their fp32.
+//  1. The warp's heads are operands in registers.
+//  2. Queries of one sequence share the means of whole blocks, which pass by in tiles: the next one
+//     is copied while this one is multiplied. A row of the pool's table that holds another
+//     sequence's block is computed here.
+//  3. x = q . mean, from parts that hold 22 bits (fp16) or all 24 (bf16) of the means' fp32.
 //  4. Energies: max(0, x) is summed over blocks, a lane two columns in eight, then over the four
-//     lanes of a head, tile after tile, the query's own block last.
-//     Scores: weighted and summed over the lane's heads, then over the eight lanes of a block.
-//  5. |w| multiplies the energies and the warp chooses the query's heads.
+//     lanes of a head; then max(0, q . mean) of the query's own mean, by one chain a lane and head.
+//     Scores: weighted and summed over the lane's heads, over the eight lanes of a block, then over
+//     the query's warps.
+//  5. |w| multiplies the energies and a warp chooses the query's heads.
 //
 // So the order of every sum follows from the query's own blocks and heads.
 #include <cuda_runtime.h>
@@ -38,147 +38,102 @@ struct Arguments {
   std::int64_t stride;
 };
 
-// Tiles of heads that a warp multiplies at once: each load from shared memory serves all of them,
-// and D / 4 registers a tile and part hold them.
-template <DType type>
-inline constexpr int kTiles = type == DType::f32 ? 1 : 2;
-
-// Tiles of means multiplied at once: with two tiles of heads four independent sums.
-constexpr int kPair = 2;
-
-// The query of a warp.
-struct Query {
+// What a warp works at.
+struct Task {
   std::int64_t t;
-  int slot;            // its place in the block
-  std::int32_t whole;  // whole blocks
-  bool partial;        // it stands inside a block
+  int first_head;
+  std::int32_t start;   // of the keys
+  std::int32_t length;  // 0 for warps without a query
+  std::int32_t whole;   // whole blocks
 };
 
-// Step 1.
-template <int dim>
-__device__ void store_own_mean(MeansShared<dim>& shared, const Arguments& arguments,
-                               const Query& query, std::int32_t length) {
-  constexpr int kStride = kQueries * operand_pitch(dim);
-  const int d = static_cast<int>(threadIdx.x) % 32 * pool::kLaneElements;
-  if (d >= dim) {
-    return;
-  }
-  float mean[pool::kLaneElements] = {};
-  if (query.partial) {
-    const pool::Means& means = arguments.means;
-    pool::mean_of(arguments.problem.k, means, means.runs[means.run_of[query.t]],
-                  query.whole * means.block_pages * kPageSize, length, d, mean);
-  }
-  pool::store_mean(mean, d, dim, shared.own[0][query.slot], kStride);
-}
-
-// Step 2. Blocks `first` … first + count - 1 of a run.
-template <int dim>
-__device__ void load_tile(MeansShared<dim>& shared, const Arguments& arguments,
-                          const pool::Run& run, std::int32_t first, int count) {
+// Step 2. Blocks first … first + count - 1 of the sequence that starts at `start`, a warp a row.
+template <int dim, int parts>
+__device__ void load_tile(MeansTile<dim, parts>& tile, const Arguments& arguments,
+                          std::int32_t start, std::int32_t first, int count) {
+  constexpr int kRowPieces = dim / 8;  // of 16 bytes
+  constexpr int kRows = kMeans<parts> / kWarps;
   const pool::Means& means = arguments.means;
-  if (pool::in_tables(means, run)) {
-    constexpr int kPieces = dim / 8;  // of 16 bytes
-    const std::uint16_t* rows =
-        means.blocks + (run.block_row + std::int64_t{first}) * kMaxParts * dim;
-    for (int i = static_cast<int>(threadIdx.x); i < count * kMaxParts * kPieces; i += kThreads) {
-      const int row = i / kPieces;
-      copy_16(&shared.tile[row % kMaxParts][row / kMaxParts][i % kPieces * 8], rows + i * 8);
-    }
-    wait_for_copies();
-    return;
-  }
-  const int d = static_cast<int>(threadIdx.x) % 32 * pool::kLaneElements;
-  const std::int32_t positions = means.block_pages * kPageSize;
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < count && d < dim; i += kWarps) {
-    float mean[pool::kLaneElements];
-    pool::mean_of(arguments.problem.k, means, run, (first + i) * positions,
-                  (first + i + 1) * positions, d, mean);
-    pool::store_mean(mean, d, dim, shared.tile[0][i], kMeans * operand_pitch(dim));
-  }
-}
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t row0 = std::int64_t{start} / means.block + first;
 
-// Steps 3 and 4 for the heads in `rows` and the `count` blocks of the tile that the query sees.
-template <DType type, int dim>
-__device__ void add_energies(MeansShared<dim>& shared,
-                             const HeadRows<type, dim, kTiles<type>>& rows, const Query& query,
-                             int first_head, int count, bool first, bool last) {
-  constexpr int kT = kTiles<type>;
-  const int c = static_cast<int>(threadIdx.x) % 4;
-  float energy[kT][2] = {};
-  for (int key = 0; key < count; key += kPair * kTileKeys) {
-    float x[kPair][kT][4] = {};
+  // Lane l asks for the warp's row l.
+  const int asked = warp + lane * kWarps;
+  const std::int64_t asked_row = row0 + asked;
+  const bool wanted = lane < kRows && asked < count;
+  const bool listed = wanted && asked_row < means.capacity && means.starts[asked_row] == start;
+  if (listed) {
+    tile.factors[asked] = means.factors[asked_row];
+  }
+  const std::uint32_t copied = __ballot_sync(kWarp, listed);
+  std::uint32_t computed = __ballot_sync(kWarp, wanted && !listed);
+  for (int i = 0; i < kRows; ++i) {
+    if ((copied >> i & 1) != 0) {
+      const int row = warp + i * kWarps;
+      const std::uint16_t* from = means.blocks + (row0 + row) * parts * dim;
 #pragma unroll
-    for (int i = 0; i < kPair; ++i) {
-      add_products(rows, shared.tile[0][key + i * kTileKeys], kMaxParts,
-                   kMeans * operand_pitch(dim), x[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kPair; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool valid = key + i * kTileKeys + 2 * c + e < count;
-#pragma unroll
-        for (int m = 0; m < kT; ++m) {
-          energy[m][0] += valid ? max_nan(x[i][m][e], 0) : 0;
-          energy[m][1] += valid ? max_nan(x[i][m][2 + e], 0) : 0;
+      for (int piece = lane; piece < parts * kRowPieces + lane; piece += 32) {
+        if (piece < parts * kRowPieces) {
+          copy_16(&tile.rows[piece / kRowPieces][row][piece % kRowPieces * 8], from + piece * 8);
         }
       }
     }
   }
-  float own[kT][4] = {};
-  if (last && query.partial) {
-    add_products(rows, shared.own[0][0], kMaxParts, kQueries * operand_pitch(dim), own);
+  for (; computed != 0; computed &= computed - 1) {
+    const int row = warp + (__ffs(static_cast<int>(computed)) - 1) * kWarps;
+    const float factor = pool::write_mean(arguments.problem.k, means,
+                                          start + std::int64_t{first + row} * means.block,
+                                          tile.rows[0][row], kMeans<parts> * operand_pitch(dim));
+    if (lane == 0) {
+      tile.factors[row] = factor;
+    }
   }
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+}
+
+// Steps 3 and 4 for the `count` blocks of the tile that the query sees.
+template <DType type, bool fp16, int dim, int parts>
+__device__ void add_energies(const MeansTile<dim, parts>& tile,
+                             const HeadRows<type, fp16, dim, kTiles>& heads, int count,
+                             float (&energy)[kTiles][2]) {
+  const int c = static_cast<int>(threadIdx.x) % 4;
+  for (int first = 0; first < count; first += kPair * kTileKeys) {
+    float x[kPair][kTiles][4] = {};
+    add_products<parts>(heads, tile.rows[0][first], kMeans<parts> * operand_pitch(dim), x);
 #pragma unroll
-  for (int m = 0; m < kT; ++m) {
+    for (int i = 0; i < kPair; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = first_head + m * kTileHeads + half * 8 + lane / 4;
-      // The query's column of the tile of own means.
-      const float x = query.slot % 2 == 0 ? own[m][2 * half] : own[m][2 * half + 1];
-      const float partial = max_nan(__shfl_sync(kWarp, x, lane / 4 * 4 + query.slot / 2), 0);
-      const float sum = sum_of_four(energy[m][half]);
-      if (c == 0) {
-        float& value = shared.values[query.slot][head];
-        value = (first ? sum : value + sum) + partial;
+      for (int e = 0; e < 2; ++e) {
+        const int block = first + i * kTileKeys + 2 * c + e;
+        if (block < count) {
+          const float factor = tile.factors[block];
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) {
+            energy[m][0] = __fmaf_rn(max_nan(x[i][m][e], 0), factor, energy[m][0]);
+            energy[m][1] = __fmaf_rn(max_nan(x[i][m][2 + e], 0), factor, energy[m][1]);
+          }
+        }
       }
     }
   }
 }
 
-template <DType type, int dim>
-__device__ void add_scores(MeansShared<dim>& shared, const HeadRows<type, dim, kTiles<type>>& rows,
-                           const Problem& problem, const Query& query, int first_head, int count) {
-  constexpr int kT = kTiles<type>;
+template <DType type, bool fp16, int dim, int parts>
+__device__ void write_scores(const MeansTile<dim, parts>& tile,
+                             const HeadRows<type, fp16, dim, kTiles>& heads,
+                             const float (&weight)[kTiles][2], const bool (&exists)[kTiles][2],
+                             int count, float (&scores)[kMeans<parts>]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  float weight[kT][2];
-  bool exists[kT][2];
-#pragma unroll
-  for (int m = 0; m < kT; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = first_head + m * kTileHeads + half * 8 + lane / 4;
-      exists[m][half] = head < problem.q.heads;
-      weight[m][half] =
-          exists[m][half] ? problem.w.data[query.t * problem.w.token_stride + head] : 0;
-    }
-  }
-  for (int key = 0; key < count; key += kPair * kTileKeys) {
-    float x[kPair][kT][4] = {};
-#pragma unroll
-    for (int i = 0; i < kPair; ++i) {
-      add_products(rows, shared.tile[0][key + i * kTileKeys], kMaxParts,
-                   kMeans * operand_pitch(dim), x[i]);
-    }
+  for (int first = 0; first < count; first += kPair * kTileKeys) {
+    float x[kPair][kTiles][4] = {};
+    add_products<parts>(heads, tile.rows[0][first], kMeans<parts> * operand_pitch(dim), x);
 #pragma unroll
     for (int i = 0; i < kPair; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float score = 0;
 #pragma unroll
-        for (int m = 0; m < kT; ++m) {
+        for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float clipped = max_nan(x[i][m][2 * half + e], 0);
@@ -189,79 +144,154 @@ __device__ void add_scores(MeansShared<dim>& shared, const HeadRows<type, dim, k
         for (int step = 4; step < 32; step *= 2) {
           score += __shfl_xor_sync(kWarp, score, step);
         }
-        const int place = key + i * kTileKeys + 2 * lane + e;
-        if (lane < 4 && place < count) {
-          float& sum = shared.values[query.slot][place];
-          sum = first_head == 0 ? score : sum + score;
+        const int block = first + i * kTileKeys + 2 * lane + e;
+        if (lane < 4 && block < count) {
+          scores[block] = score * tile.factors[block];
         }
       }
     }
   }
 }
 
-template <DType type, int dim, Judge judge>
+// Step 4's end: the sums over lanes and the query's own block.
+template <DType type, bool fp16, int dim>
+__device__ void write_energies(const Arguments& arguments, const Task& task,
+                               const HeadRows<type, fp16, dim, kTiles>& heads,
+                               const float (&energy)[kTiles][2], float (&energies)[kWarpHeads]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float own[kTiles][2] = {};
+  if (task.length % arguments.means.block != 0) {
+    const float* mean = arguments.means.own + task.t * dim + lane % 4 * (dim / 4);
+#pragma unroll
+    for (int s = 0; s < dim / kStep; ++s) {
+      const float4 four = *reinterpret_cast<const float4*>(mean + 4 * s);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float q[4];
+          heads.floats(m, half, s, q);
+          float& sum = own[m][half];
+          sum = __fmaf_rn(q[0], four.x, sum);
+          sum = __fmaf_rn(q[1], four.y, sum);
+          sum = __fmaf_rn(q[2], four.z, sum);
+          sum = __fmaf_rn(q[3], four.w, sum);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = sum_of_four(energy[m][half]) + max_nan(sum_of_four(own[m][half]), 0);
+      if (lane % 4 == 0) {
+        energies[m * kTileHeads + half * 8 + lane / 4] = sum;
+      }
+    }
+  }
+}
+
+template <DType type, bool fp16, int dim, Judge judge>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     means_kernel(const __grid_constant__ Arguments arguments) {
+  constexpr int kMeanParts = fp16 ? pool::kFp16Parts : kMaxParts;
+  constexpr int kRows = kMeans<kMeanParts>;
   extern __shared__ __align__(16) std::byte memory[];
-  auto& shared = *reinterpret_cast<MeansShared<dim>*>(memory);
+  auto& shared = *reinterpret_cast<MeansShared<dim, kMeanParts>*>(memory);
   const Problem& problem = arguments.problem;
-  const pool::Means& means = arguments.means;
-  const std::int64_t t0 = std::int64_t{blockIdx.x} * kQueries;
-  const int queries = static_cast<int>(min(std::int64_t{kQueries}, problem.q.tokens - t0));
   const int heads = static_cast<int>(problem.q.heads);
-  const int slot = static_cast<int>(threadIdx.x) / 32;
+  const int groups = (heads + kWarpHeads - 1) / kWarpHeads;  // warps a query
+  const int slots = kWarps / groups;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int32_t positions = means.block_pages * kPageSize;
+  const std::int64_t t0 = std::int64_t{blockIdx.x} * slots;
+  const int queries = static_cast<int>(min(std::int64_t{slots}, problem.q.tokens - t0));
+  const int slot = warp / groups;
 
-  const std::int32_t length = slot < queries ? visible(problem.k, t0 + slot).length : 0;
-  const Query query{t0 + slot, slot, length / positions, length % positions != 0};
-  if constexpr (judge == Judge::heads) {
-    store_own_mean(shared, arguments, query, length);
+  Task task{t0 + slot, warp % groups * kWarpHeads, 0, 0, 0};
+  HeadRows<type, fp16, dim, kTiles> rows;  // step 1
+  [[maybe_unused]] float weight[kTiles][2] = {};
+  [[maybe_unused]] bool exists[kTiles][2] = {};
+  [[maybe_unused]] float energy[kTiles][2] = {};
+  if (slot < queries) {
+    rows.load(problem.q, arguments.aligned, task.t, task.first_head);
+    const Range range = visible(problem.k, task.t);
+    task.start = range.start;
+    task.length = range.length;
+    task.whole = range.length / arguments.means.block;
+    if constexpr (judge == Judge::blocks) {
+#pragma unroll
+      for (int i = 0; i < kTiles * 2; ++i) {
+        const int head = task.first_head + i * 8 + lane / 4;
+        exists[i / 2][i % 2] = head < heads;
+        weight[i / 2][i % 2] =
+            head < heads ? problem.w.data[task.t * problem.w.token_stride + head] : 0;
+      }
+    }
   }
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const std::int32_t run = means.run_of[t0 + first];
-    std::int32_t whole = 0;  // of the longest query
-    for (end = first; end < queries && means.run_of[t0 + end] == run; ++end) {
-      whole = max(whole, visible(problem.k, t0 + end).length / positions);
+    const Range range = visible(problem.k, t0 + first);
+    std::int32_t whole = range.length / arguments.means.block;  // of the longest query
+    for (end = first + 1; end < queries; ++end) {
+      const Range next = visible(problem.k, t0 + end);
+      if (next.start != range.start) {
+        break;
+      }
+      whole = max(whole, next.length / arguments.means.block);
     }
-    const bool serves = first <= slot && slot < end && length > 0;
-    for (std::int32_t tile = 0; tile == 0 || tile < whole; tile += kMeans) {
-      load_tile(shared, arguments, means.runs[run], tile, min(kMeans, whole - tile));
+    for (std::int32_t tile = -kRows; tile < whole; tile += kRows) {
+      const std::int32_t next = tile + kRows;
+      if (next < whole) {
+        load_tile(shared.tiles[next / kRows % 2], arguments, range.start, next,
+                  min(kRows, whole - next));
+      }
+      commit_copies();
+      if (tile < 0) {
+        continue;
+      }
+      wait_for_copies<1>();
       __syncthreads();
-      if (serves && (tile == 0 || tile < query.whole)) {
-        const int count = min(kMeans, query.whole - tile);
-        for (int head = 0; head < heads; head += kTiles<type> * kTileHeads) {
-          HeadRows<type, dim, kTiles<type>> rows;
-          rows.load(problem.q, arguments.aligned, query.t, head);
-          if constexpr (judge == Judge::heads) {
-            add_energies(shared, rows, query, head, count, tile == 0, tile + kMeans >= query.whole);
-          } else {
-            add_scores(shared, rows, problem, query, head, count);
+      const int buffer = tile / kRows % 2;
+      const int count = first <= slot && slot < end ? min(kRows, task.whole - tile) : 0;
+      if constexpr (judge == Judge::heads) {
+        add_energies(shared.tiles[buffer], rows, count, energy);
+        __syncthreads();
+      } else {
+        write_scores(shared.tiles[buffer], rows, weight, exists, count,
+                     shared.scores[buffer][warp]);
+        __syncthreads();
+        // The first of a query's warps adds up what they wrote.
+        for (int i = warp % groups * 32 + lane; i < count; i += groups * 32) {
+          float score = shared.scores[buffer][slot * groups][i];
+          for (int group = 1; group < groups; ++group) {
+            score += shared.scores[buffer][slot * groups + group][i];
           }
-        }
-        __syncwarp();
-        if constexpr (judge == Judge::blocks) {
-          for (int i = lane; i < count; i += 32) {
-            arguments.scores[query.t * arguments.stride + tile + i] = shared.values[slot][i];
-          }
+          arguments.scores[task.t * arguments.stride + tile + i] = score;
         }
       }
-      __syncthreads();
     }
   }
 
   if constexpr (judge == Judge::heads) {  // step 5
-    std::int32_t* out = arguments.heads + query.t * arguments.count;
-    if (length > 0) {
+    if (task.length > 0) {
+      write_energies(arguments, task, rows, energy, shared.energies[warp]);
+    }
+    __syncthreads();
+    if (slot >= queries || warp % groups != 0) {
+      return;
+    }
+    std::int32_t* out = arguments.heads + task.t * arguments.count;
+    if (task.length > 0) {
       choose_heads(
           heads, arguments.count,
           [&](int j) {
-            const float w = problem.w.data[query.t * problem.w.token_stride + j];
-            return fabsf(w) * shared.values[slot][j];
+            const float w = problem.w.data[task.t * problem.w.token_stride + j];
+            return fabsf(w) * shared.energies[warp + j / kWarpHeads][j % kWarpHeads];
           },
           out, nullptr);
-    } else if (slot < queries) {
+    } else {
       for (int i = lane; i < arguments.count; i += 32) {
         out[i] = -1;
       }
@@ -269,32 +299,36 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 }
 
-template <DType type, int dim, Judge judge>
+template <DType type, bool fp16, int dim, Judge judge>
 void launch(const Arguments& arguments, cudaStream_t stream) {
-  const auto kernel = means_kernel<type, dim, judge>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             sizeof(MeansShared<dim>)),
+  constexpr int kBytes = sizeof(MeansShared < dim, fp16 ? pool::kFp16Parts : kMaxParts >);
+  const auto kernel = means_kernel<type, fp16, dim, judge>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "cudaFuncSetAttribute");
-  const auto blocks = static_cast<unsigned>((arguments.problem.q.tokens + kQueries - 1) / kQueries);
-  kernel<<<blocks, kThreads, sizeof(MeansShared<dim>), stream>>>(arguments);
-  check(cudaGetLastError(), "means_kernel");
+  const Queries& q = arguments.problem.q;
+  const std::int64_t slots = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
+  const auto blocks = static_cast<unsigned>((q.tokens + slots - 1) / slots);
+  kernel<<<blocks, kThreads, kBytes, stream>>>(arguments);
+  check(cudaGetLastError(), "route::means_kernel");
 }
 
-template <DType type, Judge judge>
+template <DType type, bool fp16, Judge judge>
 void launch(const Arguments& arguments, cudaStream_t stream) {
   if (arguments.problem.q.dim == 64) {
-    launch<type, 64, judge>(arguments, stream);
+    launch<type, fp16, 64, judge>(arguments, stream);
   } else {
-    launch<type, 128, judge>(arguments, stream);
+    launch<type, fp16, 128, judge>(arguments, stream);
   }
 }
 
 template <Judge judge>
 void launch(const Arguments& arguments, cudaStream_t stream) {
   switch (arguments.problem.q.dtype) {
-    case DType::f32: return launch<DType::f32, judge>(arguments, stream);
-    case DType::bf16: return launch<DType::bf16, judge>(arguments, stream);
-    case DType::e4m3: return launch<DType::e4m3, judge>(arguments, stream);
+    case DType::f32: return launch<DType::f32, false, judge>(arguments, stream);
+    case DType::bf16: return launch<DType::bf16, false, judge>(arguments, stream);
+    case DType::e4m3:
+      return arguments.means.fp16 ? launch<DType::e4m3, true, judge>(arguments, stream)
+                                  : launch<DType::e4m3, false, judge>(arguments, stream);
   }
 }
 

@@ -1,19 +1,19 @@
-// Routing by the sample grid (MISA-R): a block of threads serves 8 consecutive queries.
+// Routing by the sample grid (MISA-R): a block of threads serves up to 16 consecutive queries.
 //
 //  1. Queries whose grids start at the same key with the same stride share the sampled keys, at
-//  most
-//     128, as operands in shared memory: bf16 parts, scales apart.
-//  2. A warp takes 16 heads of a query. x = scale * (q . k) of all samples stays in registers: a
-//  lane
-//     holds heads g and g + 8 and two samples in eight.
-//  3. Means of x and of r = max(0, x); then centred moments and the slope p = Sxr / Sxx, 0 where x
-//  is
-//     constant to the bit; then the rms of r - p x - (mean r - p mean x). A lane sums its samples
-//     in order, then the four lanes of a head add up.
+//     most 128, as operands in shared memory, scales apart. Rows up to 128 are zero.
+//  2. A warp takes 16 or 32 heads of a query. x = scale * (q . k) of all samples stays in
+//     registers: a lane holds heads g and g + 8 of a tile and two samples in eight.
+//  3. As x passes by, r = max(0, x) and d = x - shift give the sums of d, r, d d and d r, and these
+//     give means, centred moments and the slope p = Sxr / Sxx. The shift is the mean of the first
+//     8 samples (4, 2 or 1 where there are fewer): exact where x is constant, so that d is 0 and
+//     the slope too; and no farther from the mean than 4 standard deviations, whatever x.
+//     Then the rms of r - p x - (mean r - p mean x). A lane sums its samples in order, then the
+//     four lanes of a head add up.
 //  4. From that or from the head alone, what the head is worth; and w p.
 //  5. A warp takes a query: chooses its heads, unless they were given, and sums the residual row
-//  over
-//     the other heads, ascending. Where keys are e4m3 the row is rounded with scale max|row| / 448.
+//     over the other heads, ascending. Where keys are e4m3 the row is rounded with scale
+//     max|row| / 448.
 //
 // So the order of every sum follows from n, H and D.
 #include <cuda_runtime.h>
@@ -39,7 +39,7 @@ struct Arguments {
   bool residual;
   bool q_aligned;  // rows start on 16 bytes
   bool k_aligned;
-  std::int32_t key_parts;
+  int queries;                    // of a block of threads
   std::uint8_t fixed[kMaxHeads];  // Router::fixed: the heads, ascending
 };
 
@@ -48,8 +48,12 @@ constexpr int kSampleTiles = kMaxSamples / kTileKeys;
 // Four elements a lane make a key; fewer lanes do where D = 64.
 constexpr int kLaneElements = 4;
 
-// Keys in flight a warp while the samples are loaded.
-constexpr int kBatch = 8;
+// Keys in flight a warp while the samples are loaded: all of them.
+constexpr int kBatch = static_cast<int>(kMaxSamples) / kWarps;
+
+// Tiles of heads that a warp multiplies at once: x takes 64 registers a tile, operands 32 a part.
+template <DType type>
+constexpr int kTilesOf = type == DType::f32 ? 1 : 2;
 
 // The sample grid of n positions: 0, s, 2 s, … below n; s = 2^shift is the smallest power of two
 // with s >= n / 128.
@@ -69,157 +73,174 @@ struct Grid {
   }
 };
 
-// Step 1. Rows up to a whole tile are zero.
-template <int dim>
+// Step 1.
+template <int dim, bool fp16>
 __device__ void load_samples(SampleShared& shared, SampleRow<dim>* rows, const Arguments& arguments,
                              const Grid& grid) {
   const Keys& keys = arguments.problem.k;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   const int d = static_cast<int>(threadIdx.x) % 32 * kLaneElements;
-  const int padded = (grid.count + kTileKeys - 1) / kTileKeys * kTileKeys;
   with_dtype(keys.dtype, [&]<DType type>() {
-    for (int first = static_cast<int>(threadIdx.x) / 32; first < padded; first += kWarps * kBatch) {
-      Elements<type, kLaneElements> elements[kBatch];
-      float scale[kBatch];
+    Elements<type, kLaneElements> elements[kBatch];
+    float scale[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int sample = first + i * kWarps;
-        elements[i].clear();
-        scale[i] = 0;
-        if (sample < grid.count && d < dim) {
-          const std::int64_t token = grid.start + (std::int64_t{sample} << grid.shift);
-          const auto* row = static_cast<const std::byte*>(keys.data) +
-                            token * keys.stride * static_cast<std::int64_t>(size_of(type));
-          elements[i].load(row, d, arguments.k_aligned);
-          scale[i] = type == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
-        }
+    for (int i = 0; i < kBatch; ++i) {
+      const int sample = warp + i * kWarps;
+      elements[i].clear();
+      scale[i] = 0;
+      if (sample < grid.count && d < dim) {
+        const std::int64_t token = grid.start + (std::int64_t{sample} << grid.shift);
+        const auto* row = static_cast<const std::byte*>(keys.data) +
+                          token * keys.stride * static_cast<std::int64_t>(size_of(type));
+        elements[i].load(row, d, arguments.k_aligned);
+        scale[i] = type == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
       }
+    }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int sample = first + i * kWarps;
-        if (sample >= padded) {
-          continue;
-        }
-        float value[kLaneElements];
-        elements[i].floats(0, value);
-        float squares = 0;
+    for (int i = 0; i < kBatch; ++i) {
+      const int sample = warp + i * kWarps;
+      float value[kLaneElements];
+      elements[i].floats(0, value);
+      float squares = 0;
 #pragma unroll
-        for (const float element : value) {
-          const float scaled = scale[i] * element;
-          squares = __fmaf_rn(scaled, scaled, squares);
-        }
-        squares = sum_of_warp(squares);
-        if (d == 0) {
-          shared.scale[sample] = scale[i];
-          shared.squares[sample] = squares;
-        }
-        if (d < dim) {
+      for (const float element : value) {
+        const float scaled = scale[i] * element;
+        squares = __fmaf_rn(scaled, scaled, squares);
+      }
+      squares = sum_of_warp(squares);
+      if (d == 0) {
+        shared.scale[sample] = scale[i];
+        shared.squares[sample] = squares;
+      }
+      if (d < dim) {
 #pragma unroll
-          for (int part = 0; part < kParts<type>; ++part) {
-            std::uint32_t pairs[2];
+        for (int part = 0; part < kParts<type>; ++part) {
+          std::uint32_t pairs[2];
+          if constexpr (fp16 && type == DType::e4m3) {
+            elements[i].fp16(0, pairs);
+          } else {
             elements[i].parts(0, part, pairs);
-            store_operand(rows[part * kMaxSamples + sample], d, dim, pairs);
           }
+          store_operand(rows[part * kMaxSamples + sample], d, dim, pairs);
         }
       }
     }
   });
 }
 
-// Of the two heads that a lane holds.
+// Of the heads that a lane holds: g and g + 8 of each tile.
+template <int tiles>
 struct Fit {
-  float slope[2];
-  float rms[2];
+  float slope[tiles][2];
+  float rms[tiles][2];
 };
 
 // Steps 2 and 3. `linear` says that the rest of the linear fit is wanted, else that of the mean:
 // the standard deviation of r.
-template <DType type, int dim>
-__device__ Fit fit(const SampleShared& shared, const SampleRow<dim>* rows,
-                   const HeadRows<type, dim, 1>& heads, int key_parts, int count, bool linear) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int c = lane % 4;
-  float x[kSampleTiles][4];
-  float sum_x[2] = {};
-  float sum_r[2] = {};
+template <int key_parts, DType type, bool fp16, int dim, int tiles>
+__device__ Fit<tiles> fit(const SampleShared& shared, const SampleRow<dim>* rows,
+                          const HeadRows<type, fp16, dim, tiles>& heads, int count, bool linear) {
+  const int c = static_cast<int>(threadIdx.x) % 4;
+  const int shift_count = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+  float x[kSampleTiles / kPair][kPair][tiles][4];
+  float shift[tiles][2];
+  float sum_d[tiles][2] = {};
+  float sum_r[tiles][2] = {};
+  float sum_dd[tiles][2] = {};
+  float sum_dr[tiles][2] = {};
 #pragma unroll
   for (int i = 0; i < kSampleTiles; ++i) {
-    float products[1][4] = {};
-    if (i * kTileKeys < count) {
-      add_products(heads, rows[i * kTileKeys], key_parts,
-                   static_cast<int>(kMaxSamples) * operand_pitch(dim), products);
+    float(&products)[kPair][tiles][4] = x[i / kPair];
+    if (i % kPair == 0) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int sample = i * kTileKeys + 2 * c + e % 2;
-        x[i][e] = sample < count ? shared.scale[sample] * products[0][e] : 0;
-        sum_x[e / 2] += x[i][e];
-        sum_r[e / 2] += max_nan(x[i][e], 0);
+      for (int k = 0; k < kPair * tiles * 4; ++k) {
+        products[k / (tiles * 4)][k / 4 % tiles][k % 4] = 0;
+      }
+      add_products<key_parts>(heads, rows[i * kTileKeys],
+                              static_cast<int>(kMaxSamples) * operand_pitch(dim), products);
+    }
+    const float2 scales = *reinterpret_cast<const float2*>(&shared.scale[i * kTileKeys + 2 * c]);
+    bool valid[2];
+    float one[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      valid[e] = i * kTileKeys + 2 * c + e < count;
+      one[e] = valid[e] ? 1 : 0;
+    }
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& element = products[i % kPair][m][2 * half + e];
+          element = valid[e] ? element * (e == 0 ? scales.x : scales.y) : 0;
+        }
+        if (i == 0) {
+          float sum = 2 * c < shift_count ? products[0][m][2 * half] : 0;
+          sum += 2 * c + 1 < shift_count ? products[0][m][2 * half + 1] : 0;
+          shift[m][half] = sum_of_four(sum) / static_cast<float>(shift_count);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float element = products[i % kPair][m][2 * half + e];
+          const float d = __fmaf_rn(-shift[m][half], one[e], element);
+          const float r = max_nan(element, 0);
+          sum_d[m][half] += d;
+          sum_r[m][half] += r;
+          sum_dd[m][half] = __fmaf_rn(d, d, sum_dd[m][half]);
+          sum_dr[m][half] = __fmaf_rn(d, r, sum_dr[m][half]);
+        }
       }
     }
   }
 
   const auto n = static_cast<float>(count);
-  float mean_x[2];
-  float mean_r[2];
-  float first[2];
+  Fit<tiles> result;
+  bool constant[tiles][2];
+  float slope[tiles][2];
+  float intercept[tiles][2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    mean_x[half] = sum_of_four(sum_x[half]) / n;
-    mean_r[half] = sum_of_four(sum_r[half]) / n;
-    first[half] = __shfl_sync(kWarp, x[0][2 * half], lane - c);
-  }
-
-  bool varies[2] = {};
-  float sum_xx[2] = {};
-  float sum_xr[2] = {};
+  for (int m = 0; m < tiles; ++m) {
 #pragma unroll
-  for (int i = 0; i < kSampleTiles; ++i) {
-    if (i * kTileKeys < count) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int half = e / 2;
-        const bool valid = i * kTileKeys + 2 * c + e % 2 < count;
-        varies[half] = varies[half] || (valid && x[i][e] != first[half]);  // NaN varies
-        const float dx = valid ? x[i][e] - mean_x[half] : 0;
-        const float dr = max_nan(x[i][e], 0) - mean_r[half];
-        sum_xx[half] = __fmaf_rn(dx, dx, sum_xx[half]);
-        sum_xr[half] = __fmaf_rn(dx, dr, sum_xr[half]);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const float mean_d = sum_of_four(sum_d[m][half]) / n;
+      const float mean_r = sum_of_four(sum_r[m][half]) / n;
+      const float xx = __fmaf_rn(-n * mean_d, mean_d, sum_of_four(sum_dd[m][half]));
+      const float xr = __fmaf_rn(-n * mean_d, mean_r, sum_of_four(sum_dr[m][half]));
+      // Where x varies by less than fp32 can square, it counts as constant. NaN does not.
+      constant[m][half] = xx <= 0;
+      result.slope[m][half] = constant[m][half] ? 0 : xr / xx;
+      slope[m][half] = linear ? result.slope[m][half] : 0;
+      intercept[m][half] = __fmaf_rn(-slope[m][half], shift[m][half] + mean_d, mean_r);
     }
   }
 
-  Fit result;
-  bool constant[2];
-  float slope[2];
-  float intercept[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float xx = sum_of_four(sum_xx[half]);
-    const float xr = sum_of_four(sum_xr[half]);
-    // Where x varies by less than fp32 can square, it counts as constant.
-    constant[half] = (__ballot_sync(kWarp, varies[half]) >> (lane - c) & 0xF) == 0 || xx == 0;
-    result.slope[half] = constant[half] ? 0 : xr / xx;
-    slope[half] = linear ? result.slope[half] : 0;
-    intercept[half] = __fmaf_rn(-slope[half], mean_x[half], mean_r[half]);
-  }
-
-  float sum_ee[2] = {};
+  float sum_ee[tiles][2] = {};
 #pragma unroll
   for (int i = 0; i < kSampleTiles; ++i) {
-    if (i * kTileKeys < count) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int half = e / 2;
-        const bool valid = i * kTileKeys + 2 * c + e % 2 < count;
-        const float fitted = __fmaf_rn(slope[half], x[i][e], intercept[half]);
-        const float rest = valid ? max_nan(x[i][e], 0) - fitted : 0;
-        sum_ee[half] = __fmaf_rn(rest, rest, sum_ee[half]);
+    for (int e = 0; e < 2; ++e) {
+      const float one = i * kTileKeys + 2 * c + e < count ? 1 : 0;
+#pragma unroll
+      for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float element = x[i / kPair][i % kPair][m][2 * half + e];
+          const float above = __fmaf_rn(-slope[m][half], element, max_nan(element, 0));
+          const float rest = __fmaf_rn(-intercept[m][half], one, above);
+          sum_ee[m][half] = __fmaf_rn(rest, rest, sum_ee[m][half]);
+        }
       }
     }
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float mean = sum_of_four(sum_ee[half]) / n;
-    result.rms[half] = constant[half] ? 0 : sqrtf(mean);
+  for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float mean = sum_of_four(sum_ee[m][half]) / n;
+      result.rms[m][half] = constant[m][half] ? 0 : sqrtf(mean);
+    }
   }
   return result;
 }
@@ -233,34 +254,36 @@ __device__ float entry_rms(const SampleShared& shared, int count, int dim) {
   return sqrtf(sum_of_warp(sum) / static_cast<float>(count * dim));
 }
 
-// Sums of squares of a lane's two heads.
-template <DType type, int dim>
-__device__ void sum_squares(const HeadRows<type, dim, 1>& heads, float (&sum)[2]) {
+// Sums of squares of a lane's heads.
+template <DType type, bool fp16, int dim, int tiles>
+__device__ void sum_squares(const HeadRows<type, fp16, dim, tiles>& heads, float (&sum)[tiles][2]) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sum[half] = 0;
+  for (int m = 0; m < tiles; ++m) {
 #pragma unroll
-    for (int s = 0; s < dim / kStep; ++s) {
-      float q[4];
-      heads.floats(0, half, s, q);
+    for (int half = 0; half < 2; ++half) {
+      sum[m][half] = 0;
 #pragma unroll
-      for (const float element : q) {
-        sum[half] = __fmaf_rn(element, element, sum[half]);
+      for (int s = 0; s < dim / kStep; ++s) {
+        float q[4];
+        heads.floats(m, half, s, q);
+#pragma unroll
+        for (const float element : q) {
+          sum[m][half] = __fmaf_rn(element, element, sum[m][half]);
+        }
       }
+      sum[m][half] = sum_of_four(sum[m][half]);
     }
-    sum[half] = sum_of_four(sum[half]);
   }
 }
 
-// Products of a lane's two heads with the last key that query t sees.
-template <DType type, int dim>
-__device__ void self_products(const Arguments& arguments, const HeadRows<type, dim, 1>& heads,
-                              Range range, float (&x)[2]) {
+// Products of a lane's heads with the last key of the range.
+template <DType type, bool fp16, int dim, int tiles>
+__device__ void self_products(const Arguments& arguments,
+                              const HeadRows<type, fp16, dim, tiles>& heads, Range range,
+                              float (&x)[tiles][2]) {
   const Keys& keys = arguments.problem.k;
   const std::int64_t token = std::int64_t{range.start} + range.length - 1;
   const int first = static_cast<int>(threadIdx.x) % 4 * (dim / 4);
-  x[0] = 0;
-  x[1] = 0;
   with_dtype(keys.dtype, [&]<DType k_type>() {
     const auto* row = static_cast<const std::byte*>(keys.data) +
                       token * keys.stride * static_cast<std::int64_t>(size_of(k_type));
@@ -271,68 +294,70 @@ __device__ void self_products(const Arguments& arguments, const HeadRows<type, d
       float k[4];
       elements.floats(0, k);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < tiles * 2; ++i) {
         float q[4];
-        heads.floats(0, half, s, q);
+        heads.floats(i / 2, i % 2, s, q);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          x[half] = __fmaf_rn(q[e], k[e], x[half]);
+          x[i / 2][i % 2] = __fmaf_rn(q[e], k[e], x[i / 2][i % 2]);
         }
       }
     }
   });
   const float scale = keys.dtype == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
 #pragma unroll
-  for (float& product : x) {
-    product = scale * sum_of_four(product);
+  for (int i = 0; i < tiles * 2; ++i) {
+    x[i / 2][i % 2] = scale * sum_of_four(x[i / 2][i % 2]);
   }
 }
 
-// Steps 2 to 4 for the 16 heads from `first` on of query t.
-template <DType type, int dim>
+// Steps 2 to 4 for the heads from `first` on of query t.
+template <int key_parts, DType type, bool fp16, int dim>
 __device__ void judge_heads(SampleShared& shared, const SampleRow<dim>* rows,
                             const Arguments& arguments, std::int64_t t, int slot, int first,
                             Range range) {
+  constexpr int kT = kTilesOf<type>;
   const Problem& problem = arguments.problem;
   const Router router = arguments.router;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  HeadRows<type, dim, 1> heads;
+  HeadRows<type, fp16, dim, kT> heads;
   heads.load(problem.q, arguments.q_aligned, t, first);
 
-  Fit result{};
-  float kappa = 0;
-  if (arguments.fits) {
-    const int count = Grid(range).count;
-    result = fit<type, dim>(shared, rows, heads, arguments.key_parts, count,
-                            router != Router::dispersion);
-    kappa = entry_rms(shared, count, dim);
-  }
-  float x[2] = {};
+  float x[kT][2] = {};
   if (router == Router::nonlinearity || router == Router::qnorm) {
     sum_squares(heads, x);
   } else if (router == Router::self) {
     self_products(arguments, heads, range, x);
   }
+  Fit<kT> result{};
+  float kappa = 0;
+  if (arguments.fits) {
+    const int count = Grid(range).count;
+    result = fit<key_parts>(shared, rows, heads, count, router != Router::dispersion);
+    kappa = entry_rms(shared, count, dim);
+  }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int head = first + half * 8 + lane / 4;
+  for (int i = 0; i < kT * 2; ++i) {
+    const int head = first + i * 8 + lane / 4;
     if (lane % 4 != 0 || head >= problem.q.heads) {
       continue;
     }
+    const float slope = result.slope[i / 2][i % 2];
+    const float rms = result.rms[i / 2][i % 2];
+    const float own = x[i / 2][i % 2];
     const float w = problem.w.data[t * problem.w.token_stride + head];
     float value = fabsf(w);
     if (router == Router::nonlinearity) {
-      const float chance = kFireChance * sqrtf(x[half]) * kappa * (1 - result.slope[half]);
-      value *= result.rms[half] + chance;
+      value *= rms + kFireChance * sqrtf(own) * kappa * (1 - slope);
     } else if (router == Router::dispersion) {
-      value *= result.rms[half];
+      value *= rms;
     } else if (router == Router::self) {
-      value = w * max_nan(x[half], 0);
+      value = w * max_nan(own, 0);
     } else if (router == Router::qnorm) {
-      value = sqrtf(x[half]);
+      value = sqrtf(own);
     }
     shared.value[slot][head] = value;
-    shared.coefficient[slot][head] = w * result.slope[half];
+    shared.coefficient[slot][head] = w * slope;
   }
 }
 
@@ -352,7 +377,7 @@ __device__ void mark_heads(const std::int32_t* heads, int count, std::uint32_t* 
 template <DType type, int dim>
 __device__ void write_residual(const SampleShared& shared, const Arguments& arguments,
                                std::int64_t t, int slot, bool empty) {
-  constexpr int kUnroll = 8;  // heads in flight
+  constexpr int kUnroll = 32 / static_cast<int>(size_of(type));  // heads in flight
   const Problem& problem = arguments.problem;
   const Routing& out = arguments.out;
   const int heads = static_cast<int>(problem.q.heads);
@@ -412,16 +437,42 @@ __device__ void write_residual(const SampleShared& shared, const Arguments& argu
   }
 }
 
+// Step 5.
 template <DType type, int dim>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
+__device__ void finish(SampleShared& shared, const Arguments& arguments, std::int64_t t, int slot) {
+  const bool empty = visible(arguments.problem.k, t).length == 0;
+  const bool given = arguments.router == Router::pooled || arguments.router == Router::fixed;
+  std::int32_t* chosen = arguments.out.heads + t * arguments.count;
+  if (!given && !empty) {
+    choose_heads(
+        static_cast<int>(arguments.problem.q.heads), arguments.count,
+        [&](int j) { return shared.value[slot][j]; }, chosen, shared.active[slot]);
+  } else if (arguments.router != Router::pooled) {
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < arguments.count; i += 32) {
+      chosen[i] = empty ? -1 : arguments.fixed[i];
+    }
+    __syncwarp();
+  }
+  if (arguments.residual) {
+    if (given && !empty) {
+      mark_heads(chosen, arguments.count, shared.active[slot]);
+    }
+    __syncwarp();
+    write_residual<type, dim>(shared, arguments, t, slot, empty);
+  }
+}
+
+template <int key_parts, DType type, bool fp16, int dim>
+__global__ void __launch_bounds__(kThreads)
     sampled_kernel(const __grid_constant__ Arguments arguments) {
+  constexpr int kHeads = kTilesOf<type> * kTileHeads;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<SampleShared*>(memory);
   auto* rows = reinterpret_cast<SampleRow<dim>*>(memory + sizeof(SampleShared));
   const Problem& problem = arguments.problem;
-  const std::int64_t t0 = std::int64_t{blockIdx.x} * kQueries;
-  const int queries = static_cast<int>(min(std::int64_t{kQueries}, problem.q.tokens - t0));
-  const int groups = (static_cast<int>(problem.q.heads) + kTileHeads - 1) / kTileHeads;
+  const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
+  const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
+  const int groups = (static_cast<int>(problem.q.heads) + kHeads - 1) / kHeads;
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
   for (int first = 0, end = 0; first < queries; first = end) {
@@ -434,66 +485,67 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
       grid.count = max(grid.count, next.count);
     }
     if (arguments.fits) {
-      load_samples<dim>(shared, rows, arguments, grid);
+      load_samples<dim, fp16>(shared, rows, arguments, grid);
     }
     __syncthreads();
     for (int task = warp; task < (end - first) * groups; task += kWarps) {
       const int slot = first + task / groups;
       const Range range = visible(problem.k, t0 + slot);
       if (range.length > 0) {
-        judge_heads<type, dim>(shared, rows, arguments, t0 + slot, slot, task % groups * kTileHeads,
-                               range);
+        judge_heads<key_parts, type, fp16, dim>(shared, rows, arguments, t0 + slot, slot,
+                                                task % groups * kHeads, range);
       }
     }
     __syncthreads();
   }
 
-  if (warp >= queries) {  // step 5
-    return;
-  }
-  const std::int64_t t = t0 + warp;
-  const bool empty = visible(problem.k, t).length == 0;
-  std::int32_t* chosen = arguments.out.heads + t * arguments.count;
-  if (arguments.router != Router::pooled) {
-    if (empty || arguments.router == Router::fixed) {
-      for (int i = static_cast<int>(threadIdx.x) % 32; i < arguments.count; i += 32) {
-        chosen[i] = empty ? -1 : arguments.fixed[i];
-      }
-      __syncwarp();
-    } else {
-      choose_heads(
-          static_cast<int>(problem.q.heads), arguments.count,
-          [&](int j) { return shared.value[warp][j]; }, chosen, shared.active[warp]);
-    }
-  }
-  if (arguments.residual) {
-    if (!empty && (arguments.router == Router::pooled || arguments.router == Router::fixed)) {
-      mark_heads(chosen, arguments.count, shared.active[warp]);
-    }
-    __syncwarp();
-    write_residual<type, dim>(shared, arguments, t, warp, empty);
+  for (int slot = warp; slot < queries; slot += kWarps) {
+    finish<type, dim>(shared, arguments, t0 + slot, slot);
   }
 }
 
-template <DType type, int dim>
+template <int key_parts, DType type, bool fp16, int dim>
 void launch(const Arguments& arguments, cudaStream_t stream) {
-  const auto kernel = sampled_kernel<type, dim>;
-  const std::size_t bytes = sample_bytes<dim>(arguments.fits ? arguments.key_parts : 0);
+  const auto kernel = sampled_kernel<key_parts, type, fp16, dim>;
+  const std::size_t bytes = sample_bytes<dim>(arguments.fits ? key_parts : 0);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         "cudaFuncSetAttribute");
-  const auto blocks = static_cast<unsigned>((arguments.problem.q.tokens + kQueries - 1) / kQueries);
+  const auto blocks = static_cast<unsigned>((arguments.problem.q.tokens + arguments.queries - 1) /
+                                            arguments.queries);
   kernel<<<blocks, kThreads, bytes, stream>>>(arguments);
   check(cudaGetLastError(), "sampled_kernel");
 }
 
-template <DType type>
+template <int key_parts, DType type, bool fp16>
 void launch(const Arguments& arguments, cudaStream_t stream) {
   if (arguments.problem.q.dim == 64) {
-    launch<type, 64>(arguments, stream);
+    launch<key_parts, type, fp16, 64>(arguments, stream);
   } else {
-    launch<type, 128>(arguments, stream);
+    launch<key_parts, type, fp16, 128>(arguments, stream);
   }
+}
+
+template <DType type>
+void launch(const Arguments& arguments, cudaStream_t stream) {
+  const DType keys = arguments.problem.k.dtype;
+  if (keys == DType::f32) {
+    launch<kParts<DType::f32>, type, false>(arguments, stream);
+  } else if (type == DType::e4m3 && keys == DType::e4m3) {
+    launch<1, type, type == DType::e4m3>(arguments, stream);
+  } else {
+    launch<1, type, false>(arguments, stream);
+  }
+}
+
+// Consecutive queries for a block of threads: as many as leave no SM without.
+int queries_of_block(std::int64_t tokens) {
+  int device = 0;
+  int sms = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return static_cast<int>(std::clamp<std::int64_t>((tokens + sms - 1) / sms, 1, kQueries));
 }
 
 }  // namespace
@@ -510,7 +562,7 @@ void launch_sampled(const Problem& problem, const IndexerConfig& config, const R
                    config.router == Router::dispersion;
   arguments.q_aligned = is_aligned(problem.q);
   arguments.k_aligned = is_aligned(problem.k);
-  arguments.key_parts = problem.k.dtype == DType::f32 ? kParts<DType::f32> : 1;
+  arguments.queries = queries_of_block(problem.q.tokens);
   std::copy(config.static_heads.begin(), config.static_heads.end(), arguments.fixed);
   std::sort(arguments.fixed, arguments.fixed + config.static_heads.size());
   switch (problem.q.dtype) {
