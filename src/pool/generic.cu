@@ -206,8 +206,7 @@ __device__ void pass_queries(const Shared& shared, const Keys& keys, const Means
 
   float value[kPage];
   float scale[kPage / 32] = {};
-  const std::int32_t count = min(kPage, shared.positions[end - 1] - base);
-  const std::int64_t last = begin + base + max(count - 1, 0);
+  const std::int64_t last = begin + shared.positions[end - 1] - 1;
 #pragma unroll
   for (int i = 0; i < kPage; ++i) {
     value[i] = key_element<type>(keys, min(begin + base + i, last), d);
