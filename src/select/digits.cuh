@@ -13,8 +13,8 @@ namespace misa::cuda::select {
 
 inline constexpr unsigned kWarp = 0xFFFFFFFFU;
 
-// The key of the wanted rank, if there is one, is one of `count` in [low, low + reach]; `above` keys
-// are larger.
+// The key of the wanted rank, if there is one, is one of `count` in [low, low + reach]; `above`
+// keys are larger.
 struct Bracket {
   std::uint32_t low;
   std::uint32_t reach;

@@ -37,8 +37,7 @@ void launch_threshold(const Samples& samples, const Keys& keys, std::int64_t row
 // Writes `out` as misa::cuda::top_k does from each row's candidates: all of its scores above some
 // bound, in lists in any order. A row of no more than top_k keys is written without them, unless
 // scores are wanted. Rows that lost candidates, or have fewer than min(top_k, keys), are appended
-// to the misses instead. rows > 0, lists <= kMaxLists, lists * capacity < 2^32; entries are aligned to
-// 16 bytes and the capacity is even, so that they are read in pairs.
+// to the misses instead. rows > 0, lists <= kMaxLists, lists * capacity < 2^32.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, const Misses& misses, void* stream);
 

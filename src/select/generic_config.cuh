@@ -53,7 +53,6 @@ struct Shared {
   std::uint32_t largest;
   std::uint32_t appended;  // candidates, also those beyond the capacity
   std::uint32_t equals;    // scores equal to the bound
-  std::uint32_t overflow;  // whether a list lost candidates
   Bin bin;
   Scan::TempStorage scan;
 };
@@ -107,22 +106,11 @@ inline RowPlan plan_row(int top_k, std::size_t limit) {
                                                      static_cast<double>(plan.capacity)))};
 }
 
-// --- Survivors of the fused path (survivors.cu) ---
-
-// Four blocks an SM of 2048 threads where k <= 2048. The bound lets about 1.5 times k through.
-inline constexpr int kSurvivorBlocksPerSm = 4;
-inline constexpr int kSurvivorRegisters = 65536 / (kSurvivorBlocksPerSm * kThreads);
-inline constexpr int kSurvivorRoom = 5120;
-inline Plan plan_survivors(int top_k, std::size_t limit) {
-  return plan_within(top_k, top_k <= 2048 ? kSurvivorRoom : top_k + kSurvivorRoom, limit);
-}
-
 // An SM has 228 KB, of which each block costs 1 KB.
 constexpr bool fit_an_sm(int blocks, std::size_t candidates) {
   return blocks * (sizeof(Shared) + candidates * sizeof(Held) + 2048 * 2 + 1024) <= 228 * 1024;
 }
 static_assert(fit_an_sm(kRowBlocksPerSm, kRowRoom));
-static_assert(fit_an_sm(kSurvivorBlocksPerSm, kSurvivorRoom));
 static_assert(kBins == 4 * kThreads);  // each thread reads its words as one uint4
 static_assert(sizeof(Shared) % sizeof(Held) == 0);
 

@@ -1,15 +1,15 @@
 // Exact top-k of the candidates that passed a row's bound: one thread block a row.
 //
 //  1. A row of no more than k keys selects all of them; without scores that needs no candidates.
-//  2. The lists are cut into chunks that warps share out. Entries (entry.hpp) are held in registers;
-//     those beyond are read from their lists again by every step: slower, never wrong. A row that
-//     lost candidates, or has too few, is a miss.
-//  3. Digits of the scores, and on a plateau of the positions, narrow down where the entry of rank k
-//     lies until few are left (digits.cuh).
-//  4. What is above them is selected for certain: marked in a bitmap of positions. The few are ranked
-//     directly, and marked if their rank is good enough.
-//  5. A scan over the bitmap's words gives every selected position its rank. Entries go there in
-//     shared memory, from there to the output in whole lines.
+//  2. The lists are cut into chunks that warps share out. A row that lost candidates, or has too
+//     few, is a miss. Entries (entry.hpp) are held in registers; a row with more of them than fit
+//     is read from its lists again by every step: slower, never wrong.
+//  3. Digits of the scores, and on a plateau of the positions, narrow down where the entry of rank
+//     k lies until few are left (digits.cuh).
+//  4. What is above them is selected for certain: marked in a bitmap of positions. The few are
+//     ranked directly, and marked if their rank is good enough.
+//  5. A scan over the bitmap's words gives every selected position its rank. Positions go there in
+//     shared memory, from there to the output in whole lines; scores, if wanted, follow them.
 //
 // No choice depends on the order of candidates, so neither does the output.
 #include <cuda_runtime.h>
@@ -29,7 +29,7 @@
 namespace misa::cuda::select {
 namespace {
 
-// Entries of a list that a warp loads at once: 16 bytes, two entries, a lane.
+// Entries of a list that a warp loads at once: two a lane, 32 apart.
 constexpr std::uint32_t kChunk = 64;
 
 // Positions that one bitmap covers at most: 16 KB, and 8 KB for ranks.
@@ -63,7 +63,8 @@ struct SurvivorPlan {
 class Chunks {
  public:
   __device__ Chunks(const Candidates& candidates, std::int64_t t)
-      : entries_(candidates.entries + t * candidates.lists * candidates.capacity) {
+      : entries_(reinterpret_cast<const uint2*>(candidates.entries) +
+                 t * candidates.lists * candidates.capacity + threadIdx.x % 32) {
     const std::uint32_t lane = threadIdx.x % 32;
     const std::uint32_t count =
         lane < candidates.lists ? candidates.counts[t * candidates.lists + lane] : 0;
@@ -83,14 +84,34 @@ class Chunks {
     offset_ = first - (end_ - own) * kChunk;
   }
 
-  // The lane's pair of a chunk; `left` says how many of the two are there, or more. All lanes call.
-  __device__ uint4 load(std::uint32_t chunk, std::int32_t& left) const {
-    // Behind the last chunk this asks lane 0, whose list ended before.
-    const int list = __popc(__ballot_sync(kWarp, end_ <= chunk));
-    const std::uint32_t i =
-        __shfl_sync(kWarp, offset_, list) + chunk * kChunk + threadIdx.x % 32 * 2;
-    left = static_cast<std::int32_t>(__shfl_sync(kWarp, limit_, list) - i);
-    return left > 0 ? *reinterpret_cast<const uint4*>(entries_ + i) : uint4{};
+  // A chunk's first entry and how many entries follow until its list's end; 0 behind the last
+  // chunk. All lanes call, each for a chunk of its own.
+  __device__ uint2 find(std::uint32_t chunk) const {
+    int list = 0;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      list += __shfl_sync(kWarp, end_, list + step - 1) <= chunk ? step : 0;
+    }
+    const std::uint32_t first = __shfl_sync(kWarp, offset_, list) + chunk * kChunk;
+    const std::uint32_t limit = __shfl_sync(kWarp, limit_, list);
+    return {first, chunk < count ? limit - first : 0};
+  }
+
+  // The lane's two entries of the chunk that lane `from` found: x and y, z and w. Where there is
+  // none, its position is kWarp. All lanes call.
+  __device__ uint4 load(const uint2& found, int from) const {
+    const uint2* entries = entries_ + __shfl_sync(kWarp, found.x, from);
+    const std::uint32_t left = __shfl_sync(kWarp, found.y, from);
+    const std::uint32_t lane = threadIdx.x % 32;
+    uint2 first{0, kWarp};
+    uint2 second{0, kWarp};
+    if (lane < left) {
+      first = entries[0];
+    }
+    if (lane + 32 < left) {
+      second = entries[32];
+    }
+    return {first.x, first.y, second.x, second.y};
   }
 
   std::uint32_t total;  // candidates
@@ -98,7 +119,7 @@ class Chunks {
   bool lost;            // whether some list lost candidates
 
  private:
-  const Candidate* entries_;
+  const uint2* entries_;  // the lane's first
   std::uint32_t end_;     // behind the list's last chunk
   std::uint32_t limit_;   // behind its last entry
   std::uint32_t offset_;  // from kChunk * chunk to its entries, modulo 2^32
@@ -110,57 +131,61 @@ __device__ std::uint32_t key_of(std::uint32_t score) {
   return bits ^ (static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000U);
 }
 
-// A row's candidates, those held first, as key and position.
-template <class Own>
-class Entries {
- public:
-  __device__ Entries(const Chunks& chunks, std::uint32_t length)
-      : chunks_(chunks), length_(length) {
-    uint4 pairs[Own::kSlots];
-    std::int32_t left[Own::kSlots];
-#pragma unroll
-    for (int slot = 0; slot < Own::kSlots; ++slot) {
-      pairs[slot] = chunks_.load(slot * Own::kWarps + threadIdx.x / 32, left[slot]);
-    }
-#pragma unroll
-    for (int slot = 0; slot < Own::kSlots; ++slot) {
-      held_[slot] = convert(pairs[slot], left[slot]);
-    }
-  }
+// Loaded entries as keys and positions. Absent candidates are visited too; their key is 0.
+__device__ uint4 as_keys(const uint4& two, std::uint32_t length) {
+  return {two.y < length ? key_of(two.x) : 0, two.y, two.w < length ? key_of(two.z) : 0, two.w};
+}
 
-  // Absent candidates are visited too; their key is 0.
-  template <class Visitor>
-  __device__ void visit_held(const Visitor& visitor) const {
+// A row's candidates in registers.
+template <class Own>
+class Held {
+ public:
+  static constexpr std::uint32_t kChunks = Own::kSlots * Own::kWarps;
+
+  __device__ Held(const Chunks& chunks, std::uint32_t length) {
+    const uint2 found = chunks.find(threadIdx.x % 32 * Own::kWarps + threadIdx.x / 32);
 #pragma unroll
-    for (const uint4& pair : held_) {
-      visitor(pair.x, pair.y);
-      visitor(pair.z, pair.w);
+    for (int slot = 0; slot < Own::kSlots; ++slot) {
+      pairs_[slot] = chunks.load(found, slot);
+    }
+#pragma unroll
+    for (int slot = 0; slot < Own::kSlots; ++slot) {
+      pairs_[slot] = as_keys(pairs_[slot], length);
     }
   }
   template <class Visitor>
   __device__ void visit(const Visitor& visitor) const {
-    visit_held(visitor);
-#pragma unroll 1
-    for (std::uint32_t chunk = Own::kSlots * Own::kWarps + threadIdx.x / 32; chunk < chunks_.count;
-         chunk += Own::kWarps) {
-      std::int32_t left = 0;
-      const uint4 two = chunks_.load(chunk, left);
-      const uint4 pair = convert(two, left);
+#pragma unroll
+    for (const uint4& pair : pairs_) {
       visitor(pair.x, pair.y);
       visitor(pair.z, pair.w);
     }
   }
-  __device__ bool all_held() const { return chunks_.count <= Own::kSlots * Own::kWarps; }
 
  private:
-  __device__ uint4 convert(const uint4& two, std::int32_t left) const {
-    return {left > 0 && two.y < length_ ? key_of(two.x) : 0, two.y,
-            left > 1 && two.w < length_ ? key_of(two.z) : 0, two.w};
+  uint4 pairs_[Own::kSlots];
+};
+
+// A row's candidates, read from their lists by every visit.
+template <class Own>
+class Listed {
+ public:
+  __device__ Listed(const Candidates& candidates, std::int64_t t, std::uint32_t length)
+      : chunks_(candidates, t), length_(length) {}
+
+  template <class Visitor>
+  __device__ void visit(const Visitor& visitor) const {
+#pragma unroll 1
+    for (std::uint32_t chunk = threadIdx.x / 32; chunk < chunks_.count; chunk += Own::kWarps) {
+      const uint4 pair = as_keys(chunks_.load(chunks_.find(chunk), 0), length_);
+      visitor(pair.x, pair.y);
+      visitor(pair.z, pair.w);
+    }
   }
 
-  const Chunks& chunks_;
+ private:
+  Chunks chunks_;
   std::uint32_t length_;
-  uint4 held_[Own::kSlots];
 };
 
 __device__ std::uint64_t entry_of(std::uint32_t key, std::uint32_t position) {
@@ -168,7 +193,7 @@ __device__ std::uint64_t entry_of(std::uint32_t key, std::uint32_t position) {
 }
 
 // Step 3. Entries above `high` are selected; of those in [low, high] `quota` more. On a plateau
-// positions decide which those are, else scores alone do.
+// positions decide which those are, else scores alone do; `plain` only says that there is one.
 struct Cut {
   std::uint64_t low;
   std::uint64_t high;
@@ -176,13 +201,13 @@ struct Cut {
   bool plateau;
 };
 
-template <class Own>
-__device__ Cut find_cut(typename Own::Shared& shared, const Entries<Own>& entries,
-                        std::uint32_t count, std::uint32_t wanted, std::uint32_t length) {
+template <class Own, bool plain, class Source>
+__device__ Cut find_cut(typename Own::Shared& shared, const Source& source, std::uint32_t count,
+                        std::uint32_t wanted, std::uint32_t length) {
   using Radix = typename Own::Radix;
   std::uint32_t smallest = kWarp;
   std::uint32_t largest = 0;
-  entries.visit([&](std::uint32_t key, std::uint32_t) {
+  source.visit([&](std::uint32_t key, std::uint32_t) {
     smallest = key != 0 ? min(smallest, key) : smallest;
     largest = max(largest, key);
   });
@@ -192,7 +217,7 @@ __device__ Cut find_cut(typename Own::Shared& shared, const Entries<Own>& entrie
   };
   while (open(keys) && keys.reach != 0) {
     keys = Radix::narrow(shared.radix, keys, wanted, [&](const auto& visitor) {
-      entries.visit([&](std::uint32_t key, std::uint32_t) { visitor(key, true); });
+      source.visit([&](std::uint32_t key, std::uint32_t) { visitor(key, true); });
     });
   }
   const std::uint64_t low = std::uint64_t{keys.low} << 32;
@@ -202,20 +227,22 @@ __device__ Cut find_cut(typename Own::Shared& shared, const Entries<Own>& entrie
   if (!open(keys)) {
     return {low, std::uint64_t{keys.low + keys.reach} << 32 | kWarp, wanted - keys.above, false};
   }
+  if constexpr (plain) {
+    return {0, 0, 0, true};
+  }
   // A plateau: lower positions come first.
   Bracket places{~(length - 1), length - 1, keys.above, keys.count};
   while (open(places) && places.reach != 0) {
     places = Radix::narrow(shared.radix, places, wanted, [&](const auto& visitor) {
-      entries.visit([&](std::uint32_t key, std::uint32_t position) {
-        visitor(~position, key == keys.low);
-      });
+      source.visit(
+          [&](std::uint32_t key, std::uint32_t position) { visitor(~position, key == keys.low); });
     });
   }
   return {low | places.low, (low | places.low) + places.reach, wanted - places.above, true};
 }
 
 // Where the output is made: after Shared follow uint32 bitmap[positions / 32], uint16
-// ranks[positions / 32] and uint32 staged[top_k], the last once more for scores, or null.
+// ranks[positions / 32] and uint32 staged[top_k], the last once more for scores if they are wanted.
 struct Stage {
   std::uint32_t positions;
   std::uint32_t* bitmap;
@@ -231,20 +258,13 @@ __device__ void clear(const Stage& stage) {
   }
 }
 
-// Steps 4 and 5. Returns how many are staged. `plain`: all candidates are held, one bitmap has all
-// positions, and scores alone tell who is selected for certain.
-template <class Own, bool plain>
+// Steps 4 and 5. Returns how many are staged. `plain`: one bitmap has all positions, and scores
+// alone tell who is selected for certain.
+template <class Own, bool plain, bool scores, class Source>
 __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
-                              const Entries<Own>& entries, const Cut& cut, std::uint32_t length) {
+                              const Source& source, const Cut& cut, std::uint32_t length) {
   const auto low = static_cast<std::uint32_t>(cut.low >> 32);
   const auto high = static_cast<std::uint32_t>(cut.high >> 32);
-  const auto visit = [&](const auto& visitor) {
-    if constexpr (plain) {
-      entries.visit_held(visitor);
-    } else {
-      entries.visit(visitor);
-    }
-  };
   const auto certain = [&](std::uint32_t key, std::uint32_t position) {
     return plain ? key > high : entry_of(key, position) > cut.high;
   };
@@ -258,19 +278,21 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
       const std::uint32_t offset = position - first;
       atomicOr(&stage.bitmap[offset / 32], 1U << offset % 32);
     };
-    visit([&](std::uint32_t key, std::uint32_t position) {
-      const bool sure = certain(key, position);
-      if (sure && here(position)) {
+    source.visit([&](std::uint32_t key, std::uint32_t position) {
+      if (certain(key, position) && here(position)) {
         mark(position);
-      }
-      if (first == 0 && !sure && (plain ? key >= low : entry_of(key, position) >= cut.low)) {
-        const std::uint32_t place = atomicAdd(&shared.few_count, 1U);
-        if (place < Own::kThreads) {
-          shared.few[place] = entry_of(key, position);
-        }
       }
     });
     if (first == 0 && cut.quota != 0) {
+      source.visit([&](std::uint32_t key, std::uint32_t position) {
+        const std::uint64_t entry = entry_of(key, position);
+        if (plain ? key >= low && key <= high : entry >= cut.low && entry <= cut.high) {
+          const std::uint32_t place = atomicAdd(&shared.few_count, 1U);
+          if (place < Own::kThreads) {
+            shared.few[place] = entry;
+          }
+        }
+      });
       __syncthreads();
       const std::uint32_t few = min(shared.few_count, std::uint32_t{Own::kThreads});
       if (threadIdx.x < few) {
@@ -288,44 +310,61 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
     }
     __syncthreads();
 
-    // A thread's words lie side by side; ranks count from its first word, then from all.
-    const std::uint32_t each = stage.positions / 32 / Own::kThreads;
+    // The rank of each word's first position: a thread's words lie side by side.
+    const std::uint32_t words = stage.positions / 32;
+    const std::uint32_t each = words / Own::kThreads;
     const std::uint32_t begin = threadIdx.x * each;
     std::uint32_t sum = 0;
     for (std::uint32_t i = 0; i < each; i += 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(stage.bitmap + begin + i);
-      const std::uint32_t second = sum + __popc(four.x);
+      sum += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
+    }
+    std::uint32_t rank = 0;
+    std::uint32_t total = 0;
+    typename Own::Radix::Scan(shared.radix.scan).ExclusiveSum(sum, rank, total);
+    rank += placed;
+    for (std::uint32_t i = 0; i < each; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(stage.bitmap + begin + i);
+      const std::uint32_t second = rank + __popc(four.x);
       const std::uint32_t third = second + __popc(four.y);
       const std::uint32_t fourth = third + __popc(four.z);
-      *reinterpret_cast<uint2*>(stage.ranks + begin + i) = {sum | second << 16,
+      *reinterpret_cast<uint2*>(stage.ranks + begin + i) = {rank | second << 16,
                                                             third | fourth << 16};
-      sum = fourth + __popc(four.w);
-    }
-    std::uint32_t before = 0;
-    std::uint32_t total = 0;
-    typename Own::Radix::Scan(shared.radix.scan).ExclusiveSum(sum, before, total);
-    for (std::uint32_t i = 0; i < each; i += 4) {
-      uint2& four = *reinterpret_cast<uint2*>(stage.ranks + begin + i);
-      four = {four.x + before * 0x10001U, four.y + before * 0x10001U};
+      rank = fourth + __popc(four.w);
     }
     __syncthreads();
-    const auto place = [&](std::uint32_t key, std::uint32_t position, bool selected) {
-      const std::uint32_t offset = position - first;
-      const std::uint32_t word = selected ? stage.bitmap[offset / 32] : 0;
-      const std::uint32_t rank = selected ? placed + stage.ranks[offset / 32] : 0;
-      const std::uint32_t slot = rank + __popc(word & ((1U << offset % 32) - 1));
-      if (selected) {
-        stage.staged[slot] = position;
+
+    // Words are dealt out one by one, so that many threads share where selected keys crowd.
+    for (std::uint32_t i = threadIdx.x; i < words; i += 4 * Own::kThreads) {
+      std::uint32_t bits[4];
+      std::uint32_t places[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        bits[j] = stage.bitmap[i + j * Own::kThreads];
+        places[j] = stage.ranks[i + j * Own::kThreads];
       }
-      if (selected && stage.scores != nullptr) {
-        stage.scores[slot] = key;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const std::uint32_t base = first + (i + j * Own::kThreads) * 32;
+        for (; bits[j] != 0; bits[j] &= bits[j] - 1) {
+          stage.staged[places[j]++] = base + __ffs(static_cast<int>(bits[j])) - 1;
+        }
       }
-    };
-    visit([&](std::uint32_t key, std::uint32_t position) {
-      place(key, position, certain(key, position) && here(position));
-    });
-    if (own_here) {
-      place(static_cast<std::uint32_t>(own >> 32), entry_position(own), true);
+    }
+    if constexpr (scores) {
+      const auto place = [&](std::uint32_t key, std::uint32_t position) {
+        const std::uint32_t offset = position - first;
+        const std::uint32_t below = stage.bitmap[offset / 32] & ((1U << offset % 32) - 1);
+        stage.scores[stage.ranks[offset / 32] + __popc(below)] = key;
+      };
+      source.visit([&](std::uint32_t key, std::uint32_t position) {
+        if (certain(key, position) && here(position)) {
+          place(key, position);
+        }
+      });
+      if (own_here) {
+        place(static_cast<std::uint32_t>(own >> 32), entry_position(own));
+      }
     }
     placed += total;
     __syncthreads();
@@ -338,7 +377,7 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
   return placed;
 }
 
-template <class Own>
+template <class Own, bool scores>
 __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
     survivors_kernel(const Candidates candidates, const Keys keys, const SurvivorPlan plan,
                      const TopK out, const Misses misses) {
@@ -349,8 +388,7 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   auto* bitmap = reinterpret_cast<std::uint32_t*>(memory + sizeof(typename Own::Shared));
   auto* ranks = reinterpret_cast<std::uint16_t*>(bitmap + words);
   auto* staged = reinterpret_cast<std::uint32_t*>(ranks + words);
-  const Stage stage{plan.positions, bitmap, ranks, staged,
-                    out.scores != nullptr ? staged + plan.top_k : nullptr};
+  const Stage stage{plan.positions, bitmap, ranks, staged, staged + plan.top_k};
 
   const std::int64_t t = blockIdx.x;
   const Chunks chunks(candidates, t);
@@ -362,9 +400,9 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
       output.indices[i] = i < count ? static_cast<std::int32_t>(index_of(i)) : -1;
     }
   };
-  if (length == 0 || (length <= plan.top_k && output.scores == nullptr)) {  // step 1
+  if (length == 0 || (length <= plan.top_k && !scores)) {  // step 1
     write(length, [](std::uint32_t i) { return i; });
-    if (output.scores != nullptr) {
+    if constexpr (scores) {
       for (std::uint32_t i = threadIdx.x; i < plan.top_k; i += kThreads) {
         output.scores[i] = -std::numeric_limits<float>::infinity();
       }
@@ -383,15 +421,25 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   if (threadIdx.x == 0) {
     shared.few_count = 0;
   }
-  const Entries<Own> entries(chunks, length);  // step 2
-  const Cut cut = find_cut<Own>(shared, entries, chunks.total, wanted, length);
-
-  const bool plain = entries.all_held() && length <= stage.positions && !cut.plateau;
-  const std::uint32_t placed = plain ? fill<Own, true>(shared, stage, entries, cut, length)
-                                     : fill<Own, false>(shared, stage, entries, cut, length);
+  std::uint32_t placed = 0;
+  bool done = false;
+  if (chunks.count <= Held<Own>::kChunks && length <= stage.positions) {
+    const Held<Own> held(chunks, length);
+    const Cut cut = find_cut<Own, true>(shared, held, chunks.total, wanted, length);
+    done = !cut.plateau;
+    if (done) {
+      placed = fill<Own, true, scores>(shared, stage, held, cut, length);
+    }
+  }
+  if (!done) {
+    __syncthreads();
+    const Listed<Own> listed(candidates, t, length);
+    const Cut cut = find_cut<Own, false>(shared, listed, chunks.total, wanted, length);
+    placed = fill<Own, false, scores>(shared, stage, listed, cut, length);
+  }
 
   write(placed, [&](std::uint32_t i) { return staged[i]; });
-  if (output.scores != nullptr) {
+  if constexpr (scores) {
     for (std::uint32_t i = threadIdx.x; i < plan.top_k; i += kThreads) {
       output.scores[i] =
           i < placed ? score_of_bits(stage.scores[i]) : -std::numeric_limits<float>::infinity();
@@ -408,18 +456,19 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
                           std::max(steps, std::uint32_t{1}) * Own::kStep};
   const std::size_t bytes = sizeof(typename Own::Shared) + plan.positions / 32 * 6 +
                             sizeof(std::uint32_t) * top_k * (out.scores != nullptr ? 2 : 1);
-  launch(survivors_kernel<Own>, rows, Own::kThreads, bytes, stream, candidates, keys, plan, out,
-         misses);
+  launch(out.scores != nullptr ? survivors_kernel<Own, true> : survivors_kernel<Own, false>, rows,
+         Own::kThreads, bytes, stream, candidates, keys, plan, out, misses);
 }
 
 }  // namespace
 
-// 256 threads hold 4096 entries; one bound in a hundred lets more of 2048 wanted through. 80
-// registers leave room for three blocks an SM.
+// 256 threads hold 4096 entries; one bound in a hundred lets more of 2048 wanted through. 64
+// registers a thread leave room for four blocks an SM. A block has at most 170 KB of shared memory,
+// which every device of fused scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, const Misses& misses, void* stream) {
   if (top_k <= 2048) {
-    launch_rows<Config<256, 8, 3>>(candidates, keys, rows, top_k, out, misses, stream);
+    launch_rows<Config<256, 8, 4>>(candidates, keys, rows, top_k, out, misses, stream);
   } else {
     launch_rows<Config<512, 10, 2>>(candidates, keys, rows, top_k, out, misses, stream);
   }
