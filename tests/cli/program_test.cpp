@@ -161,6 +161,17 @@ TEST(SmokeProgram, SelectsWithoutScoresUnlessAsked) {
   EXPECT_THAT(folder.names(), ElementsAre("in", "out"));
 }
 
+// More threads than this machine has change nothing, and the scheduler does not print about them.
+TEST(SmokeProgram, TakesAnyNumberOfThreads) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  const auto selected = [&](const char* threads) {
+    done({"select", folder / "in", "-o", folder / "out", "--top-k", "7", "--threads", threads});
+    return read_bytes(folder / "out");
+  };
+  EXPECT_EQ(selected("64"), selected("1"));
+}
+
 TEST(SmokeProgram, OneQueryOfNoKeys) {
   const Folder folder;
   Tensors tensors = ragged_input();
