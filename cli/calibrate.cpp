@@ -59,7 +59,7 @@ Layer calibrate(const std::string& file, const IndexerConfig& config) {
           inputs.k),
       {}};
   Layer layer{file, trace.layer(), std::vector<double>(static_cast<std::size_t>(q.heads)), {}};
-  Progress progress(file, q.tokens);
+  Progress progress(one_line(file), q.tokens);
   double rows = 0;
   for (std::int64_t t = 0; t < q.tokens; ++t) {
     if (problem.visible(t) > 0) {

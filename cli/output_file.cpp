@@ -4,12 +4,14 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <climits>
 #include <csignal>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <system_error>
 
 #include "misa/error.hpp"
@@ -76,6 +78,19 @@ OutputFile::~OutputFile() {
     ::close(descriptor_);
     ::unlink(temporary_.c_str());
     end_removal();
+  }
+}
+
+void OutputFile::reserve(std::uint64_t bytes) {
+  constexpr std::uint64_t kMost = std::numeric_limits<off_t>::max();  // refused by the kernel
+  const auto length = static_cast<off_t>(std::min(bytes, kMost));
+  while (::fallocate(descriptor_, 0, 0, length) != 0) {
+    if (errno == EOPNOTSUPP) {
+      return;
+    }
+    if (errno != EINTR) {
+      fail(error_text(errno));
+    }
   }
 }
 

@@ -18,6 +18,10 @@ class OutputFile {
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
 
+  // Sets aside what the whole file takes, so that a disk without room is told of before the work,
+  // where the file system can.
+  void reserve(std::uint64_t bytes);
+
   void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
 
   // Brings the bytes to the disk and gives the file its name.

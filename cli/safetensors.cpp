@@ -298,13 +298,14 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Tensor
   for (std::size_t i = 0; i < length.size(); ++i) {
     length[i] = static_cast<std::byte>(text.size() >> (8 * i));
   }
-  file_.write_at(0, length);
-  file_.write_at(kLengthBytes, std::as_bytes(std::span(text)));
   const std::uint64_t data_begin = kLengthBytes + text.size();
   for (const TensorInfo& tensor : tensors) {
     next_[tensor.name] = data_begin + tensor.offset;
   }
   file_bytes_ = data_begin + end;
+  file_.reserve(file_bytes_);
+  file_.write_at(0, length);
+  file_.write_at(kLengthBytes, std::as_bytes(std::span(text)));
 }
 
 void SafetensorsWriter::append(std::string_view name, std::span<const std::byte> bytes) {

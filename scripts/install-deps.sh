@@ -11,7 +11,8 @@ packages=(
 )
 for group in "$@"; do
   case "$group" in
-    bench) packages+=(libbenchmark-dev libdnnl-dev) ;;
+    # oneDNN's CMake package asks for OpenCL, which its Debian package only recommends.
+    bench) packages+=(libbenchmark-dev libdnnl-dev ocl-icd-opencl-dev) ;;
     check) packages+=(clang clang-format libclang-rt-dev) ;;
     *) echo "install-deps.sh: expected bench or check, got '$group'" >&2; exit 2 ;;
   esac

@@ -2,10 +2,12 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <oneapi/tbb/global_control.h>
 #include <oneapi/tbb/info.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 
@@ -38,7 +40,12 @@ std::vector<BackendInfo> backends() {
 std::string_view version() { return MISA_VERSION; }
 
 struct Threads::Arena {
-  explicit Arena(int threads) : arena(threads) {}
+  // No more than the process may use: beyond that the scheduler adds none, but prints a warning.
+  explicit Arena(int threads) : arena(std::min(threads, most())) {}
+  static int most() {
+    using Control = tbb::global_control;
+    return static_cast<int>(Control::active_value(Control::max_allowed_parallelism));
+  }
   mutable tbb::task_arena arena;
 };
 

@@ -161,6 +161,17 @@ TEST(SmokeProgram, SelectsWithoutScoresUnlessAsked) {
   EXPECT_THAT(folder.names(), ElementsAre("in", "out"));
 }
 
+// More threads than this machine has change nothing, and the scheduler does not print about them.
+TEST(SmokeProgram, TakesAnyNumberOfThreads) {
+  const Folder folder;
+  write_tensors(folder / "in", ragged_input());
+  const auto selected = [&](const char* threads) {
+    done({"select", folder / "in", "-o", folder / "out", "--top-k", "7", "--threads", threads});
+    return read_bytes(folder / "out");
+  };
+  EXPECT_EQ(selected("64"), selected("1"));
+}
+
 TEST(SmokeProgram, OneQueryOfNoKeys) {
   const Folder folder;
   Tensors tensors = ragged_input();
@@ -528,8 +539,9 @@ TEST(SmokeProgram, LeavesNothingOnAFullDisk) {
 
 TEST(Program, LeavesNothingWhenInterrupted) {
   const Folder folder;
-  // Far more than is written before the signal comes.
-  const pid_t child = start_misa({"synth", "-o", folder / "out", "--keys", "2000000000"});
+  // Far more than is written before the signal comes, and little for a disk.
+  const pid_t child = start_misa(
+      {"synth", "-o", folder / "out", "--keys", "10000000", "--dim", "64", "--dtype", "F8_E4M3"});
   while (folder.names().empty()) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
