@@ -1,5 +1,5 @@
 # One line a target over CMake presets; every target installs what it misses (Debian 12).
-.PHONY: demo test bench format check-format sanitize fuzz clean
+.PHONY: demo test cuda bench format check-format sanitize fuzz clean
 
 TRACES := $(wildcard data/*.safetensors)
 
@@ -13,6 +13,11 @@ test:
 	@scripts/install-deps.sh
 	@cmake --preset release >/dev/null && cmake --build --preset release && ctest --preset release
 
+# The CUDA backends, their tests and benchmarks; tests/gpu.sh runs them where there is a device.
+cuda:
+	@scripts/install-deps.sh
+	@cmake --preset cuda >/dev/null && cmake --build --preset cuda
+
 bench:
 	@scripts/install-deps.sh bench
 	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench
@@ -21,11 +26,11 @@ bench:
 
 format:
 	@scripts/install-deps.sh check
-	@git ls-files '*.cpp' '*.hpp' '*.h' | xargs clang-format -i
+	@git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
 
 check-format:
 	@scripts/install-deps.sh check
-	@git ls-files '*.cpp' '*.hpp' '*.h' | xargs clang-format --dry-run -Werror
+	@git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
 
 # A subset of the tests under the address and undefined sanitizers, then under the thread one.
 sanitize:
