@@ -198,8 +198,8 @@ void time_threshold(Report& report, const std::vector<float>& normals, std::int6
              static_cast<double>(scores.bytes() + bounds.bytes()), time);
 }
 
-// As many survivors as the bound lets through, in lists that each own 64 positions in 64 * lists and
-// are in no order.
+// As many survivors as the bound lets through, in lists that each own 64 positions in 64 * lists
+// and are in no order.
 void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_t lists,
                     std::int64_t capacity) {
   const Queries queries(columns);
