@@ -4,10 +4,12 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <optional>
+#include <thread>
 
 #include "misa/context.hpp"
 #include "support/tolerance.hpp"
@@ -211,6 +213,23 @@ Fault judge_row(const IndexerConfig& config, const BoundedRow& row, const Select
   return judge_choice("position", values, universe, chosen);
 }
 
+// Calls task(0) … task(count - 1) on all processors: intervals take longer than any backend does.
+template <class Task>
+void each(std::int64_t count, const Task& task) {
+  std::atomic<std::int64_t> next{0};
+  const auto work = [&] {
+    for (std::int64_t i = next++; i < count; i = next++) {
+      task(i);
+    }
+  };
+  std::vector<std::jthread> others;
+  const std::int64_t threads = std::min<std::int64_t>(std::thread::hardware_concurrency(), count);
+  for (std::int64_t i = 1; i < threads; ++i) {
+    others.emplace_back(work);
+  }
+  work();
+}
+
 template <class Keys>
 AssertionResult judge(const IndexerConfig& config, const Queries& q, const Weights& w,
                       const Keys& keys, const Selected& result, std::string_view backend) {
@@ -226,13 +245,16 @@ AssertionResult judge(const IndexerConfig& config, const Queries& q, const Weigh
   }
   const Problem problem{config, q, w, keys, {}};
   const Arithmetic arithmetic = arithmetic_of(backend, config, q, problem.k_dtype());
-  for (std::int64_t t = 0; t < tokens; ++t) {
+  std::vector<Fault> faults(static_cast<std::size_t>(tokens));
+  each(tokens, [&](std::int64_t t) {
     const BoundedRow row = bounded_row(problem, t, arithmetic);
     if (const Fault fault = judge_row(config, row, result, t)) {
-      return AssertionFailure() << "row " << t << " (n = " << row.row.length << "): " << *fault;
+      faults[t] = fmt::format("row {} (n = {}): {}", t, row.row.length, *fault);
     }
-  }
-  return AssertionSuccess();
+  });
+  const auto fault =
+      std::find_if(faults.begin(), faults.end(), [](const Fault& f) { return f.has_value(); });
+  return fault == faults.end() ? AssertionSuccess() : AssertionFailure() << **fault;
 }
 
 constexpr Want kEverything{true, true, true};
