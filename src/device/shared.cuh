@@ -16,6 +16,12 @@ __device__ inline void copy_16(void* shared, const void* global) {
                : "memory");
 }
 
+// The same for 4 bytes.
+__device__ inline void copy_4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
+}
+
 // Ends a group of copies: those that this thread started since the group before it.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

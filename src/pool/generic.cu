@@ -8,10 +8,10 @@
 //
 // means_of_queries: the means that 64 queries have of the blocks they stand in.
 //  1. A stretch are queries of one sequence and block, each seeing no less than the one before.
-//  2. Half a warp sums a page below the last query's; a thread turns these into sums of all pages
-//     before a page.
-//  3. In pages where queries stand, a thread sums a column token by token and writes the mean of
-//     each query as it passes where the query stands.
+//  2. Half a warp sums a page up to the last query's. Where queries stand it keeps the sum after
+//     every token: for two pages at a time, as many as 64 consecutive queries stand in.
+//  3. A thread turns the pages' sums into sums of all pages before a page.
+//  4. Half a warp a query adds the two and divides.
 #include <cuda_runtime.h>
 
 #include "cuda/check.cuh"
@@ -45,8 +45,9 @@ __device__ Sequence sequence(Range range) {
 }
 
 struct Shared {
-  float sums[kPages][kColumns];
-  std::uint32_t largest[kPages];  // of the scales of a page
+  alignas(16) float sums[kPages][kColumns];
+  alignas(16) float running[kHosts][kPage][kColumns];  // after every token of a page
+  std::uint32_t largest[kPages];                       // of the scales of a page
   Sequence owners[kPages];
   std::int64_t tokens[kPages];  // where the block of a row begins; -1: there is none
   std::int32_t starts[kOwnQueries];
@@ -107,22 +108,30 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
   __syncthreads();
 }
 
-// Sums the pages of which each half of a warp names one by its first token, or -1.
+// Sums the pages of which each half of a warp names one by its first token, or -1, and its count of
+// keys. With `running`, one a half, sums after every token are kept there.
 template <DType type>
 __device__ void sum_pages(Shared& shared, const Keys& keys, const Means& means, std::int64_t token,
-                          int first_column) {
+                          int count, int first_column, float (*running)[kColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int column = static_cast<int>(threadIdx.x) % kLanes * kLaneElements;
   const std::int64_t other = __shfl_xor_sync(kWarp, token, kLanes);
   if (max(token, other) < 0) {
     return;
   }
-  // A half without a page repeats the other one's.
+  const auto store = [&](float* row, const float(&sum)[kLaneElements]) {
+    *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  };
+  // A half without a page reads the other one's first key.
   const PageSum page = sum_page<type, kManyWords / static_cast<int>(size_of(type))>(
-      keys, means.aligned, token >= 0 ? token : other, first_column + lane * kLaneElements);
-  *reinterpret_cast<float4*>(&shared.sums[half][lane * kLaneElements]) =
-      make_float4(page.sum[0], page.sum[1], page.sum[2], page.sum[3]);
-  if (lane == 0) {
+      keys, means.aligned, token >= 0 ? token : other, token >= 0 ? count : 1,
+      first_column + column, [&](int i, const float(&sum)[kLaneElements]) {
+        if (running != nullptr) {
+          store(running[i], sum);
+        }
+      });
+  store(shared.sums[half], page.sum);
+  if (column == 0) {
     shared.largest[half] = page.largest;
   }
 }
@@ -143,11 +152,11 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
   for (std::int32_t first = 0; first < pages; first += kPages) {
     const std::int32_t page = pages < kPages ? half % pages : first + half;
     const bool exists = begin >= 0 && page < pages;
-    sum_pages<type>(shared, keys, means, exists ? begin + std::int64_t{page} * kPage : -1,
-                    first_column);
+    sum_pages<type>(shared, keys, means, exists ? begin + std::int64_t{page} * kPage : -1, kPage,
+                    first_column, nullptr);
     __syncthreads();
     const int count = min(kPages, pages - first);
-    for (int i = static_cast<int>(threadIdx.x) / kColumns; i < rows; i += kHosts) {
+    for (int i = static_cast<int>(threadIdx.x) / kColumns; i < rows; i += kThreads / kColumns) {
       if (shared.tokens[i] < 0) {
         continue;
       }
@@ -171,72 +180,28 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
   }
 }
 
-// Element d of a key.
-template <DType type>
-__device__ float key_element(const Keys& keys, std::int64_t token, int d) {
-  const auto* row = static_cast<const std::byte*>(keys.data) +
-                    token * keys.stride * static_cast<std::int64_t>(size_of(type));
-  if constexpr (type == DType::e4m3) {
-    const auto byte = __ldg(reinterpret_cast<const std::uint8_t*>(row) + d);
-    return fp16x2_to_floats(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3).x).x;
-  } else {
-    return element(row, type, d);
-  }
-}
-
-// Step 3 of queries for one page and column: `begin` is the token of the block, `before` the sum of
-// the pages before this one, queries first … end - 1 the stretch.
-template <DType type>
-__device__ void pass_queries(const Shared& shared, const Keys& keys, const Means& means,
-                             std::int64_t t0, int first, int end, std::int64_t begin,
-                             std::int32_t page, float before, int d) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int32_t base = page * kPage;
-  int query = first;  // the first that stands in the page
-#pragma unroll
-  for (int i = lane; i < kOwnQueries + lane; i += 32) {
-    const bool earlier = i >= first && i < end && shared.positions[i] < base;
-    query += __popc(__ballot_sync(kWarp, earlier));
-  }
-  const auto position = [&] { return query < end ? shared.positions[query] : -1; };
-  const auto write = [&](float sum) {
-    means.own[(t0 + query) * means.dim + d] = sum / static_cast<float>(shared.positions[query]);
-    ++query;
-  };
-
-  float value[kPage];
-  float scale[kPage / 32] = {};
-  const std::int64_t last = begin + shared.positions[end - 1] - 1;
-#pragma unroll
-  for (int i = 0; i < kPage; ++i) {
-    value[i] = key_element<type>(keys, min(begin + base + i, last), d);
-  }
-  if constexpr (type == DType::e4m3) {
-#pragma unroll
-    for (int i = 0; i < kPage / 32; ++i) {
-      scale[i] = __ldg(keys.scale + min(begin + base + i * 32 + lane, last));
+// Step 4 for those of queries first … end - 1 that stand in `hosts` pages from `host` on; the sums
+// of pages start with page0's.
+__device__ void write_means(const Shared& shared, const Means& means, std::int64_t t0, int first,
+                            int end, std::int32_t page0, std::int32_t host, int hosts,
+                            int first_column) {
+  const int column = static_cast<int>(threadIdx.x) % kLanes * kLaneElements;
+  for (int i = first + static_cast<int>(threadIdx.x) / kLanes; i < end; i += kPages) {
+    const std::int32_t position = shared.positions[i];
+    const std::int32_t page = position / kPage;
+    if (position == 0 || page < host || page >= host + hosts) {
+      continue;
     }
-  }
-  std::int32_t next = position();
-  while (next == base) {
-    if (base > 0) {
-      write(before);
-    } else {
-      ++query;
+    float4 sum = *reinterpret_cast<const float4*>(&shared.sums[page - page0][column]);
+    if (const int rest = position % kPage; rest > 0) {
+      const float4 part =
+          *reinterpret_cast<const float4*>(&shared.running[page - host][rest - 1][column]);
+      sum = make_float4(__fadd_rn(sum.x, part.x), __fadd_rn(sum.y, part.y),
+                        __fadd_rn(sum.z, part.z), __fadd_rn(sum.w, part.w));
     }
-    next = position();
-  }
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kPage; ++i) {
-    if constexpr (type == DType::e4m3) {
-      value[i] = __fmul_rn(__shfl_sync(kWarp, scale[i / 32], i % 32), value[i]);
-    }
-    sum = __fadd_rn(sum, value[i]);
-    while (next == base + i + 1 && i + 1 < kPage) {
-      write(__fadd_rn(before, sum));
-      next = position();
-    }
+    const auto n = static_cast<float>(position);
+    *reinterpret_cast<float4*>(means.own + (t0 + i) * means.dim + first_column + column) =
+        make_float4(sum.x / n, sum.y / n, sum.z / n, sum.w / n);
   }
 }
 
@@ -272,31 +237,37 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
     end = later == 0 ? queries : first + __ffsll(static_cast<long long>(later));
     const std::int64_t begin =
         shared.starts[first] + std::int64_t{shared.blocks[first]} * means.block;
-    const std::int32_t first_host = shared.positions[first] / kPage;
-    const std::int32_t last_host = shared.positions[end - 1] / kPage;
-    if (shared.positions[end - 1] == 0) {
+    const std::int32_t longest = shared.positions[end - 1];
+    if (longest == 0) {
       continue;
     }
-    float total = 0;  // of the pages so far
-    for (std::int32_t page0 = 0; page0 <= last_host; page0 += kPages) {
+    float total = 0;  // of the pages before page0
+    for (std::int32_t page0 = 0; page0 <= longest / kPage; page0 += kPages) {
       const std::int32_t page = page0 + half;
-      sum_pages<type>(shared, keys, means,
-                      page < last_host ? begin + std::int64_t{page} * kPage : -1, first_column);
-      __syncthreads();
-      if (thread < kColumns) {
-        for (int i = 0; i < min(kPages, last_host + 1 - page0); ++i) {
-          const float sum = shared.sums[i][column];
-          shared.sums[i][column] = total;
-          total = __fadd_rn(total, sum);
+      const std::int32_t last = min(page0 + kPages - 1, longest / kPage);
+      std::int32_t host = max(page0, shared.positions[first] / kPage);
+      float next_total = total;
+      do {
+        const int hosts = min(kHosts, last + 1 - host);
+        const int count = min(kPage, longest - page * kPage);
+        const bool stands = page >= host && page < host + hosts;
+        sum_pages<type>(shared, keys, means, count > 0 ? begin + std::int64_t{page} * kPage : -1,
+                        count, first_column, stands ? shared.running[page - host] : nullptr);
+        __syncthreads();
+        if (thread < kColumns) {
+          next_total = total;
+          for (std::int32_t i = page0; i <= last; ++i) {
+            const float sum = shared.sums[i - page0][column];
+            shared.sums[i - page0][column] = next_total;
+            next_total = __fadd_rn(next_total, sum);
+          }
         }
-      }
-      __syncthreads();
-      for (std::int32_t host = max(page0, first_host) + thread / kColumns;
-           host <= min(last_host, page0 + kPages - 1); host += kHosts) {
-        pass_queries<type>(shared, keys, means, t0, first, end, begin, host,
-                           shared.sums[host - page0][column], first_column + column);
-      }
-      __syncthreads();
+        __syncthreads();
+        write_means(shared, means, t0, first, end, page0, host, hosts, first_column);
+        __syncthreads();
+        host += kHosts;
+      } while (host <= last);
+      total = next_total;
     }
   }
 }

@@ -23,7 +23,7 @@ inline constexpr int kFewWords = 16;
 // Queries whose own means a block of threads computes: consecutive ones stand in one or two pages.
 inline constexpr int kOwnQueries = 64;
 
-// A page's columns are summed one a thread where every token's running sum counts.
-inline constexpr int kHosts = kThreads / kColumns;
+// Pages of which the sums after every token are kept: as many as those queries stand in.
+inline constexpr int kHosts = 2;
 
 }  // namespace misa::cuda::pool

@@ -25,10 +25,12 @@ struct PageSum {
   std::uint32_t largest;  // bits of the largest |scale|; 0 without scales
 };
 
-// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. A warp calls; its
-// halves may differ in arguments.
-template <DType type, int batch>
-__device__ PageSum sum_page(const Keys& keys, bool aligned, std::int64_t token, int d) {
+// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. Only `count` keys are
+// read, the last stands for those behind it. visit(i, sum) is told every sum of keys 0 … i. A warp
+// calls; its halves may differ in arguments.
+template <DType type, int batch, class Visit>
+__device__ PageSum sum_page(const Keys& keys, bool aligned, std::int64_t token, int count, int d,
+                            const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   PageSum page{};
 #pragma unroll 1
@@ -37,16 +39,16 @@ __device__ PageSum sum_page(const Keys& keys, bool aligned, std::int64_t token, 
     [[maybe_unused]] float scales[(batch + kLanes - 1) / kLanes];
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      const auto* row =
-          static_cast<const std::byte*>(keys.data) +
-          (token + first + i) * keys.stride * static_cast<std::int64_t>(size_of(type));
+      const auto* row = static_cast<const std::byte*>(keys.data) +
+                        (token + min(first + i, count - 1)) * keys.stride *
+                            static_cast<std::int64_t>(size_of(type));
       elements[i].load(row, d, aligned);
     }
     if constexpr (type == DType::e4m3) {
       static_assert(batch % kLanes == 0);
 #pragma unroll
       for (int i = 0; i < batch / kLanes; ++i) {
-        scales[i] = __ldg(keys.scale + token + first + i * kLanes + lane);
+        scales[i] = __ldg(keys.scale + token + min(first + i * kLanes + lane, count - 1));
         page.largest = max(page.largest, __float_as_uint(fabsf(scales[i])));
       }
     }
@@ -65,6 +67,7 @@ __device__ PageSum sum_page(const Keys& keys, bool aligned, std::int64_t token, 
       for (int e = 0; e < kLaneElements; ++e) {
         page.sum[e] = __fadd_rn(page.sum[e], value[e]);
       }
+      visit(first + i, page.sum);
     }
   }
 #pragma unroll
@@ -116,7 +119,8 @@ __device__ inline float write_mean(const Keys& keys, const Means& means, std::in
 #pragma unroll 1
     for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kPageSize)) {
       const PageSum page = sum_page<type, kFewWords / static_cast<int>(size_of(type))>(
-          keys, means.aligned, token + first, d);
+          keys, means.aligned, token + first, static_cast<int>(kPageSize), d,
+          [](int, const float(&)[kLaneElements]) {});
       largest = max(largest, page.largest);
 #pragma unroll
       for (int e = 0; e < kLaneElements; ++e) {

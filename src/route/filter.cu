@@ -22,6 +22,9 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr std::size_t kAlignment = 64;
 
+// Keys of scores that a lane holds: 1024 blocks a warp. Those of further blocks are read each time.
+constexpr int kHeld = 32;
+
 struct Arguments {
   Keys keys;
   std::int64_t tokens;
@@ -32,11 +35,25 @@ struct Arguments {
   std::int32_t* blocks;  // [T, kept]
 };
 
-// How many of the scores of blocks 1 … last - 1 reach `key`.
-__device__ std::int32_t reaching(const float* scores, std::int32_t last, std::uint32_t key) {
+// The key of block b; 0 where it does not compete, for no key that is asked for is that small.
+__device__ std::uint32_t key_of(const float* scores, std::int32_t b, std::int32_t last) {
+  return b > 0 && b < last ? ordered_bits(scores[b]) : 0;
+}
+
+// How many of the keys of blocks 1 … last - 1 reach `key`.
+__device__ std::int32_t reaching(const std::uint32_t (&held)[kHeld], const float* scores,
+                                 std::int32_t last, std::uint32_t key) {
   std::int32_t count = 0;
-  for (std::int32_t b = 1 + static_cast<std::int32_t>(threadIdx.x % 32); b < last; b += 32) {
-    count += ordered_bits(scores[b]) >= key ? 1 : 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * 32 >= last) {
+      break;
+    }
+    count += held[i] >= key ? 1 : 0;
+  }
+  for (std::int32_t b = kHeld * 32 + static_cast<std::int32_t>(threadIdx.x % 32); b < last;
+       b += 32) {
+    count += key_of(scores, b, last) >= key ? 1 : 0;
   }
   return __reduce_add_sync(kWarp, count);
 }
@@ -60,21 +77,27 @@ __global__ void __launch_bounds__(kThreads) filter_kernel(const Arguments argume
 
   const std::int32_t last = blocks - 1;
   const std::int32_t wanted = arguments.kept - 2;
+  std::uint32_t held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    held[i] = key_of(scores, i * 32 + lane, last);
+  }
   std::uint32_t key = 0;
+#pragma unroll 1
   for (int bit = 31; bit >= 0; --bit) {  // step 2
     const std::uint32_t candidate = key | 1U << bit;
-    const std::int32_t count = reaching(scores, last, candidate);
+    const std::int32_t count = reaching(held, scores, last, candidate);
     key = count >= wanted ? candidate : key;
     if (count == wanted) {
       break;
     }
   }
-  std::int32_t equals = wanted - reaching(scores, last, key + 1);
+  std::int32_t equals = wanted - reaching(held, scores, last, key + 1);
 
   for (std::int32_t first = 0; first < blocks; first += 32) {  // step 3
     const std::int32_t b = first + lane;
     const bool competes = b > 0 && b < last;
-    const std::uint32_t own = competes ? ordered_bits(scores[b]) : 0;
+    const std::uint32_t own = key_of(scores, b, last);
     const std::uint32_t before = (1U << lane) - 1;
     const std::uint32_t equal = __ballot_sync(kWarp, competes && own == key);
     const bool wins = b == 0 || b == last || (competes && own > key) ||

@@ -46,6 +46,8 @@ struct MeansShared {
   MeansTile<dim, parts> tiles[2];
   float scores[2][kWarps][kMeans<parts>];  // of a tile's blocks by a warp's heads
   float energies[kWarps][kWarpHeads];
+  float weights[kWarps][kWarpHeads];
+  alignas(16) float own[kWarps][dim];  // the mean of a query's own block
 };
 
 static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 3>) + 1024) <= 228 * 1024);
@@ -53,7 +55,7 @@ static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 2>) + 1024) <= 228 * 1024)
 static_assert(sizeof(MeansShared<128, 3>) <= 99 * 1024);
 
 // Sampled routing: a block serves up to 16 consecutive queries, fewer where there are not enough
-// queries for all SMs. 2048 queries are 128 blocks, one wave.
+// queries for two blocks an SM. 2048 queries are 256 blocks, one wave on 132 SMs.
 inline constexpr int kQueries = 16;
 
 // The fixed part of what sampled routing holds; the sampled keys follow it, part by part.

@@ -1,7 +1,7 @@
 // Heads (the pooled router) and blocks (HISA's filter) judged by block means: a warp has 32 heads
 // of a query, a block of threads as many queries as its 8 warps hold.
 //
-//  1. The warp's heads are operands in registers.
+//  1. The warp's heads are operands in registers. Copies of what step 4 ends with are started.
 //  2. Queries of one sequence share the means of whole blocks, which pass by in tiles: the next one
 //     is copied while this one is multiplied. A row of the pool's table that holds another
 //     sequence's block is computed here.
@@ -153,18 +153,33 @@ __device__ void write_scores(const MeansTile<dim, parts>& tile,
   }
 }
 
-// Step 4's end: the sums over lanes and the query's own block.
+// Starts copies of the weights of a warp's heads and the mean of its query's own block.
+template <int dim, int parts>
+__device__ void load_last(MeansShared<dim, parts>& shared, const Arguments& arguments,
+                          const Task& task) {
+  constexpr int kPieces = dim / 4;  // of 16 bytes
+  const Weights& w = arguments.problem.w;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (const int head = task.first_head + lane; head < arguments.problem.q.heads) {
+    copy_4(&shared.weights[warp][lane], w.data + task.t * w.token_stride + head);
+  }
+  if (lane < kPieces) {
+    copy_16(&shared.own[warp][lane * 4], arguments.means.own + task.t * dim + lane * 4);
+  }
+}
+
+// Step 4's end: the sums over lanes and the query's own block, and the weights.
 template <DType type, bool fp16, int dim>
-__device__ void write_energies(const Arguments& arguments, const Task& task,
-                               const HeadRows<type, fp16, dim, kTiles>& heads,
+__device__ void write_energies(const float (&mean)[dim], const float (&weights)[kWarpHeads],
+                               const HeadRows<type, fp16, dim, kTiles>& heads, bool stands,
                                const float (&energy)[kTiles][2], float (&energies)[kWarpHeads]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float own[kTiles][2] = {};
-  if (task.length % arguments.means.block != 0) {
-    const float* mean = arguments.means.own + task.t * dim + lane % 4 * (dim / 4);
+  if (stands) {
 #pragma unroll
     for (int s = 0; s < dim / kStep; ++s) {
-      const float4 four = *reinterpret_cast<const float4*>(mean + 4 * s);
+      const float4 four = *reinterpret_cast<const float4*>(&mean[lane % 4 * (dim / 4) + 4 * s]);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -186,7 +201,8 @@ __device__ void write_energies(const Arguments& arguments, const Task& task,
     for (int half = 0; half < 2; ++half) {
       const float sum = sum_of_four(energy[m][half]) + max_nan(sum_of_four(own[m][half]), 0);
       if (lane % 4 == 0) {
-        energies[m * kTileHeads + half * 8 + lane / 4] = sum;
+        const int head = m * kTileHeads + half * 8 + lane / 4;
+        energies[head] = fabsf(weights[head]) * sum;
       }
     }
   }
@@ -215,6 +231,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   [[maybe_unused]] bool exists[kTiles][2] = {};
   [[maybe_unused]] float energy[kTiles][2] = {};
   if (slot < queries) {
+    if constexpr (judge == Judge::heads) {
+      load_last(shared, arguments, task);
+    }
     rows.load(problem.q, arguments.aligned, task.t, task.first_head);
     const Range range = visible(problem.k, task.t);
     task.start = range.start;
@@ -275,8 +294,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 
   if constexpr (judge == Judge::heads) {  // step 5
+    wait_for_copies<0>();
+    __syncwarp();
     if (task.length > 0) {
-      write_energies(arguments, task, rows, energy, shared.energies[warp]);
+      write_energies(shared.own[warp], shared.weights[warp], rows,
+                     task.length % arguments.means.block != 0, energy, shared.energies[warp]);
     }
     __syncthreads();
     if (slot >= queries || warp % groups != 0) {
@@ -286,11 +308,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     if (task.length > 0) {
       choose_heads(
           heads, arguments.count,
-          [&](int j) {
-            const float w = problem.w.data[task.t * problem.w.token_stride + j];
-            return fabsf(w) * shared.energies[warp + j / kWarpHeads][j % kWarpHeads];
-          },
-          out, nullptr);
+          [&](int j) { return shared.energies[warp + j / kWarpHeads][j % kWarpHeads]; }, out,
+          nullptr);
     } else {
       for (int i = lane; i < arguments.count; i += 32) {
         out[i] = -1;

@@ -2,14 +2,15 @@
 //
 //  1. Queries whose grids start at the same key with the same stride share the sampled keys, at
 //     most 128, as operands in shared memory, scales apart. Rows up to 128 are zero.
-//  2. A warp takes 16 or 32 heads of a query. x = scale * (q . k) of all samples stays in
-//     registers: a lane holds heads g and g + 8 of a tile and two samples in eight.
-//  3. As x passes by, r = max(0, x) and d = x - shift give the sums of d, r, d d and d r, and these
+//  2. A warp takes 16 or 32 heads of a query. x = scale * (q . k) of 16 samples at a time passes by
+//     twice, for computing x again costs less than registers for all samples would: a lane holds
+//     heads g and g + 8 of a tile and two samples in eight.
+//  3. The first time r = max(0, x) and d = x - shift give the sums of d, r, d d and d r, and these
 //     give means, centred moments and the slope p = Sxr / Sxx. The shift is the mean of the first
 //     8 samples (4, 2 or 1 where there are fewer): exact where x is constant, so that d is 0 and
 //     the slope too; and no farther from the mean than 4 standard deviations, whatever x.
-//     Then the rms of r - p x - (mean r - p mean x). A lane sums its samples in order, then the
-//     four lanes of a head add up.
+//     The second time the rms of r - p x - (mean r - p mean x). A lane sums its samples in order,
+//     then the four lanes of a head add up.
 //  4. From that or from the head alone, what the head is worth; and w p.
 //  5. A warp takes a query: chooses its heads, unless they were given, and sums the residual row
 //     over the other heads, ascending. Where keys are e4m3 the row is rounded with scale
@@ -43,15 +44,13 @@ struct Arguments {
   std::uint8_t fixed[kMaxHeads];  // Router::fixed: the heads, ascending
 };
 
-constexpr int kSampleTiles = kMaxSamples / kTileKeys;
-
 // Four elements a lane make a key; fewer lanes do where D = 64.
 constexpr int kLaneElements = 4;
 
 // Keys in flight a warp while the samples are loaded: all of them.
 constexpr int kBatch = static_cast<int>(kMaxSamples) / kWarps;
 
-// Tiles of heads that a warp multiplies at once: x takes 64 registers a tile, operands 32 a part.
+// Tiles of heads that a warp multiplies at once: operands take 32 registers a tile and part.
 template <DType type>
 constexpr int kTilesOf = type == DType::f32 ? 1 : 2;
 
@@ -135,6 +134,41 @@ struct Fit {
   float rms[tiles][2];
 };
 
+// visit(first, one, x), 8 samples at a time: x[m][half][e] is of sample first + 2c + e and head g
+// (half 0) or g + 8 of tile m. one[e] is 1, or 0 where the sample is not below `count`; x is 0
+// there.
+template <int key_parts, DType type, bool fp16, int dim, int tiles, class Visit>
+__device__ void visit_products(const SampleShared& shared, const SampleRow<dim>* rows,
+                               const HeadRows<type, fp16, dim, tiles>& heads, int count,
+                               const Visit& visit) {
+  const int c = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll 1
+  for (int pass = 0; pass < count; pass += kPair * kTileKeys) {
+    float products[kPair][tiles][4] = {};
+    add_products<key_parts>(heads, rows[pass], static_cast<int>(kMaxSamples) * operand_pitch(dim),
+                            products);
+#pragma unroll
+    for (int i = 0; i < kPair; ++i) {
+      const int first = pass + i * kTileKeys;
+      const float2 scales = *reinterpret_cast<const float2*>(&shared.scale[first + 2 * c]);
+      const float scale[2] = {scales.x, scales.y};
+      float one[2];
+      float x[tiles][2][2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool valid = first + 2 * c + e < count;
+        one[e] = valid ? 1 : 0;
+#pragma unroll
+        for (int k = 0; k < tiles * 2; ++k) {
+          const float product = products[i][k / 2][k % 2 * 2 + e] * scale[e];
+          x[k / 2][k % 2][e] = valid ? product : 0;
+        }
+      }
+      visit(first, one, x);
+    }
+  }
+}
+
 // Steps 2 and 3. `linear` says that the rest of the linear fit is wanted, else that of the mean:
 // the standard deviation of r.
 template <int key_parts, DType type, bool fp16, int dim, int tiles>
@@ -142,30 +176,20 @@ __device__ Fit<tiles> fit(const SampleShared& shared, const SampleRow<dim>* rows
                           const HeadRows<type, fp16, dim, tiles>& heads, int count, bool linear) {
   const int c = static_cast<int>(threadIdx.x) % 4;
   const int shift_count = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-  float x[kSampleTiles / kPair][kPair][tiles][4];
+  const float shift_factor = 1 / static_cast<float>(shift_count);
   float shift[tiles][2];
   float sum_d[tiles][2] = {};
   float sum_r[tiles][2] = {};
   float sum_dd[tiles][2] = {};
   float sum_dr[tiles][2] = {};
+  const auto add_moments = [&](int first, const float(&one)[2], const float(&x)[tiles][2][2]) {
+    if (first == 0) {
 #pragma unroll
-  for (int i = 0; i < kSampleTiles; ++i) {
-    float(&products)[kPair][tiles][4] = x[i / kPair];
-    if (i % kPair == 0) {
-#pragma unroll
-      for (int k = 0; k < kPair * tiles * 4; ++k) {
-        products[k / (tiles * 4)][k / 4 % tiles][k % 4] = 0;
+      for (int k = 0; k < tiles * 2; ++k) {
+        float sum = 2 * c < shift_count ? x[k / 2][k % 2][0] : 0;
+        sum += 2 * c + 1 < shift_count ? x[k / 2][k % 2][1] : 0;
+        shift[k / 2][k % 2] = sum_of_four(sum) * shift_factor;
       }
-      add_products<key_parts>(heads, rows[i * kTileKeys],
-                              static_cast<int>(kMaxSamples) * operand_pitch(dim), products);
-    }
-    const float2 scales = *reinterpret_cast<const float2*>(&shared.scale[i * kTileKeys + 2 * c]);
-    bool valid[2];
-    float one[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      valid[e] = i * kTileKeys + 2 * c + e < count;
-      one[e] = valid[e] ? 1 : 0;
     }
 #pragma unroll
     for (int m = 0; m < tiles; ++m) {
@@ -173,19 +197,8 @@ __device__ Fit<tiles> fit(const SampleShared& shared, const SampleRow<dim>* rows
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float& element = products[i % kPair][m][2 * half + e];
-          element = valid[e] ? element * (e == 0 ? scales.x : scales.y) : 0;
-        }
-        if (i == 0) {
-          float sum = 2 * c < shift_count ? products[0][m][2 * half] : 0;
-          sum += 2 * c + 1 < shift_count ? products[0][m][2 * half + 1] : 0;
-          shift[m][half] = sum_of_four(sum) / static_cast<float>(shift_count);
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float element = products[i % kPair][m][2 * half + e];
-          const float d = __fmaf_rn(-shift[m][half], one[e], element);
-          const float r = max_nan(element, 0);
+          const float d = __fmaf_rn(-shift[m][half], one[e], x[m][half][e]);
+          const float r = max_nan(x[m][half][e], 0);
           sum_d[m][half] += d;
           sum_r[m][half] += r;
           sum_dd[m][half] = __fmaf_rn(d, d, sum_dd[m][half]);
@@ -193,7 +206,8 @@ __device__ Fit<tiles> fit(const SampleShared& shared, const SampleRow<dim>* rows
         }
       }
     }
-  }
+  };
+  visit_products<key_parts>(shared, rows, heads, count, add_moments);
 
   const auto n = static_cast<float>(count);
   Fit<tiles> result;
@@ -217,23 +231,22 @@ __device__ Fit<tiles> fit(const SampleShared& shared, const SampleRow<dim>* rows
   }
 
   float sum_ee[tiles][2] = {};
+  const auto add_squares = [&](int, const float(&one)[2], const float(&x)[tiles][2][2]) {
 #pragma unroll
-  for (int i = 0; i < kSampleTiles; ++i) {
+    for (int m = 0; m < tiles; ++m) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float one = i * kTileKeys + 2 * c + e < count ? 1 : 0;
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int m = 0; m < tiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float element = x[i / kPair][i % kPair][m][2 * half + e];
+        for (int e = 0; e < 2; ++e) {
+          const float element = x[m][half][e];
           const float above = __fmaf_rn(-slope[m][half], element, max_nan(element, 0));
-          const float rest = __fmaf_rn(-intercept[m][half], one, above);
+          const float rest = __fmaf_rn(-intercept[m][half], one[e], above);
           sum_ee[m][half] = __fmaf_rn(rest, rest, sum_ee[m][half]);
         }
       }
     }
-  }
+  };
+  visit_products<key_parts>(shared, rows, heads, count, add_squares);
 #pragma unroll
   for (int m = 0; m < tiles; ++m) {
 #pragma unroll
@@ -463,7 +476,7 @@ __device__ void finish(SampleShared& shared, const Arguments& arguments, std::in
 }
 
 template <int key_parts, DType type, bool fp16, int dim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     sampled_kernel(const __grid_constant__ Arguments arguments) {
   constexpr int kHeads = kTilesOf<type> * kTileHeads;
   extern __shared__ __align__(16) std::byte memory[];
@@ -538,14 +551,16 @@ void launch(const Arguments& arguments, cudaStream_t stream) {
   }
 }
 
-// Consecutive queries for a block of threads: as many as leave no SM without.
+// Consecutive queries for a block of threads: as many as leave no SM with fewer blocks than it
+// holds.
 int queries_of_block(std::int64_t tokens) {
   int device = 0;
   int sms = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
-  return static_cast<int>(std::clamp<std::int64_t>((tokens + sms - 1) / sms, 1, kQueries));
+  const std::int64_t blocks = std::int64_t{sms} * kBlocksPerSm;
+  return static_cast<int>(std::clamp<std::int64_t>((tokens + blocks - 1) / blocks, 1, kQueries));
 }
 
 }  // namespace
