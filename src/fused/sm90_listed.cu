@@ -23,6 +23,7 @@
 #include "fused/listed.hpp"
 #include "fused/scores.cuh"
 #include "fused/sm90_config.cuh"
+#include "misa/types.hpp"
 
 namespace misa::cuda::fused {
 namespace {
@@ -37,6 +38,8 @@ static_assert(kGroupThreads == 2 * kMaxRows, "two threads load a row");
 // Threads that gather a key, and keys that a thread gathers a part of.
 constexpr int kChunks = kDim / 16;
 constexpr int kOwnKeys = kTile * kChunks / kGroupThreads;
+constexpr int kRowStep = kTile / kOwnKeys;  // from one of them to the next
+static_assert(kPageSize % kTile == 0, "blocks are whole pages");
 
 // Three tiles under way in each of five blocks cover the latency of L2 several times; five blocks
 // are what registers and shared memory have room for, and one waits while another adds.
@@ -95,6 +98,13 @@ __device__ void load_query(const Arguments& arguments, std::int64_t t, ListedSha
   }
 }
 
+// clipped(x), or clipped(-x) if the factor is -kClip.
+__device__ float clipped(float x, float factor) {
+  float y;
+  asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(factor));
+  return y;
+}
+
 // Step 2 for a thread: parts of the keys thread / 8 + 16 i of every tile.
 class Gather {
  public:
@@ -103,24 +113,24 @@ class Gather {
       : arguments_(arguments),
         list_(arguments.columns.list + t * arguments.columns.width),
         range_(range),
-        length_(length),
+        length_(static_cast<std::uint32_t>(length)),
+        block_(static_cast<std::uint32_t>(arguments.columns.block)),
         row_(static_cast<int>(threadIdx.x) / kChunks),
         chunk_(static_cast<int>(threadIdx.x) % kChunks) {}
 
-  // Looks up the keys of a tile; -1 where there is none.
+  // Looks up a tile. What comes is not touched before `copy`, so that no thread waits for it. A
+  // block's size is a multiple of the tile's, so all of a tile stands in one block.
   __device__ void find(std::int32_t tile) {
-    const auto block = static_cast<std::uint32_t>(arguments_.columns.block);
+    const std::uint32_t first = static_cast<std::uint32_t>(tile) * kTile;
+    if (block_ == 1) {
 #pragma unroll
-    for (int i = 0; i < kOwnKeys; ++i) {
-      const std::uint32_t column = tile * kTile + row_ + i * (kTile / kOwnKeys);
-      std::int32_t position = -1;
-      if (column < static_cast<std::uint32_t>(length_)) {
-        position = block == 1
-                       ? list_[column]
-                       : static_cast<std::int32_t>(list_[column / block] * block + column % block);
+      for (int i = 0; i < kOwnKeys; ++i) {
+        const std::uint32_t column = first + row_ + i * kRowStep;
+        entries_[i] = column < length_ ? __ldg(list_ + column) : -1;
       }
-      const bool seen = position >= 0 && position < range_.length;
-      found_[i] = seen ? range_.start + position : -1;
+    } else {
+      entries_[0] = first < length_ ? __ldg(list_ + first / block_) : -1;
+      offset_ = static_cast<std::int32_t>(first % block_) + row_;
     }
   }
 
@@ -129,9 +139,12 @@ class Gather {
     const Keys& k = arguments_.problem.k;
 #pragma unroll
     for (int i = 0; i < kOwnKeys; ++i) {
-      const int row = row_ + i * (kTile / kOwnKeys);
-      const bool there = found_[i] >= 0;
-      const std::int64_t key = max(found_[i], 0);
+      const int row = row_ + i * kRowStep;
+      const std::int32_t position =
+          block_ == 1 ? entries_[i]
+                      : entries_[0] * static_cast<std::int32_t>(block_) + offset_ + i * kRowStep;
+      const bool there = position >= 0 && position < range_.length;
+      const std::int64_t key = there ? range_.start + position : 0;
       const auto* source = static_cast<const std::uint8_t*>(k.data) + key * k.stride;
       copy_16_or_zero(keys + row * kDim + (chunk_ ^ row % 8) * 16, source + chunk_ * 16, there);
       if (chunk_ == 0) {
@@ -144,10 +157,12 @@ class Gather {
   const Arguments& arguments_;
   const std::int32_t* list_;
   Range range_;
-  std::int32_t length_;
+  std::uint32_t length_;
+  std::uint32_t block_;
   int row_;
   int chunk_;
-  std::int32_t found_[kOwnKeys] = {};
+  std::int32_t offset_ = 0;  // of the thread's first key in its block
+  std::int32_t entries_[kOwnKeys] = {};
 };
 
 template <bool residual>
@@ -217,7 +232,7 @@ __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& x = sums[i / 2 * 4 + 2 * r + i % 2];
-        const float clip = clipped(copysignf(1.0F, scales[r]) * x);
+        const float clip = clipped(x, copysignf(kClip, scales[r]));
         const bool linear = residual && i == kOwnRows - 1 && lane % kQuad == kQuad - 1;
         x = linear ? copysignf(1.0F, scales[r]) * x : clip;
       }
