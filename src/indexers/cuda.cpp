@@ -6,7 +6,8 @@
 //  4. select  the top k of each row; or the top m, whose scores over all heads are then
 //  5. rerank  [slab, m], of which the top k are selected
 //
-// Where the device has fused kernels for the shape, they do 3 and 4 at once (Slab::fused).
+// Where the device has kernels of src/fused for the shape, those score, and do 3 and 4 at once
+// unless blocks were filtered (Slab::fused).
 //
 // How queries are cut into slabs never changes a result.
 #include "indexers/cuda.hpp"
@@ -19,6 +20,7 @@
 #include <numeric>
 
 #include "cuda/stages.hpp"
+#include "fused/listed.hpp"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"
 #include "misa/cuda.hpp"
@@ -31,6 +33,9 @@
 
 namespace misa::cuda {
 namespace {
+
+// No limit to a row's length.
+constexpr std::int32_t kAll = std::numeric_limits<std::int32_t>::max();
 
 // More queries at once only add memory: these are 128 groups of 32 for each tile of keys.
 constexpr std::int64_t kMaxSlab = 4096;
@@ -65,7 +70,9 @@ struct Needs {
   bool reranked;
   bool routed;           // the first scores are those of routed heads
   bool linear;           // and of a residual row
-  bool fused;            // the first scores are selected from as they are made
+  bool fp8;              // the first scores come from the kernels of src/fused
+  bool fused;            // and are selected from as they are made
+  bool rerank_fp8;       // the last ones come from there
   std::int32_t heads;    // of the first scores
   std::int64_t columns;  // of the first scores
   std::int32_t keep;     // of them
@@ -82,18 +89,18 @@ struct Needs {
     linear = routed && config.residual && config.heads < all;
     heads = routed ? config.heads : all;
     keep = reranked ? config.candidates : config.top_k;
-    // Fused scores have bits of their own. So wherever a plan for longer rows would take the scores
-    // that it returns from the generic kernels, so does this one: with a filter, and re-ranked.
-    fused = device.fused && shape.q_dtype == DType::e4m3 && shape.k_dtype == DType::e4m3 &&
-            shape.dim == fused::kDim && heads + linear <= fused::kMaxRows &&
-            config.filter_block == 0 && (config.candidates == 0 || reranked);
+    // Those kernels have bits of their own: whether they score must not hang on lengths.
+    const bool takes = device.fused && shape.q_dtype == DType::e4m3 &&
+                       shape.k_dtype == DType::e4m3 && shape.dim == fused::kDim;
+    fp8 = takes && heads + linear <= fused::kMaxRows;
+    fused = fp8 && !filtered;
+    rerank_fp8 = takes && reranked && all <= fused::kMaxRows;
   }
 };
 
 // What fused scoring keeps.
 struct FusedMemory {
   fused::Layout layout{};
-  float* scales = nullptr;         // of all keys of a call
   float* sample_scales = nullptr;  // of those that are samples
   float* samples = nullptr;
   float* bounds = nullptr;
@@ -107,7 +114,6 @@ struct FusedMemory {
               Bump& bump) {
     layout = fused::layout({slab.tokens, std::max<std::int64_t>(total_keys, 1), slab.max_keys,
                             needs.heads + needs.linear, needs.keep, device.processors});
-    scales = bump.take<float>(fused::scales(total_keys));
     sample_scales = bump.take<float>(fused::scales(layout.samples));
     samples = bump.take<float>(slab.tokens * layout.samples);
     bounds = bump.take<float>(slab.tokens);
@@ -120,13 +126,6 @@ struct FusedMemory {
                   layout.capacity};
     misses = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1)};
   }
-
-  // Once a call: which of its keys are samples, and the scales of all.
-  void prepare(const Keys& keys, cudaStream_t stream) {
-    layout.samples = (keys.tokens + layout.sample_stride - 1) / layout.sample_stride;
-    fused::launch_scales(keys, keys.tokens, 1, scales, stream);
-    fused::launch_scales(keys, layout.samples, layout.sample_stride, sample_scales, stream);
-  }
 };
 
 // The workspace of a slab.
@@ -135,6 +134,7 @@ struct Memory {
   std::int32_t* blocks = nullptr;
   std::span<std::byte> route;
   std::span<std::byte> filter;
+  float* scales = nullptr;  // of all keys of a call, as the kernels of src/fused want them
   FusedMemory fused;
   score::Rows rows{};
   score::Rows all_rows{};
@@ -163,21 +163,38 @@ struct Memory {
       blocks = bump.take<std::int32_t>(queries * config.filter_blocks);
       filter = bump.take_bytes(filter::workspace_bytes(config, slab, total_keys));
     }
+    if (needs.fp8 || needs.rerank_fp8) {
+      scales = bump.take<float>(fused::scales(total_keys));
+    }
+    if (!needs.fp8) {
+      rows = score::rows_for(slab, needs.heads, needs.linear);
+      take_rows(rows, queries, bump);
+    }
     if (needs.fused) {
       fused = FusedMemory(needs, slab, total_keys, device, bump);
     } else {
-      rows = score::rows_for(slab, needs.heads, needs.linear);
-      take_rows(rows, queries, bump);
       scores = {bump.take<float>(queries * needs.columns), needs.columns};
       lengths = bump.take<std::int32_t>(queries);
     }
     chosen = bump.take<std::int32_t>(queries * config.top_k);
     if (needs.reranked) {
-      all_rows = score::rows_for(slab, all, false);
-      take_rows(all_rows, queries, bump);
+      if (!needs.rerank_fp8) {
+        all_rows = score::rows_for(slab, all, false);
+        take_rows(all_rows, queries, bump);
+      }
       candidates = bump.take<std::int32_t>(queries * needs.keep);
       candidate_scores = {bump.take<float>(queries * needs.keep), needs.keep};
       candidate_lengths = bump.take<std::int32_t>(queries);
+    }
+  }
+
+  // Once a call: which of its keys are samples, and the scales.
+  void prepare(const Needs& needs, const Keys& keys, cudaStream_t stream) {
+    fused::launch_scales(keys, keys.tokens, 1, scales, stream);
+    if (needs.fused) {
+      fused::Layout& layout = fused.layout;
+      layout.samples = (keys.tokens + layout.sample_stride - 1) / layout.sample_stride;
+      fused::launch_scales(keys, layout.samples, layout.sample_stride, fused.sample_scales, stream);
     }
   }
 
@@ -250,12 +267,23 @@ class Slab {
     // A row that is selected whole is scored only to report its scores.
     const std::int32_t whole = out.scores == nullptr ? config_.top_k : 0;
     const TopK first = needs_.reranked ? TopK{memory_.candidates, nullptr} : out;
+    const fused::Rows rows{needs_.routed ? memory_.routing.heads : nullptr, needs_.heads,
+                           needs_.linear ? memory_.routing.rounded : nullptr,
+                           memory_.routing.rounded_scale};
     if (needs_.fused) {
-      fused(first);
+      fused(rows, first);
     } else {
       stages_.enter("score");
-      score(needs_.routed ? &memory_.routing : nullptr, memory_.rows, columns,
-            needs_.reranked ? needs_.keep : whole, memory_.scores);
+      rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, kAll, memory_.lengths,
+                             stream_);
+      const std::int32_t unscored = needs_.reranked ? needs_.keep : whole;
+      if (needs_.fp8) {
+        fused::launch_listed(problem_, rows, columns, memory_.lengths, unscored, memory_.scales,
+                             memory_.scores, stream_);
+      } else {
+        score(needs_.routed ? &memory_.routing : nullptr, memory_.rows, columns, unscored,
+              memory_.scores);
+      }
       select(columns, memory_.scores, memory_.lengths, needs_.keep, first);
     }
     if (!needs_.reranked) {
@@ -263,22 +291,25 @@ class Slab {
     }
     stages_.enter("rerank");
     const Columns kept{memory_.candidates, needs_.keep, 1};
-    score(nullptr, memory_.all_rows, kept, whole, memory_.candidate_scores);
     rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, needs_.keep,
                            memory_.candidate_lengths, stream_);
-    select_columns(kept, memory_.candidate_scores, memory_.candidate_lengths, config_.top_k, out);
+    if (needs_.rerank_fp8) {
+      fused::launch_listed(
+          problem_, {nullptr, static_cast<int>(problem_.q.heads), nullptr, nullptr}, kept,
+          memory_.candidate_lengths, whole, memory_.scales, memory_.candidate_scores, stream_);
+    } else {
+      score(nullptr, memory_.all_rows, kept, whole, memory_.candidate_scores);
+    }
+    select(kept, memory_.candidate_scores, memory_.candidate_lengths, config_.top_k, out);
   }
 
  private:
   // Steps 3 and 4: a bound from sampled scores, the scores above it, the best of them; then, from
   // all their scores, the rows whose bound misled.
-  void fused(const TopK& out) const {
+  void fused(const fused::Rows& rows, const TopK& out) const {
     const FusedMemory& memory = memory_.fused;
     const Keys& keys = problem_.k;
     const std::int64_t queries = problem_.q.tokens;
-    const fused::Rows rows{needs_.routed ? memory_.routing.heads : nullptr, needs_.heads,
-                           needs_.linear ? memory_.routing.rounded : nullptr,
-                           memory_.routing.rounded_scale};
     const fused::Layout& layout = memory.layout;
     stages_.enter("samples");
     fused::launch_samples(problem_, rows, layout, memory.sample_scales, memory.samples, stream_);
@@ -286,13 +317,13 @@ class Slab {
     select::launch_threshold({memory.samples, layout.samples, layout.samples}, keys, queries,
                              needs_.keep, memory.bounds, memory.misses, stream_);
     stages_.enter("candidates");
-    fused::launch_candidates(problem_, rows, layout, memory.scales, memory.bounds,
+    fused::launch_candidates(problem_, rows, layout, memory_.scales, memory.bounds,
                              memory.candidates, stream_);
     stages_.enter("survivors");
     select::launch_survivors(memory.candidates, keys, queries, needs_.keep, out, memory.misses,
                              stream_);
     stages_.enter("missed");
-    fused::launch_missed(problem_, rows, memory.scales, memory.misses, needs_.keep, out,
+    fused::launch_missed(problem_, rows, memory_.scales, memory.misses, needs_.keep, out,
                          memory.missed_scores, stream_);
   }
 
@@ -302,15 +333,8 @@ class Slab {
     score::launch_generic(problem_, rows, columns, unscored, scores, stream_);
   }
 
-  void select(const Columns& columns, const Scores& scores, std::int32_t* lengths,
+  void select(const Columns& columns, const Scores& scores, const std::int32_t* lengths,
               std::int32_t count, const TopK& out) const {
-    constexpr std::int32_t kAll = std::numeric_limits<std::int32_t>::max();
-    rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, kAll, lengths, stream_);
-    select_columns(columns, scores, lengths, count, out);
-  }
-
-  void select_columns(const Columns& columns, const Scores& scores, const std::int32_t* lengths,
-                      std::int32_t count, const TopK& out) const {
     stages_.enter("select");
     const Logits logits{scores.data, problem_.q.tokens, scores.columns, scores.columns, lengths};
     select::launch_generic(logits, count, out, stream_);
@@ -345,7 +369,7 @@ Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_k
                               kMaxTopK, wanted));
     }
   }
-  if (needs.fused && total_keys > fused::kMaxKeys) {
+  if ((needs.fp8 || needs.rerank_fp8) && total_keys > fused::kMaxKeys) {
     throw Error(ErrorCode::unsupported,
                 fmt::format("total_keys: expected at most {} of e4m3 on this backend, got {}",
                             fused::kMaxKeys, total_keys));
@@ -378,9 +402,9 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
   Stages stages;
   Bump bump(workspace);
   Memory memory(config_, slab_, total_keys_, device_, bump);
-  if (needs.fused) {
+  if (needs.fp8 || needs.rerank_fp8) {
     stages.enter("scales");
-    memory.fused.prepare(problem.k, on);
+    memory.prepare(needs, problem.k, on);
   }
   for (std::int64_t first = 0; first < problem.q.tokens; first += slab_.tokens) {
     const std::int64_t count = std::min(slab_.tokens, problem.q.tokens - first);

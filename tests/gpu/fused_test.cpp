@@ -29,17 +29,30 @@ PackSpec spec_of(std::vector<SequenceSpec> sequences, std::int64_t heads) {
   return spec;
 }
 
-// The one-stage indexers, whose scores the fused kernels return, and one that re-ranks.
+// Keeps as many blocks as `positions` take.
+NamedConfig filtered(NamedConfig named, int positions) {
+  constexpr int kBlock = 64;
+  named.name += " filtered";
+  named.config.filter_block = kBlock;
+  named.config.filter_blocks = (positions + kBlock - 1) / kBlock;
+  return named;
+}
+
+// Which all score fused, and which score listed keys: of kept blocks, or re-ranked.
 std::vector<NamedConfig> configs(int top_k, int heads) {
-  return {{"dsa", IndexerConfig::dsa(top_k)},
+  const NamedConfig dsa{"dsa", IndexerConfig::dsa(top_k)};
+  const NamedConfig misa_r{"misa-r", IndexerConfig::misa_r(top_k, heads)};
+  return {dsa,
           {"misa", IndexerConfig::misa(top_k, heads)},
-          {"misa-r", IndexerConfig::misa_r(top_k, heads)},
-          {"misa-r re-ranked", IndexerConfig::misa_r(top_k, heads, 2 * top_k)}};
+          misa_r,
+          {"misa-r re-ranked", IndexerConfig::misa_r(top_k, heads, 2 * top_k)},
+          filtered(dsa, 4 * top_k),
+          filtered(misa_r, 4 * top_k)};
 }
 
 class Fused : public EachCudaBackend {
  protected:
-  // What the fused kernels return. (Judging a re-rank of long rows takes n^2 comparisons.)
+  // What one stage of scores returns. (Judging a re-rank of long rows takes n^2 comparisons.)
   void expect_valid(const Pack& pack, const std::string& what) const {
     const RaggedInputs inputs(pack);
     for (const NamedConfig& named : configs(kTopK, 2)) {
@@ -71,6 +84,7 @@ TEST_P(Fused, MatchesTheReferenceAroundEveryTile) {
           << named.name << ", " << heads << " heads, " << named.config.heads << " routed";
     };
     judge({"dsa", IndexerConfig::dsa(kTopK)});
+    judge(filtered({"dsa", IndexerConfig::dsa(kTopK)}, 4 * kTopK));
     // Alone and with a residual row: a part, and all, of the rows that each kernel is built for.
     for (const int routed : {3, 7, 15, 31, 33}) {
       for (const NamedConfig& named : configs(kTopK, routed)) {
@@ -105,12 +119,40 @@ TEST_P(Fused, EveryHeadRoutedIsDsa) {
   for (const int heads : {4, 16, 64}) {
     const RaggedInputs inputs(make_pack(spec_of({{kLong, 65}, {50, 3}, {2000, 20}}, heads)));
     const Selected dsa = run(context(), IndexerConfig::dsa(kTopK), inputs);
-    for (NamedConfig& named : configs(kTopK, heads)) {
-      if (named.config.router != Router::all && named.config.candidates == 0) {
+    for (const NamedConfig& named : configs(kTopK, heads)) {
+      const bool whole = named.config.candidates == 0 && named.config.filter_block == 0;
+      if (named.config.router != Router::all && whole) {
         const Selected routed = run(context(), named.config, inputs);
         EXPECT_EQ(routed.indices, dsa.indices) << named.name << ", " << heads << " heads";
         EXPECT_EQ(routed.scores, dsa.scores) << named.name << ", " << heads << " heads";
       }
+    }
+  }
+}
+
+// Rows that are candidates as a whole, beside a longer one, so that all are re-ranked.
+TEST_P(Fused, SmokeEveryPositionReRankedIsDsa) {
+  for (const int heads : {5, 64}) {
+    const RaggedInputs inputs(make_pack(spec_of({{3000, 2}, {130, 2}, {700, 65}}, heads)));
+    const Rows shorter{2, 67};
+    const Selected dsa = run(context(), IndexerConfig::dsa(kTopK), inputs);
+    const Selected ranked = run(context(), IndexerConfig::misa_r(kTopK, 3, 700), inputs);
+    EXPECT_EQ(slice(ranked, shorter).indices, slice(dsa, shorter).indices) << heads << " heads";
+    EXPECT_EQ(slice(ranked, shorter).scores, slice(dsa, shorter).scores) << heads << " heads";
+  }
+}
+
+// The same of rows whose blocks are all kept.
+TEST_P(Fused, SmokeEveryBlockKeptIsNoFilter) {
+  for (const int heads : {5, 64}) {
+    const RaggedInputs inputs(make_pack(spec_of({{3000, 2}, {130, 2}, {700, 65}}, heads)));
+    const Rows shorter{2, 67};
+    for (const NamedConfig& named : {NamedConfig{"dsa", IndexerConfig::dsa(kTopK)},
+                                     NamedConfig{"misa", IndexerConfig::misa(kTopK, 3)},
+                                     NamedConfig{"misa-r", IndexerConfig::misa_r(kTopK, 3)}}) {
+      EXPECT_TRUE(same_bits(slice(run(context(), filtered(named, 700).config, inputs), shorter),
+                            slice(run(context(), named.config, inputs), shorter)))
+          << named.name << ", " << heads << " heads";
     }
   }
 }

@@ -345,9 +345,9 @@ Arithmetic arithmetic_of(std::string_view backend, const IndexerConfig& config, 
   const bool linear = config.residual && config.heads < q.heads;
   const std::int64_t rows =
       config.router == Router::all ? q.heads : config.heads + (linear ? 1 : 0);
-  const bool fused = backend == "cuda-sm90" && q.dtype == DType::e4m3 && k_dtype == DType::e4m3 &&
-                     q.dim == 128 && rows <= 64 && config.filter_block == 0;
-  return {fused ? kFp8 : kBf16, kBf16, kBf16};
+  const bool fp8 =
+      backend == "cuda-sm90" && q.dtype == DType::e4m3 && k_dtype == DType::e4m3 && q.dim == 128;
+  return {fp8 && rows <= 64 ? kFp8 : kBf16, fp8 && q.heads <= 64 ? kFp8 : kBf16, kBf16};
 }
 
 BoundedRow bounded_row(const Problem& problem, std::int64_t t, const Arithmetic& arithmetic) {

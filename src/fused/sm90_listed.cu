@@ -1,0 +1,292 @@
+// Scores of listed keys, a query a block; blocks share a query's tiles of 64 keys where there are
+// few queries.
+//
+//  1. The query's rows become the B operand, heads 16 c … 16 c + 15 in the columns that lane c of a
+//     quad holds, the residual row last of all.
+//  2. Keys are gathered 16 bytes a thread into tiles of shared memory, kListedStages - 1 ahead;
+//  their
+//     places in the list are read one tile earlier.
+//  3. A product of 64 keys and 64 rows leaves 16 dot products of each of two keys in a thread.
+//  4. Lane after lane of a quad adds its 16 to the sum that the lane before it came to: rows in
+//     order, as in the fused kernels, where one thread holds all rows. That costs four times the
+//     additions, which find room while keys come from L2: 8 KB a tile, at some 24 bytes a cycle and
+//     SM, take longer than all arithmetic.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cuda/ptx>
+
+#include "cuda/check.cuh"
+#include "cuda/range.cuh"
+#include "device/gather.cuh"
+#include "device/wgmma.cuh"
+#include "fused/listed.hpp"
+#include "fused/scores.cuh"
+#include "fused/sm90_config.cuh"
+#include "misa/types.hpp"
+
+namespace misa::cuda::fused {
+namespace {
+
+namespace ptx = ::cuda::ptx;
+
+constexpr int kTile = kProductKeys;
+constexpr int kQuad = 4;
+constexpr int kOwnRows = kMaxRows / kQuad;
+static_assert(kGroupThreads == 2 * kMaxRows, "two threads load a row");
+
+// Threads that gather a key, and keys that a thread gathers a part of.
+constexpr int kChunks = kDim / 16;
+constexpr int kOwnKeys = kTile * kChunks / kGroupThreads;
+constexpr int kRowStep = kTile / kOwnKeys;  // from one of them to the next
+static_assert(kPageSize % kTile == 0, "blocks are whole pages");
+
+// Three tiles under way in each of five blocks cover the latency of L2 several times; five blocks
+// are what registers and shared memory have room for, and one waits while another adds.
+constexpr int kListedStages = 4;
+constexpr int kListedBlocks = 5;
+
+struct ListedShared {
+  alignas(1024) std::uint8_t keys[kListedStages][kTile * kDim];
+  alignas(1024) std::uint8_t rows[kMaxRows * kDim];
+  float scales[kListedStages][kTile];
+  float weights[kMaxRows];
+};
+static_assert(kListedBlocks * (sizeof(ListedShared) + 1024) <= 227 * 1024);
+
+struct Arguments {
+  Problem problem;
+  Rows rows;
+  cuda::Columns columns;
+  const std::int32_t* lengths;
+  std::int32_t unscored;
+  const float* scales;
+  Scores scores;
+};
+
+// Step 1. Weights of rows that are clipped make up for kClip; a NaN comes with the weight.
+__device__ void load_query(const Arguments& arguments, std::int64_t t, ListedShared& shared) {
+  const auto& [q, w, k] = arguments.problem;
+  const Rows& rows = arguments.rows;
+  const int column = static_cast<int>(threadIdx.x) / 2;
+  const int first_chunk = static_cast<int>(threadIdx.x) % 2 * (kChunks / 2);
+  const int slot = column % 8 / 2 * kOwnRows + column / 8 * 2 + column % 2;
+  const std::uint8_t* source = nullptr;
+  float weight = 0;
+  if (slot < rows.head_count) {
+    const std::int32_t head = rows.heads == nullptr ? slot : rows.heads[t * rows.head_count + slot];
+    if (head >= 0) {
+      source = static_cast<const std::uint8_t*>(q.data) + t * q.token_stride + head * q.head_stride;
+      weight = w.data[t * w.token_stride + head] / kClip;
+    }
+  } else if (rows.residual != nullptr && slot == kMaxRows - 1) {
+    source = rows.residual + t * kDim;
+    weight = rows.residual_scale[t];
+  }
+  bool nan = false;
+#pragma unroll
+  for (int i = 0; i < kChunks / 2; ++i) {
+    const int chunk = first_chunk + i;
+    const uint4 bytes = source == nullptr ? make_uint4(0, 0, 0, 0)
+                                          : __ldg(reinterpret_cast<const uint4*>(source) + chunk);
+    *reinterpret_cast<uint4*>(shared.rows + column * kDim + (chunk ^ column % 8) * 16) = bytes;
+    nan = nan || any_nan(bytes);
+  }
+  nan = __shfl_xor_sync(kWarp, static_cast<int>(nan), 1) != 0 || nan;
+  if (first_chunk == 0) {
+    shared.weights[column] = nan ? std::numeric_limits<float>::quiet_NaN() : weight;
+  }
+}
+
+// clipped(x), or clipped(-x) if the factor is -kClip.
+__device__ float clipped(float x, float factor) {
+  float y;
+  asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(factor));
+  return y;
+}
+
+// Step 2 for a thread: parts of the keys thread / 8 + 16 i of every tile.
+class Gather {
+ public:
+  __device__ Gather(const Arguments& arguments, std::int64_t t, const Range& range,
+                    std::int32_t length)
+      : arguments_(arguments),
+        list_(arguments.columns.list + t * arguments.columns.width),
+        range_(range),
+        length_(static_cast<std::uint32_t>(length)),
+        block_(static_cast<std::uint32_t>(arguments.columns.block)),
+        row_(static_cast<int>(threadIdx.x) / kChunks),
+        chunk_(static_cast<int>(threadIdx.x) % kChunks) {}
+
+  // Looks up a tile. What comes is not touched before `copy`, so that no thread waits for it. A
+  // block's size is a multiple of the tile's, so all of a tile stands in one block.
+  __device__ void find(std::int32_t tile) {
+    const std::uint32_t first = static_cast<std::uint32_t>(tile) * kTile;
+    if (block_ == 1) {
+#pragma unroll
+      for (int i = 0; i < kOwnKeys; ++i) {
+        const std::uint32_t column = first + row_ + i * kRowStep;
+        entries_[i] = column < length_ ? __ldg(list_ + column) : -1;
+      }
+    } else {
+      entries_[0] = first < length_ ? __ldg(list_ + first / block_) : -1;
+      offset_ = static_cast<std::int32_t>(first % block_) + row_;
+    }
+  }
+
+  // Starts the copies of what was looked up.
+  __device__ void copy(std::uint8_t* keys, float* scales) const {
+    const Keys& k = arguments_.problem.k;
+#pragma unroll
+    for (int i = 0; i < kOwnKeys; ++i) {
+      const int row = row_ + i * kRowStep;
+      const std::int32_t position =
+          block_ == 1 ? entries_[i]
+                      : entries_[0] * static_cast<std::int32_t>(block_) + offset_ + i * kRowStep;
+      const bool there = position >= 0 && position < range_.length;
+      const std::int64_t key = there ? range_.start + position : 0;
+      const auto* source = static_cast<const std::uint8_t*>(k.data) + key * k.stride;
+      copy_16_or_zero(keys + row * kDim + (chunk_ ^ row % 8) * 16, source + chunk_ * 16, there);
+      if (chunk_ == 0) {
+        copy_4_or_zero(scales + row, arguments_.scales + key, there);
+      }
+    }
+  }
+
+ private:
+  const Arguments& arguments_;
+  const std::int32_t* list_;
+  Range range_;
+  std::uint32_t length_;
+  std::uint32_t block_;
+  int row_;
+  int chunk_;
+  std::int32_t offset_ = 0;  // of the thread's first key in its block
+  std::int32_t entries_[kOwnKeys] = {};
+};
+
+template <bool residual>
+__global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
+    listed_kernel(const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(1024) std::uint8_t memory[];
+  ListedShared& shared = *reinterpret_cast<ListedShared*>(memory);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t t = blockIdx.x;
+  const Range range = visible(arguments.problem.k, t);
+  const auto length =
+      static_cast<std::int32_t>(min(std::int64_t{arguments.lengths[t]}, arguments.scores.columns));
+  const std::int32_t tiles = (length + kTile - 1) / kTile;
+  auto tile = static_cast<std::int32_t>(blockIdx.y);
+  const auto step = static_cast<std::int32_t>(gridDim.y);
+  if (range.length <= arguments.unscored || tile >= tiles) {
+    return;
+  }
+
+  Gather gather(arguments, t, range, length);
+  std::int32_t ahead = tile;  // the next to be copied, already looked up
+  const auto fetch = [&](int stage) {
+    if (ahead < tiles) {
+      gather.copy(shared.keys[stage], shared.scales[stage]);
+      ahead += step;
+      gather.find(ahead);
+    }
+    commit_copies();
+  };
+  gather.find(ahead);
+  for (int stage = 0; stage < kListedStages - 1; ++stage) {
+    fetch(stage);
+  }
+  load_query(arguments, t, shared);
+  __syncthreads();
+  float weights[kOwnRows];
+#pragma unroll
+  for (int i = 0; i < kOwnRows; ++i) {
+    weights[i] = shared.weights[i / 2 * 8 + lane % kQuad * 2 + i % 2];
+  }
+  const int lanes = residual ? kQuad : (arguments.rows.head_count + kOwnRows - 1) / kOwnRows;
+  const std::uint64_t rows = swizzled_tile(shared.rows);
+  const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / kQuad;
+
+  for (int stage = 0; tile < tiles; tile += step, stage = (stage + 1) % kListedStages) {
+    wait_for_copies<kListedStages - 2>();
+    ptx::fence_proxy_async(ptx::space_shared);
+    __syncthreads();  // all have the tile, and are done with the one before it
+
+    const std::uint64_t keys = swizzled_tile(shared.keys[stage]);
+    float sums[kMaxRows / 2];  // step 3
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kDim / 32; ++k) {
+      wgmma_e4m3<kMaxRows>(sums, keys + 2 * k, rows + 2 * k, k > 0);
+    }
+    wgmma_commit();
+    fetch((stage + kListedStages - 1) % kListedStages);
+    const float scales[2] = {shared.scales[stage][row], shared.scales[stage][row + 8]};
+    wgmma_wait<0>();
+    wgmma_pin(sums);
+
+    // Step 4. The sign of a scale, which is exact, goes to the products.
+    float totals[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float& x = sums[i / 2 * 4 + 2 * r + i % 2];
+        const float clip = clipped(x, copysignf(kClip, scales[r]));
+        const bool linear = residual && i == kOwnRows - 1 && lane % kQuad == kQuad - 1;
+        x = linear ? copysignf(1.0F, scales[r]) * x : clip;
+      }
+    }
+    for (int source = 0; source < lanes; ++source) {
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          totals[r] = __fmaf_rn(weights[i], sums[i / 2 * 4 + 2 * r + i % 2], totals[r]);
+        }
+      }
+#pragma unroll
+      for (float& total : totals) {
+        total = __shfl_sync(kWarp, total, source, kQuad);
+      }
+    }
+    const int own = lane % kQuad;
+    const std::int32_t column = tile * kTile + row + 8 * own;
+    if (own < 2 && column < length) {
+      const float total = own == 0 ? totals[0] : totals[1];
+      const float scale = own == 0 ? scales[0] : scales[1];
+      arguments.scores.data[t * arguments.scores.columns + column] = __fmul_rn(total, fabsf(scale));
+    }
+  }
+  wait_for_copies<0>();
+}
+
+}  // namespace
+
+void launch_listed(const Problem& problem, const Rows& rows, const cuda::Columns& columns,
+                   const std::int32_t* lengths, std::int32_t unscored, const float* scales,
+                   const Scores& scores, void* stream) {
+  int device = 0;
+  int processors = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  const auto kernel = rows.residual != nullptr ? listed_kernel<true> : listed_kernel<false>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(sizeof(ListedShared))),
+        "cudaFuncSetAttribute");
+  const std::int64_t queries = problem.q.tokens;
+  const std::int64_t tiles = (scores.columns + kTile - 1) / kTile;
+  const std::int64_t shares = std::clamp<std::int64_t>(
+      std::int64_t{kListedBlocks} * processors / queries, 1, std::max<std::int64_t>(tiles, 1));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(queries), static_cast<unsigned>(shares));
+  config.blockDim = dim3(kGroupThreads);
+  config.dynamicSmemBytes = sizeof(ListedShared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel,
+                           Arguments{problem, rows, columns, lengths, unscored, scales, scores}),
+        "cudaLaunchKernelEx");
+}
+
+}  // namespace misa::cuda::fused
