@@ -379,17 +379,6 @@ void launch(const Arguments& arguments, void* stream) {
 
 }  // namespace
 
-bool takes(const Problem& problem, int rows) {
-  const auto aligned = [](const void* data, std::int64_t stride) {
-    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 16 == 0;
-  };
-  const Queries& q = problem.q;
-  const Keys& k = problem.k;
-  return q.dtype == DType::e4m3 && k.dtype == DType::e4m3 && q.dim == kDim && rows >= 1 &&
-         rows <= kMaxRows && k.tokens <= kMaxKeys && aligned(q.data, q.token_stride) &&
-         aligned(q.data, q.head_stride) && aligned(k.data, k.stride);
-}
-
 void launch_scales(const Keys& keys, std::int64_t count, std::int64_t stride, float* scales,
                    void* stream) {
   if (count == 0) {

@@ -1,5 +1,5 @@
-// Scoring fused with the gate of selection, for Hopper: e4m3 queries and keys, D = 128, at most
-// kMaxRows rows a query. In order on a stream:
+// Scoring fused with the gate of selection, for Hopper: e4m3 queries and keys whose rows start on
+// 16 bytes, D = 128, at most kMaxRows rows a query and kMaxKeys keys. In order on a stream:
 //
 //   launch_scales      once for all keys, once for the sampled ones
 //   launch_samples     scores of the sampled keys
@@ -29,10 +29,6 @@ struct Rows {
 
   [[nodiscard]] int count() const { return head_count + (residual != nullptr ? 1 : 0); }
 };
-
-// Whether the tensors lie as the copy engine and 16-byte loads want them, and there are not too
-// many keys (2^28) or rows.
-bool takes(const Problem& problem, int rows);
 
 // The scale of keys 0, stride, 2 stride …, `count` of them, as scoring uses it: NaN where it is not
 // finite, where an element of the key is NaN, and behind the last one up to scales(count).

@@ -1,0 +1,78 @@
+// How fused scoring cuts a slab: host code, judged without a device.
+#include "fused/layout.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "cuda/problem.hpp"
+
+namespace misa::cuda::fused {
+namespace {
+
+constexpr int kProcessors = 132;  // of an H100 or H200
+
+// Every shape that a few sizes of each kind make.
+template <class Body>
+void for_each_shape(const Body& body) {
+  for (const std::int64_t tokens : {1, 63, 64, 65, 1000, 2048, 4096}) {
+    for (const std::int64_t keys : {1, 64, 129, 2048, 2049, 8192, 65536, 131072, 1 << 20}) {
+      for (const std::int64_t seen : {std::int64_t{1}, (keys + 2) / 3, keys}) {
+        for (const int rows : {1, 4, 5, 8, 9, 32, 33, 64}) {
+          for (const int top_k : {1, 512, 2048, 8192}) {
+            const Shape shape{tokens, keys, seen, rows, top_k, kProcessors};
+            SCOPED_TRACE(::testing::Message() << "T " << tokens << ", L " << keys << ", n " << seen
+                                              << ", rows " << rows << ", k " << top_k);
+            body(shape, layout(shape));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(FusedLayout, SamplesCoverTheKeys) {
+  for_each_shape([](const Shape& shape, const Layout& cut) {
+    ASSERT_GE(cut.sample_stride, 1);
+    ASSERT_EQ(cut.samples, (shape.total_keys + cut.sample_stride - 1) / cut.sample_stride);
+    ASSERT_LE(cut.samples, 2048);
+  });
+}
+
+TEST(FusedLayout, ListsHoldTheTopKOrAllThatIsSeen) {
+  for_each_shape([](const Shape& shape, const Layout& cut) {
+    ASSERT_GE(cut.splits, 1);
+    ASSERT_LE(cut.splits, 16);
+    const auto room = static_cast<std::int64_t>(cut.capacity) * cut.splits;
+    ASSERT_GE(room, std::min<std::int64_t>(shape.top_k, shape.max_keys));
+  });
+}
+
+// Splits exist to occupy processors: more than one only where blocks do not fill them evenly.
+TEST(FusedLayout, SplitsOccupyTheProcessors) {
+  const Layout one_query = layout({1, 65536, 65536, 8, 2048, kProcessors});
+  EXPECT_GT(one_query.splits, 1);
+  const Layout many = layout({64 * kProcessors, 65536, 65536, 8, 2048, kProcessors});
+  EXPECT_EQ(many.splits, 1);
+}
+
+// What a plan's default cap must hold: a slab of 2048 queries.
+TEST(FusedLayout, ASlabOfTwoThousandQueriesIsSmall) {
+  for (const std::int64_t keys : {65536, 131072}) {
+    const Layout cut = layout({2048, keys, keys, 8, 2048, kProcessors});
+    const std::int64_t bytes =
+        2048 * cut.splits * std::int64_t{cut.capacity} * std::int64_t{sizeof(Candidate)};
+    EXPECT_LE(bytes, std::int64_t{192} << 20) << keys;
+  }
+}
+
+TEST(FusedLayout, ScalesAreWholeTiles) {
+  for (const std::int64_t keys : {0, 1, 127, 128, 129, 65536}) {
+    EXPECT_GE(scales(keys), keys);
+    EXPECT_LT(scales(keys), keys + 128);
+    EXPECT_EQ(scales(keys) % 128, 0);
+  }
+}
+
+}  // namespace
+}  // namespace misa::cuda::fused
