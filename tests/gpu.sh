@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitises and benchmarks the CUDA backends on a machine with a device.
-#   tests/gpu.sh                          all of it, in build/gpu
+#   tests/gpu.sh                          all of it, in build/cuda
 #   tests/gpu.sh FOLDER [STAGE...]        with the programs found under FOLDER, nothing is built;
 #                                         stages: test sanitize bench (default: all three)
 # Libraries that the machine lacks are looked for in FOLDER/lib.
@@ -8,9 +8,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 if [ $# -eq 0 ]; then
-  folder=build/gpu
-  cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DMISA_BUILD_CUDA=ON || exit 2
-  cmake --build "$folder" || exit 2
+  folder=build/cuda
+  cmake --preset cuda && cmake --build --preset cuda || exit 2
 else
   folder=$1
   shift

@@ -20,40 +20,14 @@
 #include <vector>
 
 #include "cuda/check.cuh"
+#include "gpu/device.hpp"
 #include "misa/cuda.hpp"
 #include "select/fused.hpp"
 
 namespace {
 
+using misa::bench::Device;
 using misa::cuda::check;
-
-template <class T>
-class Device {
- public:
-  explicit Device(std::int64_t size) : size_(size) {
-    check(cudaMalloc(reinterpret_cast<void**>(&data_), size * sizeof(T)), "cudaMalloc");
-  }
-  explicit Device(const std::vector<T>& values) : Device(std::ssize(values)) { fill(values); }
-  ~Device() { cudaFree(data_); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-
-  [[nodiscard]] T* data() const { return data_; }
-  [[nodiscard]] std::int64_t bytes() const { return size_ * static_cast<std::int64_t>(sizeof(T)); }
-
-  // Fills the array with copies of the values.
-  void fill(const std::vector<T>& values) {
-    for (std::int64_t i = 0; i < size_; i += std::ssize(values)) {
-      const std::int64_t count = std::min(size_ - i, std::ssize(values));
-      check(cudaMemcpy(data_ + i, values.data(), count * sizeof(T), cudaMemcpyHostToDevice),
-            "cudaMemcpy");
-    }
-  }
-
- private:
-  T* data_ = nullptr;
-  std::int64_t size_;
-};
 
 struct Time {
   double us;

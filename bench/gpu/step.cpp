@@ -20,36 +20,15 @@
 
 #include "cuda/check.cuh"
 #include "cuda/stages.hpp"
+#include "gpu/device.hpp"
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
 #include "models.hpp"
 
 namespace {
 
+using misa::bench::Device;
 using misa::cuda::check;
-
-template <class T>
-class Device {
- public:
-  explicit Device(std::size_t size) : size_(size) {
-    check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<std::size_t>(1, size) * sizeof(T)),
-          "cudaMalloc");
-  }
-  explicit Device(const std::vector<T>& values) : Device(values.size()) {
-    check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice),
-          "cudaMemcpy");
-  }
-  ~Device() { cudaFree(data_); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-
-  [[nodiscard]] T* data() const { return data_; }
-  [[nodiscard]] std::span<T> span() const { return {data_, size_}; }
-
- private:
-  T* data_ = nullptr;
-  std::size_t size_;
-};
 
 struct Options {
   std::string backend = "auto";

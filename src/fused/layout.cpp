@@ -51,9 +51,10 @@ double room(const Shape& shape, std::int64_t samples, int splits) {
 std::int64_t scales(std::int64_t keys) { return ceil_div(keys, kTileKeys) * kTileKeys; }
 
 Layout layout(const Shape& shape) {
+  // As kernels are built for (for_rows).
   const auto rows =
-      static_cast<std::int64_t>(std::max(4U, std::bit_ceil(static_cast<unsigned>(shape.rows))));
-  const std::int64_t queries = kGroups * std::max<std::int64_t>(kProductColumns, 4 * rows) / rows;
+      static_cast<int>(std::max(4U, std::bit_ceil(static_cast<unsigned>(shape.rows))));
+  const std::int64_t queries = kGroups * group_columns(rows) / rows;
   Layout layout{};
   layout.splits =
       splits(std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1), shape.processors);

@@ -42,12 +42,15 @@ inline constexpr std::int64_t kMaxKeys = std::int64_t{1} << kKeyBits;
 inline constexpr int kQueueSpare = 4;
 inline constexpr int kQueueStep = kThreads;  // from one entry to the next
 
+// Columns of a group whose queries have this many rows: a query stands in each lane of a quad.
+constexpr int group_columns(int rows) { return rows < 32 ? kProductColumns : 4 * rows; }
+
 // Which row stands in a column of a product: thread `lane` of a quad holds the columns
 // 8 j + 2 lane + e of a key, local number 2 j + e. Local numbers are the rows of one query, then of
 // the next, so that a thread has all rows of a query and sums them alone.
 template <int rows>
 struct Columns {
-  static constexpr int kCount = rows < 32 ? kProductColumns : 4 * rows;  // of a group
+  static constexpr int kCount = group_columns(rows);
   static constexpr int kProducts = kCount / kProductColumns;  // for all of a key's columns
   static constexpr int kQueries = kCount / rows;              // of a group
   static constexpr int kOwn = kQueries / 4;                   // of a thread

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "select/bound.cuh"
 #include "select/emit.cuh"
 #include "select/entry.hpp"
 #include "select/generic_config.cuh"

@@ -15,6 +15,7 @@
 
 #include "cuda/check.cuh"
 #include "cuda/range.cuh"
+#include "select/bound.cuh"
 #include "select/digits.cuh"
 #include "select/entry.hpp"
 #include "select/fused.hpp"
