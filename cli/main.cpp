@@ -54,8 +54,8 @@ std::string no_command(const CLI::App& app) {
 int run(int argc, char** argv) {
   CLI::App app(
       "Indexers for sparse attention: which positions of its context each query attends to.\n"
-      "Five indexers (dsa, misa, misa-dagger, hisa, misa-r) run on the queries, head weights and\n"
-      "keys of a safetensors file.",
+      "Six indexers (dsa, misa, misa-dagger, hisa, misa-r, auto) run on the queries, head weights\n"
+      "and keys of a safetensors file.",
       "misa");
   app.footer(R"(Try it:
   misa synth -o trace.safetensors --kind structured

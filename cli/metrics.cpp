@@ -90,14 +90,16 @@ Work work_of(const IndexerConfig& config, const Shape& shape, std::int64_t n) {
     work.bytes += static_cast<double>(keys) * bytes;
   };
 
+  const bool all_heads = n * shape.heads <= config.dense_work;
   std::int64_t kept = n;
-  if (config.filter_block > 0 && blocks_of(n, config.filter_block) > config.filter_blocks) {
+  if (!all_heads && config.filter_block > 0 &&
+      blocks_of(n, config.filter_block) > config.filter_blocks) {
     const std::int64_t blocks = blocks_of(n, config.filter_block);
     read(blocks, shape.heads, mean_bytes);
     const std::int64_t last = n - (blocks - 1) * config.filter_block;
     kept = (config.filter_blocks - 1) * std::int64_t{config.filter_block} + last;
   }
-  const bool dense = config.router == Router::all || config.heads == shape.heads;
+  const bool dense = all_heads || config.router == Router::all || config.heads == shape.heads;
   if (dense || config.candidates >= kept) {
     read(kept, shape.heads, key_bytes);
     return work;

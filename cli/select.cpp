@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -37,6 +38,7 @@ struct Options {
   std::optional<int> heads;
   std::optional<int> block;
   std::optional<int> candidates;
+  std::optional<std::int64_t> dense_work;
   std::optional<int> filter_block;
   std::optional<int> filter_blocks;
   std::optional<std::string> router;
@@ -50,8 +52,7 @@ struct Options {
 // The indexer of that name with the options that were given. One that it would have to ignore is
 // refused.
 IndexerConfig config_from(const Options& options) {
-  IndexerConfig config = indexer_by_name(options.indexer);
-  config.top_k = options.top_k;
+  IndexerConfig config = indexer_by_name(options.indexer, options.top_k);
   config.ordered = options.ordered;
 
   const bool filtered = config.filter_block > 0;
@@ -77,6 +78,8 @@ IndexerConfig config_from(const Options& options) {
           "--candidates: expected an indexer that routes heads, got {}", unrouted);
   require(options.indexer != "misa-dagger" || options.candidates != 0,
           "--candidates: expected 1 or more with --indexer misa-dagger, which re-ranks, got 0");
+  require(options.indexer != "dsa" || !options.dense_work,
+          "--dense-work: expected an indexer that leaves heads or keys out, got dsa");
   require(config.router == Router::pooled || !options.block,
           "--block: expected the router pooled, got {}", name_of(config.router));
   require(config.router == Router::fixed || options.static_heads.empty(),
@@ -90,6 +93,7 @@ IndexerConfig config_from(const Options& options) {
   config.heads = options.heads.value_or(config.heads);
   config.block = options.block.value_or(config.block);
   config.candidates = options.candidates.value_or(config.candidates);
+  config.dense_work = options.dense_work.value_or(config.dense_work);
   return config;
 }
 
@@ -261,9 +265,12 @@ void run(const Options& options) {
 }
 
 // A number that is kept only if it is given.
-void add_number(CLI::App& command, const std::string& name, std::optional<int>& value, int least,
+template <class T>
+void add_number(CLI::App& command, const std::string& name, std::optional<T>& value, int least,
                 const std::string& help) {
-  command.add_option(name, value, help)->type_name("N")->check(whole_number(least));
+  command.add_option(name, value, help)
+      ->type_name("N")
+      ->check(whole_number(least, std::numeric_limits<T>::max()));
 }
 
 constexpr const char* kFooter = R"(Indexers (µs beside recall: `misa compare`):
@@ -272,6 +279,8 @@ constexpr const char* kFooter = R"(Indexers (µs beside recall: `misa compare`):
   misa-dagger  as misa, then the top 8192 are ranked again by every head
   hisa         every head scores the keys of the best 64 blocks of 128
   misa-r       7 heads, and one linear row for the others, score every key
+  auto         as dsa up to 512 N heads x keys, beyond as misa-r with 3 heads, then the top 2 N are
+               ranked again by every head (N: --top-k)
 
 IN holds q [T,H,D], w [T,H] (F32) and k [L,D]; q and k are F32, BF16 or F8_E4M3 (k then with
 k_scale [L], F32). Query t sees the keys ks[t] <= s < ke[t] (I32; absent: 0 and L-T+t+1). Or, paged,
@@ -280,7 +289,7 @@ context_lens [B] (I32). H is 1 to 256, D is 64 or 128.
 
 OUT holds indices [T,N] (I32): positions from the query's first key on, -1 on the right where a query
 sees fewer than N; with --scores also scores [T,N] (F32); heads [T,h] (I32) where heads are routed;
-residual [T,D] (F32) of misa-r. It appears whole or not at all.
+residual [T,D] (F32) of misa-r and auto. It appears whole or not at all.
 
 Examples:
   misa select trace.safetensors -o selected.safetensors --indexer misa-r --heads 3 --candidates 4096
@@ -310,13 +319,17 @@ void add_select(CLI::App& app) {
       ->check(whole_number(1))
       ->capture_default_str();
   add_number(*command, "--heads", options->heads, 0,
-             "Heads that are routed to (misa and misa-dagger: 8, misa-r: 7)");
+             "Heads that are routed to (misa and misa-dagger: 8, misa-r: 7, auto: 3)");
   add_number(*command, "--candidates", options->candidates, 0,
-             "Positions that every head ranks again; 0: no re-rank (misa-dagger: 8192, others: 0)");
+             "Positions that every head ranks again; 0: no re-rank (misa-dagger: 8192, auto: twice "
+             "top-k, others: 0)");
+  add_number(*command, "--dense-work", options->dense_work, 0,
+             "Queries of at most so many heads x keys are selected for as dsa does; 0: none (auto: "
+             "512 times top-k, others: 0)");
   command
       ->add_option("--router", options->router,
                    "How heads are chosen: pooled, nonlinearity, dispersion, self, qnorm, weight or "
-                   "static (misa and misa-dagger: pooled, misa-r: nonlinearity, hisa: none)")
+                   "static (misa, misa-dagger: pooled, misa-r, auto: nonlinearity, hisa: none)")
       ->type_name("NAME")
       ->check(one_of(router_names().subspan(1)));  // without `all`, which routes nothing
   add_number(*command, "--block", options->block, 1,

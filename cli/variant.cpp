@@ -35,9 +35,17 @@ int number(std::string_view text, std::string_view value, int unit = 1) {
   return static_cast<int>(result);
 }
 
+// A number, of top_k's if it ends with k.
+int multiple(std::string_view text, std::string_view value, int top_k) {
+  return value.ends_with('k') ? number(text, value.substr(0, value.size() - 1), top_k)
+                              : number(text, value);
+}
+
 std::string label_of(std::string_view name, const IndexerConfig& config) {
   std::string label = "DSA";
-  if (name == "hisa") {
+  if (name == "auto") {
+    label = "Auto";
+  } else if (name == "hisa") {
     label = fmt::format("HISA {}×{}", config.filter_blocks, config.filter_block);
   } else if (name != "dsa") {
     label = config.residual ? "MISA-R" : config.candidates > 0 ? "MISA†" : "MISA";
@@ -51,6 +59,9 @@ std::string label_of(std::string_view name, const IndexerConfig& config) {
   if (config.candidates > 0) {
     label += fmt::format(" m={}", config.candidates);
   }
+  if (config.dense_work != indexer_by_name(name, config.top_k).dense_work) {
+    label += fmt::format(" dense={}", config.dense_work);
+  }
   return label;
 }
 
@@ -59,8 +70,7 @@ std::string label_of(std::string_view name, const IndexerConfig& config) {
 Variant parse_variant(std::string_view text, int top_k) {
   std::string_view rest = text;
   const std::string_view name = take(rest);
-  IndexerConfig config = indexer_by_name(name);
-  config.top_k = top_k;
+  IndexerConfig config = indexer_by_name(name, top_k);
   while (!rest.empty()) {
     const std::string_view setting = take(rest);
     const std::size_t equals = std::min(setting.find('='), setting.size());
@@ -69,9 +79,9 @@ Variant parse_variant(std::string_view text, int top_k) {
     if (key == "h") {
       config.heads = number(text, value);
     } else if (key == "m") {
-      config.candidates = value.ends_with('k')
-                              ? number(text, value.substr(0, value.size() - 1), top_k)
-                              : number(text, value);
+      config.candidates = multiple(text, value, top_k);
+    } else if (key == "dense") {
+      config.dense_work = multiple(text, value, top_k);
     } else if (key == "B") {
       (config.filter_block > 0 ? config.filter_block : config.block) = number(text, value);
     } else if (key == "blocks") {
@@ -79,7 +89,7 @@ Variant parse_variant(std::string_view text, int top_k) {
     } else if (key == "router") {
       config.router = router_by_name(value);
     } else {
-      fail(text, "h=, m=, B=, blocks= or router=", setting);
+      fail(text, "h=, m=, dense=, B=, blocks= or router=", setting);
     }
   }
   return {std::string(text), label_of(name, config), config};
@@ -87,7 +97,7 @@ Variant parse_variant(std::string_view text, int top_k) {
 
 const std::vector<std::string>& default_variants() {
   static const std::vector<std::string> variants{
-      "dsa", "misa", "misa-dagger", "hisa", "misa-r", "misa-r:h=3:m=2k", "misa-r:h=3:m=4k"};
+      "dsa", "misa", "misa-dagger", "hisa", "misa-r", "misa-r:h=3:m=2k", "misa-r:h=3:m=4k", "auto"};
   return variants;
 }
 

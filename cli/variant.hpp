@@ -21,8 +21,9 @@ struct Variant {
 
 // The grammar, for --help.
 inline constexpr std::string_view kVariantHelp =
-    "NAME[:h=HEADS][:m=CANDIDATES][:B=BLOCK][:blocks=N][:router=ROUTER]; NAME is dsa, misa, "
-    "misa-dagger, misa-r or hisa; m=2k means twice top-k";
+    "NAME[:h=HEADS][:m=CANDIDATES][:dense=WORK][:B=BLOCK][:blocks=N][:router=ROUTER]; NAME is dsa, "
+    "misa, misa-dagger, misa-r, hisa or auto; m=2k means twice top-k; a query of at most WORK "
+    "heads x keys is dsa's";
 
 // Throws Error on a name, a setting or a value that is none.
 Variant parse_variant(std::string_view text, int top_k);
@@ -37,7 +38,7 @@ void about(const Variant& variant, const Body& body) {
   }
 }
 
-// The five indexers, and MISA-R with three heads re-ranking 2 and 4 times top-k.
+// The six indexers, and MISA-R with three heads re-ranking 2 and 4 times top-k.
 const std::vector<std::string>& default_variants();
 
 }  // namespace misa::cli

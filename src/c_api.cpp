@@ -100,6 +100,7 @@ misa::IndexerConfig config_from(const misa_config& c) {
   config.ordered = c.ordered != 0;
   const auto heads = span_from("static_heads", c.static_heads, c.static_head_count);
   config.static_heads.assign(heads.begin(), heads.end());
+  config.dense_work = c.dense_work;
   return config;
 }
 
@@ -222,7 +223,8 @@ misa_status misa_config_by_name(const char* indexer, misa_config* config) noexce
                                named.candidates,
                                named.ordered ? 1 : 0,
                                nullptr,
-                               0};
+                               0,
+                               named.dense_work};
   });
 }
 

@@ -37,13 +37,14 @@ enum class Router : std::uint8_t {
 struct IndexerConfig {
   int top_k = 2048;  ///< positions wanted a query, 1 or more
   Router router = Router::all;
-  int heads = 0;           ///< h: routed heads, 1 to H; 0 only with residual; ignored by `all`
-  int block = 1024;        ///< B of the pooled router, a multiple of 64
-  bool residual = false;   ///< replace the heads that are not routed by one linear row
-  int filter_block = 0;    ///< HISA's B, a multiple of 64; 0: no block filter
-  int filter_blocks = 64;  ///< blocks that the filter keeps, the first and the last included
-  int candidates = 0;      ///< m: positions re-ranked by all heads; 0: no re-rank
-  bool ordered = false;    ///< positions ascend inside a row
+  int heads = 0;                ///< h: routed heads, 1 to H; 0 only with residual; ignored by `all`
+  int block = 1024;             ///< B of the pooled router, a multiple of 64
+  bool residual = false;        ///< replace the heads that are not routed by one linear row
+  int filter_block = 0;         ///< HISA's B, a multiple of 64; 0: no block filter
+  int filter_blocks = 64;       ///< blocks that the filter keeps, the first and the last included
+  int candidates = 0;           ///< m: positions re-ranked by all heads; 0: no re-rank
+  std::int64_t dense_work = 0;  ///< a row of at most so many heads x positions is DSA's; 0: none
+  bool ordered = false;         ///< positions ascend inside a row
   std::vector<std::int32_t>
       static_heads;  ///< Router::fixed: distinct heads, exactly `heads` of them
 
@@ -52,14 +53,20 @@ struct IndexerConfig {
   static IndexerConfig misa_dagger(int top_k = 2048, int heads = 8, int candidates = 8192);
   static IndexerConfig misa_r(int top_k = 2048, int heads = 7, int candidates = 0);
   static IndexerConfig hisa(int top_k = 2048, int filter_block = 128, int filter_blocks = 64);
+
+  /// By length: DSA up to 512 top_k heads x positions (at 64 heads and top 2048, 16,384 positions),
+  /// where routing and re-ranking would cost as much; beyond, MISA-R with 2 top_k candidates.
+  static IndexerConfig automatic(int top_k = 2048);
 };
 
 /// Names of the indexers and routers as the command line and reports spell them.
-std::span<const std::string_view> indexer_names();     ///< dsa, misa, misa-dagger, misa-r, hisa
-IndexerConfig indexer_by_name(std::string_view name);  ///< throws Error on an unknown name
-std::span<const std::string_view> router_names();      ///< all, pooled, … static
-Router router_by_name(std::string_view name);          ///< throws Error on an unknown name
+std::span<const std::string_view> indexer_names();  ///< dsa, misa, misa-dagger, misa-r, hisa, auto
+std::span<const std::string_view> router_names();   ///< all, pooled, … static
 std::string_view name_of(Router router);
+
+/// What a name stands for; throw Error on an unknown one.
+IndexerConfig indexer_by_name(std::string_view name, int top_k = 2048);
+Router router_by_name(std::string_view name);
 
 /// Everything that fixes the cost of a call and is known before its data.
 struct Shape {
@@ -71,7 +78,8 @@ struct Shape {
   DType k_dtype = DType::f32;
 };
 
-/// Where the results go; every span is dense row-major and an empty one is not written.
+/// Where the results go; every span is dense row-major and an empty one is not written. A row
+/// that dense_work makes DSA's has in `heads` and `residual` what an empty row has.
 struct Selection {
   std::span<std::int32_t>
       indices;  ///< [T, top_k] positions relative to the query's sequence, -1 on the right

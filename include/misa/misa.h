@@ -103,9 +103,10 @@ typedef struct misa_config {
   int32_t ordered; /**< 0 or 1 */
   const int32_t* static_heads;
   size_t static_head_count;
+  int64_t dense_work;
 } misa_config;
 
-/** The defaults of an indexer: "dsa", "misa", "misa-dagger", "misa-r" or "hisa". */
+/** The defaults of an indexer: "dsa", "misa", "misa-dagger", "misa-r", "hisa" or "auto". */
 misa_status misa_config_by_name(const char* indexer, misa_config* config) MISA_NOEXCEPT;
 
 typedef struct misa_shape {

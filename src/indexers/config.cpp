@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <limits>
 
 #include "misa/error.hpp"
 #include "misa/indexer.hpp"
@@ -12,7 +13,8 @@
 namespace misa {
 namespace {
 
-constexpr std::array<std::string_view, 5> kIndexers{"dsa", "misa", "misa-dagger", "misa-r", "hisa"};
+constexpr std::array<std::string_view, 6> kIndexers{"dsa",    "misa", "misa-dagger",
+                                                    "misa-r", "hisa", "auto"};
 
 // In the order of Router.
 constexpr std::array<std::string_view, 8> kRouters{"all",  "pooled", "nonlinearity", "dispersion",
@@ -67,15 +69,24 @@ IndexerConfig IndexerConfig::hisa(int top_k, int filter_block, int filter_blocks
   return config;
 }
 
+IndexerConfig IndexerConfig::automatic(int top_k) {
+  constexpr std::int64_t kMost = std::numeric_limits<int>::max();
+  const std::int64_t wide = top_k;
+  IndexerConfig config = misa_r(top_k, 3, static_cast<int>(std::min(2 * wide, kMost)));
+  config.dense_work = 512 * wide;
+  return config;
+}
+
 std::span<const std::string_view> indexer_names() { return kIndexers; }
 
-IndexerConfig indexer_by_name(std::string_view name) {
+IndexerConfig indexer_by_name(std::string_view name, int top_k) {
   switch (index_of(name, "indexer", kIndexers)) {
-    case 0: return IndexerConfig::dsa();
-    case 1: return IndexerConfig::misa();
-    case 2: return IndexerConfig::misa_dagger();
-    case 3: return IndexerConfig::misa_r();
-    default: return IndexerConfig::hisa();
+    case 0: return IndexerConfig::dsa(top_k);
+    case 1: return IndexerConfig::misa(top_k);
+    case 2: return IndexerConfig::misa_dagger(top_k);
+    case 3: return IndexerConfig::misa_r(top_k);
+    case 4: return IndexerConfig::hisa(top_k);
+    default: return IndexerConfig::automatic(top_k);
   }
 }
 

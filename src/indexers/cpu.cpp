@@ -112,7 +112,8 @@ Needs::Needs(const IndexerConfig& config, const Shape& shape, const Kernels& ker
   filtered = config.filter_block > 0;
   reranked = config.candidates > 0;
   rows = routed ? config.heads + (config.residual ? kMaxResidualRows : 0) : shape.heads;
-  rows = std::max(rows, reranked ? shape.heads : 0);  // all heads score where all are candidates
+  // All heads score where all are candidates, and in rows that take every head.
+  rows = std::max(rows, reranked || config.dense_work > 0 ? shape.heads : 0);
   const std::int64_t max_keys = std::max<std::int64_t>(1, shape.max_keys);
   keep = std::min<std::int64_t>(reranked ? config.candidates : config.top_k, max_keys);
   capacity = selector_capacity(keep, max_keys);
@@ -163,7 +164,7 @@ struct Thread {
 
 struct SequenceState {
   Sequence queries;
-  std::int64_t n;  // what its longest query sees
+  std::int64_t n;  // what its longest query sees of those that do not take every head
   PageSums sums;
   float* own_sums;  // null where the cache's sidecar serves
   std::span<Tile> pooled;
@@ -335,7 +336,8 @@ class Run {
       SequenceState sequence{};
       sequence.queries = problem_.sequence_at(t, limit);
       for (std::int64_t i = 0; i < sequence.queries.queries; ++i) {
-        sequence.n = std::max(sequence.n, problem_.visible(t + i));
+        const std::int64_t n = problem_.visible(t + i);
+        sequence.n = std::max(sequence.n, takes_every_head(config_, needs_.heads, n) ? 0 : n);
       }
       const auto tiles = [&](bool wanted, std::int64_t block) {
         return wanted ? ceil_div(sequence.n / block, kPageSize) : 0;
@@ -422,10 +424,11 @@ class Run {
   void prepare(std::int64_t t, const SequenceState& in, Thread& scratch) {
     QueryState& state = query(t);
     state.n = problem_.visible(t);
-    state.filtered =
-        needs_.filtered && ceil_div(state.n, config_.filter_block) > config_.filter_blocks;
+    const bool dense = takes_every_head(config_, needs_.heads, state.n);
+    state.filtered = !dense && needs_.filtered &&
+                     ceil_div(state.n, config_.filter_block) > config_.filter_blocks;
     // Where every position is a candidate, all heads score them in stage 3, which shares the pages.
-    state.reranked = needs_.reranked && (state.filtered || state.n > config_.candidates);
+    state.reranked = !dense && needs_.reranked && (state.filtered || state.n > config_.candidates);
     state.scored = state.n > config_.top_k || (state.n > 0 && !problem_.out.scores.empty());
     const std::int64_t keep = state.reranked ? needs_.keep : needs_.final_keep;
     state.selectors = &workspace_.selectors[(t - wave_first_) * parts_];
@@ -433,12 +436,13 @@ class Run {
       Selector& selector = state.selectors[part];
       selector = {selector.entries, 0, needs_.capacity, keep, 0};
     }
-    const bool routed = config_.router != Router::all;
+    const bool routed = !dense && config_.router != Router::all;
     const bool reported = !problem_.out.heads.empty() || !problem_.out.residual.empty();
-    if (state.n == 0) {
+    if (dense) {
       std::ranges::fill(heads_out(t), -1);
       std::ranges::fill(residual_out(t), 0.0F);
-    } else if (state.scored || (routed && reported)) {
+    }
+    if (state.scored || (routed && reported)) {
       const Heads heads = all_heads(t, scratch);
       if (state.filtered) {
         keep_blocks(t, in, heads, scratch);

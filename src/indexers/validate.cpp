@@ -127,6 +127,8 @@ void validate(const IndexerConfig& config, const Shape& shape) {
   require(config.candidates == 0 || config.candidates >= config.top_k,
           "candidates: expected 0 (no re-rank) or at least top_k = {}, got {}", config.top_k,
           config.candidates);
+  require(config.dense_work >= 0, "dense_work: expected 0 (none) or more, got {}",
+          config.dense_work);
 }
 
 Queries validated(const Queries& q) {

@@ -92,9 +92,14 @@ TEST(Allocation, RunsAllocateNothing) {
   IndexerConfig filtered = IndexerConfig::hisa(40, 64, 2);
   filtered.router = Router::dispersion;
   filtered.heads = 2;
-  const std::vector<IndexerConfig> configs{IndexerConfig::dsa(40), IndexerConfig::misa(40, 2),
+  IndexerConfig by_length = IndexerConfig::automatic(40);
+  by_length.dense_work = 200 * 8;
+  const std::vector<IndexerConfig> configs{IndexerConfig::dsa(40),
+                                           IndexerConfig::misa(40, 2),
                                            IndexerConfig::misa_dagger(40, 2, 80),
-                                           IndexerConfig::misa_r(40, 2, 80), filtered};
+                                           IndexerConfig::misa_r(40, 2, 80),
+                                           filtered,
+                                           by_length};
   for (const BackendInfo& backend : backends()) {
     // The reference is exempt: it allocates as the formulas read best. So are CUDA devices, to
     // which a call in host memory is copied first; their own plan is in tests/gpu.

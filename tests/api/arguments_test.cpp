@@ -166,6 +166,7 @@ std::vector<Case<Keys>> common_cases() {
        }},
       {"candidates", "at least top_k = 16, got 15", [](C& c, B&) { c.config.candidates = 15; }},
       {"candidates", "at least top_k = 16, got -1", [](C& c, B&) { c.config.candidates = -1; }},
+      {"dense_work", "0 (none) or more, got -1", [](C& c, B&) { c.config.dense_work = -1; }},
       {"static_heads", "none with router 'nonlinearity', got 2",
        [](C& c, B&) {
          c.config.static_heads = {0, 1};
@@ -328,6 +329,8 @@ TEST(Arguments, RightCallsAreAccepted) {
   expect_accepted<RaggedKeys>([](auto&, Buffers& b) { b.ks[3] = 100; });
   expect_accepted<RaggedKeys>([](auto& c, auto&) { c.config.heads = 0, c.out.heads = {}; });
   expect_accepted<RaggedKeys>([](auto& c, auto&) { c.config.candidates = kTopK; });
+  expect_accepted<RaggedKeys>(
+      [](auto& c, auto&) { c.config.dense_work = std::numeric_limits<std::int64_t>::max(); });
   expect_accepted<PagedKeys>([](auto&, Buffers& b) { b.context_lens = {-7, 0}; });
   expect_accepted<PagedKeys>([](auto& c, Buffers& b) {
     b.context_lens = {0, 0};

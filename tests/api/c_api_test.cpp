@@ -63,14 +63,21 @@ struct Outputs {
   }
 };
 
-const IndexerConfig kConfig = IndexerConfig::misa_r(20, 3, 40);
+// One of the two sequences below is dense, the other is not.
+constexpr std::int64_t kDenseWork = 8 * 100;
+
+const IndexerConfig kConfig = [] {
+  IndexerConfig config = IndexerConfig::automatic(20);
+  config.dense_work = kDenseWork;
+  return config;
+}();
 
 misa_config c_config() {
   misa_config config{};
-  EXPECT_EQ(misa_config_by_name("misa-r", &config), MISA_OK);
+  EXPECT_EQ(misa_config_by_name("auto", &config), MISA_OK);
   config.top_k = 20;
-  config.heads = 3;
   config.candidates = 40;
+  config.dense_work = kDenseWork;
   return config;
 }
 
@@ -237,6 +244,7 @@ TEST(CApi, ConfigsAreThoseOfTheNamedIndexers) {
     EXPECT_EQ(config.candidates, expected.candidates);
     EXPECT_EQ(config.ordered != 0, expected.ordered);
     EXPECT_EQ(config.static_head_count, 0U);
+    EXPECT_EQ(config.dense_work, expected.dense_work);
   }
 }
 
@@ -327,6 +335,9 @@ TEST(CApi, ErrorsKeepTheirCode) {
   config.static_head_count = 2;
   expect_invalid(misa_plan_create(handles.context, &config, &shape, &handles.plan),
                  "static_heads: expected 2 elements, got null");
+  config = c_config();
+  config.dense_work = -1;
+  expect_invalid(misa_plan_create(handles.context, &config, &shape, &handles.plan), "dense_work: ");
   float scale = 0;
   const std::vector<float> key(64);
   std::vector<std::uint8_t> out(64);

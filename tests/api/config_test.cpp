@@ -1,6 +1,8 @@
 // The named indexers and the names of things.
 #include <gmock/gmock.h>
 
+#include <limits>
+
 #include "misa/error.hpp"
 #include "misa/indexer.hpp"
 
@@ -22,7 +24,7 @@ std::string message_of(const Call& call) {
 }
 
 TEST(Config, IndexersAreNamedPoints) {
-  EXPECT_THAT(indexer_names(), ElementsAre("dsa", "misa", "misa-dagger", "misa-r", "hisa"));
+  EXPECT_THAT(indexer_names(), ElementsAre("dsa", "misa", "misa-dagger", "misa-r", "hisa", "auto"));
 
   const IndexerConfig dsa = indexer_by_name("dsa");
   EXPECT_EQ(dsa.router, Router::all);
@@ -49,12 +51,21 @@ TEST(Config, IndexersAreNamedPoints) {
   EXPECT_EQ(hisa.router, Router::all);
   EXPECT_EQ(hisa.filter_block, 128);
   EXPECT_EQ(hisa.filter_blocks, 64);
+  EXPECT_EQ(hisa.dense_work, 0);
+
+  const IndexerConfig automatic = indexer_by_name("auto");
+  EXPECT_EQ(automatic.router, Router::nonlinearity);
+  EXPECT_EQ(automatic.heads, 3);
+  EXPECT_TRUE(automatic.residual);
+  EXPECT_EQ(automatic.candidates, 4096);
+  EXPECT_EQ(automatic.dense_work, 64 * 16384);
 }
 
 TEST(Config, EveryNamedIndexerIsValid) {
   for (const std::string_view name : indexer_names()) {
     const IndexerConfig config = indexer_by_name(name);
     EXPECT_EQ(config.top_k, 2048) << name;
+    EXPECT_EQ(indexer_by_name(name, 512).top_k, 512) << name;
     EXPECT_NO_THROW(Plan(Context({.backend = "reference"}), config, {1, 32, 128, 1})) << name;
   }
 }
@@ -68,6 +79,14 @@ TEST(Config, ConstructorsTakeTheirParameters) {
   EXPECT_EQ(IndexerConfig::misa_r(5, 3, 9).candidates, 9);
   EXPECT_EQ(IndexerConfig::hisa(5, 64, 4).filter_block, 64);
   EXPECT_EQ(IndexerConfig::hisa(5, 64, 4).filter_blocks, 4);
+  EXPECT_EQ(IndexerConfig::automatic(5).candidates, 10);
+  EXPECT_EQ(IndexerConfig::automatic(5).dense_work, 2560);
+}
+
+TEST(Config, AutomaticTakesAnyTopK) {
+  constexpr int kMost = std::numeric_limits<int>::max();
+  EXPECT_EQ(IndexerConfig::automatic(kMost).candidates, kMost);
+  EXPECT_EQ(IndexerConfig::automatic(kMost).dense_work, std::int64_t{512} * kMost);
 }
 
 TEST(Config, RouterNamesRoundTrip) {
@@ -82,7 +101,7 @@ TEST(Config, RouterNamesRoundTrip) {
 
 TEST(Config, UnknownNamesListTheChoices) {
   EXPECT_EQ(message_of([] { indexer_by_name("dense"); }),
-            "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, got 'dense'");
+            "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, auto, got 'dense'");
   EXPECT_EQ(message_of([] { router_by_name("fixed"); }),
             "router: expected all, pooled, nonlinearity, dispersion, self, qnorm, weight, static, "
             "got 'fixed'");

@@ -106,6 +106,13 @@ TEST(WorkOf, AllHeadsRoutedIsDsa) {
   EXPECT_DOUBLE_EQ(work.dots, 16384.0 * 64);
 }
 
+TEST(WorkOf, AutoIsDsaUpToItsThreshold) {
+  const IndexerConfig automatic = IndexerConfig::automatic(1024);
+  EXPECT_DOUBLE_EQ(work_of(automatic, kShape, 8192).dots, 8192.0 * 64);
+  // 8193 keys: every 128th, 65 of them.
+  EXPECT_DOUBLE_EQ(work_of(automatic, kShape, 8193).dots, 65.0 * 64 + 8193.0 * 4 + 2048.0 * 64);
+}
+
 TEST(WorkOf, HisaMeetsBlockMeansThenTheKeysOfItsBlocks) {
   // 126 blocks, the last of 50 keys; 63 whole ones and the last are kept.
   const Work work = work_of(IndexerConfig::hisa(1024, 128, 64), kShape, 125 * 128 + 50);
@@ -115,6 +122,12 @@ TEST(WorkOf, HisaMeetsBlockMeansThenTheKeysOfItsBlocks) {
 TEST(WorkOf, HisaWithFewBlocksIsDsa) {
   const Work work = work_of(IndexerConfig::hisa(1024, 128, 64), kShape, 64 * 128);
   EXPECT_DOUBLE_EQ(work.dots, 64.0 * 128 * 64);
+}
+
+TEST(WorkOf, HisaFiltersNoRowOfLittleWork) {
+  IndexerConfig config = IndexerConfig::hisa(1024, 128, 64);
+  config.dense_work = 64 * 16000;
+  EXPECT_DOUBLE_EQ(work_of(config, kShape, 16000).dots, 16000.0 * 64);
 }
 
 TEST(WorkOf, Fp8KeysCarryAScale) {

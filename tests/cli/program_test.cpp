@@ -71,6 +71,8 @@ std::vector<Named> indexers() {
   routed_hisa.heads = 3;
   IndexerConfig small_blocks = IndexerConfig::misa(40, 3);
   small_blocks.block = 128;
+  IndexerConfig by_length = IndexerConfig::automatic(40);
+  by_length.dense_work = 8 * 150;
   return {{"dsa", {"--indexer", "dsa"}, IndexerConfig::dsa(40)},
           {"misa", {"--indexer", "misa", "--heads", "3", "--block", "128"}, small_blocks},
           {"dagger",
@@ -87,6 +89,7 @@ std::vector<Named> indexers() {
            {"--indexer", "hisa", "--hisa-block", "64", "--hisa-blocks", "3", "--router", "self",
             "--heads", "3"},
            routed_hisa},
+          {"auto", {"--indexer", "auto", "--dense-work", "1200"}, by_length},
           {"static", {"--indexer", "misa", "--router", "static", "--static-heads", "1,6"}, fixed}};
 }
 
@@ -278,7 +281,8 @@ TEST(SmokeProgram, RefusesWrongArguments) {
   EXPECT_THAT(refused(run_misa({"select", folder / "in"})), HasSubstr("--output is required"));
   EXPECT_THAT(error({"--fast"}), HasSubstr("--fast"));
   EXPECT_THAT(error({"--indexer", "best"}),
-              EndsWith("--indexer: expected dsa, misa, misa-dagger, misa-r, hisa, got 'best'"));
+              EndsWith("--indexer: expected dsa, misa, misa-dagger, misa-r, hisa, auto, got "
+                       "'best'"));
   EXPECT_THAT(error({"--backend", "gpu"}), AllOf(HasSubstr("backend: expected auto, "),
                                                  HasSubstr("reference"), EndsWith("got 'gpu'")));
   EXPECT_THAT(error({"--threads", "-1"}), HasSubstr("--threads: expected"));
@@ -320,6 +324,7 @@ TEST(SmokeProgram, RefusesContradictions) {
   EXPECT_THAT(error({"--router", "self"}), HasSubstr("--router: expected"));
   EXPECT_THAT(error({"--block", "64"}), HasSubstr("--block: expected"));
   EXPECT_THAT(error({"--candidates", "4000"}), HasSubstr("--candidates: expected"));
+  EXPECT_THAT(error({"--dense-work", "4000"}), HasSubstr("--dense-work: expected"));
   EXPECT_THAT(error({"--hisa-block", "64"}), HasSubstr("--hisa-block: expected"));
   EXPECT_THAT(error({"--hisa-blocks", "64"}), HasSubstr("--hisa-blocks: expected"));
   EXPECT_THAT(error({"--static-heads", "1"}), HasSubstr("--static-heads: expected"));

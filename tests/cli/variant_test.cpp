@@ -19,6 +19,8 @@ TEST(Variant, NamesAloneAreThePublishedSettings) {
   EXPECT_EQ(parse_variant("misa-dagger", 512).label, "MISA† 8 m=8192");
   EXPECT_EQ(parse_variant("misa-r", 512).label, "MISA-R 7+1");
   EXPECT_EQ(parse_variant("hisa", 512).label, "HISA 64×128");
+  EXPECT_EQ(parse_variant("auto", 512).label, "Auto 3+1 m=1024");
+  EXPECT_EQ(parse_variant("auto", 512).config.dense_work, 512 * 512);
 }
 
 TEST(Variant, SettingsOverrideThem) {
@@ -27,6 +29,10 @@ TEST(Variant, SettingsOverrideThem) {
   EXPECT_EQ(routed.config.heads, 3);
   EXPECT_EQ(routed.config.candidates, 2048);
   EXPECT_EQ(parse_variant("misa:m=3000", 1024).config.candidates, 3000);
+  const Variant by_length = parse_variant("auto:dense=300k", 1024);
+  EXPECT_EQ(by_length.label, "Auto 3+1 m=2048 dense=307200");
+  EXPECT_EQ(by_length.config.dense_work, 307200);
+  EXPECT_EQ(parse_variant("misa:dense=9999", 1024).label, "MISA 8 dense=9999");
   EXPECT_EQ(parse_variant("misa:B=512", 1024).config.block, 512);
   EXPECT_EQ(parse_variant("misa:router=self", 1024).label, "MISA 8 self");
   const Variant hisa = parse_variant("hisa:B=64:blocks=32", 1024);
@@ -47,8 +53,10 @@ TEST(Variant, SaysWhatIsWrong) {
   EXPECT_EQ(message("misa:m=9999999k"),
             "--indexers misa:m=9999999k: expected a number, got '9999999'");
   EXPECT_EQ(message("misa:heads=8"),
-            "--indexers misa:heads=8: expected h=, m=, B=, blocks= or router=, got 'heads=8'");
-  EXPECT_EQ(message("best"), "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, got 'best'");
+            "--indexers misa:heads=8: expected h=, m=, dense=, B=, blocks= or router=, got "
+            "'heads=8'");
+  EXPECT_EQ(message("best"),
+            "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, auto, got 'best'");
 }
 
 }  // namespace

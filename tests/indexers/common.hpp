@@ -39,9 +39,12 @@ struct NamedConfig {
   IndexerConfig config;
 };
 
-// The five indexers, MISA-R with re-rank too, small enough that every stage has work at a few
+// The six indexers, MISA-R with re-rank too, small enough that every stage has work at a few
 // hundred positions.
 inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
+  IndexerConfig automatic = IndexerConfig::automatic(top_k);
+  automatic.heads = heads;
+  automatic.dense_work = 25 * top_k;  // rows of up to a few top_k where heads are 6 or 8
   std::vector<NamedConfig> configs{
       {"dsa", IndexerConfig::dsa(top_k)},
       {"misa", IndexerConfig::misa(top_k, heads)},
@@ -49,6 +52,7 @@ inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
       {"misa-r", IndexerConfig::misa_r(top_k, heads)},
       {"misa-r re-ranked", IndexerConfig::misa_r(top_k, heads, 2 * top_k)},
       {"hisa", IndexerConfig::hisa(top_k, 64, 2 + (top_k + 63) / 64)},
+      {"auto", automatic},
   };
   for (NamedConfig& named : configs) {
     named.config.block = 128;

@@ -6,6 +6,8 @@
 namespace misa::test {
 namespace {
 
+using ::testing::Each;
+
 constexpr int kTopK = 40;
 
 class Composition : public EachBackend {
@@ -23,10 +25,12 @@ class Composition : public EachBackend {
                    const std::string& what) const {
     const Selected left = run(context(), a, inputs);
     const Selected right = run(context(), b, inputs);
-    const auto chosen = [](const Selected& all) {
-      return Selected{all.tokens, all.top_k, all.indices, all.scores, {}, {}};
-    };
     EXPECT_TRUE(same_bits(chosen(left), chosen(right))) << what;
+  }
+
+  // Without the heads and the residual row.
+  static Selected chosen(const Selected& all) {
+    return {all.tokens, all.top_k, all.indices, all.scores, {}, {}};
   }
 };
 
@@ -108,6 +112,27 @@ TEST_P(Composition, EveryPositionReRankedIsDsa) {
     config.filter_block = 0;
     config.candidates = 777;
     expect_same(config, IndexerConfig::dsa(kTopK), inputs, named.name);
+  }
+}
+
+TEST_P(Composition, SmokeRowsOfLittleWorkAreDsa) {
+  PackSpec by_length = spec();
+  by_length.sequences = {{0, 1}, {41, 2}, {130, 2}, {400, 3}};
+  const RaggedInputs inputs(make_pack(by_length));
+  constexpr Rows kDense{0, 4};  // of up to 129 positions
+  constexpr Rows kLong{4, 4};
+  const Selected dsa = run(context(), IndexerConfig::dsa(kTopK), inputs);
+  for (const NamedConfig& named : compositions(kTopK, 3)) {
+    IndexerConfig config = named.config;
+    config.dense_work = 129 * by_length.heads;
+    const Selected result = run(context(), config, inputs);
+    EXPECT_TRUE(valid(config, inputs, result)) << named.name;
+    const Selected dense = slice(result, kDense);
+    EXPECT_TRUE(same_bits(chosen(dense), chosen(slice(dsa, kDense)))) << named.name;
+    EXPECT_THAT(dense.heads, Each(-1)) << named.name;
+    EXPECT_THAT(dense.residual, Each(0.0F)) << named.name;
+    EXPECT_TRUE(same_bits(slice(result, kLong), slice(run(context(), named.config, inputs), kLong)))
+        << named.name;
   }
 }
 

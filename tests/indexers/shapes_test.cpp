@@ -112,8 +112,7 @@ TEST_P(Lengths, PublishedIndexersMatchTheReference) {
   spec.k_dtype = DType::bf16;
   const RaggedInputs inputs(make_pack(spec));
   for (const std::string_view name : indexer_names()) {
-    IndexerConfig config = indexer_by_name(name);
-    config.top_k = 512;
+    IndexerConfig config = indexer_by_name(name, 512);
     config.candidates = std::min(config.candidates, 2048);
     EXPECT_TRUE(valid(config, inputs, run(context(), config, inputs))) << name;
   }

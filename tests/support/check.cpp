@@ -158,9 +158,13 @@ Membership filtered(const IndexerConfig& config, const BoundedRow& row) {
   return positions;
 }
 
-Fault judge_row(const IndexerConfig& config, const BoundedRow& row, const Selected& result,
+Fault judge_row(const Problem& problem, std::string_view backend, const Selected& result,
                 std::int64_t t) {
-  const std::int64_t n = row.row.length;
+  const std::int64_t n = problem.visible(t);
+  const bool dense = takes_every_head(problem.config, problem.q.heads, n);
+  const IndexerConfig config = dense ? IndexerConfig::dsa(problem.config.top_k) : problem.config;
+  const BoundedRow row =
+      bounded_row(problem, t, arithmetic_of(backend, config, problem.q, problem.k_dtype()));
   const auto row_of = [&](const auto& output, std::int64_t width) {
     return std::span(output).subspan(static_cast<std::size_t>(t * width),
                                      static_cast<std::size_t>(width));
@@ -176,19 +180,20 @@ Fault judge_row(const IndexerConfig& config, const BoundedRow& row, const Select
       return fmt::format("scores[{}]: expected -inf, got {}", i, scores[i]);
     }
   }
-  const bool routed_heads = config.router != Router::all;
-  const auto heads =
-      routed_heads ? row_of(result.heads, config.heads) : std::span<const std::int32_t>{};
+  const auto heads = result.heads.empty() ? std::span<const std::int32_t>{}
+                                          : row_of(result.heads, problem.config.heads);
   const auto residual =
-      config.residual ? row_of(result.residual, row.row.dim) : std::span<const float>{};
-  if (n == 0) {
+      result.residual.empty() ? std::span<const float>{} : row_of(result.residual, row.row.dim);
+  if (dense) {
     const bool blank = std::all_of(heads.begin(), heads.end(), [](auto j) { return j == -1; }) &&
                        std::all_of(residual.begin(), residual.end(), [](auto x) { return x == 0; });
-    return blank ? Fault{} : "empty row: expected heads of -1 and a residual row of 0";
+    if (!blank) {
+      return "expected heads of -1 and a residual row of 0, for every head is taken";
+    }
   }
 
   reference::Routed routed{{heads.begin(), heads.end()}, {residual.begin(), residual.end()}};
-  if (!routed_heads) {
+  if (config.router == Router::all) {
     routed = reference::route(row.row, config);
   } else if (Fault fault = judge_heads(config, row, heads)) {
     return fault;
@@ -244,12 +249,10 @@ AssertionResult judge(const IndexerConfig& config, const Queries& q, const Weigh
     return AssertionFailure() << "an output has the wrong size";
   }
   const Problem problem{config, q, w, keys, {}};
-  const Arithmetic arithmetic = arithmetic_of(backend, config, q, problem.k_dtype());
   std::vector<Fault> faults(static_cast<std::size_t>(tokens));
   each(tokens, [&](std::int64_t t) {
-    const BoundedRow row = bounded_row(problem, t, arithmetic);
-    if (const Fault fault = judge_row(config, row, result, t)) {
-      faults[t] = fmt::format("row {} (n = {}): {}", t, row.row.length, *fault);
+    if (const Fault fault = judge_row(problem, backend, result, t)) {
+      faults[t] = fmt::format("row {} (n = {}): {}", t, problem.visible(t), *fault);
     }
   });
   const auto fault =
