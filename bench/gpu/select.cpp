@@ -142,18 +142,20 @@ struct Queries {
       : starts(std::vector<std::int32_t>(kRows, 0)),
         ends(std::vector<std::int32_t>(kRows, static_cast<std::int32_t>(columns))),
         missed(kRows),
-        miss_count(std::vector<std::uint32_t>{0}) {
+        miss_count(std::vector<std::uint32_t>{0}),
+        parts(kRows) {
     keys.tokens = columns;
     keys.starts = starts.data();
     keys.ends = ends.data();
     keys.max_keys = std::numeric_limits<std::int32_t>::max();
-    misses = {missed.data(), miss_count.data()};
+    misses = {missed.data(), miss_count.data(), parts.data()};
   }
 
   Device<std::int32_t> starts;
   Device<std::int32_t> ends;
   Device<std::int32_t> missed;
   Device<std::uint32_t> miss_count;
+  Device<std::uint32_t> parts;
   misa::cuda::Keys keys{};
   misa::cuda::select::Misses misses{};
 };
@@ -201,7 +203,7 @@ void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_
                                           static_cast<std::uint32_t>(capacity)};
   const Time time = measure([&] {
     misa::cuda::select::launch_survivors(candidates, queries.keys, kRows, top_k,
-                                         {indices.data(), nullptr}, queries.misses, nullptr);
+                                         {indices.data(), nullptr}, true, queries.misses, nullptr);
   });
   const double read = static_cast<double>(kRows * lists) * static_cast<double>(each * 8 + 4);
   report.add(fmt::format("survivors {} x {}, n {}, k {}", kRows, lists * each, columns, top_k),

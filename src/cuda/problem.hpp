@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "misa/view.hpp"
 
@@ -18,6 +19,9 @@ struct Keys {
   const std::int32_t* starts;  // ks [T]
   const std::int32_t* ends;    // ke [T]
   std::int32_t max_keys;       // no query sees more; rows that would are cut there
+  // A query that sees fewer or more (once it is cut) is not this pass's: it is taken as empty.
+  std::int32_t least_keys = 0;
+  std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
 };
 
 // Queries and weights have their strides resolved. A slab of a call is a Problem whose pointers

@@ -17,7 +17,8 @@ __device__ inline Range visible(const Keys& k, std::int64_t t) {
   const auto tokens = static_cast<std::int32_t>(k.tokens);
   const std::int32_t start = min(max(k.starts[t], 0), tokens);
   const std::int32_t end = min(max(k.ends[t], start), tokens);
-  return {start, min(end - start, k.max_keys)};
+  const std::int32_t length = min(end - start, k.max_keys);
+  return {start, length < k.least_keys || length > k.most_keys ? 0 : length};
 }
 
 // The position that a column stands for; -1 if it stands for none below n.
@@ -25,8 +26,10 @@ __device__ inline std::int32_t position_of(const Columns& columns, std::int64_t 
                                            std::int64_t column, std::int32_t n) {
   std::int64_t position = column;
   if (columns.list != nullptr) {
-    const std::int64_t entry = columns.list[t * columns.width + column / columns.block];
-    position = entry < 0 ? n : entry * columns.block + column % columns.block;
+    const auto block = static_cast<std::uint32_t>(columns.block);
+    const std::uint32_t place = static_cast<std::uint32_t>(column) / block;
+    const std::int64_t entry = columns.list[t * columns.width + place];
+    position = entry < 0 ? n : (entry - place) * block + column;
   }
   return position < n ? static_cast<std::int32_t>(position) : -1;
 }

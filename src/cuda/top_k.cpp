@@ -24,7 +24,7 @@ void top_k(const Logits& logits, int top_k, const TopK& out, void* stream) {
   require_data("indices", out.indices, rows.rows * top_k, alignof(std::int32_t));
   require_data("scores", out.scores, 0, alignof(float));
   if (rows.rows > 0) {
-    select::launch_generic(rows, top_k, out, stream);
+    select::launch_generic(rows, top_k, out, true, stream);
   }
 }
 

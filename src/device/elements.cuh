@@ -1,5 +1,5 @@
-// Runs of consecutive elements of a row, read in the widest pieces that its alignment allows and
-// taken as fp32 or as the bf16 parts that the tensor cores multiply.
+// Runs of consecutive elements of a row, taken as fp32 or as the bf16 parts that the tensor cores
+// multiply. Rows start on 16 bytes: the public plan requires it, the host's copies see to it.
 #pragma once
 
 #include <cstddef>
@@ -51,20 +51,13 @@ struct Elements {
 
   std::uint32_t words[kWords];
 
-  // Elements first … first + count - 1; `aligned` says that rows start on 16 bytes.
-  __device__ void load(const void* row, std::int64_t first, bool aligned) {
+  // Elements first … first + count - 1 of a row that starts on 16 bytes.
+  __device__ void load(const void* row, std::int64_t first) {
     const auto* bytes =
         static_cast<const std::byte*>(row) + first * static_cast<std::int64_t>(size_of(type));
-    if (aligned) {
 #pragma unroll
-      for (int i = 0; i < kBytes / kPiece; ++i) {
-        load_piece(bytes + i * kPiece, &words[i * kPiece / 4]);
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[i] = load_word(bytes + 4 * i);
+    for (int i = 0; i < kBytes / kPiece; ++i) {
+      load_piece(bytes + i * kPiece, &words[i * kPiece / 4]);
     }
   }
 
@@ -141,24 +134,6 @@ struct Elements {
     } else {
       out[0] = __ldg(reinterpret_cast<const std::uint32_t*>(bytes));
     }
-  }
-
-  // Four bytes of a row that is aligned to its elements alone.
-  __device__ static std::uint32_t load_word(const std::byte* bytes) {
-    std::uint32_t word = 0;
-    if constexpr (type == DType::f32) {
-      word = __ldg(reinterpret_cast<const std::uint32_t*>(bytes));
-    } else if constexpr (type == DType::bf16) {
-      const auto* halves = reinterpret_cast<const std::uint16_t*>(bytes);
-      word = __ldg(halves) | static_cast<std::uint32_t>(__ldg(halves + 1)) << 16;
-    } else {
-      const auto* elements = reinterpret_cast<const std::uint8_t*>(bytes);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        word |= static_cast<std::uint32_t>(__ldg(elements + i)) << 8 * i;
-      }
-    }
-    return word;
   }
 };
 

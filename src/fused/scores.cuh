@@ -73,36 +73,58 @@ __device__ void load_rows(const Problem& problem, const Rows& scored, int thread
   }
 }
 
+// Heads whose weighted products are one chain of multiply-adds; the sums of such groups are added
+// in order, and the residual row at last. One thread may have all rows of a query, or each lane of
+// a quad a group (sm90_listed.cu): the bits are the same.
+inline constexpr int kGroupRows = 16;
+
 // Scores of a thread's two keys of a product, from the sums of its locals first_local … and their
 // weights in shared memory. `plain`: no scale is negative; else the sign of a scale, which is
-// exact, goes to the sums. Rows of a query are summed in order; where a product holds but a part of
-// them, `partial` carries the rest. emit(g, r, score): the thread's query g and its key r.
+// exact, goes to the sums. Where a product holds but a part of a query's rows, `partial` carries
+// the sum of the groups before. emit(g, r, score): the thread's query g and its key r.
 template <int rows, bool residual, int first_local, bool plain, int locals, class Emit>
 __device__ void weigh(const float (&sums)[2 * locals], const float* weights, const float* scales,
                       float (&partial)[2], const Emit& emit) {
-  constexpr int kSlots = rows < locals ? rows : locals;  // of a query, in this product
+  constexpr int kSlots = rows < locals ? rows : locals;          // of a query, in this product
+  constexpr int kChain = rows < kGroupRows ? rows : kGroupRows;  // of one group
 #pragma unroll
   for (int i = 0; i < locals; i += kSlots) {
     const int local = first_local + i;
     float score[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      score[r] = local % rows == 0 ? 0.0F : partial[r];
-    }
+    for (int slot = 0; slot < kSlots; slot += kChain) {
+      const bool first = (local + slot) % rows == 0;
+      const bool last = (local + slot + kChain) % rows == 0;
+      float group[2] = {0, 0};
+      float linear[2];
+      float linear_weight = 0;
 #pragma unroll
-    for (int slot = 0; slot < kSlots; slot += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(weights + i + slot);
-      const float weight[4] = {four.x, four.y, four.z, four.w};
+      for (int s = 0; s < kChain; s += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(weights + i + slot + s);
+        const float weight[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        const bool linear = residual && (local + slot + s) % rows == rows - 1;
+        for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float x = sums[(i + slot + s) / 2 * 4 + 2 * r + s % 2];
-          if (!plain) {
-            x = copysignf(1.0F, scales[r]) * x;
+          for (int r = 0; r < 2; ++r) {
+            float x = sums[(i + slot + s + j) / 2 * 4 + 2 * r + j % 2];
+            if (!plain) {
+              x = copysignf(1.0F, scales[r]) * x;
+            }
+            if (residual && last && s + j == kChain - 1) {
+              linear[r] = x;
+              linear_weight = weight[j];
+            } else {
+              group[r] = __fmaf_rn(weight[j], clipped(x), group[r]);
+            }
           }
-          score[r] = __fmaf_rn(weight[s], linear ? x : clipped(x), score[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float before = i + slot == 0 ? partial[r] : score[r];
+        score[r] = first ? group[r] : __fadd_rn(before, group[r]);
+        if (residual && last) {
+          score[r] = __fmaf_rn(linear_weight, linear[r], score[r]);
         }
       }
     }

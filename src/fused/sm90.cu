@@ -27,8 +27,10 @@
 #include <type_traits>
 
 #include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "device/barrier.cuh"
+#include "device/shared.cuh"
 #include "device/wgmma.cuh"
 #include "fused/scores.cuh"
 #include "fused/sm90.hpp"
@@ -48,7 +50,7 @@ struct Arguments {
   int splits;
   std::int64_t key_stride;  // key index of tile row r is r * key_stride
   std::int64_t key_rows;    // rows of the key tensor map
-  const float* scales;      // [key_rows] or more, a multiple of kTileKeys (scales_kernel)
+  const float* scales;      // of all keys, a multiple of kTileKeys (scales_kernel)
   const float* bounds;      // [T]
   Candidates candidates;
   float* scores;  // [T, key_rows]
@@ -62,23 +64,38 @@ struct Lists {
   std::uint32_t step;
 };
 
-// Step 5 for the last entry of each queue. Returns the queue's new tail. Threads without an entry
-// go along, and add nothing: there is no branch.
-__device__ Candidate* pop(const Candidates& out, const Lists& lists, const Candidate* queue,
-                          Candidate* tail) {
-  const bool any = tail != queue;
-  tail -= any ? kQueueStep : 0;
-  const Candidate taken = *tail;
-  const std::uint32_t g = any ? taken.position >> kKeyBits : 0;
-  const std::uint32_t key = taken.position & ((1U << kKeyBits) - 1);
-  const std::uint32_t slot = atomicAdd(lists.counts + g * 4, any ? 1U : 0U);
-  const std::int32_t start = lists.starts[g * 4];
-  if (any && slot < out.capacity) {
-    out.entries[lists.base + g * lists.step + slot] = {taken.score,
-                                                       key - static_cast<std::uint32_t>(start)};
+// A thread's queue in shared memory, from its first entry to behind its last one: addresses.
+struct Queue {
+  std::uint32_t first;
+  std::uint32_t tail;
+
+  __device__ explicit Queue(const Candidate* entries)
+      : first(shared_address(entries)), tail(first) {}
+  __device__ bool empty() const { return tail == first; }
+  __device__ bool nearly_full() const { return tail > first + kQueueSpare * kQueueStep; }
+  __device__ void push(float score, std::uint32_t position) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(tail), "r"(__float_as_uint(score)),
+                 "r"(position));
+    tail += kQueueStep;
   }
-  return tail;
-}
+  // Step 5 for the last entry. Threads without an entry go along, and add nothing: there is no
+  // branch.
+  __device__ void pop(const Candidates& out, const Lists& lists) {
+    const bool any = !empty();
+    tail -= any ? kQueueStep : 0;
+    std::uint32_t score;
+    std::uint32_t position;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(score), "=r"(position) : "r"(tail));
+    const std::uint32_t g = any ? position >> kKeyBits : 0;
+    const std::uint32_t key = position & ((1U << kKeyBits) - 1);
+    const std::uint32_t slot = atomicAdd(lists.counts + g * 4, any ? 1U : 0U);
+    const std::int32_t start = lists.starts[g * 4];
+    if (any && slot < out.capacity) {
+      out.entries[lists.base + g * lists.step + slot] = {__uint_as_float(score),
+                                                         key - static_cast<std::uint32_t>(start)};
+    }
+  }
+};
 
 template <int rows, bool residual, Sink sink>
 __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
@@ -103,14 +120,12 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
     }
   }
   ptx::fence_proxy_async(ptx::space_shared);
-  const int own = 1 + group;  // the barrier of a group's threads
-  barrier_sync(own, kGroupThreads);
+  barrier_sync(1 + group, kGroupThreads);
 
   const std::uint64_t row_tile = swizzled_tile(shared.rows_of[group]);
   const std::uint64_t key_tiles = swizzled_tile(shared.keys);
   const float* const weights = shared.weights[group][0] + lane % 4 * kLaneWeights;
-  Candidate* const queue = &shared.queue[0][group * kGroupThreads + thread];
-  Candidate* tail = queue;
+  Queue queue(&shared.queue[0][group * kGroupThreads + thread]);
   const std::uint32_t list_step =
       static_cast<std::uint32_t>(arguments.splits) * arguments.candidates.capacity;
   const Lists lists{shared.counts + group * Own::kQueries + lane % 4,
@@ -126,7 +141,14 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   const auto load_scales = [&] {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      next[i] = __ldg(scale + i / 2 * kProductKeys + i % 2 * 8);
+      const int offset = i / 2 * kProductKeys + i % 2 * 8;
+      if constexpr (sink == Sink::candidates) {
+        next[i] = __ldg(scale + offset);
+      } else {  // behind the last sample there is none
+        const std::int64_t sample = scale - arguments.scales + offset;
+        next[i] =
+            __ldg(arguments.scales + min(sample, arguments.key_rows - 1) * arguments.key_stride);
+      }
     }
   };
   if (first_tile < last_tile) {
@@ -186,8 +208,8 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       }
       if constexpr (sink == Sink::candidates && kProduct == 0) {
         do {
-          tail = pop(arguments.candidates, lists, queue, tail);
-        } while (__any_sync(kWarp, tail > queue + kQueueSpare * kQueueStep));
+          queue.pop(arguments.candidates, lists);
+        } while (__any_sync(kWarp, queue.nearly_full()));
       }
       wgmma_wait<0>();
       wgmma_pin(sums);
@@ -205,9 +227,8 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
           }
         } else {
           if (score > bounds[g]) {
-            *tail = {score, static_cast<std::uint32_t>(key) | static_cast<std::uint32_t>(g)
-                                                                  << kKeyBits};
-            tail += kQueueStep;
+            queue.push(score, static_cast<std::uint32_t>(key) | static_cast<std::uint32_t>(g)
+                                                                    << kKeyBits);
           }
         }
       };
@@ -237,10 +258,10 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
     ++pass;
   }
   if constexpr (sink == Sink::candidates) {
-    while (__any_sync(kWarp, tail != queue)) {
-      tail = pop(arguments.candidates, lists, queue, tail);
+    while (__any_sync(kWarp, !queue.empty())) {
+      queue.pop(arguments.candidates, lists);
     }
-    barrier_sync(own, kGroupThreads);
+    barrier_sync(1 + group, kGroupThreads);
     for (int query = thread; query < Own::kQueries && first + query < tokens;
          query += kGroupThreads) {
       arguments.candidates
@@ -254,6 +275,7 @@ template <int rows, bool residual, Sink sink>
 __global__ void __launch_bounds__(kThreads, 1)
     score_kernel(const __grid_constant__ CUtensorMap map,
                  const __grid_constant__ Arguments arguments) {
+  begin_kernel();
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<rows>*>(memory);
   using Own = Columns<rows>;
@@ -299,6 +321,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     first_tile = shared.first / kTileKeys;
     last_tile = min(last_tile, (shared.last + kTileKeys - 1) / kTileKeys);
   }
+  if (shared.last == 0) {  // no query of the block sees a key: nobody asks for scores
+    last_tile = 0;
+  }
   first_tile += static_cast<std::int32_t>(blockIdx.x % arguments.splits);
 
   // The same for a whole warp, and the compiler is to know it.
@@ -308,21 +333,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Eight threads a key.
-__global__ void __launch_bounds__(kScaleThreads)
-    scales_kernel(const Keys keys, std::int64_t rows, std::int64_t stride, float* scales) {
-  const std::int64_t row = (std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x) / 8;
+__global__ void __launch_bounds__(kScaleThreads) scales_kernel(const Keys keys, float* scales) {
+  begin_kernel();
+  const std::int64_t key = (std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x) / 8;
   const int chunk = threadIdx.x % 8;
   bool bad = true;
   float scale = 0;
-  if (row < rows) {
-    const std::int64_t key = row * stride;
+  if (key < keys.tokens) {
     scale = __ldg(keys.scale + key);
     const auto* bytes = static_cast<const std::uint8_t*>(keys.data) + key * keys.stride;
     bad = !isfinite(scale) || any_nan(__ldg(reinterpret_cast<const uint4*>(bytes) + chunk));
   }
   const unsigned votes = __ballot_sync(kWarp, bad) >> (threadIdx.x % 32 / 8 * 8) & 0xFF;
   if (chunk == 0) {
-    scales[row] = votes != 0 ? std::numeric_limits<float>::quiet_NaN() : scale;
+    scales[key] = votes != 0 ? std::numeric_limits<float>::quiet_NaN() : scale;
   }
 }
 
@@ -363,33 +387,21 @@ void launch(const Arguments& arguments, void* stream) {
                               : CUtensorMap{};
   for_rows(arguments.rows, [&]<int rows, bool residual>() {
     const auto kernel = score_kernel<rows, residual, sink>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(sizeof(Shared<rows>))),
-          "cudaFuncSetAttribute");
     const std::int64_t blocks = (arguments.problem.q.tokens + Columns<rows>::kBlockQueries - 1) /
                                 Columns<rows>::kBlockQueries;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks * arguments.splits));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = sizeof(Shared<rows>);
-    config.stream = static_cast<cudaStream_t>(stream);
-    check(cudaLaunchKernelEx(&config, kernel, map, arguments), "cudaLaunchKernelEx");
+    launch_kernel("fused scores", kernel, dim3(static_cast<unsigned>(blocks * arguments.splits)),
+                  kThreads, sizeof(Shared<rows>), stream, map, arguments);
   });
 }
 
 }  // namespace
 
-void launch_scales(const Keys& keys, std::int64_t count, std::int64_t stride, float* scales,
-                   void* stream) {
-  if (count == 0) {
+void launch_scales(const Keys& keys, float* scales, void* stream) {
+  if (keys.tokens == 0) {
     return;
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(fused::scales(count) / (kScaleThreads / 8)));
-  config.blockDim = dim3(kScaleThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, scales_kernel, keys, count, stride, scales),
-        "cudaLaunchKernelEx");
+  const auto blocks = static_cast<unsigned>(fused::scales(keys.tokens) / (kScaleThreads / 8));
+  launch_kernel("scales", scales_kernel, dim3(blocks), kScaleThreads, 0, stream, keys, scales);
 }
 
 void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,

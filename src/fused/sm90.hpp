@@ -1,7 +1,7 @@
 // Scoring fused with the gate of selection, for Hopper: e4m3 queries and keys whose rows start on
 // 16 bytes, D = 128, at most kMaxRows rows a query and kMaxKeys keys. In order on a stream:
 //
-//   launch_scales      once for all keys, once for the sampled ones
+//   launch_scales      once a call
 //   launch_samples     scores of the sampled keys
 //   (a bound for every query, from them: select/fused.hpp)
 //   launch_candidates  scores above the bounds
@@ -30,27 +30,26 @@ struct Rows {
   [[nodiscard]] int count() const { return head_count + (residual != nullptr ? 1 : 0); }
 };
 
-// The scale of keys 0, stride, 2 stride …, `count` of them, as scoring uses it: NaN where it is not
-// finite, where an element of the key is NaN, and behind the last one up to scales(count).
-void launch_scales(const Keys& keys, std::int64_t count, std::int64_t stride, float* scales,
-                   void* stream);
+// The scale [scales(L)] of every key as scoring uses it: NaN where it is not finite, where an
+// element of the key is NaN, and behind the last one.
+void launch_scales(const Keys& keys, float* scales, void* stream);
 
 // Scores of the sampled keys, [T, samples]: of key c * sample_stride in column c; NaN where the
-// query does not see it. `scales`: of the sampled keys.
+// query does not see it. `scales`, here and below: of all keys.
 void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,
                     const float* scales, float* scores, void* stream);
 
 // Candidates [T, splits, capacity]: the keys that the query sees whose score is above its bound
-// [T]. `scales`: of all keys.
+// [T].
 void launch_candidates(const Problem& problem, const Rows& rows, const Layout& layout,
                        const float* scales, const float* bounds, const Candidates& out,
                        void* stream);
 
 // The exact top k of the queries listed in `missed`, by scoring all keys that they see. `scores` is
-// room for max_keys scores of at least one query; more of it lets more blocks work at once. Does
-// next to nothing if none was missed.
+// room for max_keys scores of at least one query; more of it lets more blocks work at once, up to
+// one for each of the device's processors. Does next to nothing if none was missed.
 void launch_missed(const Problem& problem, const Rows& rows, const float* scales,
                    const select::Misses& missed, int top_k, const TopK& out,
-                   std::span<float> scores, void* stream);
+                   std::span<float> scores, int processors, void* stream);
 
 }  // namespace misa::cuda::fused

@@ -40,7 +40,7 @@ inline constexpr std::int64_t kMaxKeys = std::int64_t{1} << kKeyBits;
 // A warp takes entries out of its queues, one of each, while its product is computed: as often as
 // 1 score in 16 passes; and goes on while one of them holds more than kQueueSpare.
 inline constexpr int kQueueSpare = 4;
-inline constexpr int kQueueStep = kThreads;  // from one entry to the next
+inline constexpr std::uint32_t kQueueStep = kThreads * sizeof(Candidate);  // to the next entry
 
 // Columns of a group whose queries have this many rows: a query stands in each lane of a quad.
 constexpr int group_columns(int rows) { return rows < 32 ? kProductColumns : 4 * rows; }
@@ -79,7 +79,7 @@ struct Shared {
   std::int32_t plain_last[kGroups];
   alignas(8) std::uint64_t full[kStages];
   std::uint64_t empty[kStages];
-  Candidate queue[kQueueSpare + 2 * Own::kOwn][kQueueStep];
+  Candidate queue[kQueueSpare + 2 * Own::kOwn][kThreads];
 };
 static_assert(sizeof(Shared<4>) <= 227 * 1024 && sizeof(Shared<64>) <= 227 * 1024);
 

@@ -7,16 +7,15 @@
 //  their
 //     places in the list are read one tile earlier.
 //  3. A product of 64 keys and 64 rows leaves 16 dot products of each of two keys in a thread.
-//  4. Lane after lane of a quad adds its 16 to the sum that the lane before it came to: rows in
-//     order, as in the fused kernels, where one thread holds all rows. That costs four times the
-//     additions, which find room while keys come from L2: 8 KB a tile, at some 24 bytes a cycle and
-//     SM, take longer than all arithmetic.
+//  4. Each lane of a quad sums its 16, a group (scores.cuh); two of the lanes add up the groups of
+//  a
+//     key each, and the residual row.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cuda/ptx>
 
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "device/gather.cuh"
 #include "device/wgmma.cuh"
@@ -33,6 +32,7 @@ namespace ptx = ::cuda::ptx;
 constexpr int kTile = kProductKeys;
 constexpr int kQuad = 4;
 constexpr int kOwnRows = kMaxRows / kQuad;
+static_assert(kOwnRows == kGroupRows, "a lane has a group");
 static_assert(kGroupThreads == 2 * kMaxRows, "two threads load a row");
 
 // Threads that gather a key, and keys that a thread gathers a part of.
@@ -105,69 +105,76 @@ __device__ float clipped(float x, float factor) {
   return y;
 }
 
-// Step 2 for a thread: parts of the keys thread / 8 + 16 i of every tile.
+// Step 2 for a thread: parts of the keys thread / 8 + 16 i of every tile. `blocks`: the list is of
+// blocks of positions, not of positions.
+template <bool blocks>
 class Gather {
  public:
   __device__ Gather(const Arguments& arguments, std::int64_t t, const Range& range,
                     std::int32_t length)
-      : arguments_(arguments),
-        list_(arguments.columns.list + t * arguments.columns.width),
-        range_(range),
+      : list_(arguments.columns.list + t * arguments.columns.width),
+        keys_(static_cast<const std::uint8_t*>(arguments.problem.k.data) +
+              range.start * arguments.problem.k.stride + threadIdx.x % kChunks * 16),
+        scales_(arguments.scales + range.start),
+        stride_(arguments.problem.k.stride),
+        visible_(static_cast<std::uint32_t>(range.length)),
         length_(static_cast<std::uint32_t>(length)),
         block_(static_cast<std::uint32_t>(arguments.columns.block)),
-        row_(static_cast<int>(threadIdx.x) / kChunks),
-        chunk_(static_cast<int>(threadIdx.x) % kChunks) {}
+        row_(threadIdx.x / kChunks),
+        place_(row_ * kDim + (threadIdx.x % kChunks ^ row_ % 8) * 16) {}
 
   // Looks up a tile. What comes is not touched before `copy`, so that no thread waits for it. A
   // block's size is a multiple of the tile's, so all of a tile stands in one block.
   __device__ void find(std::int32_t tile) {
     const std::uint32_t first = static_cast<std::uint32_t>(tile) * kTile;
-    if (block_ == 1) {
+    if constexpr (blocks) {
+      entries_[0] = first < length_ ? __ldg(list_ + first / block_) : -1;
+      offset_ = first % block_ + row_;
+    } else {
 #pragma unroll
       for (int i = 0; i < kOwnKeys; ++i) {
         const std::uint32_t column = first + row_ + i * kRowStep;
         entries_[i] = column < length_ ? __ldg(list_ + column) : -1;
       }
-    } else {
-      entries_[0] = first < length_ ? __ldg(list_ + first / block_) : -1;
-      offset_ = static_cast<std::int32_t>(first % block_) + row_;
     }
   }
 
-  // Starts the copies of what was looked up.
+  // Starts the copies of what was looked up. An entry of -1 is a position that no query sees.
   __device__ void copy(std::uint8_t* keys, float* scales) const {
-    const Keys& k = arguments_.problem.k;
 #pragma unroll
     for (int i = 0; i < kOwnKeys; ++i) {
-      const int row = row_ + i * kRowStep;
-      const std::int32_t position =
-          block_ == 1 ? entries_[i]
-                      : entries_[0] * static_cast<std::int32_t>(block_) + offset_ + i * kRowStep;
-      const bool there = position >= 0 && position < range_.length;
-      const std::int64_t key = there ? range_.start + position : 0;
-      const auto* source = static_cast<const std::uint8_t*>(k.data) + key * k.stride;
-      copy_16_or_zero(keys + row * kDim + (chunk_ ^ row % 8) * 16, source + chunk_ * 16, there);
-      if (chunk_ == 0) {
-        copy_4_or_zero(scales + row, arguments_.scales + key, there);
+      auto position = static_cast<std::uint32_t>(entries_[blocks ? 0 : i]);
+      if constexpr (blocks) {
+        position = entries_[0] < 0 ? visible_ : position * block_ + offset_ + i * kRowStep;
+      }
+      const bool there = position < visible_;
+      const std::uint32_t at = there ? position : 0;
+      copy_16_or_zero(keys + place_ + i * kRowStep * kDim, keys_ + at * stride_, there);
+      if (threadIdx.x % kChunks == 0) {
+        copy_4_or_zero(scales + row_ + i * kRowStep, scales_ + at, there);
       }
     }
   }
 
  private:
-  const Arguments& arguments_;
   const std::int32_t* list_;
-  Range range_;
-  std::uint32_t length_;
+  const std::uint8_t* keys_;  // the thread's chunk of the first key that the query sees
+  const float* scales_;       // of that key
+  std::int64_t stride_;
+  std::uint32_t visible_;  // keys
+  std::uint32_t length_;   // columns
   std::uint32_t block_;
-  int row_;
-  int chunk_;
-  std::int32_t offset_ = 0;  // of the thread's first key in its block
-  std::int32_t entries_[kOwnKeys] = {};
+  std::uint32_t row_;         // of the thread's first key in a tile
+  std::uint32_t place_;       // of its chunk there
+  std::uint32_t offset_ = 0;  // of that key in its block
+  std::int32_t entries_[blocks ? 1 : kOwnKeys] = {};
 };
+static_assert(kRowStep % 8 == 0, "a thread's chunks are swizzled alike");
 
-template <bool residual>
+template <bool residual, bool blocks>
 __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
     listed_kernel(const __grid_constant__ Arguments arguments) {
+  begin_kernel();
   extern __shared__ __align__(1024) std::uint8_t memory[];
   ListedShared& shared = *reinterpret_cast<ListedShared*>(memory);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -182,7 +189,7 @@ __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
     return;
   }
 
-  Gather gather(arguments, t, range, length);
+  Gather<blocks> gather(arguments, t, range, length);
   std::int32_t ahead = tile;  // the next to be copied, already looked up
   const auto fetch = [&](int stage) {
     if (ahead < tiles) {
@@ -203,7 +210,11 @@ __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
   for (int i = 0; i < kOwnRows; ++i) {
     weights[i] = shared.weights[i / 2 * 8 + lane % kQuad * 2 + i % 2];
   }
-  const int lanes = residual ? kQuad : (arguments.rows.head_count + kOwnRows - 1) / kOwnRows;
+  // The residual row, in the quad's last place, is in no group.
+  const float linear_weight = residual ? shared.weights[kMaxRows - 1] : 0.0F;
+  if (residual && lane % kQuad == kQuad - 1) {
+    weights[kOwnRows - 1] = 0;
+  }
   const std::uint64_t rows = swizzled_tile(shared.rows);
   const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / kQuad;
 
@@ -226,36 +237,35 @@ __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
     wgmma_pin(sums);
 
     // Step 4. The sign of a scale, which is exact, goes to the products.
-    float totals[2] = {0, 0};
+    float groups[2] = {0, 0};
+    float linear[2];
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float& x = sums[i / 2 * 4 + 2 * r + i % 2];
-        const float clip = clipped(x, copysignf(kClip, scales[r]));
-        const bool linear = residual && i == kOwnRows - 1 && lane % kQuad == kQuad - 1;
-        x = linear ? copysignf(1.0F, scales[r]) * x : clip;
+        const float x = sums[i / 2 * 4 + 2 * r + i % 2];
+        groups[r] = __fmaf_rn(weights[i], clipped(x, copysignf(kClip, scales[r])), groups[r]);
+        linear[r] = copysignf(1.0F, scales[r]) * x;  // the last one of them stays
       }
     }
-    for (int source = 0; source < lanes; ++source) {
-#pragma unroll
-      for (int i = 0; i < kOwnRows; ++i) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          totals[r] = __fmaf_rn(weights[i], sums[i / 2 * 4 + 2 * r + i % 2], totals[r]);
-        }
-      }
-#pragma unroll
-      for (float& total : totals) {
-        total = __shfl_sync(kWarp, total, source, kQuad);
-      }
+    // Of a quad, lane 0 adds up the one key's groups and lane 1 the other's.
+    const bool odd = lane % 2 != 0;
+    const float own = odd ? groups[1] : groups[0];
+    const float other = odd ? groups[0] : groups[1];
+    const float neighbour = __shfl_xor_sync(kWarp, other, 1);
+    const float across = __shfl_xor_sync(kWarp, own, 2);
+    const float opposite = __shfl_xor_sync(kWarp, other, 3);
+    float total = __fadd_rn(own, neighbour);
+    total = __fadd_rn(__fadd_rn(total, odd ? opposite : across), odd ? across : opposite);
+    if constexpr (residual) {
+      const float first = __shfl_sync(kWarp, linear[0], kQuad - 1, kQuad);
+      const float second = __shfl_sync(kWarp, linear[1], kQuad - 1, kQuad);
+      total = __fmaf_rn(linear_weight, odd ? second : first, total);
     }
-    const int own = lane % kQuad;
-    const std::int32_t column = tile * kTile + row + 8 * own;
-    if (own < 2 && column < length) {
-      const float total = own == 0 ? totals[0] : totals[1];
-      const float scale = own == 0 ? scales[0] : scales[1];
-      arguments.scores.data[t * arguments.scores.columns + column] = __fmul_rn(total, fabsf(scale));
+    const std::int32_t column = tile * kTile + row + (odd ? 8 : 0);
+    if (lane % kQuad < 2 && column < length) {
+      arguments.scores.data[t * arguments.scores.columns + column] =
+          __fmul_rn(total, fabsf(odd ? scales[1] : scales[0]));
     }
   }
   wait_for_copies<0>();
@@ -265,28 +275,24 @@ __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
 
 void launch_listed(const Problem& problem, const Rows& rows, const cuda::Columns& columns,
                    const std::int32_t* lengths, std::int32_t unscored, const float* scales,
-                   const Scores& scores, void* stream) {
-  int device = 0;
-  int processors = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  const auto kernel = rows.residual != nullptr ? listed_kernel<true> : listed_kernel<false>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(sizeof(ListedShared))),
-        "cudaFuncSetAttribute");
+                   const Scores& scores, int processors, void* stream) {
   const std::int64_t queries = problem.q.tokens;
   const std::int64_t tiles = (scores.columns + kTile - 1) / kTile;
   const std::int64_t shares = std::clamp<std::int64_t>(
       std::int64_t{kListedBlocks} * processors / queries, 1, std::max<std::int64_t>(tiles, 1));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(queries), static_cast<unsigned>(shares));
-  config.blockDim = dim3(kGroupThreads);
-  config.dynamicSmemBytes = sizeof(ListedShared);
-  config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel,
-                           Arguments{problem, rows, columns, lengths, unscored, scales, scores}),
-        "cudaLaunchKernelEx");
+  const auto launch = [&]<bool residual, bool blocks>() {
+    launch_kernel("listed scores", listed_kernel<residual, blocks>,
+                  dim3(static_cast<unsigned>(queries), static_cast<unsigned>(shares)),
+                  kGroupThreads, sizeof(ListedShared), stream,
+                  Arguments{problem, rows, columns, lengths, unscored, scales, scores});
+  };
+  if (rows.residual != nullptr) {
+    columns.block > 1 ? launch.template operator()<true, true>()
+                      : launch.template operator()<true, false>();
+  } else {
+    columns.block > 1 ? launch.template operator()<false, true>()
+                      : launch.template operator()<false, false>();
+  }
 }
 
 }  // namespace misa::cuda::fused

@@ -1,13 +1,14 @@
 // The exact top k of queries whose bound let through too few scores, or more than their lists hold.
 // Such a query depends on no bound: all its scores are written and selected from.
 //
-//  1. A block takes four queries of the list at a time, one for each lane of a quad.
-//  2. Its warpgroups share the keys that some of the four see, in tiles of 64, and multiply each
-//     with the rows of all four.
-//  3. Scores, with the bits that the fused kernel gives them (scores.cuh), go to the block's room
-//  in
-//     global memory.
-//  4. The block selects from each of the four rows (select/row.cuh).
+//  1. Four queries of the list make a group, one for each lane of a quad. Where there are fewer
+//     groups than blocks, a group's keys are cut into parts, a block each.
+//  2. A block's warpgroups share the keys of its part that some of the four see, in tiles of 64,
+//     and multiply each with the rows of all four.
+//  3. Scores, with the bits that the fused kernel gives them (scores.cuh), go to the group's room
+//     in global memory.
+//  4. The block that finishes a group's last part selects from each of the four rows
+//     (select/row.cuh).
 //
 // Blocks find no work and end where nothing was missed, which is the rule.
 #include <cuda_runtime.h>
@@ -17,15 +18,13 @@
 #include <limits>
 #include <type_traits>
 
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "device/barrier.cuh"
 #include "device/wgmma.cuh"
 #include "fused/scores.cuh"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"
 #include "misa/error.hpp"
-#include "select/launch.cuh"
 #include "select/row.cuh"
 
 namespace misa::cuda::fused {
@@ -42,9 +41,10 @@ struct Arguments {
   select::Misses missed;
   TopK out;
   select::RowPlan plan;
-  float* room;  // [blocks, queries, stride] scores
+  float* room;  // [rooms, queries, stride] scores
   std::int64_t stride;
-  int queries;  // that a block has room for, 1 to kMissedQueries
+  std::int64_t rooms;  // at least as many as blocks
+  int queries;         // of a group: 1 to kMissedQueries
 };
 
 // Step 2's A operand: 64 keys from `first` on, by the threads of a group; zero beyond the last key.
@@ -63,12 +63,13 @@ __device__ void load_keys(const Keys& keys, std::int64_t first, int thread, std:
 
 // Steps 2 and 3 of one warpgroup.
 template <int rows, bool residual>
-__device__ void score_tiles(const Arguments& arguments, MissedShared& shared, int group,
-                            float* scores) {
+__device__ void score_tiles(const Arguments& arguments, MissedShared& shared, std::int64_t part,
+                            std::int64_t parts, float* scores) {
   constexpr int kMissedColumns = std::min(kMissedQueries * rows, kProductColumns);  // of a product
   constexpr int kProducts = kMissedQueries * rows / kMissedColumns;
   constexpr int kLocals = kMissedColumns / 4;
   const Keys& keys = arguments.problem.k;
+  const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   const int thread = threadIdx.x % kGroupThreads;
   const int lane = thread % 32;
   std::int32_t first = std::numeric_limits<std::int32_t>::max();
@@ -84,13 +85,18 @@ __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, in
   float* const own = scores + lane % 4 * arguments.stride;
   const std::uint64_t key_tile = swizzled_tile(shared.keys[group]);
   const std::uint64_t row_tile = swizzled_tile(shared.rows);
-  for (std::int64_t tile = first / kProductKeys + group; tile * kProductKeys < last;
-       tile += kMissedGroups) {
+  for (std::int64_t tiles = first / kProductKeys + part * kMissedGroups;
+       tiles * kProductKeys < last; tiles += parts * kMissedGroups) {
+    const std::int64_t tile = tiles + group;  // perhaps behind the last one
     load_keys(keys, tile * kProductKeys, thread, shared.keys[group]);
     ptx::fence_proxy_async(ptx::space_shared);
-    barrier_sync(1 + group, kGroupThreads);
+    __syncthreads();
     const std::int64_t row = tile * kProductKeys + thread / 32 * 16 + lane / 4;
-    const float scales[2] = {__ldg(arguments.scales + row), __ldg(arguments.scales + row + 8)};
+    float scales[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      scales[r] = row + 8 * r < last ? __ldg(arguments.scales + row + 8 * r) : 0;
+    }
     const auto write = [&](int /*query*/, int r, float score) {
       const std::int64_t position = row + 8 * r - start;
       if (position >= 0 && position < length) {
@@ -118,22 +124,29 @@ __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, in
     if constexpr (kProducts == 2) {
       take(std::integral_constant<int, 1>{});
     }
-    barrier_sync(1 + group, kGroupThreads);  // before the tile is overwritten
+    __syncthreads();  // before the tile is overwritten
   }
 }
 
 template <int rows, bool residual>
 __global__ void __launch_bounds__(kMissedThreads, 1)
     missed_kernel(const __grid_constant__ Arguments arguments) {
+  begin_kernel();
   extern __shared__ __align__(1024) std::byte memory[];
   MissedShared& shared = *reinterpret_cast<MissedShared*>(memory);
+  __shared__ bool last_part;
   const auto count = static_cast<std::int64_t>(*arguments.missed.count);
-  float* const scores =
-      arguments.room + std::int64_t{blockIdx.x} * arguments.queries * arguments.stride;
-  for (std::int64_t first = std::int64_t{blockIdx.x} * arguments.queries; first < count;
-       first += std::int64_t{gridDim.x} * arguments.queries) {
+  const std::int64_t groups = (count + arguments.queries - 1) / arguments.queries;
+  // A group's parts need a room of its own; where there is not one for each, blocks have one each.
+  const bool own_rooms = groups <= arguments.rooms;
+  const std::int64_t parts =
+      own_rooms && groups > 0 ? max(std::int64_t{gridDim.x} / groups, std::int64_t{1}) : 1;
+  for (std::int64_t item = blockIdx.x; item < groups * parts; item += gridDim.x) {
+    const std::int64_t group = item / parts;
+    float* const scores = arguments.room + (own_rooms ? group : std::int64_t{blockIdx.x}) *
+                                               arguments.queries * arguments.stride;
     if (threadIdx.x < kMissedQueries) {  // step 1
-      const std::int64_t i = first + threadIdx.x;
+      const std::int64_t i = group * arguments.queries + threadIdx.x;
       const bool taken = static_cast<int>(threadIdx.x) < arguments.queries && i < count;
       const std::int64_t t = taken ? arguments.missed.rows[i] : -1;
       const Range range = taken ? visible(arguments.problem.k, t) : Range{0, 0};
@@ -147,8 +160,19 @@ __global__ void __launch_bounds__(kMissedThreads, 1)
         [&](int query) { return shared.queries[query]; }, shared.rows, shared.weights);
     ptx::fence_proxy_async(ptx::space_shared);
     __syncthreads();
-    const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-    score_tiles<rows, residual>(arguments, shared, group, scores);
+    score_tiles<rows, residual>(arguments, shared, item % parts, parts, scores);
+    if (parts > 1) {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        last_part = atomicAdd(&arguments.missed.parts[group], 1U) == parts - 1;
+      }
+      __syncthreads();
+      if (!last_part) {
+        continue;
+      }
+      __threadfence();
+    }
     // Selection takes the same shared memory.
     std::int64_t queries[kMissedQueries];
     std::int32_t lengths[kMissedQueries];
@@ -172,12 +196,7 @@ __global__ void __launch_bounds__(kMissedThreads, 1)
 
 void launch_missed(const Problem& problem, const Rows& rows, const float* scales,
                    const select::Misses& missed, int top_k, const TopK& out,
-                   std::span<float> scores, void* stream) {
-  int device = 0;
-  int processors = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
+                   std::span<float> scores, int processors, void* stream) {
   const std::int64_t stride = std::max(problem.k.max_keys, 1);
   const std::int64_t room = static_cast<std::int64_t>(scores.size()) / stride;
   if (room < 1) {
@@ -185,12 +204,13 @@ void launch_missed(const Problem& problem, const Rows& rows, const float* scales
   }
   const auto queries = static_cast<int>(std::min<std::int64_t>(room, kMissedQueries));
   const std::int64_t blocks = std::min<std::int64_t>(room / queries, processors);
-  const select::RowPlan plan = select::plan_row(top_k, select::shared_limit());
+  const select::RowPlan plan = select::plan_row(top_k, shared_limit());
   for_rows(rows, [&]<int padded, bool residual>() {
-    select::launch(
-        missed_kernel<padded, residual>, blocks, kMissedThreads,
-        std::max(sizeof(MissedShared), plan.bytes()), stream,
-        Arguments{problem, rows, scales, missed, out, plan, scores.data(), stride, queries});
+    launch_kernel("missed queries", missed_kernel<padded, residual>,
+                  dim3(static_cast<unsigned>(blocks)), kMissedThreads,
+                  std::max(sizeof(MissedShared), plan.bytes()), stream,
+                  Arguments{problem, rows, scales, missed, out, plan, scores.data(), stride,
+                            room / queries, queries});
   });
 }
 

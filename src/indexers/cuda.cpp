@@ -9,6 +9,9 @@
 // Where the device has kernels of src/fused for the shape, those score, and do 3 and 4 at once
 // unless blocks were filtered (Slab::fused).
 //
+// Where a config says that rows of little work take every head, there are two passes over the
+// queries, each of which takes the rows of the other as empty.
+//
 // How queries are cut into slabs never changes a result.
 #include "indexers/cuda.hpp"
 
@@ -19,6 +22,7 @@
 #include <limits>
 #include <numeric>
 
+#include "cuda/check.cuh"
 #include "cuda/stages.hpp"
 #include "fused/listed.hpp"
 #include "fused/sm90.hpp"
@@ -101,7 +105,6 @@ struct Needs {
 // What fused scoring keeps.
 struct FusedMemory {
   fused::Layout layout{};
-  float* sample_scales = nullptr;  // of those that are samples
   float* samples = nullptr;
   float* bounds = nullptr;
   Candidates candidates{};
@@ -114,7 +117,6 @@ struct FusedMemory {
               Bump& bump) {
     layout = fused::layout({slab.tokens, std::max<std::int64_t>(total_keys, 1), slab.max_keys,
                             needs.heads + needs.linear, needs.keep, device.processors});
-    sample_scales = bump.take<float>(fused::scales(layout.samples));
     samples = bump.take<float>(slab.tokens * layout.samples);
     bounds = bump.take<float>(slab.tokens);
     const std::int64_t lists = slab.tokens * layout.splits;
@@ -124,7 +126,8 @@ struct FusedMemory {
     candidates = {reinterpret_cast<Candidate*>(missed_scores.data()),
                   bump.take<std::uint32_t>(lists), static_cast<std::uint32_t>(layout.splits),
                   layout.capacity};
-    misses = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1)};
+    misses = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1),
+              bump.take<std::uint32_t>(slab.tokens)};
   }
 };
 
@@ -190,11 +193,10 @@ struct Memory {
 
   // Once a call: which of its keys are samples, and the scales.
   void prepare(const Needs& needs, const Keys& keys, cudaStream_t stream) {
-    fused::launch_scales(keys, keys.tokens, 1, scales, stream);
+    fused::launch_scales(keys, scales, stream);
     if (needs.fused) {
       fused::Layout& layout = fused.layout;
       layout.samples = (keys.tokens + layout.sample_stride - 1) / layout.sample_stride;
-      fused::launch_scales(keys, layout.samples, layout.sample_stride, fused.sample_scales, stream);
     }
   }
 
@@ -237,15 +239,25 @@ T* row_of(std::span<T> output, std::int64_t first, std::int64_t width) {
   return output.empty() ? nullptr : output.data() + first * width;
 }
 
+template <class T>
+void fill(std::span<T> output, int byte, cudaStream_t stream) {
+  if (!output.empty()) {
+    check(cudaMemsetAsync(output.data(), byte, output.size_bytes(), stream), "cudaMemsetAsync");
+  }
+}
+
 // One slab: the stages in order.
 class Slab {
  public:
+  // `empty`: rows of queries that see nothing are written, else they are left as they are.
   Slab(const IndexerConfig& config, const Needs& needs, const Problem& problem, Memory memory,
-       Stages& stages, cudaStream_t stream)
+       const Device& device, bool empty, Stages& stages, cudaStream_t stream)
       : config_(config),
         needs_(needs),
         problem_(problem),
         memory_(memory),
+        device_(device),
+        empty_(empty),
         stages_(stages),
         stream_(stream) {}
 
@@ -279,7 +291,7 @@ class Slab {
       const std::int32_t unscored = needs_.reranked ? needs_.keep : whole;
       if (needs_.fp8) {
         fused::launch_listed(problem_, rows, columns, memory_.lengths, unscored, memory_.scales,
-                             memory_.scores, stream_);
+                             memory_.scores, device_.processors, stream_);
       } else {
         score(needs_.routed ? &memory_.routing : nullptr, memory_.rows, columns, unscored,
               memory_.scores);
@@ -294,9 +306,10 @@ class Slab {
     rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, needs_.keep,
                            memory_.candidate_lengths, stream_);
     if (needs_.rerank_fp8) {
-      fused::launch_listed(
-          problem_, {nullptr, static_cast<int>(problem_.q.heads), nullptr, nullptr}, kept,
-          memory_.candidate_lengths, whole, memory_.scales, memory_.candidate_scores, stream_);
+      fused::launch_listed(problem_,
+                           {nullptr, static_cast<int>(problem_.q.heads), nullptr, nullptr}, kept,
+                           memory_.candidate_lengths, whole, memory_.scales,
+                           memory_.candidate_scores, device_.processors, stream_);
     } else {
       score(nullptr, memory_.all_rows, kept, whole, memory_.candidate_scores);
     }
@@ -312,7 +325,7 @@ class Slab {
     const std::int64_t queries = problem_.q.tokens;
     const fused::Layout& layout = memory.layout;
     stages_.enter("samples");
-    fused::launch_samples(problem_, rows, layout, memory.sample_scales, memory.samples, stream_);
+    fused::launch_samples(problem_, rows, layout, memory_.scales, memory.samples, stream_);
     stages_.enter("threshold");
     select::launch_threshold({memory.samples, layout.samples, layout.samples}, keys, queries,
                              needs_.keep, memory.bounds, memory.misses, stream_);
@@ -320,11 +333,11 @@ class Slab {
     fused::launch_candidates(problem_, rows, layout, memory_.scales, memory.bounds,
                              memory.candidates, stream_);
     stages_.enter("survivors");
-    select::launch_survivors(memory.candidates, keys, queries, needs_.keep, out, memory.misses,
-                             stream_);
+    select::launch_survivors(memory.candidates, keys, queries, needs_.keep, out, empty_,
+                             memory.misses, stream_);
     stages_.enter("missed");
     fused::launch_missed(problem_, rows, memory_.scales, memory.misses, needs_.keep, out,
-                         memory.missed_scores, stream_);
+                         memory.missed_scores, device_.processors, stream_);
   }
 
   void score(const Routing* routing, const score::Rows& rows, const Columns& columns,
@@ -337,7 +350,11 @@ class Slab {
               std::int32_t count, const TopK& out) const {
     stages_.enter("select");
     const Logits logits{scores.data, problem_.q.tokens, scores.columns, scores.columns, lengths};
-    select::launch_generic(logits, count, out, stream_);
+    if (scores.columns <= select::kShortColumns) {
+      select::launch_short(logits, problem_.k, columns, count, out, empty_, stream_);
+      return;
+    }
+    select::launch_generic(logits, count, out, empty_, stream_);
     if (columns.list != nullptr) {
       rerank::launch_positions(problem_.k, problem_.q.tokens, columns, out.indices, count, stream_);
     }
@@ -347,70 +364,112 @@ class Slab {
   Needs needs_;
   Problem problem_;
   Memory memory_;
+  const Device& device_;
+  bool empty_;
   Stages& stages_;
   cudaStream_t stream_;
 };
 
 }  // namespace
 
+std::vector<Step::Pass> Step::passes(const IndexerConfig& config, const Shape& shape) {
+  constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
+  const std::int64_t dense = config.dense_work / shape.heads;
+  std::vector<Pass> passes;
+  if (dense == 0 || dense < shape.max_keys) {
+    passes.push_back({config, static_cast<std::int32_t>(dense > 0 ? dense + 1 : 0), kMost, shape});
+  }
+  if (dense > 0) {
+    IndexerConfig all = IndexerConfig::dsa(config.top_k);
+    all.ordered = config.ordered;
+    passes.push_back(
+        {all, 0, static_cast<std::int32_t>(std::min<std::int64_t>(dense, kMost)), shape});
+  }
+  return passes;
+}
+
 std::size_t Step::least_bytes(const IndexerConfig& config, const Shape& shape,
                               std::int64_t total_keys, const Device& device) {
-  return bytes_for(config, with_tokens(shape, 1), total_keys, device);
+  std::size_t bytes = 0;
+  for (const Pass& pass : passes(config, shape)) {
+    bytes = std::max(bytes, bytes_for(pass.config, with_tokens(shape, 1), total_keys, device));
+  }
+  return bytes;
 }
 
 Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_keys,
            std::size_t workspace_cap, const Device& device)
-    : config_(config), slab_(shape), total_keys_(total_keys), device_(device) {
-  const Needs needs(config, shape, device);
-  for (const int wanted : {config.top_k, needs.keep}) {
-    if (wanted > kMaxTopK) {
+    : passes_(passes(config, shape)), total_keys_(total_keys), device_(device) {
+  for (const Pass& pass : passes_) {
+    const Needs needs(pass.config, shape, device);
+    for (const int wanted : {pass.config.top_k, needs.keep}) {
+      if (wanted > kMaxTopK) {
+        throw Error(ErrorCode::unsupported,
+                    fmt::format("top_k, candidates: expected at most {} on a CUDA backend, got {}",
+                                kMaxTopK, wanted));
+      }
+    }
+    if ((needs.fp8 || needs.rerank_fp8) && total_keys > fused::kMaxKeys) {
       throw Error(ErrorCode::unsupported,
-                  fmt::format("top_k, candidates: expected at most {} on a CUDA backend, got {}",
-                              kMaxTopK, wanted));
+                  fmt::format("total_keys: expected at most {} of e4m3 on this backend, got {}",
+                              fused::kMaxKeys, total_keys));
     }
   }
-  if ((needs.fp8 || needs.rerank_fp8) && total_keys > fused::kMaxKeys) {
-    throw Error(ErrorCode::unsupported,
-                fmt::format("total_keys: expected at most {} of e4m3 on this backend, got {}",
-                            fused::kMaxKeys, total_keys));
-  }
-  const auto bytes = [&](std::int64_t rows) {
-    return bytes_for(config_, with_tokens(shape, rows), total_keys, device);
-  };
-  if (bytes(1) > workspace_cap) {
+  const std::size_t least = least_bytes(config, shape, total_keys, device);
+  if (least > workspace_cap) {
     throw Error(ErrorCode::workspace,
                 fmt::format("workspace cap: expected at least {} bytes for this shape, got {}",
-                            bytes(1), workspace_cap));
+                            least, workspace_cap));
   }
-  std::int64_t fits = 1;
-  std::int64_t too_many = std::clamp<std::int64_t>(shape.tokens, 1, kMaxSlab) + 1;
-  while (too_many - fits > 1) {
-    const std::int64_t middle = std::midpoint(fits, too_many);
-    (bytes(middle) <= workspace_cap ? fits : too_many) = middle;
+  for (Pass& pass : passes_) {
+    std::int64_t fits = 1;
+    std::int64_t too_many = std::clamp<std::int64_t>(shape.tokens, 1, kMaxSlab) + 1;
+    while (too_many - fits > 1) {
+      const std::int64_t middle = std::midpoint(fits, too_many);
+      const bool fit =
+          bytes_for(pass.config, with_tokens(shape, middle), total_keys, device) <= workspace_cap;
+      (fit ? fits : too_many) = middle;
+    }
+    pass.slab.tokens = fits;
   }
-  slab_.tokens = fits;
 }
 
 std::size_t Step::workspace_bytes() const {
-  return bytes_for(config_, slab_, total_keys_, device_);
+  std::size_t bytes = 0;
+  for (const Pass& pass : passes_) {
+    bytes = std::max(bytes, bytes_for(pass.config, pass.slab, total_keys_, device_));
+  }
+  return bytes;
 }
 
 void Step::run(const Problem& problem, const Selection& out, std::byte* workspace,
                void* stream) const {
   const auto on = static_cast<cudaStream_t>(stream);
-  const Needs needs(config_, slab_, device_);
   Stages stages;
-  Bump bump(workspace);
-  Memory memory(config_, slab_, total_keys_, device_, bump);
-  if (needs.fp8 || needs.rerank_fp8) {
-    stages.enter("scales");
-    memory.prepare(needs, problem.k, on);
+  // What a routed pass writes for queries that are not its own. Where there is none, none are.
+  if (passes_.front().config.router == Router::all) {
+    fill(out.heads, 0xFF, on);
+    fill(out.residual, 0, on);
   }
-  for (std::int64_t first = 0; first < problem.q.tokens; first += slab_.tokens) {
-    const std::int64_t count = std::min(slab_.tokens, problem.q.tokens - first);
-    Slab(config_, needs, slab_of(problem, first, count), memory, stages, on)
-        .run({row_of(out.indices, first, config_.top_k), row_of(out.scores, first, config_.top_k)},
-             row_of(out.heads, first, config_.heads), row_of(out.residual, first, problem.q.dim));
+  for (const Pass& pass : passes_) {
+    const Needs needs(pass.config, pass.slab, device_);
+    Bump bump(workspace);
+    Memory memory(pass.config, pass.slab, total_keys_, device_, bump);
+    Problem own = problem;
+    own.k.least_keys = pass.least;
+    own.k.most_keys = pass.most;
+    if (needs.fp8 || needs.rerank_fp8) {
+      stages.enter("scales");
+      memory.prepare(needs, own.k, on);
+    }
+    const bool first_pass = &pass == &passes_.front();
+    for (std::int64_t first = 0; first < own.q.tokens; first += pass.slab.tokens) {
+      const std::int64_t count = std::min(pass.slab.tokens, own.q.tokens - first);
+      Slab(pass.config, needs, slab_of(own, first, count), memory, device_, first_pass, stages, on)
+          .run({row_of(out.indices, first, pass.config.top_k),
+                row_of(out.scores, first, pass.config.top_k)},
+               row_of(out.heads, first, pass.config.heads), row_of(out.residual, first, own.q.dim));
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "cuda/problem.hpp"
 #include "cuda/target.hpp"
@@ -27,8 +28,17 @@ class Step {
   void run(const Problem& problem, const Selection& out, std::byte* workspace, void* stream) const;
 
  private:
-  IndexerConfig config_;
-  Shape slab_;  // the shape of one slab of queries
+  // The queries that see `least` to `most` positions, by one config.
+  struct Pass {
+    IndexerConfig config;
+    std::int32_t least;
+    std::int32_t most;
+    Shape slab;  // the shape of one slab of queries
+  };
+
+  static std::vector<Pass> passes(const IndexerConfig& config, const Shape& shape);
+
+  std::vector<Pass> passes_;
   std::int64_t total_keys_;
   Device device_;
 };

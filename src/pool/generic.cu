@@ -14,9 +14,8 @@
 //  4. Half a warp a query adds the two and divides.
 #include <cuda_runtime.h>
 
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "device/alignment.hpp"
 #include "pool/generic.hpp"
 #include "pool/generic_config.cuh"
 #include "pool/means.cuh"
@@ -115,21 +114,19 @@ __device__ void sum_pages(Shared& shared, const Keys& keys, const Means& means, 
                           int count, int first_column, float (*running)[kColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kLanes;
   const int column = static_cast<int>(threadIdx.x) % kLanes * kLaneElements;
-  const std::int64_t other = __shfl_xor_sync(kWarp, token, kLanes);
-  if (max(token, other) < 0) {
+  if (!__any_sync(kWarp, token >= 0)) {
     return;
   }
   const auto store = [&](float* row, const float(&sum)[kLaneElements]) {
     *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   };
-  // A half without a page reads the other one's first key.
-  const PageSum page = sum_page<type, kManyWords / static_cast<int>(size_of(type))>(
-      keys, means.aligned, token >= 0 ? token : other, token >= 0 ? count : 1,
-      first_column + column, [&](int i, const float(&sum)[kLaneElements]) {
-        if (running != nullptr) {
-          store(running[i], sum);
-        }
-      });
+  const PageSum page = sum_page<type, kInFlight>(keys, max(token, std::int64_t{0}),
+                                                 token >= 0 ? count : 0, first_column + column,
+                                                 [&](int i, const float(&sum)[kLaneElements]) {
+                                                   if (running != nullptr) {
+                                                     store(running[i], sum);
+                                                   }
+                                                 });
   store(shared.sums[half], page.sum);
   if (column == 0) {
     shared.largest[half] = page.largest;
@@ -166,10 +163,18 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
       }
       if (first + count == pages && first_row + i < means.capacity) {
         const std::int64_t row = first_row + i;
-        const float scale = means.fp16 ? fp16_scale(largest) : 1;
-        store_mean(means, sum / static_cast<float>(means.block), scale, first_column + column,
-                   means.blocks + row * parts_of(means) * means.dim, means.dim);
-        if (first_column + column == 0) {
+        const float mean = sum / static_cast<float>(means.block);
+        const int d = first_column + column;
+        float scale = 1;
+        if (means.fp16) {
+          scale = fp16_scale(largest);
+          store_mean<true>(mean, scale, d, means.dim,
+                           means.blocks + row * kMeanParts<true> * means.dim, means.dim);
+        } else {
+          store_mean<false>(mean, scale, d, means.dim,
+                            means.blocks + row * kMeanParts<false> * means.dim, means.dim);
+        }
+        if (d == 0) {
           means.factors[row] = 1 / scale;
         }
         sum = 0;
@@ -275,6 +280,7 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
 template <DType type>
 __global__ void __launch_bounds__(kThreads, 2)
     means_kernel(const Keys keys, std::int64_t tokens, const Means means, std::int32_t own_blocks) {
+  begin_kernel();
   __shared__ Shared shared;
   const auto block = static_cast<std::int32_t>(blockIdx.x);
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
@@ -304,9 +310,8 @@ void launch(const Keys& keys, std::int64_t tokens, const Means& means, cudaStrea
   const dim3 grid(static_cast<unsigned>(own + (means.capacity + rows - 1) / rows),
                   static_cast<unsigned>(means.dim / kColumns));
   if (grid.x > 0) {
-    means_kernel<type>
-        <<<grid, kThreads, 0, stream>>>(keys, tokens, means, static_cast<std::int32_t>(own));
-    check(cudaGetLastError(), "pool::means_kernel");
+    launch_kernel("block means", means_kernel<type>, grid, kThreads, 0, stream, keys, tokens, means,
+                  static_cast<std::int32_t>(own));
   }
 }
 
@@ -351,7 +356,6 @@ Means launch(const Problem& problem, std::int32_t block, bool own, std::span<std
   means.block = block;
   means.dim = static_cast<std::int32_t>(dim);
   means.fp16 = problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3;
-  means.aligned = is_aligned(problem.k);
   switch (problem.k.dtype) {
     case DType::f32: launch<DType::f32>(problem.k, tokens, means, stream); break;
     case DType::bf16: launch<DType::bf16>(problem.k, tokens, means, stream); break;

@@ -24,7 +24,6 @@ struct Means {
   std::int32_t block;  // positions, a multiple of the page size
   std::int32_t dim;    // D
   bool fp16;           // a mean is two parts in fp16 (e4m3 keys and queries), else three in bf16
-  bool aligned;        // keys start on 16 bytes
 };
 
 // Enough for sequences that do not overlap and hold `total_keys` keys. With less, or with overlap,

@@ -16,8 +16,11 @@ inline constexpr int kColumns = 64;
 inline constexpr int kLanes = kColumns / kLaneElements;
 inline constexpr int kPages = kThreads / kLanes;
 
-// Registers of keys in flight a lane: a page of e4m3; few where others hold the registers.
-inline constexpr int kManyWords = 64;
+// Keys in flight a lane. A page unrolled whole is 30 KB of instructions, for which warps waited
+// more than for keys.
+inline constexpr int kInFlight = 16;
+
+// Registers of keys in flight where others hold the registers.
 inline constexpr int kFewWords = 16;
 
 // Queries whose own means a block of threads computes: consecutive ones stand in one or two pages.

@@ -25,30 +25,34 @@ struct PageSum {
   std::uint32_t largest;  // bits of the largest |scale|; 0 without scales
 };
 
-// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. Only `count` keys are
-// read, the last stands for those behind it. visit(i, sum) is told every sum of keys 0 … i. A warp
-// calls; its halves may differ in arguments.
+// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. Zeros stand for those
+// from `count` on. visit(i, sum) is told every sum of keys 0 … i. A warp calls; its halves may
+// differ in arguments.
 template <DType type, int batch, class Visit>
-__device__ PageSum sum_page(const Keys& keys, bool aligned, std::int64_t token, int count, int d,
+__device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int d,
                             const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const std::int64_t pitch = keys.stride * static_cast<std::int64_t>(size_of(type));
+  const auto* row = static_cast<const std::byte*>(keys.data) + token * pitch +
+                    d * static_cast<int>(size_of(type));
   PageSum page{};
 #pragma unroll 1
   for (int first = 0; first < static_cast<int>(kPageSize); first += batch) {
     Elements<type, kLaneElements> elements[batch];
     [[maybe_unused]] float scales[(batch + kLanes - 1) / kLanes];
 #pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      const auto* row = static_cast<const std::byte*>(keys.data) +
-                        (token + min(first + i, count - 1)) * keys.stride *
-                            static_cast<std::int64_t>(size_of(type));
-      elements[i].load(row, d, aligned);
+    for (int i = 0; i < batch; ++i, row += pitch) {
+      elements[i].clear();
+      if (first + i < count) {
+        elements[i].load(row, 0);
+      }
     }
     if constexpr (type == DType::e4m3) {
       static_assert(batch % kLanes == 0);
 #pragma unroll
       for (int i = 0; i < batch / kLanes; ++i) {
-        scales[i] = __ldg(keys.scale + token + min(first + i * kLanes + lane, count - 1));
+        const int key = first + i * kLanes + lane;
+        scales[i] = key < count ? __ldg(keys.scale + token + key) : 0;
         page.largest = max(page.largest, __float_as_uint(fabsf(scales[i])));
       }
     }
@@ -88,38 +92,42 @@ __device__ inline float fp16_scale(std::uint32_t largest) {
   return __uint_as_float(static_cast<std::uint32_t>(kBias + power) << 23);
 }
 
-__device__ inline int parts_of(const Means& means) { return means.fp16 ? kFp16Parts : kMaxParts; }
+template <bool fp16>
+inline constexpr int kMeanParts = fp16 ? kFp16Parts : kMaxParts;
 
-// Stores the parts of element d of a mean in its row, `stride` elements from part to part.
-__device__ inline void store_mean(const Means& means, float mean, float scale, int d,
-                                  std::uint16_t* row, int stride) {
-  row += operand_place(d / 4 * 4, means.dim) + d % 4 / 2 * 8 + d % 2;
-  if (means.fp16) {
+// Stores the parts of element d of a mean of D elements in its row, `stride` elements from part to
+// part.
+template <bool fp16>
+__device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_t* row,
+                           int stride) {
+  row += operand_place(d / 4 * 4, dim) + d % 4 / 2 * 8 + d % 2;
+  if constexpr (fp16) {
     const float scaled = mean * scale;
     const __half high = __float2half_rn(scaled);
     const float rest = isfinite(scaled) ? scaled - __half2float(high) : 0;
     row[0] = __half_as_ushort(high);
     row[stride] = __half_as_ushort(__float2half_rn(rest));
-    return;
-  }
-  for (int part = 0; part < kMaxParts; ++part) {
-    row[part * stride] = static_cast<std::uint16_t>(__float_as_uint(bf16_part(mean, part)) >> 16);
+  } else {
+    for (int part = 0; part < kMaxParts; ++part) {
+      row[part * stride] = static_cast<std::uint16_t>(__float_as_uint(bf16_part(mean, part)) >> 16);
+    }
   }
 }
 
 // Writes a block's mean from its keys, the first being `token`; returns its factor. A warp works,
-// slowly but in few registers, for its callers hold operands.
-__device__ inline float write_mean(const Keys& keys, const Means& means, std::int64_t token,
-                                   std::uint16_t* row, int stride) {
+// slowly but in few registers, for its callers hold operands. Means are in fp16 where `fp16` is.
+template <bool fp16>
+__device__ float write_mean(const Keys& keys, const Means& means, std::int64_t token,
+                            std::uint16_t* row, int stride) {
   // Where D = 64 both halves of the warp do the same.
   const int d = static_cast<int>(threadIdx.x) % 32 * kLaneElements % means.dim;
   float sum[kLaneElements] = {};
   std::uint32_t largest = 0;
-  with_dtype(keys.dtype, [&]<DType type>() {
+  const auto sum_block = [&]<DType type>() {
 #pragma unroll 1
     for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kPageSize)) {
       const PageSum page = sum_page<type, kFewWords / static_cast<int>(size_of(type))>(
-          keys, means.aligned, token + first, static_cast<int>(kPageSize), d,
+          keys, token + first, static_cast<int>(kPageSize), d,
           [](int, const float(&)[kLaneElements]) {});
       largest = max(largest, page.largest);
 #pragma unroll
@@ -127,11 +135,17 @@ __device__ inline float write_mean(const Keys& keys, const Means& means, std::in
         sum[e] = __fadd_rn(sum[e], page.sum[e]);
       }
     }
-  });
-  const float scale = means.fp16 ? fp16_scale(largest) : 1;
+  };
+  if constexpr (fp16) {
+    sum_block.template operator()<DType::e4m3>();
+  } else {
+    with_dtype(keys.dtype, sum_block);
+  }
+  const float scale = fp16 ? fp16_scale(largest) : 1;
 #pragma unroll
   for (int e = 0; e < kLaneElements; ++e) {
-    store_mean(means, sum[e] / static_cast<float>(means.block), scale, d + e, row, stride);
+    store_mean<fp16>(sum[e] / static_cast<float>(means.block), scale, d + e, means.dim, row,
+                     stride);
   }
   return 1 / scale;
 }

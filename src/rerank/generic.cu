@@ -2,7 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 
 namespace misa::cuda::rerank {
@@ -13,6 +13,7 @@ constexpr int kThreads = 256;
 // A thread a query.
 __global__ void lengths_kernel(Keys keys, std::int64_t queries, Columns columns, std::int32_t most,
                                std::int32_t* lengths) {
+  begin_kernel();
   const std::int64_t t = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (t >= queries) {
     return;
@@ -32,6 +33,7 @@ __global__ void lengths_kernel(Keys keys, std::int64_t queries, Columns columns,
 // A thread an entry.
 __global__ void positions_kernel(Keys keys, std::int64_t entries, Columns columns,
                                  std::int32_t* chosen, std::int32_t width) {
+  begin_kernel();
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= entries || chosen[i] < 0) {
     return;
@@ -48,17 +50,15 @@ unsigned blocks_for(std::int64_t threads) {
 
 void launch_lengths(const Keys& keys, std::int64_t queries, const Columns& columns,
                     std::int32_t most, std::int32_t* lengths, void* stream) {
-  lengths_kernel<<<blocks_for(queries), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      keys, queries, columns, most, lengths);
-  check(cudaGetLastError(), "lengths");
+  launch_kernel("lengths", lengths_kernel, dim3(blocks_for(queries)), kThreads, 0, stream, keys,
+                queries, columns, most, lengths);
 }
 
 void launch_positions(const Keys& keys, std::int64_t queries, const Columns& columns,
                       std::int32_t* chosen, std::int32_t width, void* stream) {
   const std::int64_t entries = queries * width;
-  positions_kernel<<<blocks_for(entries), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      keys, entries, columns, chosen, width);
-  check(cudaGetLastError(), "positions");
+  launch_kernel("positions", positions_kernel, dim3(blocks_for(entries)), kThreads, 0, stream, keys,
+                entries, columns, chosen, width);
 }
 
 }  // namespace misa::cuda::rerank

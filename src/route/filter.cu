@@ -7,7 +7,7 @@
 //     themselves are their places.
 #include <cuda_runtime.h>
 
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "pool/generic.hpp"
 #include "route/generic.hpp"
@@ -59,6 +59,7 @@ __device__ std::int32_t reaching(const std::uint32_t (&held)[kHeld], const float
 }
 
 __global__ void __launch_bounds__(kThreads) filter_kernel(const Arguments arguments) {
+  begin_kernel();
   const std::int64_t t = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (t >= arguments.tokens) {
     return;
@@ -94,10 +95,8 @@ __global__ void __launch_bounds__(kThreads) filter_kernel(const Arguments argume
   }
   std::int32_t equals = wanted - reaching(held, scores, last, key + 1);
 
-  for (std::int32_t first = 0; first < blocks; first += 32) {  // step 3
-    const std::int32_t b = first + lane;
+  const auto keep_winners = [&](std::int32_t b, std::uint32_t own) {  // step 3
     const bool competes = b > 0 && b < last;
-    const std::uint32_t own = key_of(scores, b, last);
     const std::uint32_t before = (1U << lane) - 1;
     const std::uint32_t equal = __ballot_sync(kWarp, competes && own == key);
     const bool wins = b == 0 || b == last || (competes && own > key) ||
@@ -108,6 +107,16 @@ __global__ void __launch_bounds__(kThreads) filter_kernel(const Arguments argume
     }
     out += __popc(winners);
     equals -= min(equals, __popc(equal));
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * 32 >= blocks) {
+      break;
+    }
+    keep_winners(i * 32 + lane, held[i]);
+  }
+  for (std::int32_t first = kHeld * 32; first < blocks; first += 32) {
+    keep_winners(first + lane, key_of(scores, first + lane, last));
   }
 }
 
@@ -142,10 +151,9 @@ void launch(const Problem& problem, const IndexerConfig& config, std::int32_t* b
       pool::launch(problem, config.filter_block, false, workspace.subspan(bytes), stream);
   route::launch_block_scores(problem, means, scores, stride, stream);
   const auto grid = static_cast<unsigned>((problem.q.tokens + kWarps - 1) / kWarps);
-  filter_kernel<<<grid, kThreads, 0, stream>>>(Arguments{problem.k, problem.q.tokens, scores,
-                                                         stride, config.filter_block,
-                                                         config.filter_blocks, blocks});
-  check(cudaGetLastError(), "filter_kernel");
+  launch_kernel("block filter", filter_kernel, dim3(grid), kThreads, 0, stream,
+                Arguments{problem.k, problem.q.tokens, scores, stride, config.filter_block,
+                          config.filter_blocks, blocks});
 }
 
 }  // namespace misa::cuda::filter

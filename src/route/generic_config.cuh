@@ -47,7 +47,7 @@ struct MeansShared {
   float scores[2][kWarps][kMeans<parts>];  // of a tile's blocks by a warp's heads
   float energies[kWarps][kWarpHeads];
   float weights[kWarps][kWarpHeads];
-  alignas(16) float own[kWarps][dim];  // the mean of a query's own block
+  alignas(16) std::uint16_t own[kWarps][parts][dim];  // the mean of a query's own block
 };
 
 static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 3>) + 1024) <= 228 * 1024);

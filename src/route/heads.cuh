@@ -29,7 +29,7 @@ struct HeadRows {
   std::uint32_t a[kParts<type>][tiles][kSteps][4];
 
   // Heads `first` … of query t; those beyond H are zero.
-  __device__ void load(const Queries& q, bool aligned, std::int64_t t, int first) {
+  __device__ void load(const Queries& q, std::int64_t t, int first) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Elements<type, dim / 4> elements[tiles][2];
 #pragma unroll
@@ -37,7 +37,7 @@ struct HeadRows {
       const int head = first + i * 8 + lane / 4;
       elements[i / 2][i % 2].clear();
       if (head < q.heads) {
-        elements[i / 2][i % 2].load(head_row(q, t, head), lane % 4 * (dim / 4), aligned);
+        elements[i / 2][i % 2].load(head_row(q, t, head), lane % 4 * (dim / 4));
       }
     }
 #pragma unroll
@@ -83,31 +83,31 @@ struct HeadRows {
 // Tiles of columns multiplied at once: with two tiles of heads four independent sums.
 inline constexpr int kPair = 2;
 
-// x[i][m] += the products of the heads with 8 operand rows, for two tiles of such rows: head g and
-// columns 2c, 2c + 1, then head g + 8. `rows` is the first of the 16, parts lie `part_stride`
-// elements apart. The smallest parts come first, so that sums round as if there were no others.
-template <int row_parts, DType type, bool fp16, int dim, int tiles>
+// x[i][m] += the products of the heads with 8 operand rows, for some tiles of such rows: head g and
+// columns 2c, 2c + 1, then head g + 8. `rows` is the first row, the next is `pitch` elements on,
+// parts lie `part_stride` apart. The smallest parts come first, so that sums round as if there were
+// no others.
+template <int row_parts, DType type, bool fp16, int dim, int tiles, int columns>
 __device__ void add_products(const HeadRows<type, fp16, dim, tiles>& heads,
-                             const std::uint16_t* rows, int part_stride,
-                             float (&x)[kPair][tiles][4]) {
+                             const std::uint16_t* rows, int pitch, int part_stride,
+                             float (&x)[columns][tiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::uint16_t* row = rows + lane % 8 * operand_pitch(dim) + lane / 8 * 8;
+  const std::uint16_t* row = rows + lane % 8 * pitch + lane / 8 * 8;
 #pragma unroll
   for (int part = kParts<type> - 1; part >= 0; --part) {
 #pragma unroll
     for (int row_part = row_parts - 1; row_part >= 0; --row_part) {
 #pragma unroll
       for (int s = 0; s < dim / kStep; s += kStepsPerLoad) {
-        std::uint32_t b[kPair][kStepsPerLoad][2];
+        std::uint32_t b[columns][kStepsPerLoad][2];
 #pragma unroll
-        for (int i = 0; i < kPair; ++i) {
-          load_matrices(
-              b[i], row + row_part * part_stride + i * kTileKeys * operand_pitch(dim) + s * kStep);
+        for (int i = 0; i < columns; ++i) {
+          load_matrices(b[i], row + row_part * part_stride + i * kTileKeys * pitch + s * kStep);
         }
 #pragma unroll
         for (int k = 0; k < kStepsPerLoad; ++k) {
 #pragma unroll
-          for (int i = 0; i < kPair; ++i) {
+          for (int i = 0; i < columns; ++i) {
 #pragma unroll
             for (int m = 0; m < tiles; ++m) {
               if constexpr (fp16) {

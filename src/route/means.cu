@@ -1,27 +1,28 @@
 // Heads (the pooled router) and blocks (HISA's filter) judged by block means: a warp has 32 heads
 // of a query, a block of threads as many queries as its 8 warps hold.
 //
-//  1. The warp's heads are operands in registers. Copies of what step 4 ends with are started.
+//  1. The warp's heads are operands in registers; the mean of the query's own block is one in
+//     shared memory.
 //  2. Queries of one sequence share the means of whole blocks, which pass by in tiles: the next one
 //     is copied while this one is multiplied. A row of the pool's table that holds another
 //     sequence's block is computed here.
 //  3. x = q . mean, from parts that hold 22 bits (fp16) or all 24 (bf16) of the means' fp32.
 //  4. Energies: max(0, x) is summed over blocks, a lane two columns in eight, then over the four
-//     lanes of a head; then max(0, q . mean) of the query's own mean, by one chain a lane and head.
+//     lanes of a head; the query's own block comes last.
 //     Scores: weighted and summed over the lane's heads, over the eight lanes of a block, then over
-//     the query's warps.
+//     the query's warps (on Hopper see sm90_scores.cu).
 //  5. |w| multiplies the energies and a warp chooses the query's heads.
 //
 // So the order of every sum follows from the query's own blocks and heads.
 #include <cuda_runtime.h>
 
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "device/alignment.hpp"
 #include "pool/means.cuh"
 #include "route/generic_config.cuh"
 #include "route/heads.cuh"
 #include "route/means.hpp"
+#include "route/sm90_scores.hpp"
 
 namespace misa::cuda::route {
 namespace {
@@ -31,7 +32,6 @@ enum class Judge { heads, blocks };
 struct Arguments {
   Problem problem;
   pool::Means means;
-  bool aligned;         // queries start on 16 bytes
   std::int32_t count;   // heads wanted
   std::int32_t* heads;  // [T, count]
   float* scores;        // [T, stride]
@@ -82,9 +82,9 @@ __device__ void load_tile(MeansTile<dim, parts>& tile, const Arguments& argument
   }
   for (; computed != 0; computed &= computed - 1) {
     const int row = warp + (__ffs(static_cast<int>(computed)) - 1) * kWarps;
-    const float factor = pool::write_mean(arguments.problem.k, means,
-                                          start + std::int64_t{first + row} * means.block,
-                                          tile.rows[0][row], kMeans<parts> * operand_pitch(dim));
+    const float factor = pool::write_mean<parts == pool::kFp16Parts>(
+        arguments.problem.k, means, start + std::int64_t{first + row} * means.block,
+        tile.rows[0][row], kMeans<parts> * operand_pitch(dim));
     if (lane == 0) {
       tile.factors[row] = factor;
     }
@@ -99,7 +99,8 @@ __device__ void add_energies(const MeansTile<dim, parts>& tile,
   const int c = static_cast<int>(threadIdx.x) % 4;
   for (int first = 0; first < count; first += kPair * kTileKeys) {
     float x[kPair][kTiles][4] = {};
-    add_products<parts>(heads, tile.rows[0][first], kMeans<parts> * operand_pitch(dim), x);
+    add_products<parts>(heads, tile.rows[0][first], operand_pitch(dim),
+                        kMeans<parts> * operand_pitch(dim), x);
 #pragma unroll
     for (int i = 0; i < kPair; ++i) {
 #pragma unroll
@@ -126,7 +127,8 @@ __device__ void write_scores(const MeansTile<dim, parts>& tile,
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int first = 0; first < count; first += kPair * kTileKeys) {
     float x[kPair][kTiles][4] = {};
-    add_products<parts>(heads, tile.rows[0][first], kMeans<parts> * operand_pitch(dim), x);
+    add_products<parts>(heads, tile.rows[0][first], operand_pitch(dim),
+                        kMeans<parts> * operand_pitch(dim), x);
 #pragma unroll
     for (int i = 0; i < kPair; ++i) {
 #pragma unroll
@@ -153,53 +155,56 @@ __device__ void write_scores(const MeansTile<dim, parts>& tile,
   }
 }
 
-// Starts copies of the weights of a warp's heads and the mean of its query's own block.
-template <int dim, int parts>
-__device__ void load_last(MeansShared<dim, parts>& shared, const Arguments& arguments,
-                          const Task& task) {
-  constexpr int kPieces = dim / 4;  // of 16 bytes
-  const Weights& w = arguments.problem.w;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+// Starts copies of the weights of a warp's heads.
+__device__ void load_weights(float (&weights)[kWarpHeads], const Weights& w, int heads,
+                             const Task& task) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (const int head = task.first_head + lane; head < arguments.problem.q.heads) {
-    copy_4(&shared.weights[warp][lane], w.data + task.t * w.token_stride + head);
-  }
-  if (lane < kPieces) {
-    copy_16(&shared.own[warp][lane * 4], arguments.means.own + task.t * dim + lane * 4);
+  if (const int head = task.first_head + lane; head < heads) {
+    copy_4(&weights[lane], w.data + task.t * w.token_stride + head);
   }
 }
 
-// Step 4's end: the sums over lanes and the query's own block, and the weights.
-template <DType type, bool fp16, int dim>
-__device__ void write_energies(const float (&mean)[dim], const float (&weights)[kWarpHeads],
-                               const HeadRows<type, fp16, dim, kTiles>& heads, bool stands,
+// Stores the mean of the block that query t stands in as an operand row; returns its factor.
+template <bool fp16, int dim>
+__device__ float store_own(const pool::Means& means, std::int64_t t,
+                           std::uint16_t (&row)[pool::kMeanParts<fp16>][dim]) {
+  const int d = static_cast<int>(threadIdx.x) % 32 * 4 % dim;  // where D = 64, halves do the same
+  const float4 four = *reinterpret_cast<const float4*>(means.own + t * dim + d);
+  const float mean[4] = {four.x, four.y, four.z, four.w};
+  float scale = 1;
+  if constexpr (fp16) {
+    float largest = 0;
+#pragma unroll
+    for (const float element : mean) {
+      largest = fmaxf(largest, fabsf(element));
+    }
+    // As if it were a key's largest. Floats of one sign have the order of their bits.
+    scale = pool::fp16_scale(__reduce_max_sync(kWarp, __float_as_uint(largest / kE4m3Max)));
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    pool::store_mean<fp16>(mean[e], scale, d + e, dim, row[0], dim);
+  }
+  return 1 / scale;
+}
+
+// Step 4's end: the query's own block, the sums over lanes and the weights.
+template <int parts, DType type, bool fp16, int dim>
+__device__ void write_energies(const std::uint16_t (&own)[parts][dim], float own_factor,
+                               const float (&weights)[kWarpHeads],
+                               const HeadRows<type, fp16, dim, kTiles>& heads,
                                const float (&energy)[kTiles][2], float (&energies)[kWarpHeads]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  float own[kTiles][2] = {};
-  if (stands) {
-#pragma unroll
-    for (int s = 0; s < dim / kStep; ++s) {
-      const float4 four = *reinterpret_cast<const float4*>(&mean[lane % 4 * (dim / 4) + 4 * s]);
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float q[4];
-          heads.floats(m, half, s, q);
-          float& sum = own[m][half];
-          sum = __fmaf_rn(q[0], four.x, sum);
-          sum = __fmaf_rn(q[1], four.y, sum);
-          sum = __fmaf_rn(q[2], four.z, sum);
-          sum = __fmaf_rn(q[3], four.w, sum);
-        }
-      }
-    }
+  float x[1][kTiles][4] = {};
+  if (own_factor != 0) {
+    add_products<parts>(heads, own[0], 0, dim, x);  // all columns are the one row
   }
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = sum_of_four(energy[m][half]) + max_nan(sum_of_four(own[m][half]), 0);
+      const float sum =
+          __fmaf_rn(max_nan(x[0][m][2 * half], 0), own_factor, sum_of_four(energy[m][half]));
       if (lane % 4 == 0) {
         const int head = m * kTileHeads + half * 8 + lane / 4;
         energies[head] = fabsf(weights[head]) * sum;
@@ -211,7 +216,8 @@ __device__ void write_energies(const float (&mean)[dim], const float (&weights)[
 template <DType type, bool fp16, int dim, Judge judge>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     means_kernel(const __grid_constant__ Arguments arguments) {
-  constexpr int kMeanParts = fp16 ? pool::kFp16Parts : kMaxParts;
+  begin_kernel();
+  constexpr int kMeanParts = pool::kMeanParts<fp16>;
   constexpr int kRows = kMeans<kMeanParts>;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<MeansShared<dim, kMeanParts>*>(memory);
@@ -230,16 +236,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   [[maybe_unused]] float weight[kTiles][2] = {};
   [[maybe_unused]] bool exists[kTiles][2] = {};
   [[maybe_unused]] float energy[kTiles][2] = {};
+  [[maybe_unused]] float own_factor = 0;  // 0: the query stands in no block
   if (slot < queries) {
-    if constexpr (judge == Judge::heads) {
-      load_last(shared, arguments, task);
-    }
-    rows.load(problem.q, arguments.aligned, task.t, task.first_head);
+    rows.load(problem.q, task.t, task.first_head);
     const Range range = visible(problem.k, task.t);
     task.start = range.start;
     task.length = range.length;
     task.whole = range.length / arguments.means.block;
-    if constexpr (judge == Judge::blocks) {
+    if constexpr (judge == Judge::heads) {
+      load_weights(shared.weights[warp], problem.w, heads, task);
+      if (range.length % arguments.means.block != 0) {
+        own_factor = store_own<fp16>(arguments.means, task.t, shared.own[warp]);
+      }
+    } else {
 #pragma unroll
       for (int i = 0; i < kTiles * 2; ++i) {
         const int head = task.first_head + i * 8 + lane / 4;
@@ -297,8 +306,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     wait_for_copies<0>();
     __syncwarp();
     if (task.length > 0) {
-      write_energies(shared.own[warp], shared.weights[warp], rows,
-                     task.length % arguments.means.block != 0, energy, shared.energies[warp]);
+      write_energies(shared.own[warp], own_factor, shared.weights[warp], rows, energy,
+                     shared.energies[warp]);
     }
     __syncthreads();
     if (slot >= queries || warp % groups != 0) {
@@ -320,15 +329,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
 
 template <DType type, bool fp16, int dim, Judge judge>
 void launch(const Arguments& arguments, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(MeansShared < dim, fp16 ? pool::kFp16Parts : kMaxParts >);
+  constexpr int kBytes = sizeof(MeansShared<dim, pool::kMeanParts<fp16>>);
   const auto kernel = means_kernel<type, fp16, dim, judge>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-        "cudaFuncSetAttribute");
   const Queries& q = arguments.problem.q;
   const std::int64_t slots = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
   const auto blocks = static_cast<unsigned>((q.tokens + slots - 1) / slots);
-  kernel<<<blocks, kThreads, kBytes, stream>>>(arguments);
-  check(cudaGetLastError(), "route::means_kernel");
+  launch_kernel("pooled routing", kernel, dim3(blocks), kThreads, kBytes, stream, arguments);
 }
 
 template <DType type, bool fp16, Judge judge>
@@ -355,13 +361,16 @@ void launch(const Arguments& arguments, cudaStream_t stream) {
 
 void launch_pooled(const Problem& problem, const pool::Means& means, std::int32_t count,
                    std::int32_t* heads, cudaStream_t stream) {
-  launch<Judge::heads>({problem, means, is_aligned(problem.q), count, heads, nullptr, 0}, stream);
+  launch<Judge::heads>({problem, means, count, heads, nullptr, 0}, stream);
 }
 
 void launch_block_scores(const Problem& problem, const pool::Means& means, float* scores,
                          std::int64_t stride, cudaStream_t stream) {
-  launch<Judge::blocks>({problem, means, is_aligned(problem.q), 0, nullptr, scores, stride},
-                        stream);
+  if (takes_sm90(problem)) {
+    launch_block_scores_sm90(problem, means, scores, stride, stream);
+    return;
+  }
+  launch<Judge::blocks>({problem, means, 0, nullptr, scores, stride}, stream);
 }
 
 }  // namespace misa::cuda::route

@@ -21,7 +21,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "device/convert.cuh"
 #include "device/mma.cuh"
@@ -81,6 +81,7 @@ __device__ float split_part(float value, int part) {
 }
 
 __global__ void rows_kernel(const __grid_constant__ RowsArguments arguments) {
+  begin_kernel();
   const auto& [problem, routing, routed, rows] = arguments;
   const std::int64_t t = blockIdx.x;
   const auto dim = static_cast<std::int32_t>(problem.q.dim);
@@ -231,6 +232,7 @@ __device__ float pick(const float (&values)[4], int i) {
 template <bool kE4m3, int kDim, bool kListed>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     tensor_kernel(const __grid_constant__ Arguments arguments) {
+  begin_kernel();
   const Keys& keys = arguments.keys;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int c = lane % 4;
@@ -319,6 +321,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 template <bool kListed>
 __global__ void __launch_bounds__(kPlainKeys)
     plain_kernel(const __grid_constant__ Arguments arguments) {
+  begin_kernel();
   __shared__ float shared[kMaxDim][kPlainKeys + 1];  // keys; the padding spreads them over banks
   __shared__ float scales[kPlainKeys];
   __shared__ std::int64_t indices[kPlainKeys];
@@ -398,8 +401,7 @@ void launch(Kernel kernel, const Arguments& arguments, bool listed, int keys, in
     return;
   }
   const dim3 grid(static_cast<unsigned>((columns + keys - 1) / keys), static_cast<unsigned>(rows));
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-  check(cudaGetLastError(), "score");
+  launch_kernel("scores", kernel, grid, threads, 0, stream, arguments);
 }
 
 template <bool kListed>
@@ -434,9 +436,8 @@ void launch_rows(const Problem& problem, const Routing* routing, const Rows& row
   constexpr int kThreads = 256;
   const RowsArguments arguments{problem, routing != nullptr ? *routing : Routing{},
                                 routing != nullptr, rows};
-  rows_kernel<<<static_cast<unsigned>(problem.q.tokens), kThreads, 0,
-                static_cast<cudaStream_t>(stream)>>>(arguments);
-  check(cudaGetLastError(), "score rows");
+  launch_kernel("rows of scores", rows_kernel, dim3(static_cast<unsigned>(problem.q.tokens)),
+                kThreads, 0, stream, arguments);
 }
 
 void launch_generic(const Problem& problem, const Rows& rows, const Columns& columns,

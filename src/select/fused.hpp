@@ -26,19 +26,22 @@ inline constexpr std::uint32_t kMaxLists = 32;
 struct Misses {
   std::int32_t* rows;  // [T]
   std::uint32_t* count;
+  std::uint32_t* parts;  // [T], for whoever shares out the work on them
 };
 
 // bounds [T]: more than top_k of a row's scores, and not many more, should exceed its bound
 // strictly. -inf where a row has no more than top_k keys or too few samples to say. Zeroes
-// *misses.count for the launch_survivors that follows. rows > 0; `keys` says which each row sees.
+// *misses.count for the launch_survivors that follows, and misses.parts. rows > 0; `keys` says
+// which each row sees.
 void launch_threshold(const Samples& samples, const Keys& keys, std::int64_t rows, int top_k,
                       float* bounds, const Misses& misses, void* stream);
 
 // Writes `out` as misa::cuda::top_k does from each row's candidates: all of its scores above some
 // bound, in lists in any order. A row of no more than top_k keys is written without them, unless
-// scores are wanted. Rows that lost candidates, or have fewer than min(top_k, keys), are appended
+// scores are wanted; one of no keys only if `empty` says so, else it is left as it is. Rows that
+// lost candidates, or have fewer than min(top_k, keys), are appended
 // to the misses instead. rows > 0, lists <= kMaxLists, lists * capacity < 2^32.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
-                      const TopK& out, const Misses& misses, void* stream);
+                      const TopK& out, bool empty, const Misses& misses, void* stream);
 
 }  // namespace misa::cuda::select

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
+#include "misa/cuda.hpp"
+
 namespace misa::cuda::select {
 
 // A block selects a row. 512 threads: a few blocks share an SM, so that while one sorts out its
@@ -74,7 +76,16 @@ inline Plan plan_within(int top_k, int wanted, std::size_t limit) {
   return {k, static_cast<std::uint32_t>(std::min<std::size_t>(wanted, most))};
 }
 
-// --- Rows of scores (row.cuh) ---
+// --- Rows of scores (row.cuh, short.cu) ---
+
+// How many scores a row has, whatever device memory says.
+__device__ inline std::uint32_t row_length(const Logits& logits, std::int64_t row) {
+  std::int64_t length = logits.columns;
+  if (logits.lengths != nullptr) {
+    length = max(std::int64_t{0}, min(length, std::int64_t{logits.lengths[row]}));
+  }
+  return static_cast<std::uint32_t>(length);
+}
 
 // Three blocks an SM where k <= 2048: at most 42 registers a thread.
 inline constexpr int kRowBlocksPerSm = 3;

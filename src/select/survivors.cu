@@ -15,15 +15,16 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 
+#include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "select/digits.cuh"
 #include "select/entry.hpp"
 #include "select/fused.hpp"
-#include "select/launch.cuh"
 #include "select/output.cuh"
 
 namespace misa::cuda::select {
@@ -43,8 +44,8 @@ struct Config {
   static constexpr int kSlots = slots_;
   static constexpr int kBlocks = blocks_;
   static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
-  // Digits of 10 bits leave 5 to 70 of a few thousand scores in a narrow range.
-  using Radix = Digits<threads_, threads_ <= 256 ? 10 : 11>;
+  // Four bins a thread: digits of 10 bits leave 5 to 70 of a few thousand scores in a narrow range.
+  using Radix = Digits<threads_, std::bit_width(4U * threads_) - 1>;
 
   struct Shared {
     typename Radix::Shared radix;
@@ -57,6 +58,7 @@ struct Config {
 struct SurvivorPlan {
   std::uint32_t top_k;
   std::uint32_t positions;
+  bool empty;  // whether rows of no keys are written
 };
 
 // The lists of a row as chunks. Lane l of every warp looks after list l.
@@ -381,6 +383,7 @@ template <class Own, bool scores>
 __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
     survivors_kernel(const Candidates candidates, const Keys keys, const SurvivorPlan plan,
                      const TopK out, const Misses misses) {
+  begin_kernel();
   constexpr int kThreads = Own::kThreads;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<typename Own::Shared*>(memory);
@@ -400,6 +403,9 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
       output.indices[i] = i < count ? static_cast<std::int32_t>(index_of(i)) : -1;
     }
   };
+  if (length == 0 && !plan.empty) {
+    return;
+  }
   if (length == 0 || (length <= plan.top_k && !scores)) {  // step 1
     write(length, [](std::uint32_t i) { return i; });
     if constexpr (scores) {
@@ -449,28 +455,33 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
 
 template <class Own>
 void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
-                 const TopK& out, const Misses& misses, void* stream) {
+                 const TopK& out, bool empty, const Misses& misses, void* stream) {
   const std::int64_t most = std::min<std::int64_t>({keys.tokens, keys.max_keys, kMostPositions});
   const auto steps = static_cast<std::uint32_t>((most + Own::kStep - 1) / Own::kStep);
   const SurvivorPlan plan{static_cast<std::uint32_t>(top_k),
-                          std::max(steps, std::uint32_t{1}) * Own::kStep};
+                          std::max(steps, std::uint32_t{1}) * Own::kStep, empty};
   const std::size_t bytes = sizeof(typename Own::Shared) + plan.positions / 32 * 6 +
                             sizeof(std::uint32_t) * top_k * (out.scores != nullptr ? 2 : 1);
-  launch(out.scores != nullptr ? survivors_kernel<Own, true> : survivors_kernel<Own, false>, rows,
-         Own::kThreads, bytes, stream, candidates, keys, plan, out, misses);
+  launch_kernel("survivors",
+                out.scores != nullptr ? survivors_kernel<Own, true> : survivors_kernel<Own, false>,
+                dim3(static_cast<unsigned>(rows)), Own::kThreads, bytes, stream, candidates, keys,
+                plan, out, misses);
 }
 
 }  // namespace
 
-// 256 threads hold 4096 entries; one bound in a hundred lets more of 2048 wanted through. 64
-// registers a thread leave room for four blocks an SM. A block has at most 170 KB of shared memory,
-// which every device of fused scoring has.
+// Bounds let through about 3300 entries for 2048 wanted, 5700 for 4096 and 10400 for 8192 of 64K
+// keys; lists end in chunks that are not full. Blocks hold 4096, 7168 and 12288, at 64 registers a
+// thread so that 32 warps share an SM. A block has at most 170 KB of shared memory, which every
+// device of fused scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
-                      const TopK& out, const Misses& misses, void* stream) {
+                      const TopK& out, bool empty, const Misses& misses, void* stream) {
   if (top_k <= 2048) {
-    launch_rows<Config<256, 8, 4>>(candidates, keys, rows, top_k, out, misses, stream);
+    launch_rows<Config<256, 8, 4>>(candidates, keys, rows, top_k, out, empty, misses, stream);
+  } else if (top_k <= 4096) {
+    launch_rows<Config<512, 7, 2>>(candidates, keys, rows, top_k, out, empty, misses, stream);
   } else {
-    launch_rows<Config<512, 10, 2>>(candidates, keys, rows, top_k, out, misses, stream);
+    launch_rows<Config<1024, 6, 1>>(candidates, keys, rows, top_k, out, empty, misses, stream);
   }
 }
 

@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <span>
 #include <string>
@@ -19,6 +21,7 @@
 #include "misa/cuda.hpp"
 #include "select/entry.hpp"
 #include "select/fused.hpp"
+#include "select/generic.hpp"
 #include "support/adversarial.hpp"
 
 namespace misa::test {
@@ -218,7 +221,7 @@ TEST_F(SmokeCudaTopK, SelectsFromPlateausAndMisledSamples) {
 }
 
 TEST_F(CudaTopK, ShapesAroundEveryBoundary) {
-  for (const std::int64_t boundary : {512, 2048, 7680, 8192, 16384, 32768, 65536, 70000}) {
+  for (const std::int64_t boundary : {512, 2048, 4096, 8192, 16384, 32768, 65536, 70000}) {
     for (const std::int64_t beside : {-4, -1, 0, 1, 2, 5}) {
       const std::int64_t columns = boundary + beside;
       const auto seed = static_cast<std::uint64_t>(columns);
@@ -254,23 +257,31 @@ TEST_F(CudaTopK, GeneratedShapes) {
 }
 
 TEST_F(CudaTopK, Lengths) {
-  for (const int top_k : {1, 100, 2048}) {
-    const std::vector<std::int32_t> lengths{std::numeric_limits<std::int32_t>::min(),
-                                            -1,
-                                            0,
-                                            1,
-                                            top_k - 1,
-                                            top_k,
-                                            top_k + 1,
-                                            8999,
-                                            9000,
-                                            9001,
-                                            std::numeric_limits<std::int32_t>::max()};
-    RowsOfScores rows;
-    for (std::size_t i = 0; i < lengths.size(); ++i) {
-      rows.push_back(normal_row(9000, i));
+  for (const std::int64_t columns : {4000, 9000, 20000}) {
+    for (const int top_k : {1, 100, 2048}) {
+      const std::vector<std::int32_t> lengths{std::numeric_limits<std::int32_t>::min(),
+                                              -1,
+                                              0,
+                                              1,
+                                              top_k - 1,
+                                              top_k,
+                                              top_k + 1,
+                                              3001,
+                                              7679,
+                                              7680,
+                                              7681,
+                                              static_cast<std::int32_t>(columns) - 1,
+                                              static_cast<std::int32_t>(columns),
+                                              static_cast<std::int32_t>(columns) + 1,
+                                              std::numeric_limits<std::int32_t>::max()};
+      RowsOfScores rows;
+      for (std::size_t i = 0; i < lengths.size(); ++i) {
+        rows.push_back(normal_row(columns, i));
+      }
+      for (const std::int64_t shift : {0, 3}) {
+        check_top_k(rows, lengths, top_k, "lengths", 2 * shift, shift);
+      }
     }
-    check_top_k(rows, lengths, top_k, "lengths", 2, 3);
   }
 }
 
@@ -282,7 +293,7 @@ TEST_F(CudaTopK, LongRows) {
 
 TEST_F(CudaTopK, AdversarialRows) {
   for (const ScoreRow& row : adversarial_rows()) {
-    for (const std::int64_t n : {300, 7681, 20000, 66001}) {
+    for (const std::int64_t n : {300, 4096, 7681, 16384, 20000, 66001}) {
       for (const int top_k : {16, 2048, 8192}) {
         check_top_k({row.make(n, top_k)}, {}, top_k, std::string(row.name), 0, n % 4);
       }
@@ -343,6 +354,53 @@ TEST_F(CudaTopK, InfinitiesAndNaN) {
       std::shuffle(row.begin(), row.end(), std::mt19937_64(7));
       check_top_k({row}, {}, 2048, std::to_string(value) + " but for " + std::to_string(others));
     }
+  }
+}
+
+// Rows that a block's registers hold: equal scores and NaN, as many as are wanted or beside that.
+TEST_F(CudaTopK, PlateausOfShortRows) {
+  for (const std::int64_t n : {1000, 4096, 8191, 16384}) {
+    for (const float value : {0.0F, -0.0F, -1.0F, kInfinity, -kInfinity, kNaN}) {
+      for (const std::int64_t above : {0, 1, 511, 512, 513}) {
+        for (const std::int64_t equal : {0L, 1L, 2L, 300L, n}) {
+          std::vector<float> row = normal_row(n, 47);
+          for (std::int64_t i = 0; i < n; ++i) {
+            row[i] = i < above           ? 2 + std::abs(row[i])
+                     : i < above + equal ? value
+                                         : -2 - std::abs(row[i]);
+          }
+          std::shuffle(row.begin(), row.end(), std::mt19937_64(9));
+          check_top_k({row}, {}, 512,
+                      std::to_string(above) + " normal, " + std::to_string(equal) + " of " +
+                          std::to_string(value));
+        }
+      }
+    }
+  }
+}
+
+// Every NaN is the same, whatever its sign and payload.
+TEST_F(CudaTopK, NaNOfAllKinds) {
+  std::vector<float> row = normal_row(5000, 53);
+  for (std::size_t i = 0; i < row.size(); i += 3) {
+    const auto payload = static_cast<std::uint32_t>(i * 1677 % 0x7FFFFF + 1);
+    row[i] = std::bit_cast<float>((i % 2 == 0 ? 0x7F800000U : 0xFF800000U) | payload);
+  }
+  for (const int top_k : {1, 3000, 3333, 3334, 4000}) {
+    check_top_k({row}, {}, top_k, "NaN");
+  }
+}
+
+TEST_F(CudaTopK, SelectsTheSameTwice) {
+  RowsOfScores rows;
+  for (std::uint64_t seed = 0; seed < 300; ++seed) {
+    rows.push_back(normal_row(8192, seed));
+    for (float& score : rows.back()) {
+      score = std::round(score * 16);
+    }
+  }
+  for (int i = 0; i < 3; ++i) {
+    check_top_k(rows, {}, 2048, "repeated");
   }
 }
 
@@ -443,6 +501,86 @@ class Sequences {
   Device<std::int32_t> ends_;
 };
 
+// Blocks of positions that ascend, as many as there are lists wide; the last may reach beyond n.
+std::vector<std::int32_t> blocks_below(std::int64_t n, std::int64_t block, std::int64_t width,
+                                       std::uint64_t seed) {
+  std::vector<std::int32_t> all((n + block - 1) / block);
+  std::iota(all.begin(), all.end(), 0);
+  std::vector<std::int32_t> list;
+  std::sample(all.begin(), all.end(), std::back_inserter(list), width, std::mt19937_64(seed));
+  list.resize(width, -1);
+  return list;
+}
+
+// Selects from scores of listed positions of queries that see 0, 1, … keys; what is selected must
+// be positions.
+void check_listed(std::int64_t block, std::int64_t width, int top_k, bool with_scores) {
+  const std::int64_t columns = block * width;
+  const RowsOfScores seen{std::vector<float>(3 * columns), std::vector<float>(3 * columns - 1),
+                          std::vector<float>(columns + 7), std::vector<float>(columns / 2),
+                          std::vector<float>(1),           {}};
+  const std::int64_t count = std::ssize(seen);
+  const Sequences sequences(seen);
+  std::vector<std::int32_t> lists;
+  std::vector<std::int32_t> lengths;
+  std::vector<float> scores;
+  std::vector<Selected> want;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const std::int64_t n = std::ssize(seen[t]);
+    const auto list = blocks_below(n, block, width, static_cast<std::uint64_t>(t));
+    std::vector<std::int32_t> positions;
+    for (const std::int64_t first : list) {
+      for (std::int64_t p = first * block; first >= 0 && p < std::min((first + 1) * block, n);
+           ++p) {
+        positions.push_back(static_cast<std::int32_t>(p));
+      }
+    }
+    std::vector<float> row = normal_row(columns, static_cast<std::uint64_t>(t));
+    want.push_back(expected(std::span(row).first(positions.size()), top_k));
+    for (std::int32_t& index : want.back().indices) {
+      index = index < 0 ? -1 : positions[index];
+    }
+    lists.insert(lists.end(), list.begin(), list.end());
+    lengths.push_back(static_cast<std::int32_t>(positions.size()));
+    scores.insert(scores.end(), row.begin(), row.end());
+  }
+  const Device<std::int32_t> device_lists(lists, 12345);
+  const Device<std::int32_t> device_lengths(lengths, std::numeric_limits<std::int32_t>::max());
+  const Device<float> input(scores, kInfinity);
+  const Outputs out(count, top_k);
+  cuda::select::launch_short(
+      {input.data(), count, columns, columns, device_lengths.data()}, sequences.keys(),
+      {device_lists.data(), static_cast<std::int32_t>(width), static_cast<std::int32_t>(block)},
+      top_k, {out.indices.data(), with_scores ? out.scores.data() : nullptr}, true, nullptr);
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  const std::vector<std::int32_t> indices = out.indices.values();
+  const std::vector<float> got_scores = out.scores.values();
+  for (std::int64_t t = 0; t < count; ++t) {
+    const Selected got = row_of(indices, got_scores, t, top_k);
+    if (!with_scores) {
+      want[t].scores = got.scores;
+    }
+    expect_equal(got, want[t],
+                 "blocks of " + std::to_string(block) + ", k " + std::to_string(top_k) + ", row " +
+                     std::to_string(t));
+  }
+}
+
+TEST_F(SmokeCudaTopK, WritesThePositionsOfListedColumns) {
+  check_listed(128, 64, 2048, true);
+  check_listed(1, 4096, 2048, false);
+}
+
+TEST_F(CudaTopK, WritesThePositionsOfListedColumns) {
+  for (const std::int64_t block : {1, 2, 64, 100, 128, 1024}) {
+    for (const std::int64_t columns : {1024, 4096, 5000, 8192, 16384}) {
+      for (const int top_k : {1, 100, 2048, 5000}) {
+        check_listed(block, std::max<std::int64_t>(1, columns / block), top_k, top_k % 2 == 0);
+      }
+    }
+  }
+}
+
 // Runs launch_survivors with and without scores; returns the rows that missed, sorted.
 std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Survivors& survivors,
                                           int top_k, const std::string& what,
@@ -459,7 +597,7 @@ std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Surviv
   const Outputs out(count, top_k);
   cuda::select::launch_survivors(candidates, sequences.keys(), count, top_k,
                                  {out.indices.data(), with_scores ? out.scores.data() : nullptr},
-                                 {missed.data(), miss_count.data()}, nullptr);
+                                 true, {missed.data(), miss_count.data(), nullptr}, nullptr);
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   std::vector<std::int32_t> misses = missed.values();
   misses.resize(miss_count.values()[0]);
@@ -629,10 +767,13 @@ std::vector<float> bounds_of(const RowsOfScores& rows, const std::vector<float>&
   const Device<float> device_samples(samples, kInfinity);
   const Device<float> bounds(std::vector<float>(count, kPoisonScore), kPoisonScore);
   const Device<std::uint32_t> miss_count(std::vector<std::uint32_t>{5}, 0x5A5A5A5AU);
+  const Device<std::uint32_t> parts(std::vector<std::uint32_t>(count, 5), 0x5A5A5A5AU);
   cuda::select::launch_threshold({device_samples.data(), columns, columns}, sequences.keys(), count,
-                                 top_k, bounds.data(), {nullptr, miss_count.data()}, nullptr);
+                                 top_k, bounds.data(), {nullptr, miss_count.data(), parts.data()},
+                                 nullptr);
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   EXPECT_EQ(miss_count.values()[0], 0U);
+  EXPECT_EQ(parts.values(), std::vector<std::uint32_t>(count, 0));
   return bounds.values();
 }
 
