@@ -9,9 +9,12 @@ demo:
 	@mkdir -p build/demo
 	@build/release/cli/misa compare $(TRACES) --html build/demo/report.html
 
+# The C++ tests, then the package's in an environment of its own, with PyTorch where it is found or
+# PYTHON_EXTRAS=test,torch,transformers asks for it.
 test:
-	@scripts/install-deps.sh
+	@scripts/install-deps.sh python
 	@cmake --preset release >/dev/null && cmake --build --preset release && ctest --preset release
+	@scripts/test-python.sh $(PYTHON_EXTRAS)
 
 # The CUDA backends, their tests and benchmarks; tests/gpu.sh runs them where there is a device.
 cuda:

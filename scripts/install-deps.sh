@@ -3,6 +3,7 @@
 #   scripts/install-deps.sh            what `make demo` and `make test` need
 #   scripts/install-deps.sh bench      and Google Benchmark and oneDNN
 #   scripts/install-deps.sh check      and the formatter, clang and its sanitizer runtimes
+#   scripts/install-deps.sh python     and what builds the Python package
 set -euo pipefail
 
 packages=(
@@ -14,7 +15,8 @@ for group in "$@"; do
     # oneDNN's CMake package asks for OpenCL, which its Debian package only recommends.
     bench) packages+=(libbenchmark-dev libdnnl-dev ocl-icd-opencl-dev) ;;
     check) packages+=(clang clang-format libclang-rt-dev) ;;
-    *) echo "install-deps.sh: expected bench or check, got '$group'" >&2; exit 2 ;;
+    python) packages+=(python3-dev python3-venv) ;;
+    *) echo "install-deps.sh: expected bench, check or python, got '$group'" >&2; exit 2 ;;
   esac
 done
 

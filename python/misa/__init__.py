@@ -1,0 +1,63 @@
+"""Indexers for sparse attention: which positions of its context each query attends to.
+
+    score(t, s, J) = sum over j in J of w[t, j] * max(0, q[t, j] . k[s])
+    result(t)      = the top k over s
+
+:func:`select` takes contiguous keys, :func:`select_paged` a paged key cache, both arrays of NumPy
+or PyTorch. docs/python.md describes the interface, docs/formats.md the layouts.
+"""
+
+from __future__ import annotations
+
+from . import _core
+from ._api import (
+    Cache,
+    Plan,
+    Selected,
+    append,
+    compare,
+    rebuild_page_sums,
+    select,
+    select_paged,
+)
+from ._config import Config
+
+
+def backends() -> list[_core.BackendInfo]:
+    """Every backend of this build, available or not, by falling priority."""
+    return _core.backends()
+
+
+def indexer_names() -> list[str]:
+    """The names that :class:`Config` takes."""
+    return _core.indexer_names()
+
+
+def router_names() -> list[str]:
+    """The routers that :class:`Config` takes."""
+    return _core.router_names()
+
+
+def version() -> str:
+    """The library's version, "major.minor.patch"."""
+    return _core.version()
+
+
+__version__ = version()
+
+__all__ = [
+    "Cache",
+    "Config",
+    "Plan",
+    "Selected",
+    "__version__",
+    "append",
+    "backends",
+    "compare",
+    "indexer_names",
+    "rebuild_page_sums",
+    "router_names",
+    "select",
+    "select_paged",
+    "version",
+]

@@ -1,0 +1,431 @@
+"""What users call: thin over misa._core, which checks every argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _arrays, _core
+from ._arrays import Array
+from ._config import Config
+
+PAGE_SIZE = 64
+"""Tokens in one page of the key cache."""
+
+WORKSPACE_CAP = 256 << 20
+"""Bytes that a plan's workspace may take, unless told otherwise."""
+
+
+class Selected(NamedTuple):
+    """A selection; arrays of the framework and on the device of the queries.
+
+    indices: int32 [T, top_k], positions relative to the query's sequence, -1 on the right.
+    scores: float32 [T, top_k], the scores that ranked them, -inf where padded; or None.
+    heads: int32 [T, h], active heads, ascending, -1 for empty rows; None unless asked for and
+        routed.
+    residual: float32 [T, D], the residual row before rounding, 0 for empty rows; None unless asked
+        for and the config has one.
+    """
+
+    indices: Array
+    scores: Array | None = None
+    heads: Array | None = None
+    residual: Array | None = None
+
+
+def empty_selected(
+    like: Array, config: Config, scores: bool, heads: bool, residual: bool
+) -> Selected:
+    """Uninitialised outputs for the queries ``like`` [T, H, D]."""
+    tokens, _, dim = like.shape
+    return Selected(
+        _arrays.empty(like, (tokens, config.top_k), "int32"),
+        _arrays.empty(like, (tokens, config.top_k), "float32") if scores else None,
+        _arrays.empty(like, (tokens, config.heads), "int32")
+        if heads and config.router != "all"
+        else None,
+        _arrays.empty(like, (tokens, dim), "float32") if residual and config.residual else None,
+    )
+
+
+def _checked_queries(q: Array) -> Array:
+    if len(_arrays.checked("q", q).shape) != 3:
+        raise ValueError(f"q: expected [T, H, D], got {len(q.shape)} dimensions")
+    return q
+
+
+def _checked_config(config: Config) -> Config:
+    if not isinstance(config, Config):
+        raise ValueError(f"config: expected a misa.Config, got {config!r}")
+    if config.top_k < 1:
+        raise ValueError(f"top_k: expected 1 or more, got {config.top_k}")
+    if config.router != "all" and config.heads < 0:
+        raise ValueError(f"heads: expected 0 or more, got {config.heads}")
+    return config
+
+
+def select(
+    q: Array,
+    w: Array,
+    k: Array,
+    ks: Array,
+    ke: Array,
+    *,
+    k_scale: Array | None = None,
+    config: Config = Config(),  # noqa: B008 (immutable)
+    scores: bool = False,
+    heads: bool = False,
+    residual: bool = False,
+    backend: str = "auto",
+    threads: int = 0,
+    workspace_cap: int = WORKSPACE_CAP,
+) -> Selected:
+    """Selects positions for every query of a pack of sequences with contiguous keys.
+
+    q: [T, H, D] float32, bfloat16 or float8_e4m3fn (also its bits, uint8); D is 64 or 128.
+    w: [T, H] float32, every scale folded in.
+    k: [L, D], a dtype as for q.
+    ks, ke: [T] int32; query t sees the keys s with ks[t] <= s < ke[t].
+    k_scale: [L] float32, with float8_e4m3fn keys only.
+    scores, heads, residual: the optional outputs wanted, see :class:`Selected`.
+    backend: "auto", "cpu", "cuda" or a name of :func:`backends`.
+    threads: of the CPU, 0 for as many as the process may use.
+    workspace_cap: bytes.
+
+    All arrays are of one framework and on one device; the last dimension is contiguous, the other
+    strides are honoured without a copy. On CUDA tensors the call runs on PyTorch's current stream
+    and does not wait for it; entries of ks and ke out of range are clamped there instead of
+    refused.
+
+    Raises ValueError for a wrong argument, MemoryError if the workspace's cap is too small,
+    RuntimeError if no backend can do it.
+    """
+    _checked_queries(q)
+    _checked_config(config)
+    options = (scores, heads, residual, backend, threads, workspace_cap)
+    if _arrays.is_torch(q):
+        from . import torch_ops
+
+        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *options)
+    return select_into(
+        empty_selected(q, config, scores, heads, residual),
+        q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap,
+    )  # fmt: skip
+
+
+def select_into(
+    out: Selected,
+    q: Array,
+    w: Array,
+    k: Array,
+    ks: Array,
+    ke: Array,
+    k_scale: Array | None,
+    config: Config,
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> Selected:
+    """Like :func:`select`, into the arrays of ``out``, which is returned."""
+    device = _arrays.cuda_device("q", q)
+    if device is None:
+        arrays = [_arrays.bits(array) for array in (q, w, k, ks, ke, k_scale)]
+        _core.select(config, *arrays, *out, backend, threads, workspace_cap)
+        return out
+    tokens, heads, dim = q.shape
+    keys = _arrays.checked("k", k).shape[0]
+    dtypes = _arrays.dtype_name("q", q.dtype), _arrays.dtype_name("k", k.dtype)
+    plan = _device_plan(
+        config, tokens, heads, dim, keys, *dtypes, keys, device, backend, workspace_cap
+    )
+    return _run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
+
+
+def select_paged(
+    q: Array,
+    w: Array,
+    cache: Array,
+    block_table: Array,
+    context_lens: Array,
+    *,
+    next_n: int = 1,
+    page_sums: Array | None = None,
+    config: Config = Config(),  # noqa: B008 (immutable)
+    scores: bool = False,
+    heads: bool = False,
+    residual: bool = False,
+    backend: str = "auto",
+    threads: int = 0,
+    workspace_cap: int = WORKSPACE_CAP,
+) -> Selected:
+    """Selects positions for the last queries of a batch of sequences in a paged key cache.
+
+    q: [T, H, D], T = B * next_n; row i of sequence b is query b * next_n + i and sees the first
+        context_lens[b] - next_n + 1 + i keys.
+    w: [T, H] float32.
+    cache: uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)] (docs/formats.md); pages may be padded.
+    block_table: int32 [B, max_pages] page numbers.
+    context_lens: int32 [B] keys of each sequence; zero or negative is an empty one.
+    page_sums: float32 [pages, D], see :func:`append`; without them they are summed from the cache.
+
+    The rest, and the errors, as for :func:`select`. On CUDA tensors the pages of the block table
+    are gathered into B * max_pages * 64 contiguous keys first, page numbers out of range clamped.
+    """
+    _checked_queries(q)
+    _checked_config(config)
+    options = (scores, heads, residual, backend, threads, workspace_cap)
+    arrays = (q, w, cache, block_table, context_lens)
+    if _arrays.is_torch(q):
+        from . import torch_ops
+
+        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *options)
+    return select_paged_into(
+        empty_selected(q, config, scores, heads, residual),
+        *arrays, page_sums, next_n, config, backend, threads, workspace_cap,
+    )  # fmt: skip
+
+
+def select_paged_into(
+    out: Selected,
+    q: Array,
+    w: Array,
+    cache: Array,
+    block_table: Array,
+    context_lens: Array,
+    page_sums: Array | None,
+    next_n: int,
+    config: Config,
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> Selected:
+    """Like :func:`select_paged` in host memory, into the arrays of ``out``, which is returned."""
+    _core.select_paged(
+        config, _arrays.bits(q), w, cache, block_table, context_lens, next_n, page_sums, *out,
+        backend, threads, workspace_cap,
+    )  # fmt: skip
+    return out
+
+
+def append(
+    cache: Array,
+    k: Array,
+    slots: Array,
+    *,
+    scale_format: str = "f32",
+    page_sums: Array | None = None,
+) -> None:
+    """Quantises keys into a paged cache in host memory and brings the page sums up to date.
+
+    cache: uint8, as for :func:`select_paged`; written.
+    k: [N, D] float32 or bfloat16.
+    slots: int64 [N], page * 64 + offset, each at most once; -1 skips the key.
+    scale_format: "f32", a key's scale is max(amax, 1e-4) / 448; "ue8m0", rounded up to a power of
+        two.
+    page_sums: float32 [pages, D], the sum of the dequantised keys of each page; written.
+
+    Appending at an offset ends the page's content there. Raises ValueError for a wrong argument.
+    """
+    _core.append(_arrays.bits(cache), _arrays.bits(k), slots, scale_format, page_sums)
+
+
+def rebuild_page_sums(
+    cache: Array, page_sums: Array, pages: Array, filled: Array | None = None
+) -> None:
+    """Rebuilds the sums of some pages from their bytes, in host memory.
+
+    cache, page_sums: as for :func:`append`; the sums are written.
+    pages: int32 [N] page numbers.
+    filled: int32 [N], how many tokens of each page count; all 64 without it.
+
+    Raises ValueError for a wrong argument.
+    """
+    _core.rebuild_page_sums(_arrays.bits(cache), page_sums, pages, filled)
+
+
+class Cache:
+    """A paged key cache in NumPy arrays.
+
+    data: uint8 [pages, 64, dim + 4].
+    page_sums: float32 [pages, dim].
+    """
+
+    def __init__(self, pages: int, dim: int = 128, *, scale_format: str = "f32") -> None:
+        """An empty cache of zeros; dim is 64 or 128, scale_format as for :func:`append`."""
+        if pages < 0:
+            raise ValueError(f"pages: expected 0 or more, got {pages}")
+        if dim not in (64, 128):
+            raise ValueError(f"dim: expected 64 or 128, got {dim}")
+        self.data = np.zeros((pages, PAGE_SIZE, dim + 4), np.uint8)
+        self.page_sums = np.zeros((pages, dim), np.float32)
+        self.scale_format = scale_format
+
+    def append(self, k: Array, slots: Array) -> None:
+        """Quantises keys k [N, dim] into slots [N], see :func:`append`."""
+        append(self.data, k, slots, scale_format=self.scale_format, page_sums=self.page_sums)
+
+    def select(
+        self, q: Array, w: Array, block_table: Array, context_lens: Array, **options: Any
+    ) -> Selected:
+        """:func:`select_paged` over this cache; the options are the same."""
+        return select_paged(
+            q, w, self.data, block_table, context_lens, page_sums=self.page_sums, **options
+        )
+
+
+class Plan:
+    """An indexer for a bounded shape on one backend: made once, run often, without allocating more
+    than outputs and workspace that are not given.
+
+    tokens, heads, dim, max_keys: the most queries T that a run brings, H, D, and the most keys that
+        one query sees.
+    q_dtype, k_dtype: dtypes of the framework or "f32", "bf16", "e4m3".
+    total_keys: L, the most keys that a run brings; max_keys unless given. Counts on CUDA alone.
+    device: "cpu", "cuda" or "cuda:N".
+
+    Raises ValueError for a wrong argument, MemoryError if the workspace's cap is too small,
+    RuntimeError if no backend can do it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tokens: int,
+        heads: int,
+        dim: int,
+        max_keys: int,
+        q_dtype: Any,
+        k_dtype: Any,
+        total_keys: int | None = None,
+        device: Any = "cpu",
+        workspace_cap: int = WORKSPACE_CAP,
+        backend: str = "auto",
+        threads: int = 0,
+    ) -> None:
+        self.config = _checked_config(config)
+        kind, _, index = str(device).partition(":")
+        shape = (tokens, heads, dim, max_keys)
+        dtypes = _arrays.dtype_name("q_dtype", q_dtype), _arrays.dtype_name("k_dtype", k_dtype)
+        self._on_device = kind == "cuda"
+        if kind == "cpu":
+            self._plan = _core.HostPlan(config, *shape, *dtypes, backend, threads, workspace_cap)
+        elif kind == "cuda":
+            total = max_keys if total_keys is None else total_keys
+            self._plan = _device_plan(
+                config, *shape, *dtypes, total, int(index or 0), backend, workspace_cap
+            )
+        else:
+            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}")
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that a run needs."""
+        return self._plan.workspace_bytes
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that runs it."""
+        return self._plan.backend
+
+    def run(
+        self,
+        q: Array,
+        w: Array,
+        k: Array,
+        ks: Array,
+        ke: Array,
+        *,
+        k_scale: Array | None = None,
+        out: Selected | None = None,
+        workspace: Array | None = None,
+    ) -> Selected:
+        """Selects positions for every query; arguments as for :func:`select`.
+
+        out: where the selection goes, contiguous; a new one of indices alone without it.
+        workspace: uint8 [workspace_bytes or more], aligned to 64 bytes, on CUDA to 256.
+        """
+        _checked_queries(q)
+        if out is None:
+            out = empty_selected(q, self.config, False, False, False)
+        if self._on_device:
+            return _run_on_device(self._plan, q, w, k, ks, ke, k_scale, out, workspace)
+        arrays = [_arrays.bits(array) for array in (q, w, k, ks, ke, k_scale)]
+        self._plan.run(*arrays, *out, workspace)
+        return out
+
+
+@lru_cache(maxsize=256)
+def _device_plan(*arguments: Any) -> _core.DevicePlan:
+    if not hasattr(_core, "DevicePlan"):
+        raise RuntimeError("device: this build of misa has no CUDA backends")
+    return _core.DevicePlan(*arguments)
+
+
+def _run_on_device(
+    plan: Any,
+    q: Array,
+    w: Array,
+    k: Array,
+    ks: Array,
+    ke: Array,
+    k_scale: Array | None,
+    out: Selected,
+    workspace: Array | None,
+) -> Selected:
+    if workspace is None:
+        workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
+    inputs = [_arrays.on_stream(array) for array in (q, w, k, ks, ke, k_scale)]
+    plan.run(*inputs, *out, workspace, _arrays.stream_of(q))
+    return out
+
+
+def compare(
+    q: Array,
+    w: Array,
+    k: Array,
+    ks: Array,
+    ke: Array,
+    *,
+    k_scale: Array | None = None,
+    configs: Sequence[Config],
+    baseline: Config = Config("dsa"),  # noqa: B008 (immutable)
+    scores: bool = False,
+    backend: str = "auto",
+) -> list[dict[str, Any]]:
+    """What each of some indexers finds of a baseline's selection; arrays in host memory.
+
+    Arguments as for :func:`select`. A dict a config: its ``indexer``, ``heads`` and ``candidates``;
+    ``recall_mean`` and ``recall_min``, the share of the baseline's positions that it selects, over
+    the rows that are not empty (NaN if all are); with ``scores`` also ``score_mass``, the sum over
+    those rows of the baseline's scores of the positions found, as a share of the sum of all.
+    """
+    call = {"k_scale": k_scale, "backend": backend}
+    wanted = select(q, w, k, ks, ke, config=baseline, scores=scores, **call)
+    positions = np.asarray(wanted.indices)
+    counts = (positions >= 0).sum(1)
+    rows = counts > 0
+    weights = np.where(positions >= 0, np.asarray(wanted.scores), 0) if scores else None
+    results = []
+    for config in configs:
+        got = np.asarray(select(q, w, k, ks, ke, config=config, **call).indices)
+        found = np.array(
+            [np.isin(p, g[g >= 0]) for p, g in zip(positions, got, strict=True)], bool
+        ).reshape(positions.shape)
+        recall = found[rows].sum(1) / counts[rows]
+        result = {
+            "indexer": config.indexer,
+            "heads": config.heads,
+            "candidates": config.candidates,
+            "recall_mean": float(recall.mean()) if rows.any() else float("nan"),
+            "recall_min": float(recall.min(initial=1)) if rows.any() else float("nan"),
+        }
+        if weights is not None:
+            total = weights.sum(dtype=np.float64)
+            kept = weights[found].sum(dtype=np.float64)
+            result["score_mass"] = float(kept / total) if total else float("nan")
+        results.append(result)
+    return results

@@ -1,0 +1,90 @@
+"""Which indexer, and its options."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from . import _core
+
+
+def _integer(name: str, value: Any, bits: int = 32) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+    if number.bit_length() >= bits:
+        raise ValueError(f"{name}: expected an integer of {bits} bits, got {number}")
+    return number
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list of integers, got {values!r}")
+    return tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+@dataclass(frozen=True)
+class Config:
+    """What an indexer computes; immutable and hashable.
+
+    ``indexer`` is one of :func:`indexer_names`. A field left out takes the named indexer's value;
+    the fields are those of ``misa::IndexerConfig`` (misa/indexer.hpp):
+
+    top_k: positions wanted a query.
+    router: how the active heads are chosen, one of :func:`router_names`.
+    heads: h, how many are routed; ignored by the router "all".
+    block: B of the pooled router, a multiple of 64.
+    residual: whether one linear row stands for the heads that are not routed (MISA-R).
+    filter_block, filter_blocks: HISA's block size, a multiple of 64 or 0 for no filter, and how
+        many blocks are kept.
+    candidates: m, positions that all heads re-rank; 0 for no re-rank.
+    dense_work: a row of at most so many heads x positions is DSA's; 0 for none.
+    ordered: whether positions ascend inside a row.
+    static_heads: the heads of the router "static".
+
+    Raises ValueError for an unknown name or a value of the wrong type. What depends on the number
+    of heads H is checked when the config meets its arrays.
+    """
+
+    indexer: str = "misa"
+    _: KW_ONLY
+    top_k: int = 2048
+    router: str | None = None
+    heads: int | None = None
+    block: int | None = None
+    residual: bool | None = None
+    filter_block: int | None = None
+    filter_blocks: int | None = None
+    candidates: int | None = None
+    dense_work: int | None = None
+    ordered: bool | None = None
+    static_heads: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("indexer", "router"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "indexer" or value is not None):
+                raise ValueError(f"{name}: expected a name, got {value!r}")
+        object.__setattr__(self, "top_k", _integer("top_k", self.top_k))
+        for name, default in _core.defaults(self.indexer, self.top_k).items():
+            value = getattr(self, name)
+            if value is None:
+                value = default
+            elif name == "router":
+                _core.check_router(value)
+            elif name == "static_heads":
+                value = _integers(name, value)
+            elif isinstance(default, bool):
+                value = _boolean(name, value)
+            else:
+                value = _integer(name, value, 64 if name == "dense_work" else 32)
+            object.__setattr__(self, name, value)

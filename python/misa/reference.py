@@ -1,0 +1,298 @@
+"""The specification as executable NumPy: every indexer and router in float64, a query at a time.
+
+Independent of the C++ library, slow, and meant to be read. A query and the keys that it sees are a
+:class:`Row`; the stages are functions of one. Sources: DSA, DeepSeek-V3.2; MISA and MISA-dagger,
+arXiv 2605.07363; HISA, the block filter; MISA-R, this project's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._api import PAGE_SIZE, Selected
+from ._config import Config
+
+MAX_SAMPLES = 128
+"""Most positions of the grid that MISA-R samples."""
+FIRE_CHANCE = 0.1
+"""gamma: the chance kept for heads that the sample never made fire."""
+E4M3_MAX = 448.0
+
+
+# Elements ---------------------------------------------------------------------------------------
+
+
+def _e4m3_values() -> np.ndarray:
+    """float64 [256]: what each byte stands for (OCP FP8 E4M3)."""
+    code = np.arange(128)
+    exponent, mantissa = code >> 3, code & 7
+    normal = (8 + mantissa) * 2.0 ** (exponent - 10)
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    magnitude[127] = np.nan
+    return np.concatenate([magnitude, -magnitude])
+
+
+E4M3 = _e4m3_values()
+
+
+def values(array: np.ndarray) -> np.ndarray:
+    """float64 of an array in float32, bfloat16 (or its bits, uint16) or e4m3 (or its bits,
+    uint8)."""
+    if array.dtype.name in ("uint8", "float8_e4m3fn"):
+        return E4M3[array.view(np.uint8)]
+    if array.dtype.name in ("uint16", "bfloat16"):
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return array.astype(np.float64)
+
+
+def round_e4m3(x: np.ndarray) -> np.ndarray:
+    """The nearest e4m3 values, ties to the even code; beyond 448 saturates."""
+    finite = E4M3[:127]
+    magnitude = np.minimum(np.abs(x), E4M3_MAX)
+    above = np.searchsorted(finite, magnitude)
+    below = np.maximum(above - 1, 0)
+    up, down = finite[above] - magnitude, magnitude - finite[below]
+    code = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return np.copysign(finite[code], x)
+
+
+# A query ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One query and the keys that it sees, float64."""
+
+    q: np.ndarray
+    """[H, D]"""
+    w: np.ndarray
+    """[H]"""
+    k: np.ndarray
+    """[n, D]"""
+    quantised: bool
+    """Whether the keys are e4m3."""
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    """max(0, x); NaN stays NaN."""
+    return np.maximum(x, 0)
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Where the k largest are, ascending: of equal ones the lower position, NaN last."""
+    order = np.lexsort((-np.nan_to_num(scores, nan=0, posinf=np.inf, neginf=-np.inf),
+                        np.isnan(scores)))  # fmt: skip
+    return np.sort(order[:k])
+
+
+def scores(row: Row, k: np.ndarray, heads: np.ndarray) -> np.ndarray:
+    """[...]: sum over heads, ascending, of w_j * max(0, q_j . k) for keys k [..., D]."""
+    return relu(k @ row.q[heads].T) @ row.w[heads]
+
+
+# Pool -------------------------------------------------------------------------------------------
+
+
+def block_means(row: Row, block: int) -> np.ndarray:
+    """[ceil(n / block), D]: means of the keys of each block that the query sees."""
+    return np.stack([row.k[i : i + block].mean(0) for i in range(0, len(row.k), block)])
+
+
+# Route ------------------------------------------------------------------------------------------
+
+
+def sample_positions(n: int) -> np.ndarray:
+    """0, s, 2s, ... below n, s the smallest power of two with s >= n / 128."""
+    stride = 1
+    while stride * MAX_SAMPLES < n:
+        stride *= 2
+    return np.arange(0, n, stride)
+
+
+def sampled_fits(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[H] each, over the sample, with x = q_j . k: the least-squares slope of max(0, x) on x (0
+    where x has no variance), the rms of what the fit leaves over, and max(0, x)'s standard
+    deviation."""
+    sample = row.k[sample_positions(len(row.k))]
+    slopes, rests, spreads = [], [], []
+    for q in row.q:
+        x = np.array([k @ q for k in sample])
+        r = relu(x)
+        dx, dr = x - x.mean(), r - r.mean()
+        constant = bool(np.all(x == x[0]))
+        slope = 0.0 if constant else (dx @ dr) / (dx @ dx)
+        slopes.append(slope)
+        rests.append(0.0 if constant else rms(dr - slope * dx))
+        spreads.append(rms(dr))
+    return np.array(slopes), np.array(rests), np.array(spreads)
+
+
+def rms(x: np.ndarray) -> float:
+    """Root mean square of all entries."""
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def head_values(row: Row, config: Config) -> np.ndarray:
+    """[H]: what the router ranks heads by."""
+    if config.router == "pooled":
+        means = block_means(row, config.block)
+        return np.abs(row.w * relu(means @ row.q.T)).mean(0)
+    if config.router == "nonlinearity":
+        slope, rest, _ = sampled_fits(row)
+        kappa = rms(row.k[sample_positions(len(row.k))])
+        norm = np.linalg.norm(row.q, axis=1)
+        return np.abs(row.w) * (rest + FIRE_CHANCE * norm * kappa * (1 - slope))
+    if config.router == "dispersion":
+        return np.abs(row.w) * sampled_fits(row)[2]
+    if config.router == "self":
+        return row.w * relu(row.q @ row.k[-1])
+    if config.router == "qnorm":
+        return np.linalg.norm(row.q, axis=1)
+    return np.abs(row.w)  # "weight"
+
+
+def route(row: Row, config: Config) -> np.ndarray:
+    """The active heads J, ascending."""
+    if config.router == "all":
+        return np.arange(len(row.w))
+    if config.router == "static":
+        return np.sort(config.static_heads)
+    return top_k(head_values(row, config), config.heads)
+
+
+def residual_row(row: Row, heads: np.ndarray) -> np.ndarray:
+    """float32 [D]: sum over the heads that are not routed of w_j p_j q_j, p_j the fit's slope."""
+    others = np.setdiff1d(np.arange(len(row.w)), heads)
+    slope = sampled_fits(row)[0]
+    return ((row.w * slope)[others] @ row.q[others]).astype(np.float32)
+
+
+def rounded_residual(row: Row, residual: np.ndarray) -> np.ndarray:
+    """float64 [D]: the row that scores; where keys are e4m3, rounded with the scale max / 448."""
+    if not row.quantised or not np.all(np.isfinite(residual)):
+        return residual.astype(np.float64)
+    scale = np.float32(np.abs(residual).max() / np.float32(E4M3_MAX))
+    return round_e4m3(residual / scale) * np.float64(scale) if scale else np.zeros(len(residual))
+
+
+# Filter, score, select, re-rank -----------------------------------------------------------------
+
+
+def kept_positions(row: Row, config: Config) -> np.ndarray:
+    """What the block filter leaves: the first and the last block, and the best of the others."""
+    n, block = len(row.k), config.filter_block
+    if block == 0:
+        return np.arange(n)
+    every = np.arange(len(row.w))
+    of_blocks = scores(row, block_means(row, block), every)
+    blocks = len(of_blocks)
+    between = 1 + top_k(of_blocks[1:-1], config.filter_blocks - 2)
+    kept = np.unique(np.concatenate([[0], between, [blocks - 1]])).astype(int)
+    return np.concatenate([np.arange(b * block, min((b + 1) * block, n)) for b in kept])
+
+
+def routed_scores(row: Row, heads: np.ndarray, residual: np.ndarray | None) -> np.ndarray:
+    """[n]: the score of every position by the active heads and the residual row."""
+    result = scores(row, row.k, heads)
+    if residual is not None and len(heads) < len(row.w):
+        result = result + row.k @ rounded_residual(row, residual)
+    return result
+
+
+def is_dense(row: Row, config: Config) -> bool:
+    """Whether the row is so short that it is DSA's."""
+    return len(row.w) * len(row.k) <= config.dense_work
+
+
+def select_row(
+    row: Row, config: Config, heads: np.ndarray, residual: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, ascending, and their scores, given the routing."""
+    every = np.arange(len(row.w))
+    if is_dense(row, config):
+        positions, found = np.arange(len(row.k)), scores(row, row.k, every)
+    else:
+        positions = kept_positions(row, config)
+        found = routed_scores(row, heads, residual)[positions]
+        if config.candidates > 0:
+            best = top_k(found, config.candidates)
+            positions, found = positions[best], scores(row, row.k[positions[best]], every)
+    best = top_k(found, config.top_k)
+    return positions[best], found[best]
+
+
+# All queries ------------------------------------------------------------------------------------
+
+
+def rows(
+    q: np.ndarray,
+    w: np.ndarray,
+    k: np.ndarray,
+    ks: np.ndarray,
+    ke: np.ndarray,
+    k_scale: np.ndarray | None = None,
+) -> list[Row]:
+    """The queries of :func:`misa.select`'s arguments."""
+    keys = values(k)
+    if k_scale is not None:
+        keys = keys * k_scale[:, None].astype(np.float64)
+    quantised = k_scale is not None
+    queries, weights = values(q), w.astype(np.float64)
+    return [
+        Row(queries[t], weights[t], keys[ks[t] : max(ks[t], ke[t])], quantised)
+        for t in range(len(queries))
+    ]
+
+
+@np.errstate(invalid="ignore")  # unused slots may hold anything
+def paged_rows(
+    q: np.ndarray,
+    w: np.ndarray,
+    cache: np.ndarray,
+    block_table: np.ndarray,
+    context_lens: np.ndarray,
+    next_n: int = 1,
+) -> list[Row]:
+    """The queries of :func:`misa.select_paged`'s arguments, cache uint8 [pages, 64, D + 4]."""
+    dim = cache.shape[2] - 4
+    flat = cache.reshape(len(cache), -1)
+    elements = values(flat[:, : PAGE_SIZE * dim]).reshape(-1, PAGE_SIZE, dim)
+    scale = np.ascontiguousarray(flat[:, PAGE_SIZE * dim :]).view(np.float32).astype(np.float64)
+    queries, weights = values(q), w.astype(np.float64)
+    result = []
+    for t in range(len(queries)):
+        b, i = divmod(t, next_n)
+        n = max(int(context_lens[b]) - next_n + 1 + i, 0)
+        pages = block_table[b, : -(-n // PAGE_SIZE)]
+        keys = (elements[pages] * scale[pages][:, :, None]).reshape(-1, dim)[:n]
+        result.append(Row(queries[t], weights[t], keys, True))
+    return result
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def select(of: list[Row], config: Config) -> Selected:
+    """What :func:`misa.select` returns with every optional output, rows ascending; computed in
+    float64 from :func:`rows` or :func:`paged_rows`."""
+    tokens, dim = len(of), of[0].q.shape[1] if of else 0
+    out = Selected(
+        np.full((tokens, config.top_k), -1, np.int32),
+        np.full((tokens, config.top_k), -np.inf, np.float32),
+        np.full((tokens, config.heads), -1, np.int32) if config.router != "all" else None,
+        np.zeros((tokens, dim), np.float32) if config.residual else None,
+    )
+    for t, row in enumerate(of):
+        if len(row.k) == 0:
+            continue
+        heads, residual = np.arange(len(row.w)), None
+        if not is_dense(row, config):
+            heads = route(row, config)
+            if out.heads is not None:
+                out.heads[t] = heads
+            if out.residual is not None:
+                residual = out.residual[t] = residual_row(row, heads)
+        positions, found = select_row(row, config, heads, residual)
+        out.indices[t, : len(positions)] = positions
+        out.scores[t, : len(positions)] = found
+    return out

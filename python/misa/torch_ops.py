@@ -1,0 +1,283 @@
+"""PyTorch operators ``misa::select`` and ``misa::select_paged``.
+
+Both are opaque to torch.compile and have fake implementations; on CUDA tensors both run on the
+current stream without a synchronisation and may be captured into a CUDA graph. misa.select and
+misa.select_paged call them for tensors, with the fields of a Config spread out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ._api import PAGE_SIZE, Selected, empty_selected, select_into, select_paged_into
+from ._api import _device_plan as device_plan
+from ._api import _run_on_device as run_on_device
+from ._arrays import cuda_device, dtype_name
+from ._config import Config
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""indices, scores, heads and residual; those that are not wanted or do not exist are empty."""
+
+
+@lru_cache(maxsize=256)
+def _config(*fields: object) -> Config:
+    (top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
+     ordered, static_heads) = fields  # fmt: skip
+    return Config(
+        "dsa", top_k=top_k, router=router, heads=heads, block=block, residual=residual,
+        filter_block=filter_block, filter_blocks=filter_blocks, candidates=candidates,
+        dense_work=dense_work, ordered=ordered, static_heads=static_heads,
+    )  # fmt: skip
+
+
+def _fields(config: Config) -> tuple:
+    return (
+        config.top_k, config.router, config.heads, config.block, config.residual,
+        config.filter_block, config.filter_blocks, config.candidates, config.dense_work,
+        config.ordered, config.static_heads,
+    )  # fmt: skip
+
+
+def _tensors(q: Tensor, selected: Selected) -> Outputs:
+    return tuple(q.new_empty(0) if array is None else array for array in selected)
+
+
+def _selected(
+    outputs: Outputs, config: Config, scores: bool, heads: bool, residual: bool
+) -> Selected:
+    indices, of_scores, of_heads, of_residual = outputs
+    return Selected(
+        indices,
+        of_scores if scores else None,
+        of_heads if heads and config.router != "all" else None,
+        of_residual if residual and config.residual else None,
+    )
+
+
+@torch.library.custom_op("misa::select", mutates_args=())
+def select_op(
+    q: Tensor,
+    w: Tensor,
+    k: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    k_scale: Tensor | None,
+    top_k: int,
+    router: str,
+    heads: int,
+    block: int,
+    residual: bool,
+    filter_block: int,
+    filter_blocks: int,
+    candidates: int,
+    dense_work: int,
+    ordered: bool,
+    static_heads: Sequence[int],
+    want_scores: bool,
+    want_heads: bool,
+    want_residual: bool,
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and errors of :func:`misa.select`, with the fields of a Config spread out; returns
+    :data:`Outputs`."""
+    config = _config(
+        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
+        ordered, tuple(static_heads),
+    )  # fmt: skip
+    out = empty_selected(q, config, want_scores, want_heads, want_residual)
+    select_into(out, q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap)
+    return _tensors(q, out)
+
+
+@torch.library.custom_op("misa::select_paged", mutates_args=())
+def select_paged_op(
+    q: Tensor,
+    w: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    page_sums: Tensor | None,
+    next_n: int,
+    top_k: int,
+    router: str,
+    heads: int,
+    block: int,
+    residual: bool,
+    filter_block: int,
+    filter_blocks: int,
+    candidates: int,
+    dense_work: int,
+    ordered: bool,
+    static_heads: Sequence[int],
+    want_scores: bool,
+    want_heads: bool,
+    want_residual: bool,
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and errors of :func:`misa.select_paged`, with the fields of a Config spread out;
+    returns :data:`Outputs`."""
+    config = _config(
+        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
+        ordered, tuple(static_heads),
+    )  # fmt: skip
+    out = empty_selected(q, config, want_scores, want_heads, want_residual)
+    device = cuda_device("q", q)
+    if device is None:
+        select_paged_into(
+            out, q, w, cache, block_table, context_lens, page_sums, next_n, config, backend,
+            threads, workspace_cap,
+        )  # fmt: skip
+    else:
+        k, k_scale, ks, ke = gather(cache, block_table, context_lens, next_n)
+        tokens, of_heads, dim = q.shape
+        plan = device_plan(
+            config, tokens, of_heads, dim, block_table.shape[1] * PAGE_SIZE,
+            dtype_name("q", q.dtype), "e4m3", k.shape[0], device, backend, workspace_cap,
+        )  # fmt: skip
+        run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
+    return _tensors(q, out)
+
+
+def _fake(
+    q: Tensor,
+    top_k: int,
+    router: str,
+    heads: int,
+    residual: bool,
+    want_scores: bool,
+    want_heads: bool,
+    want_residual: bool,
+) -> Outputs:
+    tokens, _, dim = q.shape
+    routed, linear = want_heads and router != "all", want_residual and residual
+    return (
+        q.new_empty((tokens, top_k), dtype=torch.int32),
+        q.new_empty((tokens, top_k), dtype=torch.float32) if want_scores else q.new_empty(0),
+        q.new_empty((tokens, heads), dtype=torch.int32) if routed else q.new_empty(0),
+        q.new_empty((tokens, dim), dtype=torch.float32) if linear else q.new_empty(0),
+    )
+
+
+@select_op.register_fake
+def _(q, w, k, ks, ke, k_scale, top_k, router, heads, block, residual, filter_block,
+      filter_blocks, candidates, dense_work, ordered, static_heads, want_scores, want_heads,
+      want_residual, backend, threads, workspace_cap):  # fmt: skip
+    return _fake(q, top_k, router, heads, residual, want_scores, want_heads, want_residual)
+
+
+@select_paged_op.register_fake
+def _(q, w, cache, block_table, context_lens, page_sums, next_n, top_k, router, heads, block,
+      residual, filter_block, filter_blocks, candidates, dense_work, ordered, static_heads,
+      want_scores, want_heads, want_residual, backend, threads, workspace_cap):  # fmt: skip
+    return _fake(q, top_k, router, heads, residual, want_scores, want_heads, want_residual)
+
+
+def select(
+    q: Tensor,
+    w: Tensor,
+    k: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    k_scale: Tensor | None,
+    config: Config,
+    scores: bool,
+    heads: bool,
+    residual: bool,
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> Selected:
+    """:func:`misa.select` on tensors."""
+    outputs = torch.ops.misa.select(
+        q, w, k, ks, ke, k_scale, *_fields(config), scores, heads, residual, backend, threads,
+        workspace_cap,
+    )  # fmt: skip
+    return _selected(outputs, config, scores, heads, residual)
+
+
+def select_paged(
+    q: Tensor,
+    w: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    page_sums: Tensor | None,
+    next_n: int,
+    config: Config,
+    scores: bool,
+    heads: bool,
+    residual: bool,
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> Selected:
+    """:func:`misa.select_paged` on tensors."""
+    outputs = torch.ops.misa.select_paged(
+        q, w, cache, block_table, context_lens, page_sums, next_n, *_fields(config), scores, heads,
+        residual, backend, threads, workspace_cap,
+    )  # fmt: skip
+    return _selected(outputs, config, scores, heads, residual)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def gather(
+    cache: Tensor, block_table: Tensor, context_lens: Tensor, next_n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The keys of a paged cache as contiguous ones, on the tensors' device and without waiting for
+    it.
+
+    cache: uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)].
+    block_table: int32 [B, max_pages]; page numbers out of range are clamped.
+    context_lens: int32 [B], cut at max_pages * 64.
+
+    Returns k uint8 [L, D], k_scale float32 [L], ks and ke int32 [B * next_n], L = B * max_pages *
+    64: sequence b has the keys from b * max_pages * 64 on. Raises ValueError for a wrong argument.
+    """
+    _require(cache.dtype == torch.uint8, f"cache: expected torch.uint8, got {cache.dtype}")
+    _require(
+        (cache.dim() == 2 and cache.shape[1] % PAGE_SIZE == 0)
+        or (cache.dim() == 3 and cache.shape[1] == PAGE_SIZE),
+        f"cache: expected [pages, 64, D + 4] or [pages, 64 * (D + 4)], got {list(cache.shape)}",
+    )  # fmt: skip
+    _require(
+        block_table.dtype == torch.int32 and block_table.dim() == 2,
+        f"block_table: expected torch.int32 [B, max_pages], got {block_table.dtype} "
+        f"{list(block_table.shape)}",
+    )
+    batch, max_pages = block_table.shape
+    _require(
+        context_lens.dtype == torch.int32 and context_lens.shape == (batch,),
+        f"context_lens: expected torch.int32 [{batch}], got {context_lens.dtype} "
+        f"{list(context_lens.shape)}",
+    )
+    _require(next_n >= 1, f"next_n: expected 1 or more, got {next_n}")
+    longest = max_pages * PAGE_SIZE
+    _require(
+        batch * longest < 2**31,
+        f"block_table: expected fewer than 2^31 keys, got {batch} * {longest}",
+    )
+    pages = cache.flatten(1)
+    _require(pages.shape[0] > 0 or batch * max_pages == 0, "cache: expected 1 page or more, got 0")
+    dim = pages.shape[1] // PAGE_SIZE - 4
+    chosen = block_table.flatten().long().clamp(0, max(pages.shape[0] - 1, 0))
+    k = pages[:, : PAGE_SIZE * dim][chosen].view(-1, dim)
+    k_scale = pages[:, PAGE_SIZE * dim :][chosen].view(torch.float32).flatten()
+
+    device = block_table.device
+    first = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * longest
+    row = torch.arange(next_n, dtype=torch.int32, device=device)
+    length = (context_lens[:, None] - next_n + 1 + row).clamp(0, longest)
+    ks = first.repeat(1, next_n)
+    return k, k_scale, ks.flatten(), (ks + length).flatten()

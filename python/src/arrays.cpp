@@ -1,0 +1,237 @@
+#include "arrays.hpp"
+
+#include <algorithm>
+#include <string>
+
+namespace misa::python {
+namespace {
+
+constexpr nb::dlpack::dtype kBfloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16,
+                                      1};
+constexpr nb::dlpack::dtype kFloat8{
+    static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float8_E4M3FN), 8, 1};
+
+std::string name_of(nb::dlpack::dtype dtype) {
+  using Code = nb::dlpack::dtype_code;
+  std::string kind;
+  switch (static_cast<Code>(dtype.code)) {
+    case Code::Int: kind = "int"; break;
+    case Code::UInt: kind = "uint"; break;
+    case Code::Float: kind = "float"; break;
+    case Code::Bfloat: kind = "bfloat"; break;
+    case Code::Complex: kind = "complex"; break;
+    case Code::Bool: return "bool";
+    default: return fmt::format("a dtype of DLPack code {}", dtype.code);
+  }
+  return kind + std::to_string(dtype.bits);
+}
+
+void require_equal(std::string_view name, nb::dlpack::dtype expected, nb::dlpack::dtype got) {
+  require(expected == got, "{}: expected {}, got {}", name, name_of(expected), name_of(got));
+}
+
+std::string name_of(Place place) {
+  return place.host() ? "host memory" : fmt::format("CUDA device {}", place.device);
+}
+
+template <class Any>
+void require_place(std::string_view name, const Any& array, Place place) {
+  const int type = array.device_type();
+  const bool host = type == nb::device::cpu::value || type == nb::device::cuda_host::value;
+  const bool cuda = type == nb::device::cuda::value || type == nb::device::cuda_managed::value;
+  const bool there = place.host() ? host : cuda && array.device_id() == place.device;
+  require(there, "{}: expected an array in {}, got one in {}", name, name_of(place),
+          host   ? name_of(Place{})
+          : cuda ? name_of(Place{array.device_id()})
+                 : fmt::format("DLPack device type {}", type));
+}
+
+// The array that an object is, of whichever framework.
+template <class Any>
+Any cast(std::string_view name, nb::handle object, std::string_view expected) {
+  Any array;
+  require(nb::try_cast(object, array), "{}: expected {}, got {}", name, expected,
+          nb::inst_name(object).c_str());
+  return array;
+}
+
+}  // namespace
+
+Array::Array(std::string_view name, nb::handle object, std::string_view layout, Place place,
+             Access access)
+    : name_(name),
+      array_(access == Access::read
+                 ? cast<nb::ndarray<nb::ro>>(name, object, "an array")
+                 : nb::ndarray<nb::ro>(cast<nb::ndarray<>>(name, object, "a writable array"))) {
+  require_place(name, array_, place);
+  const std::size_t ndim = array_.ndim();
+  require(ndim == 1 + static_cast<std::size_t>(std::count(layout.begin(), layout.end(), ',')),
+          "{}: expected {}, got {} dimensions", name, layout, ndim);
+  require(extent(ndim - 1) <= 1 || array_.size() == 0 || array_.stride(ndim - 1) == 1,
+          "{}: expected a contiguous last dimension, got a stride of {}", name,
+          array_.stride(ndim - 1));
+}
+
+std::int64_t Array::stride(std::size_t dimension) const {
+  if (extent(dimension) <= 1 || array_.size() == 0) {
+    return 0;
+  }
+  const std::int64_t stride = array_.stride(dimension);
+  require(stride > 0, "{}: expected a stride above 0 in dimension {}, got {}", name_, dimension,
+          stride);
+  return stride;
+}
+
+DType Array::dtype() const {
+  const nb::dlpack::dtype dtype = array_.dtype();
+  if (dtype == nb::dtype<float>()) {
+    return DType::f32;
+  }
+  if (dtype == kBfloat16 || dtype == nb::dtype<std::uint16_t>()) {
+    return DType::bf16;
+  }
+  require(dtype == kFloat8 || dtype == nb::dtype<std::uint8_t>(),
+          "{}: expected float32, bfloat16 or float8_e4m3fn, got {}", name_, name_of(dtype));
+  return DType::e4m3;
+}
+
+void Array::require_dtype(nb::dlpack::dtype dtype) const {
+  require_equal(name_, dtype, array_.dtype());
+}
+
+std::optional<Array> optional_array(std::string_view name, nb::handle object,
+                                    std::string_view layout, Place place, Access access) {
+  if (object.is_none()) {
+    return std::nullopt;
+  }
+  return Array(name, object, layout, place, access);
+}
+
+Output::Output(std::string_view name, nb::handle object, Place place) : name_(name) {
+  if (object.is_none()) {
+    return;
+  }
+  array_ = cast<nb::ndarray<>>(name, object, "a writable array");
+  require_place(name, array_, place);
+  std::int64_t dense = 1;
+  for (std::size_t i = array_.ndim(); i-- > 0;) {
+    require(array_.shape(i) <= 1 || array_.size() == 0 || array_.stride(i) == dense,
+            "{}: expected a contiguous array, got a stride of {} in dimension {}", name,
+            array_.stride(i), i);
+    dense *= static_cast<std::int64_t>(array_.shape(i));
+  }
+}
+
+void Output::require_dtype(nb::dlpack::dtype dtype) const {
+  require_equal(name_, dtype, array_.dtype());
+}
+
+RaggedArrays::RaggedArrays(nb::handle q_, nb::handle w_, nb::handle k_, nb::handle ks,
+                           nb::handle ke, nb::handle k_scale, Place place)
+    : q("q", q_, "[T, H, D]", place),
+      w("w", w_, "[T, H]", place),
+      k("k", k_, "[L, D]", place),
+      starts("ks", ks, "[T]", place),
+      ends("ke", ke, "[T]", place),
+      scale(optional_array("k_scale", k_scale, "[L]", place)) {
+  if (scale) {
+    require(scale->extent(0) == k.extent(0), "k_scale: expected L = {} entries as k has, got {}",
+            k.extent(0), scale->extent(0));
+  }
+}
+
+Queries queries(const Array& q) {
+  require(q.extent(1) >= 1 && q.extent(1) <= kMaxHeads, "q: expected H = 1 to {}, got {}",
+          kMaxHeads, q.extent(1));
+  require(q.extent(2) == 64 || q.extent(2) == 128, "q: expected D = 64 or 128, got {}",
+          q.extent(2));
+  return {q.data(), q.dtype(), q.extent(0), q.extent(1), q.extent(2), q.stride(0), q.stride(1)};
+}
+
+Weights weights(const Array& w) {
+  return {w.data_of<float>(), w.extent(0), w.extent(1), w.stride(0)};
+}
+
+Queries RaggedArrays::queries() const { return python::queries(q); }
+Weights RaggedArrays::weights() const { return python::weights(w); }
+
+RaggedKeys RaggedArrays::keys() const {
+  return {k.data(),
+          k.dtype(),
+          k.extent(0),
+          k.extent(1),
+          k.stride(0),
+          scale ? scale->data_of<float>() : nullptr,
+          starts.span_of<std::int32_t>(),
+          ends.span_of<std::int32_t>()};
+}
+
+namespace {
+
+std::string_view cache_layout(nb::handle cache) {
+  const bool flat = nb::hasattr(cache, "shape") && nb::len(nb::object(cache.attr("shape"))) == 2;
+  return flat ? "[pages, 64 * (D + 4)]" : "[pages, 64, D + 4]";
+}
+
+// D of a cache, whose pages must be dense inside.
+std::int64_t cache_dim(const Array& cache) {
+  constexpr std::int64_t kScale = sizeof(float);
+  if (cache.dimensions() == 2) {
+    const std::int64_t bytes = cache.extent(1);
+    require(bytes % kPageSize == 0, "cache: expected pages of 64 * (D + 4) bytes, got {}", bytes);
+    return bytes / kPageSize - kScale;
+  }
+  require(cache.extent(1) == kPageSize && cache.stride(1) == cache.extent(2),
+          "cache: expected pages of 64 tokens, dense inside, got {} tokens {} bytes apart",
+          cache.extent(1), cache.stride(1));
+  return cache.extent(2) - kScale;
+}
+
+}  // namespace
+
+CacheArrays::CacheArrays(nb::handle cache, nb::handle page_sums, Access access)
+    : cache_("cache", cache, cache_layout(cache), {}, access),
+      sums_(optional_array("page_sums", page_sums, "[pages, D]", {}, access)),
+      dim_(cache_dim(cache_)) {
+  if (sums_) {
+    const std::int64_t stride = sums_->stride(0);
+    require(sums_->extent(0) == cache_.extent(0) && sums_->extent(1) == dim_ &&
+                (stride == 0 || stride == dim_),
+            "page_sums: expected a contiguous [{}, {}], got [{}, {}] with a row stride of {}",
+            cache_.extent(0), dim_, sums_->extent(0), sums_->extent(1), stride);
+  }
+}
+
+CacheView CacheArrays::view() const {
+  return {cache_.data_of<std::uint8_t>(), cache_.extent(0), dim_, cache_.stride(0),
+          sums_ ? sums_->data_of<float>() : nullptr};
+}
+
+CacheSpan CacheArrays::span() const {
+  return {cache_.writable_data_of<std::uint8_t>(), cache_.extent(0), dim_, cache_.stride(0),
+          sums_ ? sums_->writable_data_of<float>() : nullptr};
+}
+
+OutputArrays::OutputArrays(nb::handle indices_, nb::handle scores_, nb::handle heads_,
+                           nb::handle residual_, Place place)
+    : indices("indices", indices_, place),
+      scores("scores", scores_, place),
+      heads("heads", heads_, place),
+      residual("residual", residual_, place) {}
+
+Selection OutputArrays::selection() const {
+  return {indices.span_of<std::int32_t>(), scores.span_of<float>(), heads.span_of<std::int32_t>(),
+          residual.span_of<float>()};
+}
+
+DType dtype_by_name(std::string_view name, std::string_view dtype) {
+  for (const DType type : {DType::f32, DType::bf16, DType::e4m3}) {
+    if (dtype == misa::name_of(type)) {
+      return type;
+    }
+  }
+  throw Error(ErrorCode::invalid_argument,
+              fmt::format("{}: expected f32, bf16 or e4m3, got '{}'", name, dtype));
+}
+
+}  // namespace misa::python

@@ -1,0 +1,159 @@
+// Arrays that Python brings, seen without a copy, as the views of the C++ interface.
+#pragma once
+
+#include <fmt/format.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string_view>
+
+#include "misa/misa.hpp"
+
+namespace misa::python {
+
+namespace nb = nanobind;
+
+template <class... Args>
+void require(bool condition, fmt::format_string<const Args&...> message, const Args&... args) {
+  if (!condition) {
+    throw Error(ErrorCode::invalid_argument, fmt::format(message, args...));
+  }
+}
+
+// Where an array has to lie: in memory that the CPU reads, or on one CUDA device.
+struct Place {
+  int device = kHost;  // its number
+
+  static constexpr int kHost = -1;
+  [[nodiscard]] bool host() const { return device == kHost; }
+};
+
+enum class Access : bool { read, write };
+
+// An argument; holds the array while the call runs. Its last dimension is contiguous.
+class Array {
+ public:
+  // Throws Error unless `object` is an array of as many dimensions as `layout` names, e.g.
+  // "[T, H, D]", that lies in `place` and allows the access.
+  Array(std::string_view name, nb::handle object, std::string_view layout, Place place,
+        Access access = Access::read);
+
+  [[nodiscard]] std::size_t dimensions() const { return array_.ndim(); }
+  [[nodiscard]] std::int64_t extent(std::size_t dimension) const {
+    return static_cast<std::int64_t>(array_.shape(dimension));
+  }
+  // Elements from one entry to the next; 0, which the views take for dense, where there is no next.
+  [[nodiscard]] std::int64_t stride(std::size_t dimension) const;
+
+  // f32, bf16 or e4m3, the latter two also as their bits: uint16 and uint8.
+  [[nodiscard]] DType dtype() const;
+  [[nodiscard]] const void* data() const { return array_.data(); }
+
+  // The data of an array of T; throws Error if it holds something else.
+  template <class T>
+  [[nodiscard]] const T* data_of() const {
+    require_dtype(nb::dtype<T>());
+    return static_cast<const T*>(array_.data());
+  }
+
+  // The same of an array that was asked for to be written.
+  template <class T>
+  [[nodiscard]] T* writable_data_of() const {
+    return const_cast<T*>(data_of<T>());
+  }
+
+  // A dense array of one dimension.
+  template <class T>
+  [[nodiscard]] std::span<const T> span_of() const {
+    return {data_of<T>(), static_cast<std::size_t>(extent(0))};
+  }
+
+ private:
+  void require_dtype(nb::dlpack::dtype dtype) const;
+
+  std::string_view name_;
+  nb::ndarray<nb::ro> array_;
+};
+
+// None is no array.
+std::optional<Array> optional_array(std::string_view name, nb::handle object,
+                                    std::string_view layout, Place place,
+                                    Access access = Access::read);
+
+// An argument that is written as a whole: contiguous; None is an empty one.
+class Output {
+ public:
+  Output(std::string_view name, nb::handle object, Place place);
+
+  template <class T>
+  [[nodiscard]] std::span<T> span_of() const {
+    if (!array_.is_valid()) {
+      return {};
+    }
+    require_dtype(nb::dtype<T>());
+    return {static_cast<T*>(array_.data()), array_.size()};
+  }
+
+ private:
+  void require_dtype(nb::dlpack::dtype dtype) const;
+
+  std::string_view name_;
+  nb::ndarray<> array_;
+};
+
+// The arrays of a call on contiguous keys.
+struct RaggedArrays {
+  Array q;
+  Array w;
+  Array k;
+  Array starts;
+  Array ends;
+  std::optional<Array> scale;
+
+  RaggedArrays(nb::handle q, nb::handle w, nb::handle k, nb::handle ks, nb::handle ke,
+               nb::handle k_scale, Place place);
+
+  [[nodiscard]] Queries queries() const;
+  [[nodiscard]] Weights weights() const;
+  [[nodiscard]] RaggedKeys keys() const;
+};
+
+// A paged cache in host memory, uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)], and its page
+// sums [pages, D] or None.
+class CacheArrays {
+ public:
+  CacheArrays(nb::handle cache, nb::handle page_sums, Access access);
+
+  [[nodiscard]] CacheView view() const;
+  [[nodiscard]] CacheSpan span() const;  // of one that was asked for to be written
+
+ private:
+  Array cache_;
+  std::optional<Array> sums_;
+  std::int64_t dim_;
+};
+
+// The arrays that a call writes.
+struct OutputArrays {
+  Output indices;
+  Output scores;
+  Output heads;
+  Output residual;
+
+  OutputArrays(nb::handle indices, nb::handle scores, nb::handle heads, nb::handle residual,
+               Place place);
+
+  [[nodiscard]] Selection selection() const;
+};
+
+Queries queries(const Array& q);
+Weights weights(const Array& w);
+
+// "f32", "bf16" or "e4m3", in an argument of that name.
+DType dtype_by_name(std::string_view name, std::string_view dtype);
+
+}  // namespace misa::python

@@ -1,0 +1,52 @@
+// Writing the paged key cache.
+#include <nanobind/stl/string_view.h>
+
+#include "arrays.hpp"
+#include "bindings.hpp"
+
+namespace misa::python {
+namespace {
+
+ScaleFormat scale_format_of(std::string_view name) {
+  require(name == "f32" || name == "ue8m0", "scale_format: expected f32 or ue8m0, got '{}'", name);
+  return name == "f32" ? ScaleFormat::f32 : ScaleFormat::ue8m0;
+}
+
+void append_keys(nb::handle cache_, nb::handle k_, nb::handle slots_, std::string_view scale_format,
+                 nb::handle page_sums) {
+  const CacheArrays cache(cache_, page_sums, Access::write);
+  const Array k("k", k_, "[N, D]", {});
+  const Array slots("slots", slots_, "[N]", {});
+  const CacheSpan span = cache.span();
+  const NewKeys keys{k.data(), k.dtype(), k.extent(0), k.extent(1), k.stride(0)};
+  const auto at = slots.span_of<std::int64_t>();
+  const ScaleFormat format = scale_format_of(scale_format);
+  const nb::gil_scoped_release released;
+  append(span, keys, at, format);
+}
+
+void rebuild(nb::handle cache_, nb::handle page_sums, nb::handle pages_, nb::handle filled_) {
+  const CacheArrays cache(cache_, page_sums, Access::write);
+  const Array pages("pages", pages_, "[N]", {});
+  const auto filled = optional_array("filled", filled_, "[N]", {});
+  const CacheSpan span = cache.span();
+  const auto numbers = pages.span_of<std::int32_t>();
+  const auto counts = filled ? filled->span_of<std::int32_t>() : std::span<const std::int32_t>();
+  require(!filled || counts.size() == numbers.size(),
+          "filled: expected {} entries as pages has, got {}", numbers.size(), counts.size());
+  const nb::gil_scoped_release released;
+  rebuild_page_sums(span, numbers, counts);
+}
+
+}  // namespace
+
+void bind_cache(nb::module_& module) {
+  module.def("append", &append_keys, nb::arg("cache").none(), nb::arg("k").none(),
+             nb::arg("slots").none(), nb::arg("scale_format"), nb::arg("page_sums").none(),
+             "Quantises keys into the slots of a cache in host memory.");
+  module.def("rebuild_page_sums", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
+             nb::arg("pages").none(), nb::arg("filled").none(),
+             "Rebuilds the sums of pages from their bytes.");
+}
+
+}  // namespace misa::python

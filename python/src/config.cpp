@@ -1,0 +1,70 @@
+// Names, and the fields of misa.Config.
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.hpp"
+
+namespace misa::python {
+
+namespace nb = nanobind;
+
+namespace {
+
+std::vector<std::string_view> list_of(std::span<const std::string_view> names) {
+  return {names.begin(), names.end()};
+}
+
+template <class T>
+T field(nb::handle config, const char* name) {
+  return nb::cast<T>(config.attr(name));
+}
+
+nb::dict defaults(std::string_view name, int top_k) {
+  const IndexerConfig config = indexer_by_name(name, top_k);
+  nb::dict fields;
+  fields["router"] = name_of(config.router);
+  fields["heads"] = config.heads;
+  fields["block"] = config.block;
+  fields["residual"] = config.residual;
+  fields["filter_block"] = config.filter_block;
+  fields["filter_blocks"] = config.filter_blocks;
+  fields["candidates"] = config.candidates;
+  fields["dense_work"] = config.dense_work;
+  fields["ordered"] = config.ordered;
+  fields["static_heads"] = nb::tuple();
+  return fields;
+}
+
+}  // namespace
+
+IndexerConfig config_of(nb::handle config) {
+  IndexerConfig chosen;
+  chosen.top_k = field<int>(config, "top_k");
+  chosen.router = router_by_name(field<std::string_view>(config, "router"));
+  chosen.heads = field<int>(config, "heads");
+  chosen.block = field<int>(config, "block");
+  chosen.residual = field<bool>(config, "residual");
+  chosen.filter_block = field<int>(config, "filter_block");
+  chosen.filter_blocks = field<int>(config, "filter_blocks");
+  chosen.candidates = field<int>(config, "candidates");
+  chosen.dense_work = field<std::int64_t>(config, "dense_work");
+  chosen.ordered = field<bool>(config, "ordered");
+  chosen.static_heads = field<std::vector<std::int32_t>>(config, "static_heads");
+  return chosen;
+}
+
+void bind_config(nb::module_& module) {
+  module.def(
+      "defaults", &defaults, nb::arg("indexer"), nb::arg("top_k"),
+      "The fields of a named indexer, top_k aside; ValueError if there is none of the name.");
+  module.def(
+      "check_router", [](std::string_view name) { router_by_name(name); }, nb::arg("router"),
+      "ValueError if there is no router of the name.");
+  module.def(
+      "indexer_names", [] { return list_of(indexer_names()); }, "Names of the indexers.");
+  module.def(
+      "router_names", [] { return list_of(router_names()); }, "Names of the routers.");
+}
+
+}  // namespace misa::python

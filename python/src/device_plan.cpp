@@ -1,0 +1,94 @@
+// Selecting in device memory: misa::cuda::Plan on the device that its arrays lie on.
+#include <cuda_runtime_api.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include <optional>
+
+#include "arrays.hpp"
+#include "bindings.hpp"
+#include "misa/cuda.hpp"
+
+namespace misa::python {
+namespace {
+
+// Makes a device current while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  static void check(cudaError_t result, std::string_view call) {
+    if (result != cudaSuccess) {
+      throw Error(ErrorCode::internal, fmt::format("{}: {}", call, cudaGetErrorString(result)));
+    }
+  }
+
+  int before_ = 0;
+};
+
+class DevicePlan {
+ public:
+  DevicePlan(nb::handle config, std::int64_t tokens, std::int64_t heads, std::int64_t dim,
+             std::int64_t max_keys, std::string_view q_dtype, std::string_view k_dtype,
+             std::int64_t total_keys, int device, std::string_view backend,
+             std::int64_t workspace_cap)
+      : device_(device) {
+    require(workspace_cap >= 0, "workspace_cap: expected 0 bytes or more, got {}", workspace_cap);
+    const OnDevice here(device);
+    plan_.emplace(config_of(config),
+                  Shape{tokens, heads, dim, max_keys, dtype_by_name("q_dtype", q_dtype),
+                        dtype_by_name("k_dtype", k_dtype)},
+                  cuda::PlanOptions{total_keys, static_cast<std::size_t>(workspace_cap), backend});
+  }
+
+  [[nodiscard]] std::size_t workspace_bytes() const { return plan_->workspace_bytes(); }
+  [[nodiscard]] std::string backend() const { return std::string(plan_->backend()); }
+
+  void run(nb::handle q, nb::handle w, nb::handle k, nb::handle ks, nb::handle ke,
+           nb::handle k_scale, nb::handle indices, nb::handle scores, nb::handle heads,
+           nb::handle residual, nb::handle workspace, std::uintptr_t stream) const {
+    const Place place{device_};
+    const RaggedArrays in(q, w, k, ks, ke, k_scale, place);
+    const OutputArrays out(indices, scores, heads, residual, place);
+    const Output scratch("workspace", workspace, place);
+    const auto bytes = std::as_writable_bytes(scratch.span_of<std::uint8_t>());
+    const Queries queries = in.queries();
+    const Weights weights = in.weights();
+    const RaggedKeys keys = in.keys();
+    const Selection selection = out.selection();
+    const nb::gil_scoped_release released;
+    const OnDevice here(device_);
+    plan_->run(queries, weights, keys, selection, bytes, reinterpret_cast<void*>(stream));
+  }
+
+ private:
+  int device_;
+  std::optional<cuda::Plan> plan_;  // made once its device is current
+};
+
+}  // namespace
+
+void bind_device_plan(nb::module_& module) {
+  nb::class_<DevicePlan>(module, "DevicePlan", "misa::cuda::Plan: arrays on a CUDA device.")
+      .def(nb::init<nb::handle, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                    std::string_view, std::string_view, std::int64_t, int, std::string_view,
+                    std::int64_t>(),
+           nb::arg("config"), nb::arg("tokens"), nb::arg("heads"), nb::arg("dim"),
+           nb::arg("max_keys"), nb::arg("q_dtype"), nb::arg("k_dtype"), nb::arg("total_keys"),
+           nb::arg("device"), nb::arg("backend"), nb::arg("workspace_cap"))
+      .def_prop_ro("workspace_bytes", &DevicePlan::workspace_bytes)
+      .def_prop_ro("backend", &DevicePlan::backend)
+      .def("run", &DevicePlan::run, nb::arg("q").none(), nb::arg("w").none(), nb::arg("k").none(),
+           nb::arg("ks").none(), nb::arg("ke").none(), nb::arg("k_scale").none(),
+           nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
+           nb::arg("residual").none(), nb::arg("workspace").none(), nb::arg("stream"));
+}
+
+}  // namespace misa::python

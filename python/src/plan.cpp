@@ -1,0 +1,162 @@
+// Selecting in host memory: plans, and calls that plan for themselves.
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include <algorithm>
+#include <new>
+
+#include "arrays.hpp"
+#include "bindings.hpp"
+
+namespace misa::python {
+namespace {
+
+// Bytes on a cache line of their own.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes)
+      : bytes_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))) {}
+  ~Workspace() { ::operator delete(data_, kAlignment); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  [[nodiscard]] std::span<std::byte> span() const { return {data_, bytes_}; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  std::size_t bytes_;
+  std::byte* data_;
+};
+
+Context context_of(std::string_view backend, int threads, std::int64_t workspace_cap) {
+  require(workspace_cap >= 0, "workspace_cap: expected 0 bytes or more, got {}", workspace_cap);
+  return Context({backend, threads, static_cast<std::size_t>(workspace_cap)});
+}
+
+// The most keys that a query sees. Entries out of range are refused when the plan runs.
+std::int64_t longest(const RaggedKeys& k) {
+  std::int64_t most = 0;
+  for (std::size_t t = 0; t < std::min(k.starts.size(), k.ends.size()); ++t) {
+    most = std::max(most, std::int64_t{k.ends[t]} - k.starts[t]);
+  }
+  return std::min(most, k.tokens);
+}
+
+std::int64_t longest(const PagedKeys& k) {
+  std::int64_t most = 0;
+  for (const std::int32_t length : k.context_lens) {
+    most = std::max<std::int64_t>(most, length);
+  }
+  return std::min(most, k.max_pages * kPageSize);
+}
+
+class HostPlan {
+ public:
+  HostPlan(nb::handle config, std::int64_t tokens, std::int64_t heads, std::int64_t dim,
+           std::int64_t max_keys, std::string_view q_dtype, std::string_view k_dtype,
+           std::string_view backend, int threads, std::int64_t workspace_cap)
+      : context_(context_of(backend, threads, workspace_cap)),
+        plan_(context_, config_of(config),
+              {tokens, heads, dim, max_keys, dtype_by_name("q_dtype", q_dtype),
+               dtype_by_name("k_dtype", k_dtype)}) {}
+
+  [[nodiscard]] std::size_t workspace_bytes() const { return plan_.workspace_bytes(); }
+  [[nodiscard]] std::string backend() const { return context_.backend(); }
+
+  void run(nb::handle q, nb::handle w, nb::handle k, nb::handle ks, nb::handle ke,
+           nb::handle k_scale, nb::handle indices, nb::handle scores, nb::handle heads,
+           nb::handle residual, nb::handle workspace) const {
+    const RaggedArrays in(q, w, k, ks, ke, k_scale, {});
+    const OutputArrays out(indices, scores, heads, residual, {});
+    const Output scratch("workspace", workspace, {});
+    const auto bytes = std::as_writable_bytes(scratch.span_of<std::uint8_t>());
+    const Queries queries = in.queries();
+    const Weights weights = in.weights();
+    const RaggedKeys keys = in.keys();
+    const Selection selection = out.selection();
+    const nb::gil_scoped_release released;
+    if (workspace.is_none()) {
+      const Workspace own(plan_.workspace_bytes());
+      plan_.run(queries, weights, keys, selection, own.span());
+    } else {
+      plan_.run(queries, weights, keys, selection, bytes);
+    }
+  }
+
+ private:
+  Context context_;
+  Plan plan_;
+};
+
+// Plans and runs; nothing here needs the interpreter.
+template <class Keys>
+void plan_and_run(const Context& context, const IndexerConfig& config, const Queries& q,
+                  const Weights& w, const Keys& k, DType k_dtype, const Selection& out) {
+  const nb::gil_scoped_release released;
+  const Plan plan(context, config, {q.tokens, q.heads, q.dim, longest(k), q.dtype, k_dtype});
+  const Workspace workspace(plan.workspace_bytes());
+  plan.run(q, w, k, out, workspace.span());
+}
+
+void select(nb::handle config, nb::handle q, nb::handle w, nb::handle k, nb::handle ks,
+            nb::handle ke, nb::handle k_scale, nb::handle indices, nb::handle scores,
+            nb::handle heads, nb::handle residual, std::string_view backend, int threads,
+            std::int64_t workspace_cap) {
+  const RaggedArrays in(q, w, k, ks, ke, k_scale, {});
+  const OutputArrays out(indices, scores, heads, residual, {});
+  const RaggedKeys keys = in.keys();
+  plan_and_run(context_of(backend, threads, workspace_cap), config_of(config), in.queries(),
+               in.weights(), keys, keys.dtype, out.selection());
+}
+
+void select_paged(nb::handle config, nb::handle q_, nb::handle w_, nb::handle cache_,
+                  nb::handle block_table, nb::handle context_lens, std::int64_t next_n,
+                  nb::handle page_sums, nb::handle indices, nb::handle scores, nb::handle heads,
+                  nb::handle residual, std::string_view backend, int threads,
+                  std::int64_t workspace_cap) {
+  const Array q("q", q_, "[T, H, D]", {});
+  const Array w("w", w_, "[T, H]", {});
+  const Array table("block_table", block_table, "[B, max_pages]", {});
+  const Array lengths("context_lens", context_lens, "[B]", {});
+  const CacheArrays cache(cache_, page_sums, Access::read);
+  const OutputArrays out(indices, scores, heads, residual, {});
+  require(table.extent(0) == lengths.extent(0),
+          "block_table: expected B = {} rows as context_lens has, got {}", lengths.extent(0),
+          table.extent(0));
+  const PagedKeys keys{cache.view(),    table.data_of<std::int32_t>(),   table.extent(1),
+                       table.stride(0), lengths.span_of<std::int32_t>(), next_n};
+  plan_and_run(context_of(backend, threads, workspace_cap), config_of(config), queries(q),
+               weights(w), keys, DType::e4m3, out.selection());
+}
+
+}  // namespace
+
+void bind_plan(nb::module_& module) {
+  nb::class_<HostPlan>(module, "HostPlan", "misa::Plan: arrays in host memory.")
+      .def(nb::init<nb::handle, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                    std::string_view, std::string_view, std::string_view, int, std::int64_t>(),
+           nb::arg("config"), nb::arg("tokens"), nb::arg("heads"), nb::arg("dim"),
+           nb::arg("max_keys"), nb::arg("q_dtype"), nb::arg("k_dtype"), nb::arg("backend"),
+           nb::arg("threads"), nb::arg("workspace_cap"))
+      .def_prop_ro("workspace_bytes", &HostPlan::workspace_bytes)
+      .def_prop_ro("backend", &HostPlan::backend)
+      .def("run", &HostPlan::run, nb::arg("q").none(), nb::arg("w").none(), nb::arg("k").none(),
+           nb::arg("ks").none(), nb::arg("ke").none(), nb::arg("k_scale").none(),
+           nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
+           nb::arg("residual").none(), nb::arg("workspace").none());
+  module.def("select", &select, nb::arg("config"), nb::arg("q").none(), nb::arg("w").none(),
+             nb::arg("k").none(), nb::arg("ks").none(), nb::arg("ke").none(),
+             nb::arg("k_scale").none(), nb::arg("indices").none(), nb::arg("scores").none(),
+             nb::arg("heads").none(), nb::arg("residual").none(), nb::arg("backend"),
+             nb::arg("threads"), nb::arg("workspace_cap"),
+             "Plans and runs on contiguous keys in host memory.");
+  module.def("select_paged", &select_paged, nb::arg("config"), nb::arg("q").none(),
+             nb::arg("w").none(), nb::arg("cache").none(), nb::arg("block_table").none(),
+             nb::arg("context_lens").none(), nb::arg("next_n"), nb::arg("page_sums").none(),
+             nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
+             nb::arg("residual").none(), nb::arg("backend"), nb::arg("threads"),
+             nb::arg("workspace_cap"), "Plans and runs on a paged cache in host memory.");
+}
+
+}  // namespace misa::python

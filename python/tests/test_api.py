@@ -1,0 +1,342 @@
+"""The Python interface: arrays in and out, errors, plans, caches, comparison."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import misa
+from inputs import random_inputs
+
+CONFIG = misa.Config("misa-r", top_k=16, heads=2)
+PACK = [(0, 300), (0, 301), (301, 400), (5, 5)]
+POISON = -77
+
+
+def expect(message: str, call: Any, **arguments: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**arguments)
+
+
+def test_names() -> None:
+    assert misa.indexer_names()[:5] == ["dsa", "misa", "misa-dagger", "misa-r", "hisa"]
+    assert "pooled" in misa.router_names()
+    assert misa.__version__ == misa.version()
+    names = [backend.name for backend in misa.backends()]
+    assert names[-1] == "reference" and misa.backends()[-1].available
+
+
+@pytest.mark.parametrize("name", misa.indexer_names())
+def test_config(name: str) -> None:
+    config = misa.Config(name, top_k=100)
+    assert (config.indexer, config.top_k) == (name, 100)
+    assert config == misa.Config(name, top_k=100) and hash(config) == hash(
+        misa.Config(name, top_k=100)
+    )
+    assert config != misa.Config(name, top_k=101)
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(AttributeError):
+        config.top_k = 1
+    assert misa.Config(name, heads=np.int32(5)).heads == 5
+    assert misa.Config(name, ordered=True).ordered
+
+
+def test_config_defaults() -> None:
+    config = misa.Config("misa-dagger")
+    assert (config.router, config.heads, config.block, config.candidates) == (
+        "pooled", 8, 1024, 8192
+    )  # fmt: skip
+    assert misa.Config("misa-r").residual and misa.Config("hisa").filter_block == 128
+    assert misa.Config(router="static", heads=2, static_heads=[3, 1]).static_heads == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"indexer": "best"}, "indexer: expected dsa, .*, got 'best'"),
+        ({"indexer": None}, "indexer: expected a name, got None"),
+        ({"router": "best"}, "router: expected all, .*, got 'best'"),
+        ({"heads": 1.5}, "heads: expected an integer, got 1.5"),
+        ({"top_k": 2**40}, "top_k: expected an integer of 32 bits"),
+        ({"ordered": 1}, "ordered: expected True or False, got 1"),
+        ({"static_heads": "12"}, "static_heads: expected a list"),
+        ({"static_heads": [1, "x"]}, r"static_heads\[1\]: expected an integer"),
+    ],
+)
+def test_config_refuses(fields: dict, message: str) -> None:
+    expect(message, misa.Config, **fields)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "e4m3"])
+def test_strides(dtype: str) -> None:
+    """Padded tokens and heads are read where they lie."""
+    inputs = random_inputs(PACK, dtype=dtype)
+    want = misa.select(**inputs.arguments(), config=CONFIG)
+    (tokens, heads, dim), keys = inputs.q.shape, len(inputs.k)
+    q = np.full((tokens, heads + 1, dim + 16), np.nan, inputs.q.dtype)
+    w = np.full((tokens, heads + 3), np.nan, np.float32)
+    k = np.full((keys, dim + 32), np.nan, inputs.k.dtype)
+    q[:, :heads, :dim], w[:, :heads], k[:, :dim] = inputs.q, inputs.w, inputs.k
+    inputs.q, inputs.w, inputs.k = q[:, :heads, :dim], w[:, :heads], k[:, :dim]
+    got = misa.select(**inputs.arguments(), config=CONFIG)
+    assert np.array_equal(got.indices, want.indices)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
+def test_bits(dtype: str) -> None:
+    """Bits in unsigned integers are the values they stand for."""
+    inputs = random_inputs(PACK, dtype=dtype)
+    want = misa.select(**inputs.arguments(), config=CONFIG, scores=True)
+    raw = np.uint16 if dtype == "bf16" else np.uint8
+    inputs.q, inputs.k = inputs.q.view(raw), inputs.k.view(raw)
+    got = misa.select(**inputs.arguments(), config=CONFIG, scores=True)
+    assert np.array_equal(got.indices, want.indices)
+    assert np.array_equal(got.scores, want.scores)
+
+
+def test_optional_outputs() -> None:
+    inputs = random_inputs(PACK)
+    got = misa.select(**inputs.arguments(), config=CONFIG)
+    assert got.indices.dtype == np.int32 and got.indices.shape == (4, 16)
+    assert got.scores is None and got.heads is None and got.residual is None
+    got = misa.select(**inputs.arguments(), config=CONFIG, scores=True, heads=True, residual=True)
+    assert got.scores.shape == (4, 16) and got.scores.dtype == np.float32
+    assert got.heads.shape == (4, 2) and got.residual.shape == (4, 64)
+    dense = misa.Config("dsa", top_k=16)
+    got = misa.select(**inputs.arguments(), config=dense, heads=True, residual=True)
+    assert got.heads is None and got.residual is None
+
+
+def test_no_queries() -> None:
+    inputs = random_inputs([], keys=10)
+    assert misa.select(**inputs.arguments(), config=CONFIG).indices.shape == (0, 16)
+    inputs = random_inputs([(0, 0), (0, 0)], keys=0)
+    assert np.all(misa.select(**inputs.arguments(), config=CONFIG).indices == -1)
+
+
+def test_read_only_inputs() -> None:
+    inputs = random_inputs(PACK)
+    for array in (inputs.q, inputs.w, inputs.k, inputs.ks, inputs.ke):
+        array.flags.writeable = False
+    assert misa.select(**inputs.arguments(), config=CONFIG).indices.shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q", lambda q: q.astype(np.float64), "q: expected float32, .*, got float64"),
+        ("q", lambda q: q.astype(np.int8), "q: expected float32, .*, got int8"),
+        ("q", lambda q: q[0], r"q: expected \[T, H, D\], got 2 dimensions"),
+        ("q", lambda q: q[:, :, ::2], "q: expected a contiguous last dimension, got a stride of 2"),
+        ("q", lambda q: np.broadcast_to(q[:1], q.shape), "q: expected a stride above 0"),
+        ("q", lambda q: q[::-1], "q: expected a stride above 0 in dimension 0"),
+        ("q", lambda q: q.tolist(), "q: expected an array, got list"),
+        ("q", lambda q: q[:, :, :32], "q: expected D = 64 or 128, got 32"),
+        ("w", lambda w: w[:, :5], "w: expected H = 8 as q has, got 5"),
+        ("w", lambda w: w.astype(np.float16), "w: expected float32, got float16"),
+        ("w", lambda w: None, "w: expected an array, got NoneType"),
+        ("k", lambda k: np.concatenate([k, k], 1), "k: expected D = 64 as q has, got 128"),
+        ("ks", lambda ks: ks.astype(np.int64), "ks: expected int32, got int64"),
+        ("ks", lambda ks: ks[:2], r"ks: expected 4 entries \(T\), got 2"),
+        ("ks", lambda ks: ks - 1, r"ks\[0\]: expected 0 to L = 400, got -1"),
+        ("ke", lambda ke: ke + 1, r"ke\[2\]: expected 0 to L = 400, got 401"),
+        ("ke", lambda ke: np.repeat(ke, 2)[::2], "ke: expected a contiguous last dimension"),
+        ("k_scale", lambda _: np.ones(400, np.float32), "k_scale: expected none with f32 keys"),
+        ("k_scale", lambda _: np.ones(3, np.float32), "k_scale: expected L = 400 entries"),
+    ],
+)
+def test_refuses(name: str, change: Any, message: str) -> None:
+    arguments = random_inputs(PACK).arguments()
+    arguments[name] = change(arguments[name])
+    expect(message, misa.select, **arguments, config=CONFIG)
+
+
+def test_refuses_options() -> None:
+    arguments = random_inputs(PACK).arguments()
+    expect("heads: expected 0 to H = 8, got 9", misa.select, **arguments,
+           config=misa.Config("misa-r", heads=9))  # fmt: skip
+    expect(
+        "top_k: expected 1 or more, got 0", misa.select, **arguments, config=misa.Config(top_k=0)
+    )
+    expect("config: expected a misa.Config", misa.select, **arguments, config="misa")
+    expect("threads: expected 0", misa.select, **arguments, config=CONFIG, threads=-1)
+    expect("workspace_cap: expected 0", misa.select, **arguments, config=CONFIG, workspace_cap=-1)
+    with pytest.raises(MemoryError, match="workspace"):
+        misa.select(**arguments, config=CONFIG, workspace_cap=1)
+    with pytest.raises(RuntimeError, match="backend: expected"):
+        misa.select(**arguments, config=CONFIG, backend="abacus")
+
+
+def test_plan() -> None:
+    """A plan writes every element of the outputs it is given, and nothing else."""
+    inputs = random_inputs(PACK)
+    want = misa.select(**inputs.arguments(), config=CONFIG, scores=True, heads=True, residual=True)
+    plan = misa.Plan(CONFIG, tokens=10, heads=8, dim=64, max_keys=400, q_dtype=np.float32,
+                     k_dtype="f32")  # fmt: skip
+    assert plan.backend in [backend.name for backend in misa.backends()]
+    arguments = inputs.arguments()
+    del arguments["k_scale"]
+    assert np.array_equal(plan.run(**arguments).indices, want.indices)
+    whole = np.full(plan.workspace_bytes + 64, 0xA5, np.uint8)
+    first = -whole.ctypes.data % 64
+    for workspace in (None, whole[first : first + plan.workspace_bytes]):
+        out = misa.Selected(*(np.full_like(array, POISON) for array in want))
+        assert plan.run(**arguments, out=out, workspace=workspace) is out
+        for got, expected in zip(out, want, strict=True):
+            assert np.array_equal(got, expected)
+    with pytest.raises(MemoryError, match="workspace: expected"):
+        plan.run(**arguments, workspace=whole[first : first + 64])
+    expect("workspace: expected data aligned", plan.run, **arguments, workspace=whole[first + 1 :])
+    expect("indices: expected int32, got float32", plan.run, **arguments,
+           out=misa.Selected(want.scores))  # fmt: skip
+    expect("indices: expected 4 \\* 16 elements", plan.run, **arguments,
+           out=misa.Selected(want.indices[:2]))  # fmt: skip
+    expect("indices: expected a contiguous array", plan.run, **arguments,
+           out=misa.Selected(np.empty((4, 32), np.int32)[:, ::2]))  # fmt: skip
+    frozen = np.empty_like(want.indices)
+    frozen.flags.writeable = False
+    expect("indices: expected a writable array", plan.run, **arguments, out=misa.Selected(frozen))
+
+
+def test_plan_refuses() -> None:
+    shape = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 100}
+    f32 = {"q_dtype": "f32", "k_dtype": "f32"}
+    expect("q_dtype: expected float32", misa.Plan, config=CONFIG, **shape, q_dtype=np.float64,
+           k_dtype="f32")  # fmt: skip
+    expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="tpu")
+    plan = misa.Plan(CONFIG, **shape, **f32)
+    arguments = random_inputs([(0, 101)]).arguments()
+    expect("k: expected 100 keys a query at most, as planned, got 101", plan.run, **arguments)
+    arguments = random_inputs([(0, 9)] * 3).arguments()
+    expect("q: expected T = 2 at most, as planned, got 3", plan.run, **arguments)
+    plan = misa.Plan(CONFIG, **shape, q_dtype=ml_dtypes.bfloat16, k_dtype=np.dtype(np.float32))
+    expect("q: expected bf16 as planned, got f32", plan.run, **random_inputs([(0, 9)]).arguments())
+
+
+def filled_cache(pages: int = 6, scale_format: str = "f32") -> misa.Cache:
+    keys = np.random.default_rng(0).standard_normal((pages * 64, 64)).astype(np.float32)
+    cache = misa.Cache(pages, 64, scale_format=scale_format)
+    cache.append(keys, np.arange(len(keys)))
+    return cache
+
+
+def test_cache() -> None:
+    """Scales as the format says, keys near what was appended, sums in their one order."""
+    keys = np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32)
+    for scale_format in ("f32", "ue8m0"):
+        cache = misa.Cache(3, 64, scale_format=scale_format)
+        slots = np.arange(100, dtype=np.int64)
+        slots[50] = -1
+        cache.append(keys, slots)
+        flat = cache.data.reshape(3, -1)
+        scale = flat[:, 64 * 64 :].copy().view(np.float32).reshape(-1)[:100]
+        least = np.abs(keys).max(1) / np.float32(448)
+        want = least if scale_format == "f32" else np.exp2(np.ceil(np.log2(least)))
+        written = np.delete(np.arange(100), 50)
+        assert np.array_equal(scale[written], want[written].astype(np.float32))
+        assert scale[50] == 0
+        elements = flat[:, : 64 * 64].reshape(-1, 64)[:100].view(ml_dtypes.float8_e4m3fn)
+        held = elements.astype(np.float32) * scale[:, None]
+        # An e4m3 value has 4 bits: half of the last is 2^-4 of it, or 2^-10 where it is subnormal.
+        off = np.abs(held - keys)[written]
+        bound = np.maximum(np.abs(keys) * 2.0**-4, scale[:, None] * 2.0**-10)[written]
+        assert np.all(off <= bound * (1 + 2.0**-20))
+        total = np.zeros((2, 64), np.float32)
+        for i, key in enumerate(held):
+            total[i // 64] += key
+        assert np.array_equal(cache.page_sums[:2], total)
+        assert np.all(cache.page_sums[2] == 0)
+
+
+def test_rebuild_page_sums() -> None:
+    cache = filled_cache()
+    want = cache.page_sums.copy()
+    cache.page_sums[...] = POISON
+    misa.rebuild_page_sums(cache.data, cache.page_sums, np.array([1, 3], np.int32))
+    assert np.array_equal(cache.page_sums[[1, 3]], want[[1, 3]])
+    assert np.all(cache.page_sums[[0, 2, 4, 5]] == POISON)
+    misa.rebuild_page_sums(cache.data, cache.page_sums, np.array([2], np.int32),
+                           np.array([0], np.int32))  # fmt: skip
+    assert np.all(cache.page_sums[2] == 0)
+
+
+def test_paged_layouts() -> None:
+    """Flat and padded pages are the same cache."""
+    cache = filled_cache()
+    rng = np.random.default_rng(4)
+    q, w = rng.standard_normal((2, 8, 64), np.float32), rng.standard_normal((2, 8), np.float32)
+    table, lengths = np.array([[3, 1, 0, 2], [4, 5, 0, 0]], np.int32), np.array([250, 70], np.int32)
+    want = cache.select(q, w, table, lengths, config=CONFIG).indices
+    padded = np.full((6, 64 * 68 + 32), 0x7F, np.uint8)
+    padded[:, : 64 * 68] = cache.data.reshape(6, -1)
+    wide = np.full((2, 9), 99, np.int32)
+    wide[:, :4] = table
+    for data in (cache.data, cache.data.reshape(6, -1), padded[:, : 64 * 68]):
+        got = misa.select_paged(q, w, data, wide[:, :4], lengths, config=CONFIG)
+        assert np.array_equal(got.indices, want)
+
+
+def test_paged_refuses() -> None:
+    cache = filled_cache()
+    arguments = {
+        "q": np.zeros((2, 8, 64), np.float32),
+        "w": np.zeros((2, 8), np.float32),
+        "cache": cache.data,
+        "block_table": np.zeros((2, 4), np.int32),
+        "context_lens": np.array([200, 1], np.int32),
+        "config": CONFIG,
+    }
+
+    def refuses(message: str, **changes: Any) -> None:
+        expect(message, misa.select_paged, **(arguments | changes))
+
+    refuses("cache: expected uint8, got int8", cache=cache.data.view(np.int8))
+    refuses("cache: expected pages of 64 tokens", cache=cache.data[:, :32])
+    refuses("cache: expected D = 64 as q has, got 128", cache=misa.Cache(6, 128).data)
+    refuses("block_table: expected B = 2 rows", block_table=np.zeros((1, 4), np.int32))
+    refuses(r"block_table\[0, 0\]: expected a page from 0 to 5, got 6",
+            block_table=np.full((2, 4), 6, np.int32))  # fmt: skip
+    refuses(r"context_lens\[0\]: expected at most", context_lens=np.array([300, 1], np.int32))
+    refuses("q: expected T = batch \\* next_n", next_n=2)
+    refuses("page_sums: expected a contiguous", page_sums=np.zeros((5, 64), np.float32))
+    refuses("next_n: expected 1 or more", next_n=0)
+
+
+def test_append_refuses() -> None:
+    cache = misa.Cache(2, 64)
+    keys, slots = np.zeros((2, 64), np.float32), np.array([0, 1])
+    frozen = cache.data.copy()
+    frozen.flags.writeable = False
+    expect("cache: expected a writable array", misa.append, cache=frozen, k=keys, slots=slots)
+    expect(r"slots\[1\]: expected -1 to 127, got 128", cache.append, k=keys,
+           slots=np.array([0, 128]))  # fmt: skip
+    expect("slots: expected int64", cache.append, k=keys, slots=slots.astype(np.int32))
+    expect("k: expected f32 or bf16", cache.append, k=keys.astype(ml_dtypes.float8_e4m3fn),
+           slots=slots)  # fmt: skip
+    expect("scale_format: expected f32 or ue8m0", misa.append, cache=cache.data, k=keys,
+           slots=slots, scale_format="e5m2")  # fmt: skip
+    expect("dim: expected 64 or 128", misa.Cache, pages=1, dim=96)
+
+
+def test_compare() -> None:
+    inputs = random_inputs(PACK)
+    configs = [misa.Config("dsa", top_k=16), misa.Config("misa", top_k=16, heads=1)]
+    dense, routed = misa.compare(**inputs.arguments(), configs=configs,
+                                 baseline=misa.Config("dsa", top_k=16), scores=True)  # fmt: skip
+    assert dense["recall_mean"] == dense["recall_min"] == dense["score_mass"] == 1
+    assert routed["indexer"] == "misa" and routed["heads"] == 1
+    want = misa.select(**inputs.arguments(), config=configs[0], scores=True)
+    got = misa.select(**inputs.arguments(), config=configs[1])
+    shares, kept, total = [], 0.0, 0.0
+    for t in range(3):  # the last row is empty
+        found = np.isin(want.indices[t], got.indices[t])
+        shares.append(found.mean())
+        kept += want.scores[t][found].sum(dtype=np.float64)
+        total += want.scores[t].sum(dtype=np.float64)
+    assert routed["recall_mean"] == pytest.approx(np.mean(shares), rel=1e-12)
+    assert routed["recall_min"] == min(shares) < 1
+    assert routed["score_mass"] == pytest.approx(kept / total, rel=1e-6)  # float32 additions

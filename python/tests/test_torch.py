@@ -1,0 +1,231 @@
+"""Tensors of PyTorch: the operators, torch.compile, and the device where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import misa
+from inputs import Inputs, random_inputs, trace_inputs, traces
+
+torch = pytest.importorskip("torch")
+from misa import torch_ops  # noqa: E402
+
+CONFIG = misa.Config("misa-r", top_k=16, heads=2)
+PACK = [(0, 300), (0, 301), (301, 400), (5, 5)]
+TORCH = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+BITS = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8}
+devices = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+        ),
+    ],
+)
+
+
+def tensor(array: np.ndarray | None, device: str = "cpu") -> torch.Tensor | None:
+    if array is None:
+        return None
+    name = array.dtype.name
+    if name in TORCH:
+        return torch.from_numpy(array.view(BITS[name]).copy()).view(TORCH[name]).to(device)
+    return torch.from_numpy(array.copy()).to(device)
+
+
+def tensors(inputs: Inputs, device: str = "cpu") -> dict[str, torch.Tensor | None]:
+    return {name: tensor(array, device) for name, array in inputs.arguments().items()}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "e4m3"])
+def test_equals_numpy(dtype: str) -> None:
+    inputs = random_inputs(PACK, dtype=dtype)
+    options = {"config": CONFIG, "scores": True, "heads": True, "residual": True}
+    want = misa.select(**inputs.arguments(), **options)
+    got = misa.select(**tensors(inputs), **options)
+    for a, b in zip(got, want, strict=True):
+        assert np.array_equal(a.numpy(), b)
+    dense = misa.select(**tensors(inputs), config=misa.Config("dsa", top_k=9), heads=True)
+    assert dense.scores is None and dense.heads is None and dense.residual is None
+
+
+def test_gradients_do_not_flow() -> None:
+    arguments = tensors(random_inputs(PACK))
+    arguments["q"].requires_grad_()
+    got = misa.select(**arguments, config=CONFIG, scores=True)
+    assert torch.equal(got.indices, misa.select(**arguments, config=CONFIG).indices)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q", lambda q: q.double(), "q: expected float32, .*, got float64"),
+        ("w", lambda w: w.bfloat16(), "w: expected float32, got bfloat16"),
+        ("ks", lambda ks: ks.long(), "ks: expected int32, got int64"),
+        ("q", lambda q: q[:1].expand(q.shape), "q: expected a stride above 0"),
+        ("k", lambda k: k.t().contiguous().t(), "k: expected a contiguous last dimension"),
+    ],
+)
+def test_refuses(name: str, change: Callable, message: str) -> None:
+    arguments = tensors(random_inputs(PACK))
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=message):
+        misa.select(**arguments, config=CONFIG)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "e4m3"])
+def test_operator(dtype: str) -> None:
+    """Schema, fake implementation and dispatch agree with what the operator does."""
+    a = tensors(random_inputs(PACK, dtype=dtype))
+    if dtype == "e4m3":  # the check multiplies its arguments, which PyTorch's e4m3 cannot
+        a["q"], a["k"] = a["q"].view(torch.uint8), a["k"].view(torch.uint8)
+    call = (a["q"], a["w"], a["k"], a["ks"], a["ke"], a["k_scale"], *torch_ops._fields(CONFIG))
+    torch.library.opcheck(torch_ops.select_op, (*call, True, True, True, "auto", 0, 1 << 28))
+    dense = torch_ops._fields(misa.Config("dsa", top_k=5))
+    call = (*call[:6], *dense, False, True, True, "auto", 0, 1 << 28)
+    torch.library.opcheck(torch_ops.select_op, call)
+    cache, table, lengths = paged()
+    call = (a["q"], a["w"], cache, table, lengths, None, 2, *torch_ops._fields(CONFIG))
+    torch.library.opcheck(torch_ops.select_paged_op, (*call, True, True, True, "auto", 0, 1 << 28))
+
+
+@devices
+def test_compile(device: str) -> None:
+    arguments = tensors(random_inputs(PACK, dtype="bf16"), device)
+
+    def step(q: torch.Tensor, **rest: torch.Tensor) -> torch.Tensor:
+        selected = misa.select(q * 1, **rest, config=CONFIG, scores=True)
+        return torch.where(selected.indices >= 0, selected.scores, 0).sum(1)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**arguments), step(**arguments))
+
+
+def paged(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A cache of 64-dimensional keys whose pages are padded, a block table and lengths."""
+    cache = misa.Cache(10, 64)
+    keys = np.random.default_rng(0).standard_normal((640, 64)).astype(np.float32)
+    cache.append(keys, np.arange(640))
+    data = torch.full((10, 64 * 68 + 64), 0x7F, dtype=torch.uint8)
+    data[:, : 64 * 68] = tensor(cache.data).flatten(1)
+    table = torch.tensor([[7, 1, 2, 9], [4, 5, -1, -1]], dtype=torch.int32)
+    lengths = torch.tensor([250, 70], dtype=torch.int32)
+    return data.to(device)[:, : 64 * 68], table.to(device), lengths.to(device)
+
+
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_gather(next_n: int) -> None:
+    """Gathered pages give what the cache gives."""
+    cache, table, lengths = paged()
+    torch.manual_seed(0)
+    q, w = torch.randn(2 * next_n, 8, 64), torch.randn(2 * next_n, 8)
+    want = misa.select_paged(q, w, cache, table, lengths, next_n=next_n, config=CONFIG, scores=True)
+    k, k_scale, ks, ke = torch_ops.gather(cache, table, lengths, next_n)
+    got = misa.select(q, w, k, ks, ke, k_scale=k_scale, config=CONFIG, scores=True)
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.scores, want.scores)
+    shaped = cache.contiguous().view(10, 64, 68)
+    again = misa.select_paged(q, w, shaped, table, lengths, next_n=next_n, config=CONFIG)
+    assert torch.equal(again.indices, want.indices)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cache": torch.zeros(2, 63, 68, dtype=torch.uint8)}, "cache: expected .pages, 64"),
+        ({"cache": torch.zeros(2, 64, 68)}, "cache: expected torch.uint8, got torch.float32"),
+        ({"block_table": torch.zeros(2, 4)}, "block_table: expected torch.int32"),
+        ({"context_lens": torch.zeros(3, dtype=torch.int32)}, "context_lens: expected torch.int32"),
+        ({"next_n": 0}, "next_n: expected 1 or more, got 0"),
+    ],
+)
+def test_gather_refuses(change: dict, message: str) -> None:
+    cache, table, lengths = paged()
+    arguments = {"cache": cache, "block_table": table, "context_lens": lengths, "next_n": 1}
+    with pytest.raises(ValueError, match=message):
+        torch_ops.gather(**(arguments | change))
+
+
+def test_plan() -> None:
+    inputs = random_inputs(PACK, dtype="e4m3")
+    want = misa.select(**inputs.arguments(), config=CONFIG)
+    plan = misa.Plan(CONFIG, tokens=4, heads=8, dim=64, max_keys=400, q_dtype=torch.float8_e4m3fn,
+                     k_dtype="e4m3")  # fmt: skip
+    out = misa.Selected(torch.full((4, 16), -77, dtype=torch.int32))
+    plan.run(**tensors(inputs), out=out)
+    assert np.array_equal(out.indices.numpy(), want.indices)
+
+
+def test_append() -> None:
+    keys = torch.randn(100, 64)
+    cache, sums = torch.zeros(2, 64, 68, dtype=torch.uint8), torch.zeros(2, 64)
+    misa.append(cache, keys.bfloat16(), torch.arange(100), page_sums=sums)
+    held = misa.Cache(2, 64)
+    held.append(keys.bfloat16().float().numpy(), np.arange(100))
+    assert np.array_equal(cache.numpy(), held.data)
+    assert np.array_equal(sums.numpy(), held.page_sums)
+
+
+cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or not hasattr(misa._core, "DevicePlan"),
+    reason="no CUDA device, or a build without CUDA",
+)
+
+
+@cuda
+@pytest.mark.parametrize("indexer", ["dsa", "misa", "misa-dagger", "misa-r", "hisa"])
+@pytest.mark.parametrize("path", list(traces()))
+def test_device(path: Path, indexer: str) -> None:
+    """The device's selection through host memory and through tensors is the same, bit for bit."""
+    inputs = trace_inputs(path, 32)
+    config = misa.Config(indexer, top_k=512)
+    want = misa.select(**inputs.arguments(), config=config, backend="cuda", scores=True)
+    got = misa.select(**tensors(inputs, "cuda"), config=config, scores=True)
+    assert got.indices.is_cuda
+    assert np.array_equal(np.sort(got.indices.cpu(), 1), np.sort(want.indices, 1))
+    assert np.array_equal(np.sort(got.scores.cpu(), 1), np.sort(want.scores, 1))
+
+
+@cuda
+def test_device_graph() -> None:
+    """A captured call follows its inputs when it is replayed."""
+    arguments = tensors(random_inputs(PACK, dtype="bf16"), "cuda")
+    misa.select(**arguments, config=CONFIG)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = misa.select(**arguments, config=CONFIG).indices
+    other = tensors(random_inputs(PACK, dtype="bf16", seed=9), "cuda")
+    for name in ("q", "w", "k"):
+        arguments[name].copy_(other[name])
+    captured.fill_(-77)
+    graph.replay()
+    assert torch.equal(captured, misa.select(**other, config=CONFIG).indices)
+
+
+@cuda
+def test_device_paged() -> None:
+    cache, table, lengths = paged("cuda")
+    q, w = torch.randn(4, 8, 64, device="cuda"), torch.randn(4, 8, device="cuda")
+    options = {"next_n": 2, "config": misa.Config("dsa", top_k=16)}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = misa.select_paged(q, w, cache, table, lengths, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = misa.select_paged(q.cpu(), w.cpu(), cache.cpu(), table.cpu(), lengths.cpu(), **options)
+    assert torch.equal(got.indices.cpu().sort(1).values, want.indices.sort(1).values)
+
+
+@cuda
+def test_device_refuses() -> None:
+    arguments = tensors(random_inputs(PACK), "cuda")
+    with pytest.raises(ValueError, match="k: expected an array in CUDA device 0, got one in host"):
+        misa.select(**(arguments | {"k": arguments["k"].cpu()}), config=CONFIG)
+    with pytest.raises(ValueError, match="cache: expected an array in host memory"):
+        misa.append(paged("cuda")[0], arguments["k"], torch.arange(400))

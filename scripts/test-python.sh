@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs the package into build/venv and runs its tests. The module is built in build/release, so
+# that the C++ library compiled there is linked and not compiled again.
+#   scripts/test-python.sh [EXTRAS]    extras of pyproject.toml, by default `test`
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=build/venv/bin/python
+[ -x "$python" ] || /usr/bin/python3 -m venv --system-site-packages build/venv
+"$python" -m pip install -q --disable-pip-version-check scikit-build-core nanobind
+"$python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps \
+  --force-reinstall --config-settings build-dir=build/release \
+  --config-settings cmake.define.MISA_BUILD_TESTS=ON .
+"$python" -m pip install -q --disable-pip-version-check "misa[${1:-test}]"
+"$python" -m pytest -q
