@@ -1,0 +1,1 @@
+"""This library's indexers inside other projects' models and engines, a module each."""

@@ -1,0 +1,117 @@
+"""What a serving engine is told through MISA_* variables or the model's own config."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import misa
+
+
+def _flag(text: str) -> bool:
+    return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(item) for item in text.split(","))
+
+
+# A variable MISA_<NAME> for every field of misa.Config: how it is read and what it must look like.
+# top_k is the model's to say.
+_FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "router": (str, "a router's name"),
+    "heads": (int, "an integer"),
+    "block": (int, "an integer"),
+    "residual": (_flag, "0 or 1"),
+    "filter_block": (int, "an integer"),
+    "filter_blocks": (int, "an integer"),
+    "candidates": (int, "an integer"),
+    "dense_work": (int, "an integer"),
+    "ordered": (_flag, "0 or 1"),
+    "static_heads": (_integers, "integers separated by commas"),
+}
+
+# The fields of a model's config in the release of arXiv 2605.07363, as fields of misa.Config.
+# use_misa turns the indexer on, and misa_stage1_topk, where it is not 0, re-ranks.
+_MODEL_FIELDS = {
+    "misa_topk_heads": "heads",
+    "misa_k_block_size": "block",
+    "misa_stage1_topk": "candidates",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An indexer for an engine, top_k aside, and which of its calls to take."""
+
+    indexer: str
+    overrides: tuple[tuple[str, Any], ...] = ()
+    decode: bool = False
+
+    def config(self, top_k: int) -> misa.Config:
+        """The indexer for a model that wants `top_k` positions."""
+        return _config(self, top_k)
+
+    def config_for(self, model: Any) -> misa.Config:
+        """The indexer for a model with index_topk, index_n_heads and index_head_dim; ValueError if
+        it does not fit them.
+        """
+        config = self.config(model.index_topk)
+        misa.Plan(
+            config,
+            tokens=1,
+            heads=model.index_n_heads,
+            dim=model.index_head_dim,
+            max_keys=1,
+            q_dtype="e4m3",
+            k_dtype="e4m3",
+            backend="reference",
+        )
+        return config
+
+
+@functools.cache
+def _config(settings: Settings, top_k: int) -> misa.Config:
+    return misa.Config(settings.indexer, top_k=top_k, **dict(settings.overrides))
+
+
+def read_settings(
+    model: object | None = None, environment: Mapping[str, str] = os.environ
+) -> Settings | None:
+    """The settings that the environment names, else those of the model, else None.
+
+    Args:
+        model: a Hugging Face config; without `use_misa` it names no indexer.
+        environment: MISA_INDEXER names the indexer; MISA_<FIELD> overrides a field of misa.Config,
+            also where the model named the indexer; MISA_DECODE=1 takes decode too.
+
+    Raises:
+        ValueError: a variable that cannot be read, or an indexer that does not exist.
+    """
+    fields: dict[str, Any] = {}
+    indexer = environment.get("MISA_INDEXER", "")
+    if not indexer and getattr(model, "use_misa", False):
+        named = {field: getattr(model, name, None) for name, field in _MODEL_FIELDS.items()}
+        fields = {field: value for field, value in named.items() if value}
+        indexer = "misa-dagger" if "candidates" in fields else "misa"
+    if not indexer:
+        return None
+    if indexer not in misa.indexer_names():
+        names = ", ".join(misa.indexer_names())
+        raise ValueError(f"MISA_INDEXER: expected one of {names}, got {indexer!r}")
+    for field, (read, expected) in _FIELDS.items():
+        name = f"MISA_{field.upper()}"
+        if name in environment:
+            fields[field] = _read(name, environment[name], read, expected)
+    decode = _read("MISA_DECODE", environment.get("MISA_DECODE", "0"), _flag, "0 or 1")
+    return Settings(indexer, tuple(fields.items()), decode)
+
+
+def _read(name: str, text: str, read: Callable[[str], Any], expected: str) -> Any:
+    try:
+        return read(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name}: expected {expected}, got {text!r}") from None

@@ -1,0 +1,237 @@
+"""MISA in SGLang: the plugin of the entry point group `sglang.srt.plugins`.
+
+SGLang selects the tokens of DSA models in two methods of its `Indexer`: `_get_topk_ragged` for
+prefill, on gathered keys, and `_get_topk_paged` for decode. Both are wrapped by SGLang's hooks. A
+wrapper selects from the bytes of the key cache and gives positions the meaning that the attention
+backend expects; what it does not cover goes to SGLang's method. It keeps nothing between calls, so
+radix-cache hits, eviction and page reuse need nothing from it.
+
+docs/integrations/sglang.md says how to use it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import misa
+
+from ._counters import Counters
+from ._environment import Settings, read_settings
+
+_MODULE = "sglang.srt.layers.attention.dsa.dsa_indexer"
+_PAGE = 64
+
+# What the wrappers read of the methods' arguments; an SGLang without one of them is left alone.
+_ARGUMENTS = ("forward_batch", "layer_id", "q_fp8", "weights", "metadata")
+
+_logger = logging.getLogger("sglang.srt.misa")
+_counters = Counters(_logger)
+_installed = False
+
+
+def counters() -> dict[str, int]:
+    """Rows of this process by the path that selected for them: misa_prefill, misa_decode,
+    engine_prefill, engine_decode. Rows of replayed CUDA graphs are not counted.
+    """
+    return dict(_counters.rows)
+
+
+def register() -> None:
+    """The entry point. Hooks SGLang's indexer when the config of a model with a sparse indexer is
+    read, if the environment or that config names an indexer of MISA; else it does nothing.
+    """
+    hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
+    hooks.HookRegistry.register(
+        "sglang.srt.configs.model_config.ModelConfig.__init__", _install, hooks.HookType.AFTER
+    )
+
+
+def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Hooks the indexer, once a process, if MISA is asked for and SGLang is one that it knows.
+
+    Raises:
+        ValueError: a MISA_* variable that cannot be read, or an indexer unfit for the model.
+    """
+    global _installed
+    model = model_config.hf_text_config
+    settings = read_settings(model)
+    if _installed or settings is None or getattr(model, "index_topk", None) is None:
+        return
+    config = settings.config_for(model)
+    engine = importlib.import_module(_MODULE)
+    problem = _problem(engine)
+    if problem:
+        _logger.warning("MISA is off: %s", problem)
+        return
+    hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
+    for method, wrap in (("_get_topk_ragged", ragged), ("_get_topk_paged", paged)):
+        hooks.HookRegistry.register(
+            f"{_MODULE}.Indexer.{method}", wrap(engine, settings), hooks.HookType.AROUND
+        )
+    hooks.HookRegistry.apply_hooks()
+    _installed = True
+    _logger.info(
+        "MISA is on: %s selects for prefill%s",
+        config,
+        " and decode" if settings.decode else ", SGLang's indexer for decode",
+    )
+
+
+def _problem(engine: Any) -> str | None:
+    """Why this SGLang on this machine cannot be served, or None."""
+    for method in ("_get_topk_ragged", "_get_topk_paged"):
+        parameters = inspect.signature(getattr(engine.Indexer, method)).parameters
+        missing = [name for name in _ARGUMENTS if name not in parameters]
+        if missing:
+            return f"this SGLang's {method} has no {', '.join(missing)}"
+    if torch.version.hip is not None:
+        return "expected a CUDA device, got a ROCm one"
+    if torch.cuda.is_available() and not any(
+        backend.available and backend.name.startswith("cuda") for backend in misa.backends()
+    ):
+        return "misa was built without a CUDA backend for this device"
+    return None
+
+
+def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
+    """A hook around `Indexer._get_topk_ragged`: prefill on the keys that the pool gathers.
+
+    It reads q_fp8 [rows, H, D] e4m3 and weights [rows, H, 1] f32; rows beyond those of the metadata
+    are padding and stay -1. It returns int32 [rows, index_topk], in `topk_result` if that is given.
+
+    Args:
+        engine: the indexer's module, for its helpers.
+        settings: the indexer.
+    """
+    signature = inspect.signature(engine.Indexer._get_topk_ragged)
+
+    def hook(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        indexer, metadata, q = call["self"], call["metadata"], call["q_fp8"]
+        ks, ke = metadata.get_indexer_kvcache_range()
+        rows = ks.shape[0]
+        pool = engine.get_token_to_kv_pool()
+        reason = _uncovered(indexer, call["forward_batch"], q, pool)
+        if not _counters.takes("prefill", rows, reason):
+            return original(*args, **kwargs)
+        result = call.get("topk_result")
+        if result is None:
+            result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
+        if rows == 0:
+            return result
+        lengths = metadata.get_indexer_seq_len_cpu()
+        k, scale = pool.get_index_k_scale_buffer(
+            call["layer_id"],
+            metadata.get_indexer_seq_len(),
+            metadata.get_logical_page_table(),
+            int(lengths.sum()),
+            int(lengths.max()),
+        )
+        selected = misa.select(
+            q[:rows],
+            call["weights"][:rows].squeeze(-1),
+            k.view(torch.float8_e4m3fn),
+            ks,
+            ke,
+            k_scale=scale.view(torch.float32).squeeze(-1),
+            config=settings.config(indexer.index_topk),
+        )
+        requests = metadata.get_token_to_batch_idx()
+        result[:rows] = _meaning(selected.indices, metadata, engine, requests)
+        return result
+
+    return hook
+
+
+def paged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
+    """A hook around `Indexer._get_topk_paged`: decode, verification and draft extension, one row of
+    the page table a query. Without MISA_DECODE it counts rows and calls SGLang's method.
+
+    It reads q_fp8 [rows, H, D] e4m3 and weights [rows, H, 1] f32, and returns int32
+    [rows, index_topk]; padding rows are -1.
+
+    Args:
+        engine: the indexer's module, for its helpers.
+        settings: the indexer.
+    """
+    signature = inspect.signature(engine.Indexer._get_topk_paged)
+
+    def hook(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        bound = signature.bind(*args, **kwargs)
+        call = bound.arguments
+        indexer, metadata, q = call["self"], call["metadata"], call["q_fp8"]
+        rows = sum(metadata.get_dsa_extend_len_cpu())
+        if not settings.decode:
+            _counters.add("engine_decode", rows)
+            return original(*args, **kwargs)
+        lengths = metadata.get_seqlens_expanded()
+        table = metadata.get_page_table_64()
+        pool = engine.get_token_to_kv_pool()
+        reason = _uncovered(indexer, call["forward_batch"], q, pool)
+        if reason is None and not lengths.shape[0] == table.shape[0] == rows:
+            reason = "sequences that share a row of the page table"
+        if not _counters.takes("decode", rows, reason):
+            return original(*args, **kwargs)
+        result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
+        if rows == 0:
+            return result
+        selected = misa.select_paged(
+            q[:rows],
+            call["weights"][:rows].squeeze(-1),
+            indexer._get_index_k_read_buffer(pool, call["layer_id"]),
+            table,
+            lengths,
+            config=settings.config(indexer.index_topk),
+        )
+        result[:rows] = _meaning(selected.indices, metadata, engine, None)
+        return result
+
+    return hook
+
+
+def _uncovered(indexer: Any, batch: Any, q: torch.Tensor, pool: Any) -> str | None:
+    """Why SGLang's method has to make this call, or None."""
+    if q.dtype != torch.float8_e4m3fn:
+        return f"queries in {q.dtype}"
+    if pool.index_page_size != _PAGE:
+        return f"index pages of {pool.index_page_size} tokens"
+    if getattr(pool, "index_kpool", 1) != 1:
+        return "pooled index keys"
+    if getattr(indexer, "num_init_tokens", 0) or getattr(indexer, "num_local_tokens", 0):
+        return "tokens that are always selected"
+    if getattr(batch, "attn_cp_metadata", None) is not None:
+        return "context parallelism"
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "CUDA graph capture"
+    return None
+
+
+def _meaning(
+    positions: torch.Tensor, metadata: Any, engine: Any, requests: torch.Tensor | None
+) -> torch.Tensor:
+    """Positions int32 [rows, top_k] as the attention backend wants them; -1 stays.
+
+    As they are where SGLang does not fuse top-k with what follows, else slots of the page table
+    (PAGED) or places in the gathered keys (RAGGED). `requests` [rows] is each row's request, None
+    where each row has its own row of the page table.
+    """
+    if not engine.envs.SGLANG_DSA_FUSE_TOPK.get() or metadata.force_unfused_topk:
+        return positions
+    attention = metadata.attn_metadata
+    if metadata.topk_transform_method.name == "RAGGED":
+        places = positions + attention.topk_indices_offset[: positions.shape[0], None]
+    else:
+        table, size = attention.real_page_table, attention.page_size
+        if requests is None:
+            requests = torch.arange(positions.shape[0], device=positions.device)
+        pages = table[requests.long()[:, None], (positions.clamp(min=0) // size).long()]
+        places = pages * size + positions.clamp(min=0) % size
+    return torch.where(positions < 0, positions, places)

@@ -1,0 +1,422 @@
+"""The SGLang plugin, against stand-ins for SGLang and, where it is installed, against SGLang.
+
+Without a GPU SGLang's kernel that gathers keys is not there. It is replaced by a loop that does
+what it says, behind its Python signature; pool, metadata and hooks are SGLang's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from paged import DIM, HEADS, PAGE, Sequences, gather, new_rows, queries  # noqa: E402
+
+from misa.integrations import sglang as plugin  # noqa: E402
+from misa.integrations._environment import Settings  # noqa: E402
+
+TOP_K = 64
+SETTINGS = Settings("misa", (("heads", 4), ("block", 128)))
+DECODE = Settings("misa", (("heads", 4), ("block", 128)), decode=True)
+PADDING = 3
+
+# 0 has a cached prefix, 1 is new, 2 is shorter than top_k.
+LENGTHS, NEW = [400, 130, 40], [40, 130, 7]
+
+
+@dataclass
+class World:
+    """SGLang, or what the plugin uses of it."""
+
+    engine: Any
+    pool: Any
+    indexer: Any
+    sequences: Sequences
+    fuse: Callable[[bool], None]
+    metadata: Callable[..., Any]  # (method, unfused, next_n, **fields of DSAMetadata)
+
+    def call(self, wrap, settings: Settings, q, w, metadata, **extra):
+        """What the wrapped method returns, and how often it called the method itself."""
+        method = mock.Mock(return_value="SGLang's own")
+        hook = wrap(self.engine, settings)
+        batch = SimpleNamespace(attn_cp_metadata=None)
+        batch.__dict__.update(extra.pop("batch", {}))
+        result = hook(
+            method,
+            self.indexer,
+            *([False] if wrap is plugin.ragged else []),
+            forward_batch=batch,
+            layer_id=0,
+            q_fp8=q,
+            weights=w[:, :, None],
+            metadata=metadata,
+            **extra,
+        )
+        return result, method.call_count
+
+
+class Metadata:
+    """SGLang's DSAIndexerMetadata, as far as the plugin reads it."""
+
+    def __init__(self, attention, method: str, unfused: bool) -> None:
+        self.attn_metadata = attention
+        self.topk_transform_method = SimpleNamespace(name=method)
+        self.force_unfused_topk = unfused
+
+    def get_seqlens_expanded(self):
+        return self.attn_metadata.dsa_seqlens_expanded
+
+    def get_page_table_64(self):
+        return self.attn_metadata.real_page_table
+
+    get_logical_page_table = get_page_table_64
+
+    def get_indexer_kvcache_range(self):
+        return self.attn_metadata.indexer_k_start_end
+
+    def get_indexer_seq_len(self):
+        return self.attn_metadata.indexer_seq_lens
+
+    def get_indexer_seq_len_cpu(self):
+        return self.attn_metadata.indexer_seq_lens_cpu
+
+    def get_dsa_extend_len_cpu(self):
+        return self.attn_metadata.dsa_extend_seq_lens_list
+
+    def get_token_to_batch_idx(self):
+        return self.attn_metadata.token_to_batch_idx
+
+
+def gather_pages(buf, page_indices, seq_lens, seq_len_sum, max_seq_len, page_size, index_head_dim):
+    """SGLang's gather: k uint8 [seq_len_sum, D] and scales uint8 [seq_len_sum, 4]."""
+    assert (page_size, index_head_dim) == (PAGE, DIM) and max_seq_len == int(max(seq_lens))
+    k = torch.full((seq_len_sum, DIM), 127, dtype=torch.uint8)
+    scale = torch.full((seq_len_sum, 4), 127, dtype=torch.uint8)
+    gather(buf, k, scale, page_indices, torch.tensor([0, *seq_lens]).cumsum(0))
+    return k, scale
+
+
+def attention_fields(sequences: Sequences, new: list[int], next_n: int) -> dict[str, Any]:
+    """Fields of SGLang's DSAMetadata: of prefill where next_n is 0, else of decode with a row of
+    the page table for each of next_n queries a sequence.
+    """
+    lengths = torch.tensor(LENGTHS)
+    counts = [next_n] * len(LENGTHS) if next_n else new
+    seen = torch.tensor([count for _, count in new_rows(LENGTHS, counts)]).int()
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    ks = torch.repeat_interleave(cu[:-1], torch.tensor(counts)).int()
+    requests = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).int()
+    table = sequences.table.repeat_interleave(next_n, 0) if next_n else sequences.table
+    cu_rows = torch.arange(len(seen) + 1).int()
+    return {
+        "page_size": PAGE,
+        "cache_seqlens_int32": lengths.int(),
+        "max_seq_len_q": max(counts),
+        "max_seq_len_k": max(LENGTHS),
+        "cu_seqlens_q": torch.tensor([0, *counts]).cumsum(0).int(),
+        "cu_seqlens_k": cu,
+        "page_table_1": None,
+        "real_page_table": table,
+        "dsa_cache_seqlens_int32": seen.clamp(max=TOP_K),
+        "dsa_cu_seqlens_q": cu_rows,
+        "dsa_cu_seqlens_k": cu_rows,
+        "dsa_extend_seq_lens_list": counts if not next_n else [1] * len(seen),
+        "dsa_seqlens_expanded": seen,
+        "topk_indices_offset": ks,
+        "indexer_k_start_end": (ks, ks + seen),
+        "indexer_seq_lens_cpu": lengths,
+        "indexer_seq_lens": lengths.int(),
+        "token_to_batch_idx": requests,
+    }
+
+
+def stand_in() -> World:
+    sequences = Sequences(LENGTHS)
+    buffer = sequences.cache.flatten(1)
+
+    class Pool:
+        index_page_size = PAGE
+
+        def get_index_k_scale_buffer(
+            self, layer_id, seq_len_tensor, page_indices, seq_len_sum, max_seq_len
+        ):
+            sizes = (seq_len_sum, max_seq_len, PAGE, DIM)
+            return gather_pages(buffer, page_indices, seq_len_tensor, *sizes)
+
+    class Indexer:
+        index_topk = TOP_K
+
+        def _get_topk_ragged(
+            self,
+            enable_dual_stream,
+            forward_batch,
+            layer_id,
+            q_fp8,
+            weights,
+            metadata,
+            topk_result=None,
+        ):
+            pass
+
+        def _get_topk_paged(self, forward_batch, layer_id, q_fp8, weights, metadata):
+            pass
+
+        @staticmethod
+        def _get_index_k_read_buffer(pool, layer_id):
+            return buffer
+
+    fused = SimpleNamespace(get=lambda: True)
+    pool = Pool()
+    engine = SimpleNamespace(
+        Indexer=Indexer,
+        get_token_to_kv_pool=lambda: pool,
+        envs=SimpleNamespace(SGLANG_DSA_FUSE_TOPK=fused),
+    )
+
+    def metadata(method="PAGED", unfused=False, next_n=0, **changes):
+        fields = attention_fields(sequences, NEW, next_n) | changes
+        return Metadata(SimpleNamespace(**fields), method, unfused)
+
+    def fuse(on):
+        fused.get = lambda: on
+
+    return World(engine, pool, Indexer(), sequences, fuse, metadata)
+
+
+def sglang(patch) -> World:
+    pytest.importorskip("sglang")
+    from sglang.kernels.ops.kvcache import dsa_index_k_cache
+    from sglang.srt.layers.attention import dsa_backend
+    from sglang.srt.layers.attention.dsa import dsa_indexer, dsa_indexer_metadata
+    from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+    from sglang.srt.model_executor import forward_context
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.runtime_context import get_parallel
+
+    kernel = mock.create_autospec(dsa_index_k_cache._get_k_and_s_triton, side_effect=gather_pages)
+    patch.setattr(dsa_index_k_cache, "_get_k_and_s_triton", kernel)
+    sequences = Sequences(LENGTHS)
+    with get_parallel().override(attn_dcp_size=1):
+        pool = DSATokenToKVPool(
+            size=PAGE * sequences.cache.shape[0],
+            page_size=PAGE,
+            kv_lora_rank=512,
+            dtype=torch.bfloat16,
+            qk_rope_head_dim=64,
+            layer_num=1,
+            device="cpu",
+            index_head_dim=DIM,
+            enable_memory_saver=False,
+            kv_cache_dim=576,
+        )
+    buffer = pool.index_k_with_scale_buffer[0]
+    buffer[: sequences.cache.shape[0]] = sequences.cache.flatten(1)
+    backend = SimpleNamespace(token_to_kv_pool=pool)
+    patch.setattr(forward_context, "_current", forward_context.ForwardContext(backend))
+    indexer = object.__new__(dsa_indexer.Indexer)
+    torch.nn.Module.__init__(indexer)
+    indexer.index_topk, indexer.n_heads = TOP_K, HEADS
+    indexer.num_init_tokens = indexer.num_local_tokens = 0
+
+    def metadata(method="PAGED", unfused=False, next_n=0, **changes):
+        fields = attention_fields(sequences, NEW, next_n) | changes
+        if not next_n:
+            # Bounds and requests of the queries are worked out by SGLang.
+            batch = SimpleNamespace(
+                forward_mode=ForwardMode.EXTEND,
+                batch_size=len(LENGTHS),
+                seq_lens_cpu=torch.tensor(LENGTHS),
+                extend_seq_lens_cpu=NEW,
+            )
+            ranges, requests = dsa_backend.DeepseekSparseAttnBackend._cal_indexer_k_start_end(
+                SimpleNamespace(device="cpu"), batch
+            )
+            fields |= {"indexer_k_start_end": ranges, "token_to_batch_idx": requests}
+        return dsa_indexer_metadata.DSAIndexerMetadata(
+            attn_metadata=dsa_backend.DSAMetadata(**fields),
+            topk_transform_method=TopkTransformMethod[method],
+            force_unfused_topk=unfused,
+        )
+
+    def fuse(on):
+        patch.setenv("SGLANG_DSA_FUSE_TOPK", str(int(on)))
+
+    return World(dsa_indexer, pool, indexer, sequences, fuse, metadata)
+
+
+@pytest.fixture(params=["stand-in", "sglang"])
+def world(request, monkeypatch):
+    monkeypatch.setattr(plugin, "_counters", plugin.Counters(plugin._logger))
+    return stand_in() if request.param == "stand-in" else sglang(monkeypatch)
+
+
+def padded_queries(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return queries(rows + PADDING)
+
+
+def meant(world: World, positions: torch.Tensor, rows, meaning: str) -> torch.Tensor:
+    """Sorted positions in the meaning that the attention backend wants, row by row."""
+    out = positions.clone()
+    starts = torch.tensor([0, *LENGTHS]).cumsum(0)
+    for row, (sequence, _) in enumerate(rows):
+        for column, position in enumerate(positions[row].tolist()):
+            if position >= 0 and meaning == "PAGED":
+                out[row, column] = world.sequences.slot(sequence, position)
+            elif position >= 0 and meaning == "RAGGED":
+                out[row, column] = starts[sequence] + position
+    return out.sort(1).values
+
+
+def assert_selected(world, result, q, w, rows, settings, meaning) -> None:
+    expected = world.sequences.expected(q, w, rows, settings.config(TOP_K))
+    assert result.dtype == torch.int32
+    assert torch.equal(result[: len(rows)].sort(1).values, meant(world, expected, rows, meaning))
+    assert (result[len(rows) :] == -1).all()
+
+
+@pytest.mark.parametrize("meaning", ["PAGED", "RAGGED", "positions"])
+def test_prefill(world, meaning):
+    rows = new_rows(LENGTHS, NEW)
+    q, w = padded_queries(len(rows))
+    world.fuse(meaning != "positions")
+    metadata = world.metadata("RAGGED" if meaning == "RAGGED" else "PAGED")
+    result, calls = world.call(plugin.ragged, SETTINGS, q, w, metadata)
+    assert calls == 0
+    assert_selected(world, result, q, w, rows, SETTINGS, meaning)
+    assert plugin.counters() == {"misa_prefill": len(rows)}
+
+
+def test_prefill_into_a_given_buffer(world):
+    rows = new_rows(LENGTHS, NEW)
+    q, w = padded_queries(len(rows))
+    buffer = torch.full((len(rows) + PADDING, TOP_K), -1, dtype=torch.int32)
+    metadata = world.metadata(unfused=True)
+    result, _ = world.call(plugin.ragged, SETTINGS, q, w, metadata, topk_result=buffer)
+    assert result is buffer
+    assert_selected(world, buffer, q, w, rows, SETTINGS, "positions")
+
+
+@pytest.mark.parametrize("next_n", [1, 3])
+@pytest.mark.parametrize("meaning", ["PAGED", "positions"])
+def test_decode_if_asked_for(world, next_n, meaning):
+    rows = new_rows(LENGTHS, [next_n] * len(LENGTHS))
+    q, w = padded_queries(len(rows))
+    world.fuse(meaning == "PAGED")
+    metadata = world.metadata(next_n=next_n)
+    result, calls = world.call(plugin.paged, DECODE, q, w, metadata)
+    assert calls == 0
+    assert_selected(world, result, q, w, rows, DECODE, meaning)
+    assert plugin.counters() == {"misa_decode": len(rows)}
+
+
+def test_decode_is_left_by_default(world):
+    q, w = padded_queries(len(LENGTHS))
+    result, calls = world.call(plugin.paged, SETTINGS, q, w, world.metadata(next_n=1))
+    assert (result, calls) == ("SGLang's own", 1)
+    assert plugin.counters() == {"engine_decode": len(LENGTHS)}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda world: setattr(world.pool, "index_page_size", 16), "index pages of 16 tokens"),
+        (lambda world: setattr(world.pool, "index_kpool", 4), "pooled index keys"),
+        (lambda world: setattr(world.indexer, "num_local_tokens", 8), "always selected"),
+    ],
+)
+def test_what_is_not_covered_is_left_with_a_warning(world, caplog, spoil, reason):
+    spoil(world)
+    rows = new_rows(LENGTHS, NEW)
+    q, w = padded_queries(len(rows))
+    for _ in range(2):
+        result, calls = world.call(plugin.ragged, SETTINGS, q, w, world.metadata())
+        assert (result, calls) == ("SGLang's own", 1)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and reason in warnings[0]
+    assert plugin.counters() == {"engine_prefill": 2 * len(rows)}
+
+
+def test_context_parallelism_is_left(world):
+    q, w = padded_queries(sum(NEW))
+    parallel = {"attn_cp_metadata": object()}
+    result, _ = world.call(plugin.ragged, SETTINGS, q, w, world.metadata(), batch=parallel)
+    assert result == "SGLang's own"
+
+
+def test_shared_rows_of_the_page_table_are_left(world):
+    q, w = padded_queries(2 * len(LENGTHS))
+    metadata = world.metadata(next_n=2, real_page_table=world.sequences.table)
+    result, _ = world.call(plugin.paged, DECODE, q, w, metadata)
+    assert result == "SGLang's own"
+
+
+def test_an_unknown_indexer_is_refused():
+    class Indexer:
+        def _get_topk_ragged(self, batch):
+            pass
+
+    problem = plugin._problem(SimpleNamespace(Indexer=Indexer))
+    assert problem is not None and "q_fp8" in problem
+
+
+def test_sglang_loads_the_plugin(monkeypatch, tmp_path):
+    """SGLang finds the entry point, hooks its indexer once a model asks for it, and not before, and
+    the hooked method selects.
+    """
+    world = sglang(monkeypatch)
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.plugins import load_plugins
+
+    for name in ("MISA_INDEXER", "MISA_HEADS", "MISA_BLOCK", "MISA_DECODE"):
+        monkeypatch.delenv(name, raising=False)
+    names = {entry.name: entry.value for entry in entry_points(group="sglang.srt.plugins")}
+    assert names["misa"] == "misa.integrations.sglang:register"
+
+    def read_model(**fields):
+        sizes = {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "vocab_size": 100,
+            "intermediate_size": 128,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 128,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "max_position_embeddings": 4096,
+            "index_topk": TOP_K,
+            "index_n_heads": HEADS,
+            "index_head_dim": DIM,
+        }
+        names = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
+        folder = tmp_path / f"model{len(fields)}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(names | sizes | fields))
+        ModelConfig(str(folder))
+
+    methods = vars(world.engine.Indexer)
+    before = dict(methods)
+    load_plugins()
+    read_model()
+    assert methods["_get_topk_ragged"] is before["_get_topk_ragged"]
+    read_model(use_misa=True, misa_topk_heads=4, misa_k_block_size=128)
+    for method in ("_get_topk_ragged", "_get_topk_paged"):
+        assert methods[method].__wrapped__ is before[method]
+
+    rows = new_rows(LENGTHS, NEW)
+    q, w = padded_queries(len(rows))
+    batch = SimpleNamespace(attn_cp_metadata=None)
+    result = world.indexer._get_topk_ragged(
+        False, batch, 0, q, w[:, :, None], world.metadata("RAGGED")
+    )
+    assert_selected(world, result, q, w, rows, SETTINGS, "RAGGED")

@@ -1,0 +1,451 @@
+"""Models of Hugging Face transformers with this library's indexers, small and random."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers.models.deepseek_v32")
+pytest.importorskip("transformers.models.glm_moe_dsa")
+
+from safetensors.torch import load_file  # noqa: E402
+from transformers import (  # noqa: E402
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import misa  # noqa: E402
+from misa.integrations import transformers as integration  # noqa: E402
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ARCHITECTURES = {
+    "deepseek": (DeepseekV32ForCausalLM, DeepseekV32Config, {}),
+    "glm": (
+        GlmMoeDsaForCausalLM,
+        GlmMoeDsaConfig,
+        {"indexer_types": ["full", "shared", "full"]},
+    ),
+}
+HEADS, DIM, TOP_K, VOCABULARY = 32, 64, 16, 97
+# Logits of equal selections differ by single precision's rounding, carried through three layers.
+# test_one_head_changes_logits shows that another selection moves them by more than ten times this.
+LOGIT_TOLERANCE = 1e-3
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def model(request: pytest.FixtureRequest, device: str) -> torch.nn.Module:
+    return build(request.param, device)
+
+
+def build(architecture: str, device: str = "cpu", **changes: Any) -> torch.nn.Module:
+    model_class, config_class, own = ARCHITECTURES[architecture]
+    torch.manual_seed(7)
+    config = config_class(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 2,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "index_n_heads": HEADS,
+            "index_head_dim": DIM,
+            "index_topk": TOP_K,
+            # Wide enough for attention to depend on what is selected.
+            "initializer_range": 0.2,
+            "eos_token_id": None,
+            "bos_token_id": None,
+            **own,
+            **changes,
+        }
+    )
+    return model_class(config).to(device).eval()
+
+
+def tokens_of(device: str, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(0, VOCABULARY, (batch, length), generator=generator).to(device)
+
+
+def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = LOGIT_TOLERANCE * expected.abs().max().item()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+
+
+def indexers_of(model: torch.nn.Module) -> list[Any]:
+    return [each for name, each in model.named_modules() if name.endswith("self_attn.indexer")]
+
+
+def record_calls(
+    model: torch.nn.Module, run: Callable[[], Any]
+) -> list[tuple[Any, tuple[Any, ...], torch.Tensor]]:
+    """(indexer, its positional arguments, what it selected) of every call during `run`."""
+    calls = []
+    hooks = [
+        each.register_forward_hook(
+            lambda module, args, _, output: calls.append((module, args, output)), with_kwargs=True
+        )
+        for each in indexers_of(model)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+@torch.no_grad()
+def exact_scores(module: Any, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [B, S, T] of a call without a cache in double precision, and a bound of what single
+    precision loses of them: gamma_(D + H + 4) of the sum of magnitudes, for D products and H rows,
+    the clip's product, the two scales and the weight's own rounding.
+    """
+    q, w, k = integration._project(module, *arguments[:3])
+    q, w, k = q.double(), w.double(), k.double()
+    scores = torch.einsum("bsh,bsht->bst", w, torch.einsum("bshd,btd->bsht", q, k).relu())
+    sizes = torch.einsum("bshd,btd->bsht", q.abs(), k.abs())
+    gamma = (DIM + HEADS + 4) * 2**-24
+    return scores, gamma * torch.einsum("bsh,bsht->bst", w.abs(), sizes)
+
+
+def assert_same_selection(calls: list, modules: int) -> None:
+    """That selections are those of the models' own code, up to rounding."""
+    assert len(calls) == modules
+    for module, arguments, picked in calls:
+        own = integration._own_class(module).forward(module, *arguments, cache=None)
+        assert picked.dtype == own.dtype and picked.shape == own.shape
+        # As many positions as there are columns, all distinct.
+        assert (picked.sort(-1).values.diff(dim=-1) > 0).all()
+        mask = arguments[3]
+        visible = (mask if mask.dtype == torch.bool else mask == 0).expand(*own.shape[:2], -1)
+        scores, error = exact_scores(module, arguments)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        count = min(TOP_K, scores.shape[-1])
+        kth = scores.topk(count).values[..., -1:]
+        # Each side is off by `error` at most, and so is its k-th score.
+        tolerance = 2 * error.masked_fill(~visible, 0).amax(-1, keepdim=True)
+        chosen = [
+            torch.zeros_like(visible).scatter(-1, each.long(), True) for each in (picked, own)
+        ]
+        differing = (chosen[0] ^ chosen[1]) & visible
+        assert ((scores - kth).abs() <= tolerance)[differing].all()
+        # Where a query sees no more than the columns, it selects all of it.
+        short = visible.sum(-1, keepdim=True) <= count
+        assert (chosen[0] | ~visible | ~short).all()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", [{"indexer": "dsa"}, {"indexer": "misa", "heads": HEADS}])
+@torch.no_grad()
+def test_all_heads_select_what_the_model_selects(
+    model: torch.nn.Module, device: str, attention: str, options: dict[str, Any]
+) -> None:
+    model.set_attn_implementation(attention)
+    tokens = tokens_of(device, 2, 75)
+    own = model(tokens, use_cache=False).logits
+    integration.enable(model, **options)
+    calls = record_calls(model, lambda: assert_close(model(tokens, use_cache=False).logits, own))
+    assert_same_selection(calls, len(indexers_of(model)))
+
+
+@torch.no_grad()
+def test_bfloat16(device: str) -> None:
+    model = build("deepseek", device).to(torch.bfloat16)
+    integration.enable(model, "dsa")
+    calls = record_calls(model, lambda: model(tokens_of(device, 2, 75), use_cache=False))
+    assert all(call[1][0].dtype == torch.bfloat16 for call in calls)
+    assert_same_selection(calls, 3)
+
+
+@torch.no_grad()
+def test_one_head_changes_logits(model: torch.nn.Module, device: str) -> None:
+    tokens = tokens_of(device, 2, 75)
+    own = model(tokens).logits
+    integration.enable(model, heads=1)
+    change = (model(tokens).logits - own).abs()
+    assert (change[:, :TOP_K] <= LOGIT_TOLERANCE * own.abs().max()).all()
+    assert change[:, TOP_K:].max() > 10 * LOGIT_TOLERANCE * own.abs().max()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_padding_changes_nothing(
+    model: torch.nn.Module, device: str, attention: str, side: str
+) -> None:
+    model.set_attn_implementation(attention)
+    integration.enable(model, heads=4)
+    tokens, lengths = tokens_of(device, 3, 70), [70, 41, 9]
+    mask = torch.zeros_like(tokens)
+    for row, length in enumerate(lengths):
+        mask[row, slice(-length, None) if side == "left" else slice(length)] = 1
+    # As `generate` numbers positions.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padded = model(tokens, attention_mask=mask, position_ids=positions).logits
+    for row in range(len(lengths)):
+        kept = mask[row].bool()
+        assert_close(padded[row, kept], model(tokens[row, kept][None]).logits[0])
+
+
+@pytest.mark.parametrize("options", [{"indexer": "dsa"}, {"indexer": "misa", "heads": 4}])
+@torch.no_grad()
+def test_cached_decode_equals_prefill(
+    model: torch.nn.Module, device: str, options: dict[str, Any]
+) -> None:
+    integration.enable(model, **options)
+    tokens = tokens_of(device, 2, 60)
+    full = model(tokens).logits
+    cache, pieces = None, []
+    for part in tokens.split([31, 20, *[1] * 9], dim=1):
+        out = model(part, cache=cache, use_cache=True)
+        cache = out.cache
+        pieces.append(out.logits)
+    assert_close(torch.cat(pieces, 1), full)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_is_greedy_decoding(model: torch.nn.Module, device: str, cache: str) -> None:
+    state = integration.enable(model, heads=4)
+    tokens = tokens_of(device, 2, 40)
+    mask = torch.ones_like(tokens)
+    mask[1, :13] = 0
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation=cache,
+        disable_compile=True,
+    )
+    layers = len(indexers_of(model))
+    assert state.calls == 6 * layers
+    assert state.queries == layers * 2 * (40 + 5)
+    for row, start in ((0, 0), (1, 13)):
+        with torch.no_grad():
+            logits = model(out[row : row + 1, start:]).logits[0, -7:-1]
+        best = logits.max(-1).values - logits.gather(-1, out[row, -6:, None])[:, 0]
+        assert (best <= LOGIT_TOLERANCE * logits.abs().max()).all()
+
+
+@torch.no_grad()
+def test_disable_restores(model: torch.nn.Module, device: str) -> None:
+    tokens = tokens_of(device, 1, 50)
+    own, keys, text = model(tokens).logits, list(model.state_dict()), repr(model)
+    assert integration.usage(model) is None
+    state = integration.enable(model, heads=1)
+    assert integration.usage(model) is state
+    assert list(model.state_dict()) == keys
+    assert not torch.equal(model(tokens).logits, own)
+    integration.disable(model)
+    assert integration.usage(model) is None
+    assert torch.equal(model(tokens).logits, own)
+    assert repr(model) == text
+    assert not any("usage" in vars(each) for each in indexers_of(model))
+    integration.disable(model)
+
+
+def test_enable_replaces_counts_and_logs(caplog: pytest.LogCaptureFixture) -> None:
+    model, other = build("glm"), build("deepseek")
+    with caplog.at_level(logging.INFO, logger="misa"):
+        first = integration.enable(model, heads=1)
+        second = integration.enable(model, "misa-r", heads=3)
+    assert [record.name for record in caplog.records] == ["misa", "misa"]
+    assert "GlmMoeDsaForCausalLM" in caplog.text and "misa-r" in caplog.text
+    assert integration.usage(model) is second
+    assert second.layers == (0, 2)
+    assert second.config == misa.Config("misa-r", top_k=TOP_K, heads=3)
+    integration.enable(other)
+    for _ in range(2):
+        model(tokens_of("cpu", 2, 20))
+    assert (first.calls, second.calls, second.queries) == (0, 4, 4 * 40)
+    assert integration.usage(other).calls == 0
+
+
+@torch.no_grad()
+def test_compiled_model_runs(device: str) -> None:
+    model = build("deepseek", device)
+    tokens = tokens_of(device, 2, 40)
+    state = integration.enable(model, heads=4)
+    expected = model(tokens, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager")
+    assert_close(compiled(tokens, use_cache=False).logits, expected)
+    assert state.calls == 6
+
+
+def test_wrong_models_and_options() -> None:
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
+    for call in (integration.enable, integration.disable, integration.usage):
+        with pytest.raises(ValueError, match="LlamaForCausalLM"):
+            call(llama)
+    model = build("deepseek")
+    with pytest.raises(ValueError, match="heads: expected 1 to H = 32, got 33"):
+        integration.enable(model, heads=33)
+    with pytest.raises(RuntimeError, match="backend: expected .* got 'abacus'"):
+        integration.enable(model, backend="abacus")
+    with pytest.raises(ValueError, match="D = 64 or 128, got 32"):
+        integration.enable(build("deepseek", index_head_dim=32))
+    assert integration.usage(model) is None
+
+
+@torch.no_grad()
+def test_hidden_keys_between_visible_ones() -> None:
+    model = build("deepseek")
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, 4:6] = 0
+    integration.enable(model)
+    with pytest.raises(ValueError, match="attention_mask: expected one run"):
+        model(tokens_of("cpu", 1, 12), attention_mask=mask)
+
+
+def traced(path: Path) -> dict[str, torch.Tensor]:
+    trace = load_file(path)
+    assert set(trace) == {"q", "w", "k", "ks", "ke"}
+    return trace
+
+
+@pytest.mark.parametrize("on", [False, True])
+@torch.no_grad()
+def test_capture(model: torch.nn.Module, device: str, tmp_path: Path, on: bool) -> None:
+    if on:
+        integration.enable(model, "dsa")
+    tokens = tokens_of(device, 2, 40)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    layers = [each.layer_idx for each in indexers_of(model)]
+
+    def run() -> None:
+        with integration.capture(model, tmp_path / "layer{layer}.safetensors"):
+            model(tokens, attention_mask=mask)
+            model(tokens[:, :5])
+
+    calls = record_calls(model, run)[: len(layers)]
+    for layer, (module, arguments, picked) in zip(layers, calls, strict=True):
+        trace = traced(tmp_path / f"layer{layer}.safetensors")
+        assert trace["q"].shape == (80, HEADS, DIM)
+        assert trace["k"].shape == (80, DIM)
+        assert trace["ks"].tolist() == [0] * 40 + [40] * 9 + [49] * 31
+        assert trace["ke"][:40].tolist() == list(range(1, 41))
+        assert trace["ke"][40:].tolist() == [40] * 9 + list(range(50, 81))
+        scores, error = exact_scores(module, arguments)
+        whole = torch.einsum(
+            "th,thl->tl",
+            trace["w"].double(),
+            torch.einsum("thd,ld->thl", trace["q"].double(), trace["k"].double()).relu(),
+        )
+        blocks = torch.stack([whole[:40, :40], whole[40:, 40:]])
+        assert ((blocks - scores.cpu()).abs() <= error.cpu()).all()
+        assert picked.shape == (2, 40, TOP_K)
+
+
+@torch.no_grad()
+def test_capture_of_decode_and_rows(device: str, tmp_path: Path) -> None:
+    model = build("glm", device)
+    tokens = tokens_of(device, 1, 40)
+    cache = model(tokens[:, :39], use_cache=True).cache
+    with integration.capture(model, tmp_path / "decode.safetensors", layers=2):
+        model(tokens[:, 39:], cache=cache)
+    trace = traced(tmp_path / "decode.safetensors")
+    assert trace["q"].shape == (1, HEADS, DIM) and trace["k"].shape == (40, DIM)
+    assert (trace["ks"].item(), trace["ke"].item()) == (0, 40)
+    with integration.capture(model, tmp_path / "rows.safetensors", layers=2, rows=5):
+        model(tokens)
+    trace = traced(tmp_path / "rows.safetensors")
+    assert trace["q"].shape == (5, HEADS, DIM) and trace["k"].shape == (40, DIM)
+    assert trace["ke"].tolist() == [1, 11, 21, 30, 40]
+
+
+def test_capture_arguments(tmp_path: Path) -> None:
+    model = build("glm")
+    for options, match in (
+        ({"path": "x", "layers": 1}, r"layers: expected some of \[0, 2\], got 1"),
+        ({"path": "x"}, "path: expected '{layer}' in it"),
+        ({"path": "x", "layers": 0, "rows": 0}, "rows: expected 1 or more, got 0"),
+    ):
+        with pytest.raises(ValueError, match=match), integration.capture(model, **options):
+            pass
+    with (
+        pytest.raises(RuntimeError, match="expected a forward pass"),
+        integration.capture(model, tmp_path / "x", layers=0),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_compare_reads_a_capture(tmp_path: Path) -> None:
+    model = build("glm")
+    with integration.capture(model, tmp_path / "trace", layers=2):
+        model(tokens_of("cpu", 2, 75))
+    configs = [misa.Config("misa", top_k=TOP_K, heads=heads) for heads in (HEADS, 1)]
+    every, one = misa.compare(
+        **traced(tmp_path / "trace"), configs=configs, baseline=misa.Config("dsa", top_k=TOP_K)
+    )
+    assert every["recall_min"] == 1
+    assert one["recall_mean"] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_program_reads_a_capture(tmp_path: Path, dtype: torch.dtype) -> None:
+    program = shutil.which("misa")
+    if program is None:
+        pytest.skip("the misa program is not installed")
+    path, selected = tmp_path / "trace", tmp_path / "selected"
+    model = build("deepseek").to(dtype)
+    with integration.capture(model, path, layers=1):
+        model(tokens_of("cpu", 2, 40))
+    subprocess.run([program, "inspect", path], check=True, capture_output=True)
+    subprocess.run(
+        [program, "select", path, "-o", selected, "--indexer", "dsa", "--top-k", str(TOP_K)],
+        check=True,
+        capture_output=True,
+    )
+    expected = misa.select(
+        **load_file(path), config=misa.Config("dsa", top_k=TOP_K, ordered=True)
+    ).indices
+    indices = load_file(selected)["indices"]
+    hidden = torch.iinfo(torch.int32).max
+    assert torch.equal(
+        *(each.where(each >= 0, hidden).sort(-1).values for each in (indices, expected))
+    )
+    compared = subprocess.run(
+        [program, "compare", path, "--top-k", str(TOP_K), "--runs", "1", "--json"],
+        check=True,
+        capture_output=True,
+    )
+    assert json.loads(compared.stdout)

@@ -1,0 +1,611 @@
+"""The vLLM plugin, first against stand-ins for vLLM, then in vLLM itself where it is installed.
+
+Without a GPU vLLM's CUDA kernels are not there. They are replaced by loops that do what they say,
+behind vLLM's own Python signatures; everything else of vLLM is real.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from paged import DIM, HEADS, Sequences, gather, new_rows, queries  # noqa: E402
+
+from misa.integrations import vllm as plugin  # noqa: E402
+from misa.integrations._environment import Settings  # noqa: E402
+
+TOP_K = 64
+COLUMNS = TOP_K + 16  # of the buffer, which may be wider than top_k
+POISON = -77
+LAYER = "model.layers.0.self_attn.indexer.k_cache"
+SETTINGS = Settings("misa", (("heads", 4), ("block", 128)))
+DECODE = Settings("misa", (("heads", 4), ("block", 128)), decode=True)
+
+# Decoding sequences, then prefilling ones: 3 has a cached prefix, 4 is new.
+DECODING, PREFILLING, NEW = [517, 64, 230], [400, 130], [40, 130]
+
+
+@dataclass
+class Chunk:
+    block_table: torch.Tensor
+    cu_seqlen_ks: torch.Tensor
+    cu_seqlen_ke: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    total_seq_lens: int
+    token_start: int
+    token_end: int
+    skip_kv_gather: bool = False
+
+
+@dataclass
+class Prefill:
+    chunks: list[Chunk]
+    row_shard_sizes: list[int] | None = None
+
+
+@dataclass
+class Decode:
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    decode_lens: torch.Tensor
+    requires_padding: bool = False
+
+
+@dataclass
+class Metadata:
+    num_decodes: int = 0
+    num_decode_tokens: int = 0
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
+    prefill: Prefill | None = None
+    decode: Decode | None = None
+
+
+def bounds(lengths: list[int], new: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """cu_seq_lens, ks and ke of queries for the last `new` tokens of sequences put in a row."""
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    ks = torch.repeat_interleave(cu[:-1], torch.tensor(new)).int()
+    seen = torch.tensor([count for _, count in new_rows(lengths, new)]).int()
+    return cu, ks, ks + seen
+
+
+def chunks_of(table: torch.Tensor, first_row: int) -> list[Chunk]:
+    """The prefilling sequences in two chunks, of which the second reuses the first one's keys."""
+    cu, ks, ke = bounds(PREFILLING, NEW)
+    cuts = [(0, 100, False), (100, sum(NEW), True)]
+    return [
+        Chunk(table, ks[a:b], ke[a:b], cu, sum(PREFILLING), first_row + a, first_row + b, skip)
+        for a, b, skip in cuts
+    ]
+
+
+class Engine:
+    """What the plugin uses of vLLM's module, and an operator that records what it was left."""
+
+    def __init__(self) -> None:
+        self.context = SimpleNamespace(attn_metadata=None)
+        self.left: list[tuple[int, int]] = []
+        self.gathers = 0
+        self.ops = SimpleNamespace(cp_gather_indexer_k_quant_cache=self._gather)
+
+    def get_forward_context(self) -> SimpleNamespace:
+        return self.context
+
+    def current_workspace_manager(self) -> SimpleNamespace:
+        def get_simultaneous(*specs):
+            return [torch.full(shape, 127, dtype=torch.uint8).view(dtype) for shape, dtype in specs]
+
+        return SimpleNamespace(get_simultaneous=get_simultaneous)
+
+    def _gather(self, *arguments) -> None:
+        self.gathers += 1
+        gather(*arguments)
+
+    def operator(
+        self,
+        hidden_states,
+        k_cache_prefix,
+        kv_cache,
+        q_quant,
+        weights,
+        topk_tokens,
+        head_dim,
+        total_seq_lens,
+        topk_indices_buffer,
+        use_fp4_cache=False,
+        dcp_world_size=1,
+        candidate_blocks=None,
+        something_new=None,
+    ):
+        metadata = self.context.attn_metadata
+        if isinstance(metadata, dict):
+            seen = metadata[getattr(k_cache_prefix, "value", k_cache_prefix)]
+            self.left.append((seen.num_decodes, seen.num_prefills))
+            topk_indices_buffer[: hidden_states.shape[0]] = -1
+        return topk_indices_buffer
+
+    def run(self, settings: Settings, sequences: Sequences, q, w, **arguments) -> torch.Tensor:
+        """Calls the replacement; returns the poisoned buffer with two rows more than queries."""
+        buffer = torch.full((q.shape[0] + 2, COLUMNS), POISON, dtype=torch.int32)
+        operator = plugin.replace(self.operator, self, settings)
+        arguments = {"k_cache_prefix": LAYER, "kv_cache": sequences.cache} | arguments
+        result = operator(
+            torch.empty(q.shape[0], 8),
+            q_quant=q,
+            weights=w,
+            topk_tokens=TOP_K,
+            head_dim=DIM,
+            total_seq_lens=4096,
+            topk_indices_buffer=buffer,
+            **arguments,
+        )
+        assert result is buffer
+        return buffer
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr(plugin, "_counters", plugin.Counters(plugin._logger))
+    return Engine()
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return Sequences(DECODING + PREFILLING)
+
+
+def mixed(sequences: Sequences, next_n: int = 1, flat: bool = False) -> Metadata:
+    """A batch of every sequence: each decoding one has next_n queries, flattened or not."""
+    lens = torch.tensor(DECODING)[:, None] - next_n + 1 + torch.arange(next_n)
+    table = sequences.table[: len(DECODING)]
+    if flat:
+        lens, table = lens.reshape(-1, 1), table.repeat_interleave(next_n, 0)
+    rows = len(DECODING) * next_n
+    return Metadata(
+        num_decodes=len(DECODING),
+        num_decode_tokens=rows,
+        num_prefills=len(PREFILLING),
+        num_prefill_tokens=sum(NEW),
+        prefill=Prefill(chunks_of(sequences.table[len(DECODING) :], rows)),
+        decode=Decode(table, lens.int(), torch.ones(len(lens), dtype=torch.int32)),
+    )
+
+
+def rows_of(next_n: int) -> list[tuple[int, int]]:
+    decode = new_rows(DECODING, [next_n] * len(DECODING))
+    return decode + new_rows(PREFILLING, NEW, first=len(DECODING))
+
+
+def assert_rows(buffer: torch.Tensor, expected: torch.Tensor) -> None:
+    """`expected` [rows, top_k], sorted, is what the buffer starts with; -1 beside, poison below."""
+    rows = expected.shape[0]
+    assert torch.equal(buffer[:rows, :TOP_K].sort(1).values, expected)
+    assert (buffer[:rows, TOP_K:] == -1).all()
+    assert (buffer[rows:] == POISON).all()
+
+
+def test_prefill_is_selected_and_decode_left(engine, sequences):
+    metadata = mixed(sequences)
+    engine.context.attn_metadata = {LAYER: metadata}
+    rows = rows_of(1)
+    q, w = queries(len(rows))
+    buffer = engine.run(SETTINGS, sequences, q, w)
+    expected = sequences.expected(q, w, rows, SETTINGS.config(TOP_K))
+    expected[: len(DECODING)] = -1
+    assert_rows(buffer, expected)
+    assert engine.left == [(len(DECODING), 0)]
+    assert engine.gathers == 1
+    assert engine.context.attn_metadata == {LAYER: metadata}
+    assert plugin.counters() == {"misa_prefill": sum(NEW), "engine_decode": len(DECODING)}
+
+
+@pytest.mark.parametrize(("next_n", "flat"), [(1, False), (3, False), (3, True)])
+def test_decode_is_selected_if_asked_for(engine, sequences, next_n, flat):
+    engine.context.attn_metadata = {LAYER: mixed(sequences, next_n, flat)}
+    rows = rows_of(next_n)
+    q, w = queries(len(rows))
+    buffer = engine.run(DECODE, sequences, q, w)
+    assert_rows(buffer, sequences.expected(q, w, rows, DECODE.config(TOP_K)))
+    assert engine.left == [(0, 0)]
+    assert plugin.counters() == {
+        "misa_prefill": sum(NEW),
+        "misa_decode": len(DECODING) * next_n,
+    }
+
+
+def test_padding_rows_stay_empty(engine, sequences):
+    metadata = mixed(sequences)
+    metadata.decode.seq_lens[1] = 0
+    engine.context.attn_metadata = {LAYER: metadata}
+    rows = rows_of(1)
+    rows[1] = (1, 0)
+    q, w = queries(len(rows))
+    buffer = engine.run(DECODE, sequences, q, w)
+    assert (buffer[1] == -1).all()
+    assert_rows(buffer, sequences.expected(q, w, rows, DECODE.config(TOP_K)))
+
+
+def test_unequal_decode_is_left(engine, sequences):
+    metadata = mixed(sequences)
+    metadata.decode.requires_padding = True
+    engine.context.attn_metadata = {LAYER: metadata}
+    q, w = queries(len(rows_of(1)))
+    engine.run(DECODE, sequences, q, w)
+    assert engine.left == [(len(DECODING), 0)]
+    assert plugin.counters() == {"misa_prefill": sum(NEW), "engine_decode": len(DECODING)}
+
+
+def test_reused_pages_are_read_anew(engine):
+    """A page whose bytes changed since the last call counts as it is now."""
+    q, w = queries(sum(NEW))
+    for seed in (1, 9):
+        sequences = Sequences(PREFILLING, seed=seed)
+        metadata = Metadata(num_prefills=2, num_prefill_tokens=sum(NEW))
+        metadata.prefill = Prefill(chunks_of(sequences.table, 0))
+        engine.context.attn_metadata = {LAYER: metadata}
+        buffer = engine.run(SETTINGS, sequences, q, w)
+        rows = new_rows(PREFILLING, NEW)
+        assert_rows(buffer, sequences.expected(q, w, rows, SETTINGS.config(TOP_K)))
+
+
+def test_ranks_share_the_rows(engine, sequences):
+    """Each rank of a tensor-parallel group selects for its rows and the group exchanges them."""
+    metadata = mixed(sequences)
+    metadata.prefill.row_shard_sizes = [90, sum(NEW) - 90]
+    engine.context.attn_metadata = {LAYER: metadata}
+    exchanged = []
+
+    class PrefillRowShard:
+        @classmethod
+        def from_metadata(cls, prefill, num_decode_tokens):
+            assert prefill.row_shard_sizes and num_decode_tokens == len(DECODING)
+            return cls()
+
+        def narrow(self, chunk):
+            start, end = max(chunk.token_start, len(DECODING) + 90), chunk.token_end
+            low, high = start - chunk.token_start, end - chunk.token_start
+            if start >= end:
+                return None
+            return start, end, chunk.cu_seqlen_ks[low:high], chunk.cu_seqlen_ke[low:high]
+
+        def exchange_topk(self, buffer, width):
+            exchanged.append(width)
+
+    engine.PrefillRowShard = PrefillRowShard
+    rows = rows_of(1)
+    q, w = queries(len(rows))
+    buffer = engine.run(SETTINGS, sequences, q, w)
+    expected = sequences.expected(q, w, rows, SETTINGS.config(TOP_K))
+    expected[: len(DECODING) + 90] = -1
+    assert_rows(buffer, expected)
+    assert exchanged == [TOP_K]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"use_fp4_cache": True}, "use_fp4_cache is set"),
+        ({"dcp_world_size": 2}, "dcp_world_size is set"),
+        ({"candidate_blocks": torch.zeros(3, 4)}, "candidate_blocks is set"),
+        ({"kv_cache": torch.zeros(4, 32, 132, dtype=torch.uint8)}, "a key cache of shape"),
+    ],
+)
+def test_what_is_not_covered_is_left_with_a_warning(engine, sequences, caplog, arguments, reason):
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    for _ in range(2):
+        engine.run(DECODE, sequences, q, w, **arguments)
+    assert engine.left == 2 * [(len(DECODING), len(PREFILLING))]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and reason in warnings[0]
+    assert plugin.counters() == {
+        "engine_prefill": 2 * sum(NEW),
+        "engine_decode": 2 * len(DECODING),
+    }
+
+
+def test_a_profiling_run_is_left(engine, sequences):
+    q, w = queries(4)
+    assert (engine.run(SETTINGS, sequences, q, w) == POISON).all()
+    assert plugin.counters() == {}
+
+
+def test_new_arguments_and_wrapped_names_are_accepted(engine, sequences):
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    name = SimpleNamespace(value=LAYER)
+    engine.run(SETTINGS, sequences, q, w, k_cache_prefix=name, something_new=3)
+    assert engine.left == [(len(DECODING), 0)]
+
+
+def test_an_unknown_operator_is_refused():
+    def sparse_attn_indexer(hidden_states, q_quant):
+        pass
+
+    problem = plugin._problem(SimpleNamespace(sparse_attn_indexer=sparse_attn_indexer), None)
+    assert problem is not None and "topk_indices_buffer" in problem and "ops" in problem
+
+
+# From here on in vLLM.
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    """vLLM with the plugin loaded and on, its CUDA kernels replaced by loops."""
+    pytest.importorskip("vllm")
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import sparse_attn_indexer as layers
+    from vllm.models.deepseek_v32 import attention
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.mla import indexer
+    from vllm.v1.worker import workspace
+
+    original = layers.sparse_attn_indexer
+
+    def stand_in(owner, name, function):
+        real = getattr(owner, name)
+        patch.setattr(owner, name, mock.create_autospec(real, side_effect=function))
+
+    def build(**fields):
+        config = VllmConfig(device_config=DeviceConfig(device="cpu"))
+        sizes = {"index_topk": TOP_K, "index_n_heads": HEADS, "index_head_dim": DIM}
+        model = SimpleNamespace(hf_text_config=SimpleNamespace(**sizes, **fields))
+        object.__setattr__(config, "model_config", model)
+        with set_current_vllm_config(config):
+            cache = SimpleNamespace(prefix=LAYER, kv_cache=None)
+            return layers.SparseAttnIndexer(
+                cache, 128, "ue8m0", TOP_K, DIM, 4096, 4096, torch.empty(0)
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MISA_INDEXER", "MISA_HEADS", "MISA_BLOCK", "MISA_DECODE"):
+            patch.delenv(name, raising=False)
+        load_general_plugins()
+        plugin.register()  # vLLM loads plugins more than once
+        build()
+        untouched = layers.sparse_attn_indexer is original
+        layer = build(use_misa=True, misa_topk_heads=4, misa_k_block_size=128)
+        workspace.init_workspace_manager(torch.device("cpu"))
+        stand_in(layers.ops, "cp_gather_indexer_k_quant_cache", gather)
+        stand_in(layers.ops, "indexer_k_quant_and_cache", insert)
+        stand_in(layers, "fp8_fp4_paged_mqa_logits", paged_logits)
+        stand_in(layers, "get_indexer_topk", lambda backend: top_k)
+        patch.setattr(indexer, "_BUILD_PREFILL_CHUNK_METADATA_KERNEL", chunk_bounds)
+        yield SimpleNamespace(
+            layers=layers,
+            attention=attention,
+            indexer=indexer,
+            layer=layer,
+            original=original,
+            untouched=untouched,
+        )
+
+
+def insert(k, kv_cache, slot_mapping, quant_block_size, scale_fmt):
+    assert quant_block_size == DIM
+    plugin.misa.append(kv_cache, k, slot_mapping, scale_format=scale_fmt)
+
+
+def paged_logits(
+    q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **_
+):
+    """[rows, max_model_len], every head, as the name says."""
+    queries_, _ = q
+    batch, next_n = queries_.shape[:2]
+    logits = torch.full((batch * next_n, max_model_len), -torch.inf)
+    for b in range(batch):
+        for i in range(next_n):
+            n, row = int(context_lens[b, min(i, context_lens.shape[1] - 1)]), b * next_n + i
+            k, scale = torch.empty((n, DIM), dtype=torch.uint8), torch.empty((n, 4))
+            scale = scale.to(torch.uint8)
+            gather(kv_cache.squeeze(-2), k, scale, block_tables[b : b + 1], torch.tensor([0, n]))
+            keys = k.view(torch.float8_e4m3fn).float() * scale.view(torch.float32)
+            hits = torch.relu(queries_[b, i].float() @ keys.T)
+            logits[row, :n] = weights[row] @ hits
+    return logits
+
+
+def top_k(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len):
+    for row in range(logits.shape[0]):
+        n = int(seq_lens.reshape(-1)[row])
+        best = logits[row, :n].topk(min(n, topk_tokens)).indices.int()
+        topk_indices[row] = -1
+        topk_indices[row, : len(best)] = best
+
+
+def chunk_bounds(
+    starts, lengths, cu, row_starts, token_to_seq, ks, ke, begin, end, *_, num_reqs, COMPRESS_RATIO
+):
+    """ks and ke of the queries begin ... end of a chunk's requests."""
+    for request in range(num_reqs):
+        new = int(starts[request + 1] - starts[request])
+        for i in range(new):
+            place = int(starts[request]) + i
+            if begin <= place < end:
+                seen = (int(lengths[request]) - new + 1 + i) // COMPRESS_RATIO
+                ks[place - begin] = row_starts[request]
+                ke[place - begin] = row_starts[request] + seen
+        token_to_seq[int(cu[request]) : int(cu[request + 1])] = request
+
+
+def vllm_metadata(vllm, sequences: Sequences, next_n: int, slots: torch.Tensor):
+    """The batch of `mixed` in vLLM's own metadata, its chunks cut by vLLM."""
+    tables = sequences.table
+    decode_rows = len(DECODING) * next_n
+    starts = [0, *(next_n * (i + 1) for i in range(len(DECODING)))]
+    for count in NEW:
+        starts.append(starts[-1] + count)
+    lengths = torch.tensor(DECODING + PREFILLING).int()
+    chunks = [
+        vllm.indexer.build_prefill_chunk_metadata(
+            start_idx=len(DECODING),
+            end_idx=len(lengths),
+            query_start_loc=torch.tensor(starts).int(),
+            query_start_loc_cpu=torch.tensor(starts).int(),
+            uncompressed_seq_lens=lengths,
+            compressed_seq_lens=lengths,
+            compressed_seq_lens_cpu=lengths,
+            block_table=tables,
+            compress_ratio=1,
+            query_slice=part,
+        )
+        for part in (slice(0, 100), slice(100, 4096))
+    ]
+    lens = torch.tensor(DECODING)[:, None] - next_n + 1 + torch.arange(next_n)
+    return vllm.indexer.DeepseekV32IndexerMetadata(
+        seq_lens=lengths,
+        max_seq_len=max(DECODING + PREFILLING),
+        slot_mapping=slots,
+        num_decodes=len(DECODING),
+        num_decode_tokens=decode_rows,
+        num_prefills=len(PREFILLING),
+        num_prefill_tokens=sum(NEW),
+        prefill=vllm.indexer.DeepseekV32IndexerPrefillMetadata(chunks=chunks),
+        decode=vllm.indexer.DeepSeekV32IndexerDecodeMetadata(
+            block_table=tables[: len(DECODING)],
+            seq_lens=lens.int(),
+            decode_lens=torch.full((len(DECODING),), next_n, dtype=torch.int32),
+            requires_padding=False,
+            schedule_metadata=torch.empty(0),
+        ),
+    )
+
+
+def forward_context(metadata):
+    from vllm.forward_context import ForwardContext, override_forward_context
+
+    context = ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={})
+    return override_forward_context(context)
+
+
+def call(operator, q, w, cache, buffer):
+    """Calls the operator as the model file of V3.2 does, keys inserted and the buffer cleared."""
+    named = {
+        "skip_k_cache_insert": True,
+        "use_pcp": False,
+        "pcp_shard_decode_requests": False,
+        "dense_mha_metadata_layer_name": "",
+        "dcp_rank": 0,
+        "dcp_world_size": 1,
+        "cp_kv_cache_interleave_size": 1,
+        "skip_topk_buffer_clear": True,
+        "topk_backend": "auto",
+    }
+    known = inspect.signature(operator).parameters
+    sizes = (128, "ue8m0", TOP_K, DIM, 4096, 4096)
+    return operator(
+        *(torch.empty(q.shape[0], 8), LAYER, cache, q, None, None, w, *sizes, buffer),
+        **{name: value for name, value in named.items() if name in known},
+    )
+
+
+def test_vllm_finds_the_plugin_and_leaves_other_models_alone(vllm):
+    names = {entry.name: entry.value for entry in entry_points(group="vllm.general_plugins")}
+    assert names["misa"] == "misa.integrations.vllm:register"
+    assert vllm.untouched
+    build = importlib.import_module("vllm.model_executor.custom_op").CustomOp.__init__
+    assert not hasattr(build.__wrapped__, "__wrapped__")
+
+
+def test_vllm_has_the_replacement_everywhere(vllm):
+    replacement = vllm.layers.sparse_attn_indexer
+    assert replacement is not vllm.original
+    assert vllm.attention.sparse_attn_indexer is replacement
+    assert inspect.signature(replacement) == inspect.signature(vllm.original)
+
+
+@pytest.mark.parametrize("through", ["layer", "function"])
+@pytest.mark.parametrize("next_n", [1, 3])
+def test_vllm_prefill_is_misa_and_decode_vllms(vllm, through, next_n):
+    """Both ways that vLLM calls the operator. Keys of this step are inserted by vLLM's operator
+    before they are read, in the function's case by the caller.
+    """
+    sequences = Sequences(DECODING + PREFILLING)
+    rows = rows_of(next_n)
+    q, w = queries(len(rows))
+    keys = torch.randn((len(rows), DIM), generator=torch.Generator().manual_seed(5))
+    slots = torch.tensor([sequences.slot(sequence, seen - 1) for sequence, seen in rows])
+    buffer = torch.full((len(rows) + 2, COLUMNS), POISON, dtype=torch.int32)
+    hidden = torch.empty(len(rows), 8)
+    with forward_context({LAYER: vllm_metadata(vllm, sequences, next_n, slots)}):
+        if through == "layer":
+            layer = vllm.layer
+            layer.k_cache.kv_cache, layer.topk_indices_buffer = sequences.cache, buffer
+            result = layer.forward_cuda(hidden, q, keys, w)
+        else:
+            insert(keys, sequences.cache, slots, DIM, "ue8m0")
+            buffer[: len(rows)] = -1
+            result = call(vllm.attention.sparse_attn_indexer, q, w, sequences.cache, buffer)
+    assert result.data_ptr() == buffer.data_ptr()
+    expected = sequences.expected(q, w, rows, SETTINGS.config(TOP_K))
+    decode = len(DECODING) * next_n
+    dense = Settings("dsa").config(TOP_K)
+    expected[:decode] = sequences.expected(q[:decode], w[:decode], rows[:decode], dense)
+    assert_rows(buffer, expected)
+
+
+def test_vllm_decode_is_misa_if_asked_for(vllm):
+    sequences = Sequences(DECODING + PREFILLING)
+    rows = rows_of(3)
+    q, w = queries(len(rows))
+    buffer = torch.full((len(rows) + 2, COLUMNS), POISON, dtype=torch.int32)
+    buffer[: len(rows)] = -1
+    operator = plugin.replace(vllm.original, vllm.layers, DECODE)
+    metadata = vllm_metadata(vllm, sequences, 3, torch.zeros(len(rows), dtype=torch.int64))
+    with forward_context({LAYER: metadata}):
+        call(operator, q, w, sequences.cache, buffer)
+    assert_rows(buffer, sequences.expected(q, w, rows, DECODE.config(TOP_K)))
+
+
+def test_vllm_compressed_sequences(vllm):
+    """DeepSeek-V4 indexes a key for every 4 tokens; positions count keys."""
+    lengths = torch.tensor([1600, 523]).int()
+    new = [40, 130]
+    keys = lengths // 4
+    sequences = Sequences(keys.tolist())
+    starts = torch.tensor([0, *new]).cumsum(0).int()
+    chunk = vllm.indexer.build_prefill_chunk_metadata(
+        start_idx=0,
+        end_idx=2,
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        uncompressed_seq_lens=lengths,
+        compressed_seq_lens=keys,
+        compressed_seq_lens_cpu=keys,
+        block_table=sequences.table,
+        compress_ratio=4,
+    )
+    metadata = vllm.indexer.DeepseekV32IndexerMetadata(
+        seq_lens=lengths,
+        max_seq_len=int(lengths.max()),
+        slot_mapping=torch.zeros(sum(new), dtype=torch.int64),
+        num_decodes=0,
+        num_decode_tokens=0,
+        num_prefills=2,
+        num_prefill_tokens=sum(new),
+        prefill=vllm.indexer.DeepseekV32IndexerPrefillMetadata(chunks=[chunk]),
+    )
+    rows = [(sequence, seen // 4) for sequence, seen in new_rows(lengths.tolist(), new)]
+    q, w = queries(len(rows))
+    buffer = torch.full((len(rows) + 2, COLUMNS), POISON, dtype=torch.int32)
+    buffer[: len(rows)] = -1
+    with forward_context({LAYER: metadata}):
+        call(vllm.layers.sparse_attn_indexer, q, w, sequences.cache, buffer)
+    assert_rows(buffer, sequences.expected(q, w, rows, SETTINGS.config(TOP_K)))
+
+
+def test_vllm_profiling_run(vllm):
+    """Before there is metadata vLLM's operator reserves its workspace and selects nothing."""
+    q, w = queries(4)
+    buffer = torch.full((6, COLUMNS), POISON, dtype=torch.int32)
+    with forward_context(None):
+        call(vllm.layers.sparse_attn_indexer, q, w, torch.empty(0), buffer)
+    assert (buffer == POISON).all()

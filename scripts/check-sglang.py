@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Checks the plugin in the SGLang of this environment, which has misa, sglang and pytest.
+
+SGLang loads the plugin and calls it with its own metadata; results are compared with misa.select.
+No GPU is needed: kernels that need one are replaced by loops. Prints the versions it passed on.
+"""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent / "python/tests/integrations/test_sglang.py"
+PACKAGES = ("misa", "sglang", "torch")
+
+
+class Skips:
+    """The tests that did not run."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped:
+            self.names.append(report.nodeid)
+
+
+def main() -> int:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    skips = Skips()
+    options = ["-q", "--disable-warnings", "-p", "no:cacheprovider"]
+    status = pytest.main([*options, str(TESTS)], plugins=[skips])
+    if status or skips.names:
+        print(f"failed on {versions}; skipped: {len(skips.names)}")
+        return 1
+    print(f"passed on {versions}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
