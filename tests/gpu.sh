@@ -67,6 +67,14 @@ for stage in "${stages[@]}"; do
       done
       run "MISA-R, 3 heads, re-ranked" misa_bench_step --stages --keys 65536 131072 --indexer misa-r \
         --routed 3 --candidates 4096
+      run "short contexts" misa_bench_step --keys 2048 4096 8192 16384 32768 65536 \
+        --indexer dsa misa auto
+      if python3 -c 'import deep_gemm, torch' 2>/dev/null; then
+        echo "== peers"
+        python3 bench/gpu/peers.py --heads 64 32 --keys 65536 131072 || failures=$((failures + 1))
+      else
+        echo "deep_gemm is not installed: the peers were left out"
+      fi
       ;;
     *)
       echo "gpu.sh: expected test, sanitize or bench, got '$stage'" >&2
