@@ -4,6 +4,7 @@
 #   scripts/test-python.sh [EXTRAS]    extras of pyproject.toml, by default `test`
 set -euo pipefail
 cd "$(dirname "$0")/.."
+cmake --preset release >/dev/null
 python=build/venv/bin/python
 [ -x "$python" ] || /usr/bin/python3 -m venv --system-site-packages build/venv
 "$python" -m pip install -q --disable-pip-version-check scikit-build-core nanobind

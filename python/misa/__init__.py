@@ -3,8 +3,8 @@
     score(t, s, J) = sum over j in J of w[t, j] * max(0, q[t, j] . k[s])
     result(t)      = the top k over s
 
-:func:`select` takes contiguous keys, :func:`select_paged` a paged key cache, both arrays of NumPy
-or PyTorch. docs/python.md describes the interface, docs/formats.md the layouts.
+:func:`select` takes contiguous keys, :func:`select_paged` a paged key cache, both arrays of NumPy,
+PyTorch or CuPy. docs/python.md describes the interface, docs/formats.md the layouts.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -138,10 +139,10 @@ def select_into(
     tokens, heads, dim = q.shape
     keys = _arrays.checked("k", k).shape[0]
     dtypes = _arrays.dtype_name("q", q.dtype), _arrays.dtype_name("k", k.dtype)
-    plan = _device_plan(
+    plan = device_plan(
         config, tokens, heads, dim, keys, *dtypes, keys, device, backend, workspace_cap
     )
-    return _run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
+    return run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
 
 
 def select_paged(
@@ -172,7 +173,8 @@ def select_paged(
     page_sums: float32 [pages, D], see :func:`append`; without them they are summed from the cache.
 
     The rest, and the errors, as for :func:`select`. On CUDA tensors the pages of the block table
-    are gathered into B * max_pages * 64 contiguous keys first, page numbers out of range clamped.
+    are gathered into B * max_pages * 64 contiguous keys first, page numbers out of range clamped,
+    and page_sums are not read.
     """
     _checked_queries(q)
     _checked_config(config)
@@ -284,7 +286,7 @@ class Plan:
         one query sees.
     q_dtype, k_dtype: dtypes of the framework or "f32", "bf16", "e4m3".
     total_keys: L, the most keys that a run brings; max_keys unless given. Counts on CUDA alone.
-    device: "cpu", "cuda" or "cuda:N".
+    device: "cpu", "cuda:N", or "cuda" for "cuda:0".
 
     Raises ValueError for a wrong argument, MemoryError if the workspace's cap is too small,
     RuntimeError if no backend can do it.
@@ -308,18 +310,18 @@ class Plan:
     ) -> None:
         self.config = _checked_config(config)
         kind, _, index = str(device).partition(":")
+        if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}")
         shape = (tokens, heads, dim, max_keys)
         dtypes = _arrays.dtype_name("q_dtype", q_dtype), _arrays.dtype_name("k_dtype", k_dtype)
         self._on_device = kind == "cuda"
         if kind == "cpu":
             self._plan = _core.HostPlan(config, *shape, *dtypes, backend, threads, workspace_cap)
-        elif kind == "cuda":
+        else:
             total = max_keys if total_keys is None else total_keys
-            self._plan = _device_plan(
+            self._plan = device_plan(
                 config, *shape, *dtypes, total, int(index or 0), backend, workspace_cap
             )
-        else:
-            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}")
 
     @property
     def workspace_bytes(self) -> int:
@@ -351,21 +353,27 @@ class Plan:
         _checked_queries(q)
         if out is None:
             out = empty_selected(q, self.config, False, False, False)
+        elif not isinstance(out, Selected):
+            raise ValueError(f"out: expected a misa.Selected, got {type(out).__name__}")
         if self._on_device:
-            return _run_on_device(self._plan, q, w, k, ks, ke, k_scale, out, workspace)
+            return run_on_device(self._plan, q, w, k, ks, ke, k_scale, out, workspace)
         arrays = [_arrays.bits(array) for array in (q, w, k, ks, ke, k_scale)]
         self._plan.run(*arrays, *out, workspace)
         return out
 
 
 @lru_cache(maxsize=256)
-def _device_plan(*arguments: Any) -> _core.DevicePlan:
+def device_plan(*arguments: Any) -> _core.DevicePlan:
     if not hasattr(_core, "DevicePlan"):
         raise RuntimeError("device: this build of misa has no CUDA backends")
     return _core.DevicePlan(*arguments)
 
 
-def _run_on_device(
+# Plans that outlive the interpreter would be reported as leaked.
+atexit.register(device_plan.cache_clear)
+
+
+def run_on_device(
     plan: Any,
     q: Array,
     w: Array,
@@ -396,7 +404,7 @@ def compare(
     scores: bool = False,
     backend: str = "auto",
 ) -> list[dict[str, Any]]:
-    """What each of some indexers finds of a baseline's selection; arrays in host memory.
+    """What each of some indexers finds of a baseline's selection; arrays of NumPy or PyTorch.
 
     Arguments as for :func:`select`. A dict a config: its ``indexer``, ``heads`` and ``candidates``;
     ``recall_mean`` and ``recall_min``, the share of the baseline's positions that it selects, over
@@ -405,13 +413,13 @@ def compare(
     """
     call = {"k_scale": k_scale, "backend": backend}
     wanted = select(q, w, k, ks, ke, config=baseline, scores=scores, **call)
-    positions = np.asarray(wanted.indices)
+    positions = _arrays.to_numpy(wanted.indices)
     counts = (positions >= 0).sum(1)
     rows = counts > 0
-    weights = np.where(positions >= 0, np.asarray(wanted.scores), 0) if scores else None
+    weights = np.where(positions >= 0, _arrays.to_numpy(wanted.scores), 0) if scores else None
     results = []
     for config in configs:
-        got = np.asarray(select(q, w, k, ks, ke, config=config, **call).indices)
+        got = _arrays.to_numpy(select(q, w, k, ks, ke, config=config, **call).indices)
         found = np.array(
             [np.isin(p, g[g >= 0]) for p, g in zip(positions, got, strict=True)], bool
         ).reshape(positions.shape)

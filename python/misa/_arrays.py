@@ -1,7 +1,6 @@
 """What is particular to a framework: element types, bits, empty arrays, streams.
 
-NumPy and PyTorch are known; any other array that speaks DLPack and the array API standard and can
-be written to (CuPy) works through those.
+NumPy, PyTorch and CuPy are known.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 Array = Any
-"""An array of NumPy, PyTorch, or a framework with DLPack and the array API."""
+"""An array of NumPy, PyTorch or CuPy."""
 
 _DTYPES = {
     "float32": "f32",
@@ -46,6 +45,11 @@ def checked(name: str, array: Array) -> Array:
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
     return array
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """The array in host memory, a copy if it lay elsewhere; PyTorch's e4m3 as the bits."""
+    return bits(array).cpu().numpy() if is_torch(array) else np.asarray(array)
 
 
 def bits(array: Array) -> Array:
@@ -88,24 +92,27 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    xp = like.__array_namespace__()
-    return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)
+    if type(like).__module__.partition(".")[0] != "cupy":
+        raise ValueError(f"q: expected an array of NumPy, PyTorch or CuPy, got {type(like)}")
+    import cupy
+
+    return cupy.empty(shape, dtype)
 
 
 _LEGACY_STREAM = 1  # what DLPack calls CUDA's default stream
 
 
 def on_stream(array: Array) -> Array:
-    """An input of a run on a device: of other frameworks than PyTorch a DLPack capsule, which makes
-    CUDA's default stream wait for whatever computes the array."""
+    """An input of a run on a device; of CuPy a DLPack capsule, which makes CUDA's default stream
+    wait for whatever computes the array."""
     if array is None or is_torch(array):
         return bits(array)
     return bits(array).__dlpack__(stream=_LEGACY_STREAM)
 
 
 def stream_of(like: Array) -> int:
-    """The CUDA stream that a run on ``like``'s device is put on: PyTorch's current one; CUDA's
-    default stream for other frameworks."""
+    """The CUDA stream that a run on ``like``'s device is put on: PyTorch's current one; for CuPy
+    CUDA's default stream."""
     if is_torch(like):
         import torch
 

@@ -9,21 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from ._api import PAGE_SIZE
-from ._arrays import Array, is_torch
+from ._arrays import Array, is_torch, to_numpy
 from .reference import values
 
 SPLIT = 256
 """Keys that a multiprocessor takes at once, which the schedule counts in."""
-
-
-def _numpy(array: Array) -> np.ndarray:
-    """A host copy with the bits of e4m3 as uint8."""
-    if not is_torch(array):
-        return np.asarray(array)
-    import torch
-
-    raw = array.detach().view(torch.uint8) if array.dtype == torch.float8_e4m3fn else array.detach()
-    return raw.cpu().numpy()
 
 
 def _like(q: Array, result: np.ndarray) -> Array:
@@ -59,9 +49,9 @@ def fp8_mqa_logits(
 
     Returns float32 [T, L] or [T, max_seqlen_k]. Raises ValueError if max_seqlen_k is too small.
     """
-    starts, ends = _numpy(cu_seq_len_k_start), _numpy(cu_seq_len_k_end)
-    keys = values(_numpy(kv[0])) * _numpy(kv[1])[:, None].astype(np.float64)
-    logits = _logits(values(_numpy(q)), _numpy(weights), keys)
+    starts, ends = to_numpy(cu_seq_len_k_start), to_numpy(cu_seq_len_k_end)
+    keys = values(to_numpy(kv[0])) * to_numpy(kv[1])[:, None].astype(np.float64)
+    logits = _logits(values(to_numpy(q)), to_numpy(weights), keys)
     position = np.arange(len(keys))
     seen = (position >= starts[:, None]) & (position < ends[:, None])
     if clean_logits:
@@ -97,14 +87,14 @@ def fp8_paged_mqa_logits(
 
     Returns float32 [B * next_n, max_context_len].
     """
-    cache, table = _numpy(fused_kv_cache), _numpy(block_table)
-    queries, of_weights = values(_numpy(q)), _numpy(weights)
+    cache, table = to_numpy(fused_kv_cache), to_numpy(block_table)
+    queries, of_weights = values(to_numpy(q)), to_numpy(weights)
     batch, next_n, heads, dim = queries.shape
     pages = cache.reshape(len(cache), PAGE_SIZE * (dim + 4))
     elements = values(pages[:, : PAGE_SIZE * dim]).reshape(-1, PAGE_SIZE, dim)
     scales = np.ascontiguousarray(pages[:, PAGE_SIZE * dim :]).view(np.float32)
     out = np.full((batch, next_n, max_context_len), -np.inf if clean_logits else 0, np.float32)
-    for b, length in enumerate(_numpy(context_lens)):
+    for b, length in enumerate(to_numpy(context_lens)):
         held = table[b, : -(-max(int(length), 0) // PAGE_SIZE)]
         keys = (elements[held] * scales[held, :, None]).reshape(-1, dim)[: max(int(length), 0)]
         rows = _logits(queries[b], of_weights.reshape(batch, next_n, heads)[b], keys)
@@ -124,7 +114,7 @@ def get_paged_mqa_logits_metadata(context_lens: Array, block_kv: int, num_sms: i
     """
     if block_kv != PAGE_SIZE:
         raise ValueError(f"block_kv: expected {PAGE_SIZE}, got {block_kv}")
-    splits = -(-np.maximum(_numpy(context_lens).astype(np.int64), 0) // SPLIT)
+    splits = -(-np.maximum(to_numpy(context_lens).astype(np.int64), 0) // SPLIT)
     ends = np.cumsum(splits)
     total = int(splits.sum())
     share, rest = divmod(total, num_sms)

@@ -27,6 +27,9 @@ import torch.distributed as dist
 
 import misa
 
+from ._api import WORKSPACE_CAP
+from .torch_ops import require_tensors
+
 T = TypeVar("T")
 # Local work that yields a collective and gets its result: whatever fails between two collectives
 # fails on every rank (see _run).
@@ -53,7 +56,7 @@ def select(
     residual: bool = False,
     backend: str = "auto",
     threads: int = 0,
-    workspace_cap: int = 256 << 20,
+    workspace_cap: int = WORKSPACE_CAP,
 ) -> misa.Selected:
     """`misa.select` on the keys of all ranks, laid one after the other in the order of the ranks.
 
@@ -270,9 +273,8 @@ def _checked(
     options: dict[str, Any],
 ) -> Steps[_Call]:
     given = {"q": q, "w": w, "k_local": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+    require_tensors(given, "k_scale")
     for name, each in given.items():
-        if not isinstance(each, torch.Tensor) and (name != "k_scale" or each is not None):
-            raise ValueError(f"{name}: expected a torch.Tensor, got {type(each).__name__}")
         if each is not None and each.device != q.device:
             raise ValueError(f"{name}: expected device {q.device} as q has, got {each.device}")
     for name, each in (("ks", ks), ("ke", ke)):

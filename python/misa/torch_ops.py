@@ -7,20 +7,27 @@ misa.select_paged call them for tensors, with the fields of a Config spread out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ._api import PAGE_SIZE, Selected, empty_selected, select_into, select_paged_into
-from ._api import _device_plan as device_plan
-from ._api import _run_on_device as run_on_device
+from ._api import (
+    PAGE_SIZE,
+    Selected,
+    device_plan,
+    empty_selected,
+    run_on_device,
+    select_into,
+    select_paged_into,
+)
 from ._arrays import cuda_device, dtype_name
 from ._config import Config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-"""indices, scores, heads and residual; those that are not wanted or do not exist are empty."""
+"""indices, scores, heads and residual; one that is not wanted or does not exist is empty, of one
+dimension."""
 
 
 @lru_cache(maxsize=256)
@@ -46,16 +53,15 @@ def _tensors(q: Tensor, selected: Selected) -> Outputs:
     return tuple(q.new_empty(0) if array is None else array for array in selected)
 
 
-def _selected(
-    outputs: Outputs, config: Config, scores: bool, heads: bool, residual: bool
-) -> Selected:
-    indices, of_scores, of_heads, of_residual = outputs
-    return Selected(
-        indices,
-        of_scores if scores else None,
-        of_heads if heads and config.router != "all" else None,
-        of_residual if residual and config.residual else None,
-    )
+def _selected(outputs: Outputs) -> Selected:
+    return Selected(*(tensor if tensor.dim() == 2 else None for tensor in outputs))
+
+
+def require_tensors(arguments: Mapping[str, object], optional: str) -> None:
+    """ValueError unless all arguments are tensors; the optional one may be None."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and not (name == optional and value is None):
+            raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
 @torch.library.custom_op("misa::select", mutates_args=())
@@ -196,11 +202,12 @@ def select(
     workspace_cap: int,
 ) -> Selected:
     """:func:`misa.select` on tensors."""
+    require_tensors({"w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}, "k_scale")
     outputs = torch.ops.misa.select(
         q, w, k, ks, ke, k_scale, *_fields(config), scores, heads, residual, backend, threads,
         workspace_cap,
     )  # fmt: skip
-    return _selected(outputs, config, scores, heads, residual)
+    return _selected(outputs)
 
 
 def select_paged(
@@ -220,11 +227,16 @@ def select_paged(
     workspace_cap: int,
 ) -> Selected:
     """:func:`misa.select_paged` on tensors."""
+    require_tensors(
+        {"w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
+         "page_sums": page_sums},
+        "page_sums",
+    )  # fmt: skip
     outputs = torch.ops.misa.select_paged(
         q, w, cache, block_table, context_lens, page_sums, next_n, *_fields(config), scores, heads,
         residual, backend, threads, workspace_cap,
     )  # fmt: skip
-    return _selected(outputs, config, scores, heads, residual)
+    return _selected(outputs)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -137,6 +137,8 @@ RaggedArrays::RaggedArrays(nb::handle q_, nb::handle w_, nb::handle k_, nb::hand
   if (scale) {
     require(scale->extent(0) == k.extent(0), "k_scale: expected L = {} entries as k has, got {}",
             k.extent(0), scale->extent(0));
+  } else {
+    require(k.dtype() != DType::e4m3, "k_scale: expected float32 [L] with e4m3 keys, got none");
   }
 }
 

@@ -147,6 +147,7 @@ def test_read_only_inputs() -> None:
         ("ke", lambda ke: np.repeat(ke, 2)[::2], "ke: expected a contiguous last dimension"),
         ("k_scale", lambda _: np.ones(400, np.float32), "k_scale: expected none with f32 keys"),
         ("k_scale", lambda _: np.ones(3, np.float32), "k_scale: expected L = 400 entries"),
+        ("k", lambda k: k.astype(ml_dtypes.float8_e4m3fn), "k_scale: expected float32"),
     ],
 )
 def test_refuses(name: str, change: Any, message: str) -> None:
@@ -174,9 +175,11 @@ def test_refuses_options() -> None:
 def test_plan() -> None:
     """A plan writes every element of the outputs it is given, and nothing else."""
     inputs = random_inputs(PACK)
-    want = misa.select(**inputs.arguments(), config=CONFIG, scores=True, heads=True, residual=True)
+    want = misa.select(
+        **inputs.arguments(), config=CONFIG, scores=True, heads=True, residual=True, backend="cpu"
+    )
     plan = misa.Plan(CONFIG, tokens=10, heads=8, dim=64, max_keys=400, q_dtype=np.float32,
-                     k_dtype="f32")  # fmt: skip
+                     k_dtype="f32", backend="cpu")  # fmt: skip
     assert plan.backend in [backend.name for backend in misa.backends()]
     arguments = inputs.arguments()
     del arguments["k_scale"]
@@ -208,7 +211,10 @@ def test_plan_refuses() -> None:
     expect("q_dtype: expected float32", misa.Plan, config=CONFIG, **shape, q_dtype=np.float64,
            k_dtype="f32")  # fmt: skip
     expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="tpu")
+    expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="cuda:x")
     plan = misa.Plan(CONFIG, **shape, **f32)
+    expect("out: expected a misa.Selected, got ndarray", plan.run,
+           **random_inputs([(0, 9)]).arguments(), out=np.empty((1, 16), np.int32))  # fmt: skip
     arguments = random_inputs([(0, 101)]).arguments()
     expect("k: expected 100 keys a query at most, as planned, got 101", plan.run, **arguments)
     arguments = random_inputs([(0, 9)] * 3).arguments()

@@ -69,6 +69,8 @@ def test_gradients_do_not_flow() -> None:
         ("ks", lambda ks: ks.long(), "ks: expected int32, got int64"),
         ("q", lambda q: q[:1].expand(q.shape), "q: expected a stride above 0"),
         ("k", lambda k: k.t().contiguous().t(), "k: expected a contiguous last dimension"),
+        ("w", lambda w: w.numpy(), "w: expected a torch.Tensor, got ndarray"),
+        ("ks", lambda ks: None, "ks: expected a torch.Tensor, got NoneType"),
     ],
 )
 def test_refuses(name: str, change: Callable, message: str) -> None:

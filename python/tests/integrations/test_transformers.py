@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers.models.deepseek_v32")
-pytest.importorskip("transformers.models.glm_moe_dsa")
+pytest.importorskip("transformers", minversion="5.24")
 
 from safetensors.torch import load_file  # noqa: E402
 from transformers import (  # noqa: E402
