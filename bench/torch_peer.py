@@ -1,4 +1,4 @@
-"""PyTorch on the CPU as a peer: the same dense step and the same routed step, written the plain way.
+"""PyTorch on the CPU as a peer: the same dense step and the same routed step, written plainly.
 
 Run beside misa_bench, on the same machine; prints medians. Needs torch; nothing else uses it.
 """
@@ -52,7 +52,8 @@ def main():
         "dense step": lambda: dense_scores(q, w, k).topk(args.top_k, dim=1),
     }
     medians = {name: median_seconds(step, args.runs) * 1e3 for name, step in steps.items()}
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "ms": medians}))
+    threads = torch.get_num_threads()
+    print(json.dumps({"torch": torch.__version__, "threads": threads, "ms": medians}))
 
 
 if __name__ == "__main__":
