@@ -68,6 +68,10 @@ def _checked_config(config: Config) -> Config:
     return config
 
 
+def _returned(like: Array, out: Selected) -> Selected:
+    return Selected(*(_arrays.returned(like, array) for array in out))
+
+
 def select(
     q: Array,
     w: Array,
@@ -111,10 +115,9 @@ def select(
         from . import torch_ops
 
         return torch_ops.select(q, w, k, ks, ke, k_scale, config, *options)
-    return select_into(
-        empty_selected(q, config, scores, heads, residual),
-        q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap,
-    )  # fmt: skip
+    out = empty_selected(q, config, scores, heads, residual)
+    select_into(out, q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap)
+    return _returned(q, out)
 
 
 def select_into(
@@ -184,10 +187,9 @@ def select_paged(
         from . import torch_ops
 
         return torch_ops.select_paged(*arrays, page_sums, next_n, config, *options)
-    return select_paged_into(
-        empty_selected(q, config, scores, heads, residual),
-        *arrays, page_sums, next_n, config, backend, threads, workspace_cap,
-    )  # fmt: skip
+    out = empty_selected(q, config, scores, heads, residual)
+    select_paged_into(out, *arrays, page_sums, next_n, config, backend, threads, workspace_cap)
+    return _returned(q, out)
 
 
 def select_paged_into(
@@ -351,7 +353,8 @@ class Plan:
         workspace: uint8 [workspace_bytes or more], aligned to 64 bytes, on CUDA to 256.
         """
         _checked_queries(q)
-        if out is None:
+        made = out is None
+        if made:
             out = empty_selected(q, self.config, False, False, False)
         elif not isinstance(out, Selected):
             raise ValueError(f"out: expected a misa.Selected, got {type(out).__name__}")
@@ -359,7 +362,7 @@ class Plan:
             return run_on_device(self._plan, q, w, k, ks, ke, k_scale, out, workspace)
         arrays = [_arrays.bits(array) for array in (q, w, k, ks, ke, k_scale)]
         self._plan.run(*arrays, *out, workspace)
-        return out
+        return _returned(q, out) if made else out
 
 
 @lru_cache(maxsize=256)

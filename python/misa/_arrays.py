@@ -1,6 +1,6 @@
 """What is particular to a framework: element types, bits, empty arrays, streams.
 
-NumPy, PyTorch and CuPy are known.
+NumPy, PyTorch, CuPy and, in host memory, JAX are known.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 Array = Any
-"""An array of NumPy, PyTorch or CuPy."""
+"""An array of NumPy, PyTorch, CuPy or JAX."""
 
 _DTYPES = {
     "float32": "f32",
@@ -27,6 +27,10 @@ def is_torch(array: Array) -> bool:
     """Whether it is a tensor of PyTorch, which is not imported for the question."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _framework(array: Array) -> str:
+    return type(array).__module__.partition(".")[0]
 
 
 def dtype_name(name: str, dtype: Any) -> str:
@@ -85,18 +89,35 @@ def cuda_device(name: str, array: Array) -> int | None:
 
 
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
-    """An uninitialised array of ``like``'s framework and device; dtype is a name, e.g. "int32"."""
-    if isinstance(like, np.ndarray):
+    """An uninitialised array of ``like``'s framework and device; dtype is a name, e.g. "int32".
+    JAX's arrays cannot be written: NumPy's stand in for them, see :func:`returned`."""
+    if isinstance(like, np.ndarray) or _is_host_jax(like):
         return np.empty(shape, dtype)
     if is_torch(like):
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    if type(like).__module__.partition(".")[0] != "cupy":
-        raise ValueError(f"q: expected an array of NumPy, PyTorch or CuPy, got {type(like)}")
+    if _framework(like) != "cupy":
+        raise ValueError(
+            "q: expected an array of NumPy, PyTorch or CuPy, or of JAX in host memory, "
+            f"got {type(like)}"
+        )
     import cupy
 
     return cupy.empty(shape, dtype)
+
+
+def _is_host_jax(array: Array) -> bool:
+    return _framework(array) == "jaxlib" and cuda_device("q", array) is None
+
+
+def returned(like: Array, array: Array) -> Array:
+    """An array made by :func:`empty`, as ``like``'s framework has it."""
+    if array is None or not _is_host_jax(like):
+        return array
+    import jax
+
+    return jax.numpy.asarray(array)
 
 
 _LEGACY_STREAM = 1  # what DLPack calls CUDA's default stream

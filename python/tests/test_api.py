@@ -98,6 +98,23 @@ def test_bits(dtype: str) -> None:
     assert np.array_equal(got.scores, want.scores)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "e4m3"])
+def test_jax(dtype: str) -> None:
+    """Arrays of JAX in host memory give what NumPy's give, as arrays of JAX."""
+    jax = pytest.importorskip("jax")
+    inputs = random_inputs(PACK, dtype=dtype)
+    want = misa.select(**inputs.arguments(), config=CONFIG, scores=True)
+    with jax.default_device(jax.devices("cpu")[0]):
+        arrays = {
+            name: None if array is None else jax.numpy.asarray(array)
+            for name, array in inputs.arguments().items()
+        }
+        got = misa.select(**arrays, config=CONFIG, scores=True)
+    assert isinstance(got.indices, jax.Array) and got.heads is None
+    assert np.array_equal(got.indices, want.indices)
+    assert np.array_equal(got.scores, want.scores)
+
+
 def test_optional_outputs() -> None:
     inputs = random_inputs(PACK)
     got = misa.select(**inputs.arguments(), config=CONFIG)

@@ -16,6 +16,4 @@ def test_example(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert [example.read_text().split('"""\n\n', 1)[1]] == blocks
     runpy.run_path(str(example))
-    assert re.fullmatch(
-        r"query 0 attends to positions \d+ \.\.\. \d+\n", capsys.readouterr().out
-    )
+    assert re.fullmatch(r"query 0 attends to positions \d+ \.\.\. \d+\n", capsys.readouterr().out)
