@@ -1,6 +1,7 @@
 // Sizes of the router's kernels, and their shared memory: the launchers take its size from here.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -54,11 +55,15 @@ static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 3>) + 1024) <= 228 * 1024)
 static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 2>) + 1024) <= 228 * 1024);
 static_assert(sizeof(MeansShared<128, 3>) <= 99 * 1024);
 
-// Sampled routing: a block serves up to 16 consecutive queries, fewer where there are not enough
-// queries for two blocks an SM. 2048 queries are 256 blocks, one wave on 132 SMs.
+// A block serves up to 16 consecutive queries, fewer where there are not enough for the blocks that
+// the device holds at a time. 2048 queries are one wave on 132 SMs.
 inline constexpr int kQueries = 16;
 
-// The fixed part of what sampled routing holds; the sampled keys follow it, part by part.
+constexpr int queries_of_block(std::int64_t tokens, std::int64_t blocks) {
+  return static_cast<int>(std::clamp<std::int64_t>((tokens + blocks - 1) / blocks, 1, kQueries));
+}
+
+// Sampled routing: the fixed part of what it holds; the sampled keys follow it, part by part.
 struct SampleShared {
   float value[kQueries][kMaxHeads];        // what a head is worth
   float coefficient[kQueries][kMaxHeads];  // w_j p_j

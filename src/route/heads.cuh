@@ -30,16 +30,27 @@ struct HeadRows {
 
   // Heads `first` … of query t; those beyond H are zero.
   __device__ void load(const Queries& q, std::int64_t t, int first) {
+    Raw raw;
+    fetch(q, t, first, raw);
+    take(raw);
+  }
+
+  // The same in two steps: what a lane holds as it lies in memory, and its conversion.
+  using Raw = Elements<type, dim / 4>[tiles][2];
+
+  __device__ static void fetch(const Queries& q, std::int64_t t, int first, Raw& raw) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    Elements<type, dim / 4> elements[tiles][2];
 #pragma unroll
     for (int i = 0; i < tiles * 2; ++i) {
       const int head = first + i * 8 + lane / 4;
-      elements[i / 2][i % 2].clear();
+      raw[i / 2][i % 2].clear();
       if (head < q.heads) {
-        elements[i / 2][i % 2].load(head_row(q, t, head), lane % 4 * (dim / 4));
+        raw[i / 2][i % 2].load(head_row(q, t, head), lane % 4 * (dim / 4));
       }
     }
+  }
+
+  __device__ void take(const Raw& raw) {
 #pragma unroll
     for (int i = 0; i < tiles * 2; ++i) {
 #pragma unroll
@@ -48,9 +59,9 @@ struct HeadRows {
         for (int part = 0; part < kParts<type>; ++part) {
           std::uint32_t pairs[2];
           if constexpr (fp16) {
-            elements[i / 2][i % 2].fp16(s, pairs);
+            raw[i / 2][i % 2].fp16(s, pairs);
           } else {
-            elements[i / 2][i % 2].parts(s, part, pairs);
+            raw[i / 2][i % 2].parts(s, part, pairs);
           }
           a[part][i / 2][s][i % 2] = pairs[0];
           a[part][i / 2][s][2 + i % 2] = pairs[1];

@@ -10,10 +10,11 @@
 //  4. Energies: max(0, x) is summed over blocks, a lane two columns in eight, then over the four
 //     lanes of a head; the query's own block comes last.
 //     Scores: weighted and summed over the lane's heads, over the eight lanes of a block, then over
-//     the query's warps (on Hopper see sm90_scores.cu).
+//     the query's warps.
 //  5. |w| multiplies the energies and a warp chooses the query's heads.
 //
-// So the order of every sum follows from the query's own blocks and heads.
+// So the order of every sum follows from the query's own blocks and heads. On Hopper e4m3 heads are
+// judged by sm90_pooled.cu and blocks by sm90_scores.cu.
 #include <cuda_runtime.h>
 
 #include "cuda/launch.cuh"
@@ -22,6 +23,8 @@
 #include "route/generic_config.cuh"
 #include "route/heads.cuh"
 #include "route/means.hpp"
+#include "route/own.cuh"
+#include "route/sm90_pooled.hpp"
 #include "route/sm90_scores.hpp"
 
 namespace misa::cuda::route {
@@ -164,30 +167,6 @@ __device__ void load_weights(float (&weights)[kWarpHeads], const Weights& w, int
   }
 }
 
-// Stores the mean of the block that query t stands in as an operand row; returns its factor.
-template <bool fp16, int dim>
-__device__ float store_own(const pool::Means& means, std::int64_t t,
-                           std::uint16_t (&row)[pool::kMeanParts<fp16>][dim]) {
-  const int d = static_cast<int>(threadIdx.x) % 32 * 4 % dim;  // where D = 64, halves do the same
-  const float4 four = *reinterpret_cast<const float4*>(means.own + t * dim + d);
-  const float mean[4] = {four.x, four.y, four.z, four.w};
-  float scale = 1;
-  if constexpr (fp16) {
-    float largest = 0;
-#pragma unroll
-    for (const float element : mean) {
-      largest = fmaxf(largest, fabsf(element));
-    }
-    // As if it were a key's largest. Floats of one sign have the order of their bits.
-    scale = pool::fp16_scale(__reduce_max_sync(kWarp, __float_as_uint(largest / kE4m3Max)));
-  }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    pool::store_mean<fp16>(mean[e], scale, d + e, dim, row[0], dim);
-  }
-  return 1 / scale;
-}
-
 // Step 4's end: the query's own block, the sums over lanes and the weights.
 template <int parts, DType type, bool fp16, int dim>
 __device__ void write_energies(const std::uint16_t (&own)[parts][dim], float own_factor,
@@ -246,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     if constexpr (judge == Judge::heads) {
       load_weights(shared.weights[warp], problem.w, heads, task);
       if (range.length % arguments.means.block != 0) {
-        own_factor = store_own<fp16>(arguments.means, task.t, shared.own[warp]);
+        own_factor = store_own<fp16>(load_own<dim>(arguments.means, task.t), shared.own[warp]);
       }
     } else {
 #pragma unroll
@@ -361,6 +340,10 @@ void launch(const Arguments& arguments, cudaStream_t stream) {
 
 void launch_pooled(const Problem& problem, const pool::Means& means, std::int32_t count,
                    std::int32_t* heads, cudaStream_t stream) {
+  if (takes_sm90(problem)) {
+    launch_pooled_sm90(problem, means, count, heads, stream);
+    return;
+  }
   launch<Judge::heads>({problem, means, count, heads, nullptr, 0}, stream);
 }
 

@@ -10,7 +10,7 @@
 
 namespace misa::cuda::route {
 
-// Whether the current device and the problem are those that the kernel is for.
+// Whether the current device and the problem are those that the kernels of sm90* are for.
 bool takes_sm90(const Problem& problem);
 
 // As launch_block_scores.

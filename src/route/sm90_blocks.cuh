@@ -1,0 +1,163 @@
+// Heads of queries times block means or sampled keys on Hopper: e4m3 queries and keys, D = 128, at
+// most 64 heads. A warpgroup has a query's heads in registers, in fp16; a block of threads, four of
+// them, shares the means of blocks of one sequence, tile by tile, or its sampled keys.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/problem.hpp"
+#include "device/shared.cuh"
+#include "device/wgmma.cuh"
+#include "pool/means.cuh"
+#include "route/heads.cuh"
+
+namespace misa::cuda::route {
+
+inline constexpr int kDim = 128;
+inline constexpr int kMaxRows = 64;  // rows of a product
+
+inline constexpr int kGroupWarps = 4;
+inline constexpr int kGroupThreads = kGroupWarps * 32;
+// As an SM's registers allow: a thread has 32 of operands and up to 64 of sums.
+inline constexpr int kGroups = 4;
+inline constexpr int kGroupsWarps = kGroups * kGroupWarps;
+inline constexpr int kGroupsThreads = kGroups * kGroupThreads;
+
+// A tile is cut along D into rows of 128 bytes, as products read it.
+inline constexpr int kHalves = 2;
+inline constexpr int kRowBytes = kDim / kHalves * 2;
+inline constexpr int kRowChunks = kRowBytes / 16;
+
+// 16 heads a warp.
+using Heads = HeadRows<DType::e4m3, true, kDim, 1>;
+
+// Tiles in shared memory: while one is multiplied the next one arrives.
+template <int blocks>
+struct BlockTiles {
+  alignas(1024) std::uint8_t rows[2][pool::kFp16Parts][kHalves][blocks][kRowBytes];
+  alignas(16) std::uint16_t computed[kGroupsWarps][pool::kFp16Parts][kDim];
+  float factors[2][blocks];
+};
+
+// D[64, N] (+)= A[64, 16] B[N, 16]^T in fp16 with fp32 sums, A in registers as mma_fp16 has it: 16
+// rows a warp.
+template <int columns>
+__device__ void wgmma_fp16(float (&d)[columns / 2], const std::uint32_t (&a)[4], std::uint64_t b,
+                           bool add);
+
+#define MISA_D8(i)                                                                    \
+  "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]), \
+      "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
+
+template <>
+__device__ inline void wgmma_fp16<64>(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b,
+                                      bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"
+      : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+
+template <>
+__device__ inline void wgmma_fp16<128>(float (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b,
+                                       bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}\n"
+      : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24), MISA_D8(32), MISA_D8(40), MISA_D8(48),
+        MISA_D8(56)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+
+#undef MISA_D8
+
+// Starts copies of blocks first … first + count - 1 of the sequence that starts at `start`, a warp
+// a row and a lane 16 bytes of it. A row of the pool's table that holds another sequence's block is
+// computed.
+template <int blocks>
+__device__ void load_tile(BlockTiles<blocks>& tiles, int buffer, const Keys& keys,
+                          const pool::Means& means, std::int32_t start, std::int32_t first,
+                          int count) {
+  constexpr int kRows = blocks / kGroupsWarps;  // of a warp
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int part = lane / (kHalves * kRowChunks);
+  const int half = lane / kRowChunks % kHalves;
+  const int chunk = lane % kRowChunks;
+  const std::int64_t row0 = std::int64_t{start} / means.block + first;
+
+  // Lane l asks for the warp's row l.
+  const int asked = warp + lane * kGroupsWarps;
+  const std::int64_t asked_row = row0 + asked;
+  const bool wanted = lane < kRows && asked < count;
+  const bool listed = wanted && asked_row < means.capacity && means.starts[asked_row] == start;
+  if (listed) {
+    tiles.factors[buffer][asked] = means.factors[asked_row];
+  }
+  const std::uint32_t copied = __ballot_sync(kWarp, listed);
+  const std::uint32_t there = __ballot_sync(kWarp, wanted);
+#pragma unroll 1
+  for (int i = 0; i < kRows && (there >> i & 1) != 0; ++i) {
+    const int row = warp + i * kGroupsWarps;
+    std::uint8_t* const place =
+        tiles.rows[buffer][part][half][row] + (chunk ^ row % kRowChunks) * 16;
+    if ((copied >> i & 1) != 0) {
+      copy_16(place, means.blocks + ((row0 + row) * 32 + lane) * 8);
+      continue;
+    }
+    const float factor =
+        pool::write_mean<true>(keys, means, start + std::int64_t{first + row} * means.block,
+                               tiles.computed[warp][0], kDim);
+    __syncwarp();
+    *reinterpret_cast<uint4*>(place) =
+        *reinterpret_cast<const uint4*>(&tiles.computed[warp][0][lane * 8]);
+    if (lane == 0) {
+      tiles.factors[buffer][row] = factor;
+    }
+    __syncwarp();
+  }
+}
+
+// Starts x (+)= heads . rows of a tile in fp16.
+template <int columns>
+__device__ void start_product(const std::uint8_t (&rows)[kHalves][columns][kRowBytes],
+                              const Heads& heads, bool add, float (&x)[columns / 2]) {
+  constexpr int kSteps = kDim / kStep;
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    wgmma_fp16<columns>(x, heads.a[0][0][s],
+                        swizzled_tile(rows[s / (kSteps / kHalves)]) + 2 * (s % (kSteps / kHalves)),
+                        add || s > 0);
+  }
+}
+
+// Ends products started since wgmma_fence.
+template <int count>
+__device__ void end_products(float (&x)[count]) {
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_pin(x);
+}
+
+// x = heads . means of a tile, the low parts of the means first.
+template <int blocks>
+__device__ void multiply(const BlockTiles<blocks>& tiles, int buffer, const Heads& heads,
+                         float (&x)[blocks / 2]) {
+  wgmma_fence();
+#pragma unroll
+  for (int part = pool::kFp16Parts - 1; part >= 0; --part) {
+    start_product(tiles.rows[buffer][part], heads, part < pool::kFp16Parts - 1, x);
+  }
+  end_products(x);
+}
+
+}  // namespace misa::cuda::route

@@ -1,0 +1,210 @@
+// The pooled router on Hopper: e4m3 queries and keys, D = 128, at most 64 heads. A block of threads
+// serves up to 16 consecutive queries, four at a time, a warpgroup each.
+//
+//  1. Lane l of every warp knows what query l sees. Warp i makes the mean of the block that query i
+//     stands in an operand, and fetches that query's weights.
+//  2. Queries whose keys start at the same one share the means of whole blocks, in tiles. Up to two
+//     tiles are loaded once, and from then on warpgroups do not wait for each other; more of them
+//     pass by for every four queries.
+//  3. The query's heads are operands in registers, in fp16; those of the warpgroup's next query are
+//     fetched meanwhile.
+//  4. x = q . mean for all heads and a tile's blocks. max(0, x) is summed over blocks, a lane two
+//     columns in eight, then over the four lanes of a head. The query's own block comes last, as a
+//     product of mma.sync all columns of which are its mean.
+//  5. When all queries are done, |w| multiplies the energies and warp i chooses heads for query i.
+//
+// So the order of every sum follows from the query's own blocks.
+#include <cuda_runtime.h>
+
+#include <cuda/ptx>
+
+#include "cuda/launch.cuh"
+#include "cuda/range.cuh"
+#include "device/mma.cuh"
+#include "device/shared.cuh"
+#include "route/heads.cuh"
+#include "route/own.cuh"
+#include "route/sm90_blocks.cuh"
+#include "route/sm90_pooled.hpp"
+
+namespace misa::cuda::route {
+namespace {
+
+namespace ptx = ::cuda::ptx;
+
+// Blocks of a tile: columns of a product. 64 of 1024 positions are 64K keys; two tiles 128K.
+constexpr int kBlocks = 64;
+
+static_assert(kQueries <= kGroupsWarps);  // steps 1 and 5
+static_assert(kQueries + kGroups <= 32);  // there is a lane for every query, and one without
+
+struct Shared {
+  BlockTiles<kBlocks> tiles;
+  alignas(16) std::uint16_t own[kQueries][pool::kFp16Parts][kDim];
+  float own_factors[kQueries];  // 0: the query stands in no block
+  float energies[kQueries][kMaxRows];
+};
+
+struct Arguments {
+  Problem problem;
+  pool::Means means;
+  int queries;          // of a block of threads
+  std::int32_t count;   // heads wanted
+  std::int32_t* heads;  // [T, count]
+};
+
+// Step 4's sums over the first `count` blocks of a tile.
+__device__ void add_energies(const float (&x)[kBlocks / 2], const float (&factors)[kBlocks],
+                             int count, float (&energy)[2]) {
+  const int c = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int j = 0; j < kBlocks / 8; ++j) {
+    const int block = 8 * j + 2 * c;
+    const float2 factor = *reinterpret_cast<const float2*>(&factors[block]);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (block + e < count) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          energy[half] = __fmaf_rn(max_nan(x[4 * j + 2 * half + e], 0),
+                                   e == 0 ? factor.x : factor.y, energy[half]);
+        }
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kGroupsThreads, 1)
+    pooled_kernel(const __grid_constant__ Arguments arguments) {
+  begin_kernel();
+  extern __shared__ __align__(1024) std::byte memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  const Problem& problem = arguments.problem;
+  const pool::Means& means = arguments.means;
+  const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
+  const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
+  // The same for a whole warp, and the compiler is to know it.
+  const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int group = warp / kGroupWarps;
+  const int first_head = warp % kGroupWarps * kTileHeads;
+
+  Heads::Raw next = {};
+  if (group < queries) {
+    Heads::fetch(problem.q, t0 + group, first_head, next);
+  }
+  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};  // step 1
+  const std::int32_t blocks = range.length / means.block;
+  const std::uint32_t standing = __ballot_sync(kWarp, range.length != blocks * means.block);
+  float weights[2] = {};  // of heads `lane` and `lane` + 32
+  if (warp < queries) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int head = 32 * i + lane;
+      weights[i] =
+          head < problem.q.heads ? problem.w.data[(t0 + warp) * problem.w.token_stride + head] : 0;
+    }
+    float factor = 0;
+    if ((standing >> warp & 1) != 0) {
+      factor = store_own<true>(load_own<kDim>(means, t0 + warp), shared.own[warp]);
+    }
+    if (lane == 0) {
+      shared.own_factors[warp] = factor;
+    }
+  }
+  __syncthreads();
+
+  for (int first = 0, end = 0; first < queries; first = end) {
+    const std::int32_t start = __shfl_sync(kWarp, range.start, first);
+    const std::uint32_t others = __ballot_sync(kWarp, range.start != start);
+    end = first + __ffs(static_cast<int>(others >> first)) - 1;
+    const bool listed = first <= lane && lane < end;
+    const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
+    const bool passing = whole > 2 * kBlocks;
+    for (int round = first; round < end; round += kGroups) {
+      const bool loading = passing || round == first;
+      const int slot = round + group;
+      const std::int32_t length = __shfl_sync(kWarp, range.length, slot);
+      const std::int32_t own_whole = __shfl_sync(kWarp, blocks, slot);
+      const bool working = slot < end && length > 0;
+      Heads heads;  // step 3
+      heads.take(next);
+      const int next_slot = min(round + kGroups, end) + group;
+      if (next_slot < queries) {
+        Heads::fetch(problem.q, t0 + next_slot, first_head, next);
+      }
+
+      float energy[2] = {};
+      for (std::int32_t tile = loading ? -kBlocks : 0; tile < whole; tile += kBlocks) {
+        if (loading) {
+          const std::int32_t behind = tile + kBlocks;
+          if (behind < whole) {
+            load_tile(shared.tiles, behind / kBlocks % 2, problem.k, means, start, behind,
+                      min(kBlocks, whole - behind));
+          }
+          commit_copies();
+          if (tile < 0) {
+            continue;
+          }
+          wait_for_copies<1>();
+          ptx::fence_proxy_async(ptx::space_shared);
+          __syncthreads();
+        }
+        const int buffer = tile / kBlocks % 2;
+        const int count = working ? min(kBlocks, own_whole - tile) : 0;
+        if (count > 0) {
+          float x[kBlocks / 2];
+          multiply(shared.tiles, buffer, heads, x);
+          add_energies(x, shared.tiles.factors[buffer], count, energy);
+        }
+        if (passing) {
+          __syncthreads();
+        }
+      }
+
+      if (working) {
+        const float factor = shared.own_factors[slot];
+        float x[1][1][4] = {};
+        if (factor != 0) {
+          add_products<pool::kFp16Parts>(heads, shared.own[slot][0], 0, kDim, x);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float sum =
+              __fmaf_rn(max_nan(x[0][0][2 * half], 0), factor, sum_of_four(energy[half]));
+          if (lane % 4 == 0) {
+            shared.energies[slot][first_head + half * 8 + lane / 4] = sum;
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  if (warp < queries) {  // step 5
+    std::int32_t* out = arguments.heads + (t0 + warp) * arguments.count;
+    if (__shfl_sync(kWarp, range.length, warp) > 0) {
+      choose_heads(
+          static_cast<int>(problem.q.heads), arguments.count,
+          [&](int j) { return fabsf(j < 32 ? weights[0] : weights[1]) * shared.energies[warp][j]; },
+          out, nullptr);
+    } else {
+      for (int i = lane; i < arguments.count; i += 32) {
+        out[i] = -1;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void launch_pooled_sm90(const Problem& problem, const pool::Means& means, std::int32_t count,
+                        std::int32_t* heads, cudaStream_t stream) {
+  const int queries =
+      queries_of_block(problem.q.tokens, device_attribute(cudaDevAttrMultiProcessorCount));
+  const auto blocks = static_cast<unsigned>((problem.q.tokens + queries - 1) / queries);
+  launch_kernel("pooled routing", pooled_kernel, dim3(blocks), kGroupsThreads, sizeof(Shared),
+                stream, Arguments{problem, means, queries, count, heads});
+}
+
+}  // namespace misa::cuda::route

@@ -1,0 +1,169 @@
+// Sampled routing on Hopper: e4m3 queries and keys, D = 128, at most 64 heads. A block of threads
+// serves up to 16 consecutive queries, four at a time, a warpgroup each. The steps are those of
+// sampled.cu, with these differences:
+//
+//  1. Lane l of every warp knows what query l sees, hence its grid. The sampled keys are a tile of
+//     wgmma in fp16; once it is there, warpgroups do not wait for each other.
+//  2. A product of wgmma has all heads and samples of a query; a lane holds what mma.sync would
+//  give
+//     it. The heads of the warpgroup's next query are fetched while this one's are fitted.
+#include <cuda_runtime.h>
+
+#include <cuda/ptx>
+
+#include "cuda/launch.cuh"
+#include "cuda/range.cuh"
+#include "route/heads.cuh"
+#include "route/sampled.cuh"
+#include "route/sm90_blocks.cuh"
+#include "route/sm90_sampled.hpp"
+
+namespace misa::cuda::route {
+namespace {
+
+namespace ptx = ::cuda::ptx;
+
+constexpr int kSamples = static_cast<int>(kMaxSamples);
+
+static_assert(kQueries + kGroups <= 32);  // there is a lane for every query, and one without
+
+struct Shared {
+  alignas(1024) std::uint8_t rows[kHalves][kSamples][kRowBytes];
+  SampleShared samples;
+};
+
+// Step 1. A lane has 16 bytes of a key.
+__device__ void load_samples(Shared& shared, const Keys& keys, std::int32_t start, int shift,
+                             int count) {
+  constexpr int kLanes = kDim / 16;  // of a key
+  constexpr int kKeys = kGroupsThreads / kLanes;
+  constexpr int kTimes = kSamples / kKeys;
+  static_assert(kKeys % kRowChunks == 0);  // a thread's rows are swizzled alike
+  int thread = static_cast<int>(threadIdx.x);
+  // Addresses are worked out anew each time: kept, they would take registers of products.
+  asm volatile("" : "+r"(thread));
+  const int first = thread / kLanes;
+  const int piece = thread % kLanes;
+  Elements<DType::e4m3, 16> elements[kTimes];
+  float scale[kTimes];
+#pragma unroll
+  for (int i = 0; i < kTimes; ++i) {
+    const int sample = first + i * kKeys;
+    elements[i].clear();
+    scale[i] = 0;
+    if (sample < count) {
+      const std::int64_t token = start + (std::int64_t{sample} << shift);
+      elements[i].load(static_cast<const std::byte*>(keys.data) + token * keys.stride, piece * 16);
+      scale[i] = __ldg(keys.scale + token);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTimes; ++i) {
+    const int sample = first + i * kKeys;
+    float squares = 0;
+#pragma unroll
+    for (int four = 0; four < 4; ++four) {
+      float value[4];
+      elements[i].floats(four, value);
+#pragma unroll
+      for (const float element : value) {
+        const float scaled = scale[i] * element;
+        squares = __fmaf_rn(scaled, scaled, squares);
+      }
+      std::uint32_t pairs[2];
+      elements[i].fp16(four, pairs);
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {  // where operand_place has them
+        std::uint8_t* const row = shared.rows[piece % kHalves][sample] + piece / kHalves * 4;
+        const int chunk = 2 * four + p;
+        *reinterpret_cast<std::uint32_t*>(row + (chunk ^ first % kRowChunks) * 16) = pairs[p];
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      squares += __shfl_xor_sync(kWarp, squares, step);
+    }
+    if (piece == 0) {
+      shared.samples.scale[sample] = scale[i];
+      shared.samples.squares[sample] = squares;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kGroupsThreads, 1)
+    sampled_kernel(const __grid_constant__ SampledArguments arguments) {
+  begin_kernel();
+  extern __shared__ __align__(1024) std::byte memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  const Problem& problem = arguments.problem;
+  const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
+  const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
+  // The same for a whole warp, and the compiler is to know it.
+  const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int group = warp / kGroupWarps;
+  const int first_head = warp % kGroupWarps * kTileHeads;
+
+  Heads::Raw next = {};
+  if (group < queries) {
+    Heads::fetch(problem.q, t0 + group, first_head, next);
+  }
+  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};
+  const Grid grid(range);
+  for (int first = 0, end = 0; first < queries; first = end) {
+    const std::int32_t start = __shfl_sync(kWarp, grid.start, first);
+    const int shift = __shfl_sync(kWarp, grid.shift, first);
+    const std::uint32_t others = __ballot_sync(kWarp, grid.start != start || grid.shift != shift);
+    end = first + __ffs(static_cast<int>(others >> first)) - 1;
+    const bool listed = first <= lane && lane < end;
+    load_samples(shared, problem.k, start, shift,
+                 __reduce_max_sync(kWarp, listed ? grid.count : 0));
+    ptx::fence_proxy_async(ptx::space_shared);
+    __syncthreads();
+    for (int round = first; round < end; round += kGroups) {
+      const int slot = round + group;
+      const int count = __shfl_sync(kWarp, grid.count, slot);
+      const Range own_range{start, __shfl_sync(kWarp, range.length, slot)};
+      const bool working = slot < end && count > 0;
+      Heads heads;
+      heads.take(next);
+      float own[2] = {};
+      float weight[2] = {};
+      Products x;
+      if (working) {
+        load_weights(problem, t0 + slot, first_head, weight);
+        judge_alone(arguments, heads, own_range, own);
+        wgmma_fence();
+        start_product(shared.rows, heads, false, x);
+        end_products(x);
+      }
+      const int next_slot = min(round + kGroups, end) + group;
+      if (next_slot < queries) {
+        Heads::fetch(problem.q, t0 + next_slot, first_head, next);
+      }
+      if (working) {
+        scale_products(shared.samples, count, x);
+        const Fit result = fit(x, count, arguments.router != Router::dispersion);
+        write_values(shared.samples, arguments, slot, first_head, result,
+                     entry_rms(shared.samples, count, kDim), own, weight);
+      }
+    }
+    __syncthreads();
+  }
+
+  for (int slot = warp; slot < queries; slot += kGroupsWarps) {
+    finish<DType::e4m3, kDim>(shared.samples, arguments, t0 + slot, slot);
+  }
+}
+
+}  // namespace
+
+void launch_sampled_sm90(SampledArguments arguments, cudaStream_t stream) {
+  const std::int64_t tokens = arguments.problem.q.tokens;
+  arguments.queries = queries_of_block(tokens, device_attribute(cudaDevAttrMultiProcessorCount));
+  const auto blocks = static_cast<unsigned>((tokens + arguments.queries - 1) / arguments.queries);
+  launch_kernel("sampled routing", sampled_kernel, dim3(blocks), kGroupsThreads, sizeof(Shared),
+                stream, arguments);
+}
+
+}  // namespace misa::cuda::route

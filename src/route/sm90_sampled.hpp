@@ -1,0 +1,13 @@
+// Sampled routing on Hopper.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace misa::cuda::route {
+
+struct SampledArguments;
+
+// As launch_sampled, for what takes_sm90 where fits are asked for.
+void launch_sampled_sm90(SampledArguments arguments, cudaStream_t stream);
+
+}  // namespace misa::cuda::route
