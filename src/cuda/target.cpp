@@ -57,7 +57,7 @@ Device device_of(const Target& target) {
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
-  return {target.fused, processors};
+  return {target.hopper, processors};
 }
 
 }  // namespace misa::cuda

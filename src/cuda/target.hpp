@@ -13,7 +13,7 @@ struct Target {
   int priority;
   int least_capability;  // 10 * major + minor
   int most_capability;
-  bool fused;  // has the kernels of src/fused
+  bool hopper;  // has the kernels for Hopper (sm90*)
 };
 
 // By falling priority.
@@ -24,7 +24,7 @@ bool available(const Target& target);
 
 // What a plan has to know of a device.
 struct Device {
-  bool fused;
+  bool hopper;
   int processors;
 };
 

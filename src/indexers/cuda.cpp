@@ -94,7 +94,7 @@ struct Needs {
     heads = routed ? config.heads : all;
     keep = reranked ? config.candidates : config.top_k;
     // Those kernels have bits of their own: whether they score must not hang on lengths.
-    const bool takes = device.fused && shape.q_dtype == DType::e4m3 &&
+    const bool takes = device.hopper && shape.q_dtype == DType::e4m3 &&
                        shape.k_dtype == DType::e4m3 && shape.dim == fused::kDim;
     fp8 = takes && heads + linear <= fused::kMaxRows;
     fused = fp8 && !filtered;
@@ -268,12 +268,12 @@ class Slab {
     memory_.routing.residual = residual != nullptr ? residual : memory_.routing.residual;
     if (needs_.routed || heads != nullptr || residual != nullptr) {
       stages_.enter("route");
-      route::launch(problem_, config_, memory_.routing, memory_.route, stream_);
+      route::launch(problem_, config_, device_, memory_.routing, memory_.route, stream_);
     }
     Columns columns{nullptr, 0, 1};
     if (needs_.filtered) {
       stages_.enter("filter");
-      filter::launch(problem_, config_, memory_.blocks, memory_.filter, stream_);
+      filter::launch(problem_, config_, device_, memory_.blocks, memory_.filter, stream_);
       columns = {memory_.blocks, config_.filter_blocks, config_.filter_block};
     }
     // A row that is selected whole is scored only to report its scores.

@@ -139,8 +139,8 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape,
          pool::workspace_bytes(shape, total_keys, config.filter_block, false);
 }
 
-void launch(const Problem& problem, const IndexerConfig& config, std::int32_t* blocks,
-            std::span<std::byte> workspace, cudaStream_t stream) {
+void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+            std::int32_t* blocks, std::span<std::byte> workspace, cudaStream_t stream) {
   if (problem.q.tokens == 0) {
     return;
   }
@@ -149,7 +149,7 @@ void launch(const Problem& problem, const IndexerConfig& config, std::int32_t* b
   auto* scores = reinterpret_cast<float*>(workspace.data());
   const pool::Means means =
       pool::launch(problem, config.filter_block, false, workspace.subspan(bytes), stream);
-  route::launch_block_scores(problem, means, scores, stride, stream);
+  route::launch_block_scores(problem, device, means, scores, stride, stream);
   const auto grid = static_cast<unsigned>((problem.q.tokens + kWarps - 1) / kWarps);
   launch_kernel("block filter", filter_kernel, dim3(grid), kThreads, 0, stream,
                 Arguments{problem.k, problem.q.tokens, scores, stride, config.filter_block,

@@ -13,17 +13,17 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape,
              : 0;
 }
 
-void launch(const Problem& problem, const IndexerConfig& config, const Routing& out,
-            std::span<std::byte> workspace, cudaStream_t stream) {
+void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+            const Routing& out, std::span<std::byte> workspace, cudaStream_t stream) {
   if (problem.q.tokens == 0) {
     return;
   }
   if (config.router == Router::pooled) {
     const pool::Means means = pool::launch(problem, config.block, true, workspace, stream);
-    launch_pooled(problem, means, config.heads, out.heads, stream);
+    launch_pooled(problem, device, means, config.heads, out.heads, stream);
   }
   if (config.router != Router::pooled || config.residual) {
-    launch_sampled(problem, config, out, stream);
+    launch_sampled(problem, config, device, out, stream);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <span>
 
 #include "cuda/problem.hpp"
+#include "cuda/target.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa::cuda::route {
@@ -19,8 +20,8 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape,
 
 // Fills `out`: the active heads of every query, and its residual row if the configuration has one.
 // The router is any but `all`.
-void launch(const Problem& problem, const IndexerConfig& config, const Routing& out,
-            std::span<std::byte> workspace, cudaStream_t stream);
+void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+            const Routing& out, std::span<std::byte> workspace, cudaStream_t stream);
 
 }  // namespace misa::cuda::route
 
@@ -30,7 +31,7 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape,
                             std::int64_t total_keys);
 
 // Writes the kept blocks of every query, [T, filter_blocks] ascending, -1 on the right.
-void launch(const Problem& problem, const IndexerConfig& config, std::int32_t* blocks,
-            std::span<std::byte> workspace, cudaStream_t stream);
+void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+            std::int32_t* blocks, std::span<std::byte> workspace, cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

@@ -338,18 +338,18 @@ void launch(const Arguments& arguments, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_pooled(const Problem& problem, const pool::Means& means, std::int32_t count,
-                   std::int32_t* heads, cudaStream_t stream) {
-  if (takes_sm90(problem)) {
+void launch_pooled(const Problem& problem, const Device& device, const pool::Means& means,
+                   std::int32_t count, std::int32_t* heads, cudaStream_t stream) {
+  if (takes_sm90(problem, device)) {
     launch_pooled_sm90(problem, means, count, heads, stream);
     return;
   }
   launch<Judge::heads>({problem, means, count, heads, nullptr, 0}, stream);
 }
 
-void launch_block_scores(const Problem& problem, const pool::Means& means, float* scores,
-                         std::int64_t stride, cudaStream_t stream) {
-  if (takes_sm90(problem)) {
+void launch_block_scores(const Problem& problem, const Device& device, const pool::Means& means,
+                         float* scores, std::int64_t stride, cudaStream_t stream) {
+  if (takes_sm90(problem, device)) {
     launch_block_scores_sm90(problem, means, scores, stride, stream);
     return;
   }

@@ -213,8 +213,8 @@ void launch(const SampledArguments& arguments, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_sampled(const Problem& problem, const IndexerConfig& config, const Routing& out,
-                    cudaStream_t stream) {
+void launch_sampled(const Problem& problem, const IndexerConfig& config, const Device& device,
+                    const Routing& out, cudaStream_t stream) {
   SampledArguments arguments{};
   arguments.problem = problem;
   arguments.out = out;
@@ -225,12 +225,11 @@ void launch_sampled(const Problem& problem, const IndexerConfig& config, const R
                    config.router == Router::dispersion;
   std::copy(config.static_heads.begin(), config.static_heads.end(), arguments.fixed);
   std::sort(arguments.fixed, arguments.fixed + config.static_heads.size());
-  if (arguments.fits && takes_sm90(problem)) {
+  if (arguments.fits && takes_sm90(problem, device)) {
     launch_sampled_sm90(arguments, stream);
     return;
   }
-  arguments.queries = queries_of_block(
-      problem.q.tokens, device_attribute(cudaDevAttrMultiProcessorCount) * kBlocksPerSm);
+  arguments.queries = queries_of_block(problem.q.tokens, device.processors * kBlocksPerSm);
   switch (problem.q.dtype) {
     case DType::f32: return launch<DType::f32>(arguments, stream);
     case DType::bf16: return launch<DType::bf16>(arguments, stream);

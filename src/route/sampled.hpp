@@ -4,13 +4,14 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/problem.hpp"
+#include "cuda/target.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa::cuda::route {
 
 // Every router but `all` and, where `out` holds the heads already, `pooled`; the residual row with
 // any.
-void launch_sampled(const Problem& problem, const IndexerConfig& config, const Routing& out,
-                    cudaStream_t stream);
+void launch_sampled(const Problem& problem, const IndexerConfig& config, const Device& device,
+                    const Routing& out, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

@@ -140,9 +140,8 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
 }  // namespace
 
-bool takes_sm90(const Problem& problem) {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3 &&
+bool takes_sm90(const Problem& problem, const Device& device) {
+  return device.hopper && problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3 &&
          problem.q.dim == kDim && problem.q.heads <= kMaxRows;
 }
 
