@@ -152,6 +152,7 @@ misa::IndexerConfig make_config(Arguments& from, const Sizes& sizes) {
   config.filter_blocks = from.near_int(static_cast<int>(from.in(2, 4)));
   config.candidates = from.near_int(from.in(0, 1) == 0 ? 0 : config.top_k);
   config.ordered = from.in(0, 1) == 1;
+  config.dense_work = from.near(from.in(0, 1) == 0 ? 0 : from.in(0, sizes.heads * sizes.keys));
   if (config.router == misa::Router::fixed) {
     for (int j = 0; j < config.heads && j < 300; ++j) {
       config.static_heads.push_back(from.near_int(j));
