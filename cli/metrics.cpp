@@ -90,7 +90,7 @@ Work work_of(const IndexerConfig& config, const Shape& shape, std::int64_t n) {
     work.bytes += static_cast<double>(keys) * bytes;
   };
 
-  const bool all_heads = n * shape.heads <= config.dense_work;
+  const bool all_heads = config.takes_every_head(shape.heads, n);
   std::int64_t kept = n;
   if (!all_heads && config.filter_block > 0 &&
       blocks_of(n, config.filter_block) > config.filter_blocks) {

@@ -54,6 +54,12 @@ struct IndexerConfig {
   static IndexerConfig misa_r(int top_k = 2048, int heads = 7, int candidates = 0);
   static IndexerConfig hisa(int top_k = 2048, int filter_block = 128, int filter_blocks = 64);
 
+  /// Whether a row that sees n positions takes all H heads and no other choice of the
+  /// configuration, as DSA does. An empty row is one of them.
+  [[nodiscard]] bool takes_every_head(std::int64_t model_heads, std::int64_t n) const {
+    return n * model_heads <= dense_work;
+  }
+
   /// By length: DSA up to 512 top_k heads x positions (at 64 heads and top 2048, 16,384 positions),
   /// where routing and re-ranking would cost as much; beyond, MISA-R with 2 top_k candidates.
   static IndexerConfig automatic(int top_k = 2048);

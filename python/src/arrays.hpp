@@ -1,7 +1,6 @@
 // Arrays that Python brings, seen without a copy, as the views of the C++ interface.
 #pragma once
 
-#include <fmt/format.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
@@ -12,17 +11,11 @@
 #include <string_view>
 
 #include "misa/misa.hpp"
+#include "require.hpp"
 
 namespace misa::python {
 
 namespace nb = nanobind;
-
-template <class... Args>
-void require(bool condition, fmt::format_string<const Args&...> message, const Args&... args) {
-  if (!condition) {
-    throw Error(ErrorCode::invalid_argument, fmt::format(message, args...));
-  }
-}
 
 // Where an array has to lie: in memory that the CPU reads, or on one CUDA device.
 struct Place {

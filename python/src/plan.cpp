@@ -3,31 +3,13 @@
 #include <nanobind/stl/string_view.h>
 
 #include <algorithm>
-#include <new>
 
 #include "arrays.hpp"
 #include "bindings.hpp"
+#include "workspace.hpp"
 
 namespace misa::python {
 namespace {
-
-// Bytes on a cache line of their own.
-class Workspace {
- public:
-  explicit Workspace(std::size_t bytes)
-      : bytes_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))) {}
-  ~Workspace() { ::operator delete(data_, kAlignment); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  [[nodiscard]] std::span<std::byte> span() const { return {data_, bytes_}; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-
-  std::size_t bytes_;
-  std::byte* data_;
-};
 
 Context context_of(std::string_view backend, int threads, std::int64_t workspace_cap) {
   require(workspace_cap >= 0, "workspace_cap: expected 0 bytes or more, got {}", workspace_cap);
@@ -77,7 +59,7 @@ class HostPlan {
     const Selection selection = out.selection();
     const nb::gil_scoped_release released;
     if (workspace.is_none()) {
-      const Workspace own(plan_.workspace_bytes());
+      const OwnWorkspace own(plan_.workspace_bytes());
       plan_.run(queries, weights, keys, selection, own.span());
     } else {
       plan_.run(queries, weights, keys, selection, bytes);

@@ -337,7 +337,7 @@ class Run {
       sequence.queries = problem_.sequence_at(t, limit);
       for (std::int64_t i = 0; i < sequence.queries.queries; ++i) {
         const std::int64_t n = problem_.visible(t + i);
-        sequence.n = std::max(sequence.n, takes_every_head(config_, needs_.heads, n) ? 0 : n);
+        sequence.n = std::max(sequence.n, config_.takes_every_head(needs_.heads, n) ? 0 : n);
       }
       const auto tiles = [&](bool wanted, std::int64_t block) {
         return wanted ? ceil_div(sequence.n / block, kPageSize) : 0;
@@ -424,7 +424,7 @@ class Run {
   void prepare(std::int64_t t, const SequenceState& in, Thread& scratch) {
     QueryState& state = query(t);
     state.n = problem_.visible(t);
-    const bool dense = takes_every_head(config_, needs_.heads, state.n);
+    const bool dense = config_.takes_every_head(needs_.heads, state.n);
     state.filtered = !dense && needs_.filtered &&
                      ceil_div(state.n, config_.filter_block) > config_.filter_blocks;
     // Where every position is a candidate, all heads score them in stage 3, which shares the pages.

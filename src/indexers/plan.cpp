@@ -1,10 +1,10 @@
 // A plan: everything that depends on shapes alone, then runs that only check and compute.
-#include <new>
 #include <utility>
 
 #include "dispatch/backend.hpp"
 #include "indexers/validate.hpp"
 #include "misa/indexer.hpp"
+#include "workspace.hpp"
 
 namespace misa {
 namespace {
@@ -34,24 +34,6 @@ void run_on(const BackendPlan& plan, const IndexerConfig& config, const Inputs<K
   plan.run(Problem{config, in.q, in.w, in.k, out}, workspace);
 }
 
-// Bytes that start on a cache line.
-class Workspace {
- public:
-  explicit Workspace(std::size_t bytes)
-      : bytes_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, kAlignment))) {}
-  ~Workspace() { ::operator delete(data_, kAlignment); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  [[nodiscard]] std::span<std::byte> span() const { return {data_, bytes_}; }
-
- private:
-  static constexpr std::align_val_t kAlignment{kWorkspaceAlignment};
-
-  std::size_t bytes_;
-  std::byte* data_;
-};
-
 template <class Keys>
 Selected select_from(const Context& context, const IndexerConfig& config, const Inputs<Keys>& in,
                      Want want) {
@@ -71,7 +53,7 @@ Selected select_from(const Context& context, const IndexerConfig& config, const 
   if (want.residual && config.residual) {
     selected.residual.resize(rows * static_cast<std::size_t>(in.q.dim));
   }
-  const Workspace workspace(plan->workspace_bytes());
+  const OwnWorkspace workspace(plan->workspace_bytes());
   run_on(*plan, config, in, {selected.indices, selected.scores, selected.heads, selected.residual},
          workspace.span());
   return selected;

@@ -102,12 +102,6 @@ inline float element(const void* row, DType dtype, std::int64_t i) {
   return 0;
 }
 
-// Whether a query that sees n positions takes every head and position, as DSA does. An empty row is
-// one of them.
-inline bool takes_every_head(const IndexerConfig& config, std::int64_t heads, std::int64_t n) {
-  return n * heads <= config.dense_work;
-}
-
 // The sample grid of MISA-R and `dispersion`: positions 0, s, 2s, … below n, s the smallest power
 // of two with s >= n / 128. A function of n alone.
 inline constexpr std::int64_t kMaxSamples = 128;

@@ -150,7 +150,7 @@ void run_row(const Problem& problem, std::int64_t t) {
   const reference::Row row = reference::load_row(problem, t);
   reference::Routed routed;
   reference::Ranked ranked;
-  if (takes_every_head(config, row.heads, row.length)) {
+  if (config.takes_every_head(row.heads, row.length)) {
     const IndexerConfig dense = IndexerConfig::dsa(config.top_k);
     ranked = reference::select_row(row, dense, problem.k_dtype(), reference::route(row, dense));
   } else {

@@ -6,6 +6,7 @@
 
 #include "cache/page.hpp"
 #include "require.hpp"
+#include "workspace.hpp"
 
 namespace misa {
 namespace {

@@ -31,9 +31,6 @@ void validate_planned(const Shape& call, const Shape& planned);
 // That the outputs hold what is written, and are asked for only where they exist.
 void validate(const Selection& out, const IndexerConfig& config, const Queries& q);
 
-// Every buffer of a workspace starts on a cache line.
-inline constexpr std::size_t kWorkspaceAlignment = 64;
-
 void validate_workspace(std::span<const std::byte> workspace, std::size_t bytes);
 
 }  // namespace misa

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/problem.hpp"
+#include "cuda/range.cuh"
 #include "device/elements.cuh"
 #include "device/mma.cuh"
 #include "device/shared.cuh"
@@ -87,6 +88,28 @@ struct HeadRows {
         out[2 * p] = part == 0 ? two.x : out[2 * p] + two.x;
         out[2 * p + 1] = part == 0 ? two.y : out[2 * p + 1] + two.y;
       }
+    }
+  }
+};
+
+// Queries first … end - 1 of those from t0 on see keys from the same one on, and the longest of
+// them `whole` blocks.
+struct Sharers {
+  int end;
+  std::int32_t start;
+  std::int32_t whole;
+
+  __device__ Sharers(const Keys& keys, std::int32_t block, std::int64_t t0, int first,
+                     int queries) {
+    const Range range = visible(keys, t0 + first);
+    start = range.start;
+    whole = range.length / block;
+    for (end = first + 1; end < queries; ++end) {
+      const Range next = visible(keys, t0 + end);
+      if (next.start != start) {
+        break;
+      }
+      whole = max(whole, next.length / block);
     }
   }
 };

@@ -239,19 +239,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const Range range = visible(problem.k, t0 + first);
-    std::int32_t whole = range.length / arguments.means.block;  // of the longest query
-    for (end = first + 1; end < queries; ++end) {
-      const Range next = visible(problem.k, t0 + end);
-      if (next.start != range.start) {
-        break;
-      }
-      whole = max(whole, next.length / arguments.means.block);
-    }
+    const Sharers sharers(problem.k, arguments.means.block, t0, first, queries);
+    const std::int32_t whole = sharers.whole;
+    end = sharers.end;
     for (std::int32_t tile = -kRows; tile < whole; tile += kRows) {
       const std::int32_t next = tile + kRows;
       if (next < whole) {
-        load_tile(shared.tiles[next / kRows % 2], arguments, range.start, next,
+        load_tile(shared.tiles[next / kRows % 2], arguments, sharers.start, next,
                   min(kRows, whole - next));
       }
       commit_copies();

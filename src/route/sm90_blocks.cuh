@@ -39,47 +39,6 @@ struct BlockTiles {
   float factors[2][blocks];
 };
 
-// D[64, N] (+)= A[64, 16] B[N, 16]^T in fp16 with fp32 sums, A in registers as mma_fp16 has it: 16
-// rows a warp.
-template <int columns>
-__device__ void wgmma_fp16(float (&d)[columns / 2], const std::uint32_t (&a)[4], std::uint64_t b,
-                           bool add);
-
-#define MISA_D8(i)                                                                    \
-  "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]), \
-      "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
-
-template <>
-__device__ inline void wgmma_fp16<64>(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b,
-                                      bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}\n"
-      : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-}
-
-template <>
-__device__ inline void wgmma_fp16<128>(float (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b,
-                                       bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-      "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}\n"
-      : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24), MISA_D8(32), MISA_D8(40), MISA_D8(48),
-        MISA_D8(56)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-}
-
-#undef MISA_D8
-
 // Starts copies of blocks first … first + count - 1 of the sequence that starts at `start`, a warp
 // a row and a lane 16 bytes of it. A row of the pool's table that holds another sequence's block is
 // computed.

@@ -7,10 +7,10 @@
 #include <new>
 #include <vector>
 
-#include "api/workspace.hpp"
 #include "misa/misa.hpp"
 #include "support/check.hpp"
 #include "support/inputs.hpp"
+#include "workspace.hpp"
 
 namespace {
 
@@ -55,7 +55,7 @@ template <class Inputs>
 void expect_no_allocation(const std::string& backend, const IndexerConfig& config,
                           const Inputs& inputs, const Shape& shape, int threads) {
   const Plan plan(test::context_for(backend, threads), config, shape);
-  const test::Workspace workspace(plan.workspace_bytes());
+  const OwnWorkspace workspace(plan.workspace_bytes());
   std::vector<std::int32_t> indices(static_cast<std::size_t>(shape.tokens * config.top_k));
   const auto q = inputs.q(inputs.all());
   const auto w = inputs.w(inputs.all());

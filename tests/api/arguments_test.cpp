@@ -8,6 +8,7 @@
 
 #include "indexers/validate.hpp"
 #include "misa/misa.hpp"
+#include "workspace.hpp"
 
 namespace misa {
 namespace {

@@ -6,11 +6,11 @@
 #include <thread>
 #include <vector>
 
-#include "api/workspace.hpp"
 #include "misa/misa.h"
 #include "misa/misa.hpp"
 #include "support/check.hpp"
 #include "support/inputs.hpp"
+#include "workspace.hpp"
 
 extern "C" int misa_c_program();
 
@@ -110,7 +110,7 @@ TEST(CApi, RaggedEqualsTheCppInterface) {
   Handles handles;
   std::size_t bytes = 0;
   create(handles, bytes);
-  const test::Workspace workspace(bytes);
+  const OwnWorkspace workspace(bytes);
   Outputs outputs(q.tokens, kConfig, q.dim);
   const misa_queries queries = c_queries(q);
   const misa_weights weights = c_weights(w);
@@ -135,7 +135,7 @@ TEST(CApi, PagedEqualsTheCppInterface) {
   Handles handles;
   std::size_t bytes = 0;
   create(handles, bytes);
-  const test::Workspace workspace(bytes);
+  const OwnWorkspace workspace(bytes);
   Outputs outputs(q.tokens, kConfig, q.dim);
   const misa_queries queries = c_queries(q);
   const misa_weights weights = c_weights(w);

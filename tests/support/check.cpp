@@ -161,7 +161,7 @@ Membership filtered(const IndexerConfig& config, const BoundedRow& row) {
 Fault judge_row(const Problem& problem, std::string_view backend, const Selected& result,
                 std::int64_t t) {
   const std::int64_t n = problem.visible(t);
-  const bool dense = takes_every_head(problem.config, problem.q.heads, n);
+  const bool dense = problem.config.takes_every_head(problem.q.heads, n);
   const IndexerConfig config = dense ? IndexerConfig::dsa(problem.config.top_k) : problem.config;
   const BoundedRow row =
       bounded_row(problem, t, arithmetic_of(backend, config, problem.q, problem.k_dtype()));

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,9 +423,9 @@ def test_compare_reads_a_capture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_program_reads_a_capture(tmp_path: Path, dtype: torch.dtype) -> None:
-    program = shutil.which("misa")
-    if program is None:
-        pytest.skip("the misa program is not installed")
+    beside = Path(sys.executable).parent  # where the package installs it
+    program = shutil.which("misa", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    assert program is not None
     path, selected = tmp_path / "trace", tmp_path / "selected"
     model = build("deepseek").to(dtype)
     with integration.capture(model, path, layers=1):
