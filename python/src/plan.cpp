@@ -77,7 +77,7 @@ void plan_and_run(const Context& context, const IndexerConfig& config, const Que
                   const Weights& w, const Keys& k, DType k_dtype, const Selection& out) {
   const nb::gil_scoped_release released;
   const Plan plan(context, config, {q.tokens, q.heads, q.dim, longest(k), q.dtype, k_dtype});
-  const Workspace workspace(plan.workspace_bytes());
+  const OwnWorkspace workspace(plan.workspace_bytes());
   plan.run(q, w, k, out, workspace.span());
 }
 
