@@ -389,7 +389,8 @@ def run_on_device(
 ) -> Selected:
     if workspace is None:
         workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
-    inputs = [_arrays.on_stream(array) for array in (q, w, k, ks, ke, k_scale)]
+    inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+    inputs = [_arrays.on_stream(name, array) for name, array in inputs.items()]
     plan.run(*inputs, *out, workspace, _arrays.stream_of(q))
     return out
 

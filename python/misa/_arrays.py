@@ -123,10 +123,10 @@ def returned(like: Array, array: Array) -> Array:
 _LEGACY_STREAM = 1  # what DLPack calls CUDA's default stream
 
 
-def on_stream(array: Array) -> Array:
+def on_stream(name: str, array: Array) -> Array:
     """An input of a run on a device; of CuPy a DLPack capsule, which makes CUDA's default stream
     wait for whatever computes the array."""
-    if array is None or is_torch(array):
+    if array is None or is_torch(array) or cuda_device(name, array) is None:
         return bits(array)
     return bits(array).__dlpack__(stream=_LEGACY_STREAM)
 
