@@ -9,9 +9,10 @@
 
 namespace misa::cuda {
 
-// The first statement of every kernel: returns once all that stands before it in the stream is
-// complete. From then on blocks of the kernel behind it may be placed where there is room, and wait
-// here in their turn.
+// Returns once all that stands before this kernel in the stream is complete. From then on blocks of
+// the kernel behind it may be placed where there is room, and wait here in their turn. Every kernel
+// calls it first, or first reads what neither it nor the kernel just before it writes: all that is
+// older is complete when a block is placed.
 __device__ inline void begin_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

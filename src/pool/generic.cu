@@ -55,17 +55,20 @@ struct Shared {
   std::uint32_t begins[kOwnQueries / 32];
 };
 
-// Step 1 of blocks. The owner of a row is the largest sequence that starts there or before it.
+// Step 1 of blocks. The owner of a row is the largest sequence that starts there or before it. Few
+// blocks of threads see one start behind their first row: they look at the queries once more.
 __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t tokens,
                             const Means& means, std::int64_t first_row) {
   constexpr int kInFlight = 8;
   const int rows = rows_of(means.block);
   const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t second = (first_row + 1) * means.block;  // where the second row begins
+  const std::int64_t end = (first_row + rows) * means.block;
   if (thread < kPages) {
     shared.owners[thread] = 0;
   }
-  __syncthreads();
   Sequence before = 0;
+  bool inside = false;
   for (std::int64_t t0 = thread; t0 < tokens; t0 += kInFlight * kThreads) {
     Range range[kInFlight];
 #pragma unroll
@@ -74,20 +77,26 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const std::int64_t row = range[i].start / means.block - first_row;
-      if (row <= 0) {
-        before = max(before, sequence(range[i]));
-      } else if (row < rows) {
-        atomicMax(&shared.owners[row], sequence(range[i]));
-      }
+      const bool first = range[i].start < second;
+      before = first ? max(before, sequence(range[i])) : before;
+      inside = inside || (!first && range[i].start < end);
     }
   }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     before = max(before, __shfl_xor_sync(kWarp, before, step));
   }
+  inside = __syncthreads_or(static_cast<int>(inside)) != 0;
   if (thread % 32 == 0) {
     atomicMax(&shared.owners[0], before);
+  }
+  if (inside) {
+    for (std::int64_t t = thread; t < tokens; t += kThreads) {
+      const Range range = visible(keys, t);
+      if (second <= range.start && range.start < end) {
+        atomicMax(&shared.owners[range.start / means.block - first_row], sequence(range));
+      }
+    }
   }
   __syncthreads();
   if (thread < rows) {
@@ -95,13 +104,13 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
     for (int i = 0; i <= thread; ++i) {
       owner = max(owner, shared.owners[i]);
     }
-    const auto start = static_cast<std::int64_t>(owner >> 32) - 1;
-    const auto length = static_cast<std::int64_t>(owner & 0xFFFFFFFF);
+    const auto start = static_cast<std::int32_t>((owner >> 32) - 1);  // -1: none
+    const auto length = static_cast<std::int32_t>(owner & 0xFFFFFFFF);
     const std::int64_t block = first_row + thread - start / means.block;
-    const bool exists = owner != 0 && block < length / means.block;
+    const bool exists = start >= 0 && block < length / means.block;
     shared.tokens[thread] = exists ? start + block * means.block : -1;
     if (first_row + thread < means.capacity) {
-      means.starts[first_row + thread] = exists ? static_cast<std::int32_t>(start) : -1;
+      means.starts[first_row + thread] = exists ? start : -1;
     }
   }
   __syncthreads();
@@ -278,7 +287,7 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
 }
 
 template <DType type>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
     means_kernel(const Keys keys, std::int64_t tokens, const Means means, std::int32_t own_blocks) {
   begin_kernel();
   __shared__ Shared shared;

@@ -16,6 +16,11 @@ inline constexpr int kColumns = 64;
 inline constexpr int kLanes = kColumns / kLaneElements;
 inline constexpr int kPages = kThreads / kLanes;
 
+// So that 320 blocks of threads, 128K keys and 2048 queries, are one wave of 132 SMs; fp32 keys in
+// flight take more registers than that leaves.
+template <DType type>
+inline constexpr int kBlocksPerSm = type == DType::f32 ? 2 : 3;
+
 // Keys in flight a lane. A page unrolled whole is 30 KB of instructions, for which warps waited
 // more than for keys.
 inline constexpr int kInFlight = 16;

@@ -172,14 +172,16 @@ __device__ inline float sum_of_warp(float value) {
 }
 
 // Writes the `count` heads of largest value, ascending, and marks them in `active` if there is one;
-// ties to the lower head, NaN last. A warp works; value(j) is asked once a head.
+// ties to the lower head, NaN last. A warp works; value(j) is asked once a head. No query has more
+// than `max_heads`: the code for 256 is ten times as long as that for 64, and a kernel this short
+// waits for its instructions.
 //  1. Lane l ranks heads l, l + 32, …: ordered bits, one more so that 0 is "no head".
 //  2. The largest of all is taken and struck out, `count` times.
 //  3. The taken heads' ranks among themselves are their places.
-template <class Value>
+template <int max_heads, class Value>
 __device__ void choose_heads(int heads, int count, const Value& value, std::int32_t* out,
                              std::uint32_t* active) {
-  constexpr int kGroups = kMaxHeads / 32;
+  constexpr int kGroups = max_heads / 32;
   const int groups = (heads + 31) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint32_t key[kGroups] = {};

@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     }
     std::int32_t* out = arguments.heads + task.t * arguments.count;
     if (task.length > 0) {
-      choose_heads(
+      choose_heads<kMaxHeads>(
           heads, arguments.count,
           [&](int j) { return shared.energies[warp + j / kWarpHeads][j % kWarpHeads]; }, out,
           nullptr);

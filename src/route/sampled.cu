@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 
   for (int slot = warp; slot < queries; slot += kWarps) {
-    finish<type, dim>(shared, arguments, t0 + slot, slot);
+    finish<type, dim, kMaxHeads>(shared, arguments, t0 + slot, slot);
   }
 }
 

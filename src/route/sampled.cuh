@@ -282,7 +282,7 @@ __device__ inline void mark_heads(const std::int32_t* heads, int count, std::uin
 template <DType type, int dim>
 __device__ void write_residual(const SampleShared& shared, const SampledArguments& arguments,
                                std::int64_t t, int slot, bool empty) {
-  constexpr int kInFlight = 16 / static_cast<int>(size_of(type));  // heads
+  constexpr int kInFlight = 32 / static_cast<int>(size_of(type));  // heads
   const Problem& problem = arguments.problem;
   const Routing& out = arguments.out;
   const int heads = static_cast<int>(problem.q.heads);
@@ -299,8 +299,7 @@ __device__ void write_residual(const SampleShared& shared, const SampledArgument
         elements[i].load(row, 0);
       }
     }
-    const std::uint32_t there = (1U << min(heads - first, kInFlight)) - 1;
-    const std::uint32_t others = there & ~(shared.active[slot][first / 32] >> first % 32);
+    const std::uint32_t others = ~(shared.active[slot][first / 32] >> first % 32);
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const float coefficient = shared.coefficient[slot][first + i];
@@ -308,7 +307,8 @@ __device__ void write_residual(const SampleShared& shared, const SampledArgument
       elements[i].floats(0, q);
 #pragma unroll
       for (int e = 0; e < kLaneElements; ++e) {
-        sum[e] = (others >> i & 1) != 0 ? __fmaf_rn(coefficient, q[e], sum[e]) : sum[e];
+        sum[e] = first + i < heads && (others >> i & 1) != 0 ? __fmaf_rn(coefficient, q[e], sum[e])
+                                                             : sum[e];
       }
     }
   }
@@ -347,15 +347,15 @@ __device__ void write_residual(const SampleShared& shared, const SampledArgument
   }
 }
 
-// Step 5.
-template <DType type, int dim>
+// Step 5. No query has more than `max_heads`.
+template <DType type, int dim, int max_heads>
 __device__ void finish(SampleShared& shared, const SampledArguments& arguments, std::int64_t t,
                        int slot) {
   const bool empty = visible(arguments.problem.k, t).length == 0;
   const bool given = arguments.router == Router::pooled || arguments.router == Router::fixed;
   std::int32_t* chosen = arguments.out.heads + t * arguments.count;
   if (!given && !empty) {
-    choose_heads(
+    choose_heads<max_heads>(
         static_cast<int>(arguments.problem.q.heads), arguments.count,
         [&](int j) { return shared.value[slot][j]; }, chosen, shared.active[slot]);
   } else if (arguments.router != Router::pooled) {

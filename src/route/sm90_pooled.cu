@@ -76,7 +76,6 @@ __device__ void add_energies(const float (&x)[kBlocks / 2], const float (&factor
 
 __global__ void __launch_bounds__(kGroupsThreads, 1)
     pooled_kernel(const __grid_constant__ Arguments arguments) {
-  begin_kernel();
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Problem& problem = arguments.problem;
@@ -104,15 +103,10 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       weights[i] =
           head < problem.q.heads ? problem.w.data[(t0 + warp) * problem.w.token_stride + head] : 0;
     }
-    float factor = 0;
-    if ((standing >> warp & 1) != 0) {
-      factor = store_own<true>(load_own<kDim>(means, t0 + warp), shared.own[warp]);
-    }
-    if (lane == 0) {
-      shared.own_factors[warp] = factor;
-    }
   }
-  __syncthreads();
+  begin_kernel();  // so far nothing was read that the pool writes
+  const bool stands = (standing >> warp & 1) != 0;
+  const float4 own = stands ? load_own<kDim>(means, t0 + warp) : float4{};
 
   for (int first = 0, end = 0; first < queries; first = end) {
     const std::int32_t start = __shfl_sync(kWarp, range.start, first);
@@ -144,6 +138,13 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
           }
           commit_copies();
           if (tile < 0) {
+            if (round == 0) {  // step 1, while the tile is under way
+              const float factor = stands ? store_own<true>(own, shared.own[warp]) : 0;
+              if (lane == 0) {
+                shared.own_factors[warp] = factor;
+              }
+              __syncthreads();
+            }
             continue;
           }
           wait_for_copies<1>();
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   if (warp < queries) {  // step 5
     std::int32_t* out = arguments.heads + (t0 + warp) * arguments.count;
     if (__shfl_sync(kWarp, range.length, warp) > 0) {
-      choose_heads(
+      choose_heads<kMaxRows>(
           static_cast<int>(problem.q.heads), arguments.count,
           [&](int j) { return fabsf(j < 32 ? weights[0] : weights[1]) * shared.energies[warp][j]; },
           out, nullptr);

@@ -5,8 +5,7 @@
 //  1. Lane l of every warp knows what query l sees, hence its grid. The sampled keys are a tile of
 //     wgmma in fp16; once it is there, warpgroups do not wait for each other.
 //  2. A product of wgmma has all heads and samples of a query; a lane holds what mma.sync would
-//  give
-//     it. The heads of the warpgroup's next query are fetched while this one's are fitted.
+//     give it. The heads of the warpgroup's next query are fetched while this one's are fitted.
 #include <cuda_runtime.h>
 
 #include <cuda/ptx>
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   }
 
   for (int slot = warp; slot < queries; slot += kGroupsWarps) {
-    finish<DType::e4m3, kDim>(shared.samples, arguments, t0 + slot, slot);
+    finish<DType::e4m3, kDim, kMaxRows>(shared.samples, arguments, t0 + slot, slot);
   }
 }
 
