@@ -36,7 +36,8 @@ constexpr std::uint32_t kChunk = 64;
 // Positions that one bitmap covers at most: 16 KB, and 8 KB for ranks.
 constexpr std::uint32_t kMostPositions = 1U << 17;
 
-// A block of `threads` threads that hold 2 * slots entries each; `blocks` share an SM.
+// A block of `threads` threads that hold 2 * slots entries each; registers let `blocks` share an
+// SM.
 template <int threads_, int slots_, int blocks_>
 struct Config {
   static constexpr int kThreads = threads_;
@@ -472,16 +473,20 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
 
 // Bounds let through about 3400 entries for 2048 wanted of 64K keys, 5900 for 4096 and 10600 for
 // 8192, with a standard deviation of 5 to 10 %; lists end in chunks that are not full. Blocks hold
-// 5120, 7168 and 12288, at 64 registers a thread so that 32 warps share an SM. A block has at most
-// 170 KB of shared memory, which every device of fused scoring has.
+// 4608 (of up to 64K keys) and 5120, 7168 and 12288. What pays is rows that share an SM, and, where
+// the bitmap is long, threads that scan it. A block has at most 170 KB of shared memory, which
+// every device of fused scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, bool empty, const Misses& misses, void* stream) {
-  if (top_k <= 2048) {
+  constexpr std::int64_t kShort = 1 << 16;
+  if (top_k <= 2048 && std::min<std::int64_t>(keys.tokens, keys.max_keys) <= kShort) {
+    launch_rows<Config<256, 9, 3>>(candidates, keys, rows, top_k, out, empty, misses, stream);
+  } else if (top_k <= 2048) {
     launch_rows<Config<512, 5, 2>>(candidates, keys, rows, top_k, out, empty, misses, stream);
   } else if (top_k <= 4096) {
     launch_rows<Config<512, 7, 2>>(candidates, keys, rows, top_k, out, empty, misses, stream);
   } else {
-    launch_rows<Config<1024, 6, 1>>(candidates, keys, rows, top_k, out, empty, misses, stream);
+    launch_rows<Config<512, 12, 2>>(candidates, keys, rows, top_k, out, empty, misses, stream);
   }
 }
 

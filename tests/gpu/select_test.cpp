@@ -681,16 +681,18 @@ TEST_F(CudaSurvivors, GeneratedShapes) {
 // Few long lists, that end anywhere in a warp's share of them, of rows that registers hold and of
 // rows that they don't.
 TEST_F(CudaSurvivors, FewLongLists) {
-  for (const std::int64_t lists : {1, 2, 3, 4, 16, 32}) {
-    for (const std::int64_t count : {100, 2048, 2049, 3300, 3969, 4032, 4095, 4096, 4097, 5000}) {
-      const RowsOfScores rows{normal_row(70000, static_cast<std::uint64_t>(count))};
-      const Survivors survivors =
-          survivors_of(rows, {bound_for(rows[0], count)}, lists, (2 * count / lists + 200) / 2 * 2);
-      for (const int top_k : {100, 2048}) {
-        EXPECT_EQ(check_survivors(rows, survivors, top_k,
-                                  std::to_string(count) + " in " + std::to_string(lists))
-                      .empty(),
-                  count >= top_k);
+  for (const std::int64_t length : {60000, 70000}) {
+    for (const std::int64_t lists : {1, 2, 3, 4, 16, 32}) {
+      for (const std::int64_t count : {100, 2048, 2049, 3300, 3969, 4032, 4095, 4096, 4097, 5000}) {
+        const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
+        const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, lists,
+                                                 (2 * count / lists + 200) / 2 * 2);
+        for (const int top_k : {100, 2048}) {
+          EXPECT_EQ(check_survivors(rows, survivors, top_k,
+                                    std::to_string(count) + " in " + std::to_string(lists))
+                        .empty(),
+                    count >= top_k);
+        }
       }
     }
   }
@@ -707,14 +709,19 @@ TEST_F(CudaSurvivors, FullLists) {
   }
 }
 
-// More candidates than registers hold, at every capacity's edge.
+// As many candidates as registers hold, one more, and far more.
 TEST_F(CudaSurvivors, MoreThanRegistersHold) {
-  for (const std::int64_t count : {8191, 10239, 10240, 10241, 60000}) {
-    const RowsOfScores rows{normal_row(70000, static_cast<std::uint64_t>(count))};
-    const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 32, 2400);
-    for (const int top_k : {2048, 4096, 8192}) {
-      EXPECT_EQ(check_survivors(rows, survivors, top_k, std::to_string(count)).empty(),
-                count >= top_k);
+  for (const std::int64_t length : {65536, 70000}) {
+    for (const std::int64_t count : {4608, 4609, 5120, 5121, 7168, 7169, 12288, 12289, 60000}) {
+      const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
+      const std::vector<float> bounds{bound_for(rows[0], count)};
+      for (const std::int64_t lists : {1, 32}) {
+        const Survivors survivors = survivors_of(rows, bounds, lists, count * 2 / lists / 2 * 2);
+        for (const int top_k : {2048, 4096, 8192}) {
+          EXPECT_EQ(check_survivors(rows, survivors, top_k, std::to_string(count)).empty(),
+                    count >= top_k);
+        }
+      }
     }
   }
   const RowsOfScores rows{normal_row(70000, 1)};
