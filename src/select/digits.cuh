@@ -68,8 +68,8 @@ struct Digits {
   }
 
   // One digit more: the bin of a bracket that holds rank `wanted` (from 1, the largest first). If
-  // the bracket does not hold it, a bracket of no keys that has all of them above. Bins may reach
-  // beyond the bracket; their keys do not.
+  // the bracket does not hold it, a bracket of no keys that has all of them above. A bin ends with
+  // its bracket: what lies behind is counted among those above already.
   template <class Visit>
   static __device__ Bracket narrow(Shared& shared, const Bracket& bracket, std::uint32_t wanted,
                                    const Visit& visit) {
@@ -105,7 +105,9 @@ struct Digits {
 #pragma unroll
       for (int i = kOwn - 1; i >= 0; --i) {
         if (above < wanted && wanted <= above + counts[i]) {
-          shared.bin = {bracket.low + ((first + i) << shift), (1U << shift) - 1, above, counts[i]};
+          const std::uint32_t begin = (first + i) << shift;
+          shared.bin = {bracket.low + begin, min((1U << shift) - 1, bracket.reach - begin), above,
+                        counts[i]};
         }
         above += counts[i];
       }

@@ -845,6 +845,24 @@ TEST_F(CudaThreshold, LeavesWidePlateausOut) {
   EXPECT_EQ(bounds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{0.0F});
 }
 
+// Ranks around a sixteenth of the largest score, 1, where the search goes on in wider bins. The
+// smallest score sets where they begin: one of them holds 1.
+TEST_F(CudaThreshold, CountsNoSampleTwice) {
+  constexpr std::int64_t kStride = 8;
+  std::vector<float> row(16384);
+  std::mt19937_64 random(47);
+  std::generate(row.begin(), row.end(),
+                [&] { return std::uniform_real_distribution<float>(-1.25F, 2.0F)(random); });
+  row[0] = 16;
+  row[kStride] = -1.25F;
+  const std::vector<float> samples = sample({row}, kStride, 2048);
+  for (int top_k = 4000; top_k <= 6000; top_k += 100) {  // about 5040 exceed 1
+    const float bound = bounds_of({row}, samples, 2048, top_k)[0];
+    EXPECT_GT(std::count_if(row.begin(), row.end(), [&](float score) { return score > bound; }),
+              top_k);
+  }
+}
+
 TEST_F(CudaThreshold, TakesNaNForNoSample) {
   std::vector<float> row(65536, kNaN);
   EXPECT_EQ(bounds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{-kInfinity});
