@@ -6,8 +6,7 @@
 //
 //  1. A thread has the copy engine bring tiles of keys, kAhead of them ahead.
 //  2. A warpgroup multiplies 64 keys with 128 of its own rows: keys on M, rows on N. The tensor
-//  cores
-//     work for one group while the others weigh.
+//     cores work for one group while the others weigh.
 //  3. The rows of a query stand in columns that one thread holds (Columns), so each thread clips,
 //     weighs and sums the scores of its own queries in order of the heads, and no thread needs
 //     another's.

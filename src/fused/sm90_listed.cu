@@ -4,8 +4,7 @@
 //  1. The query's rows become the B operand, heads 16 c … 16 c + 15 in the columns that lane c of a
 //     quad holds, the residual row last of all.
 //  2. Keys are gathered 16 bytes a thread into tiles of shared memory, kListedStages - 1 ahead;
-//  their
-//     places in the list are read one tile earlier.
+//     their places in the list are read one tile earlier.
 //  3. A product of 64 keys and 64 rows leaves 16 dot products of each of two keys in a thread.
 //  4. Each lane of a quad sums its 16, a group (scores.cuh); two of the lanes add up the groups of
 //  a

@@ -8,8 +8,7 @@
 //
 // tensor_kernel, a warp 32 columns:
 //  1. Without a list a column is a key, and the warp serves the 32 queries of its block that see
-//  any
-//     of its keys; with a list it serves one query.
+//     any of its keys; with a list it serves one query.
 //  2. The keys are held in registers as bf16. A negative or non-finite scale is folded into them.
 //  3. A query's rows stream by in groups of 8: products of 32 keys and 8 rows, clipped at the rows'
 //     floors, weighted and added, rows in order.

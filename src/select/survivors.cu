@@ -45,7 +45,8 @@ struct Config {
   static constexpr int kSlots = slots_;
   static constexpr int kBlocks = blocks_;
   static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
-  // Four bins a thread: digits of 10 bits leave 5 to 70 of a few thousand scores in a narrow range.
+  // Four bins a thread: digits of 10 or 11 bits leave 5 to 70 of a few thousand scores in a narrow
+  // range.
   using Radix = Digits<threads_, std::bit_width(4U * threads_) - 1>;
 
   struct Shared {
