@@ -7,8 +7,7 @@
 //     their places in the list are read one tile earlier.
 //  3. A product of 64 keys and 64 rows leaves 16 dot products of each of two keys in a thread.
 //  4. Each lane of a quad sums its 16, a group (scores.cuh); two of the lanes add up the groups of
-//  a
-//     key each, and the residual row.
+//     a key each, and the residual row.
 #include <cuda_runtime.h>
 
 #include <algorithm>
