@@ -21,6 +21,10 @@ DTYPES = {
 }
 
 
+PACK = [(0, 300), (0, 301), (301, 400), (5, 5)]
+"""What the queries of a small pack see: one sequence, another one, nothing."""
+
+
 @dataclass
 class Inputs:
     """Arguments of misa.select."""

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 import misa
-from inputs import random_inputs
+from inputs import PACK, random_inputs
 
 CONFIG = misa.Config("misa-r", top_k=16, heads=2)
-PACK = [(0, 300), (0, 301), (301, 400), (5, 5)]
 POISON = -77
 
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 import misa
-from inputs import Inputs, random_inputs
+from inputs import PACK, Inputs, random_inputs
 
 cupy = pytest.importorskip("cupy")
 if not cupy.is_available() or not hasattr(misa._core, "DevicePlan"):
     pytest.skip("no CUDA device, or a build without CUDA", allow_module_level=True)
 
-PACK = [(0, 300), (0, 301), (301, 400), (5, 5)]
 OPTIONS = {"config": misa.Config("misa-r", top_k=16, heads=2), "scores": True, "heads": True,
            "residual": True}  # fmt: skip
 
@@ -41,8 +40,7 @@ def test_equals_numpy(dtype: str) -> None:
 def test_side_stream() -> None:
     """A selection waits for the stream that computes its inputs, and is waited for."""
     inputs = random_inputs(PACK, dtype="f32")
-    want = arrays(inputs)
-    want = misa.select(**want, **OPTIONS)
+    want = misa.select(**arrays(inputs), **OPTIONS)
     late = arrays(inputs)
     late["q"] = cupy.zeros_like(late["q"])
     busy = cupy.ones((4096, 4096), cupy.float32)

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 import misa
-from inputs import Inputs, random_inputs, trace_inputs, traces
+from inputs import PACK, Inputs, random_inputs, trace_inputs, traces
 
 torch = pytest.importorskip("torch")
 from misa import torch_ops  # noqa: E402
 
 CONFIG = misa.Config("misa-r", top_k=16, heads=2)
-PACK = [(0, 300), (0, 301), (301, 400), (5, 5)]
 TORCH = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 BITS = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8}
 devices = pytest.mark.parametrize(
