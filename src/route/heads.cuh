@@ -157,19 +157,19 @@ __device__ void add_products(const HeadRows<type, fp16, dim, tiles>& heads,
   }
 }
 
-// Adds up what the four lanes of a head hold.
-__device__ inline float sum_of_four(float value) {
-  value += __shfl_xor_sync(kWarp, value, 1);
-  return value + __shfl_xor_sync(kWarp, value, 2);
-}
-
-__device__ inline float sum_of_warp(float value) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    value += __shfl_xor_sync(kWarp, value, step);
+// Adds up what so many neighbouring lanes hold; all of them get the sum. No loop, which the compiler
+// would schedule otherwise.
+template <int lanes>
+__device__ inline float sum_of_lanes(float value) {
+  if constexpr (lanes > 1) {
+    value = sum_of_lanes<lanes / 2>(value);
+    return value + __shfl_xor_sync(kWarp, value, lanes / 2);
   }
   return value;
 }
+
+// Adds up what the four lanes of a head hold.
+__device__ inline float sum_of_four(float value) { return sum_of_lanes<4>(value); }
 
 // Writes the `count` heads of largest value, ascending, and marks them in `active` if there is one;
 // ties to the lower head, NaN last. A warp works; value(j) is asked once a head. No query has more

@@ -335,7 +335,7 @@ void launch(const Arguments& arguments, cudaStream_t stream) {
 void launch_pooled(const Problem& problem, const Device& device, const pool::Means& means,
                    std::int32_t count, std::int32_t* heads, cudaStream_t stream) {
   if (takes_sm90(problem, device)) {
-    launch_pooled_sm90(problem, means, count, heads, stream);
+    launch_pooled_sm90(problem, means, count, heads, device.processors, stream);
     return;
   }
   launch<Judge::heads>({problem, means, count, heads, nullptr, 0}, stream);

@@ -84,10 +84,7 @@ __device__ void load_samples(SampleShared& shared, SampleRow<dim>* rows,
           store_operand(rows[part * kMaxSamples + sample], d + 4 * four, dim, pairs);
         }
       }
-#pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) {
-        squares += __shfl_xor_sync(kWarp, squares, step);
-      }
+      squares = sum_of_lanes<kLanes>(squares);
       if (d == 0) {
         shared.scale[sample] = scale[i];
         shared.squares[sample] = squares;
@@ -226,7 +223,7 @@ void launch_sampled(const Problem& problem, const IndexerConfig& config, const D
   std::copy(config.static_heads.begin(), config.static_heads.end(), arguments.fixed);
   std::sort(arguments.fixed, arguments.fixed + config.static_heads.size());
   if (arguments.fits && takes_sm90(problem, device)) {
-    launch_sampled_sm90(arguments, stream);
+    launch_sampled_sm90(arguments, device.processors, stream);
     return;
   }
   arguments.queries = queries_of_block(problem.q.tokens, device.processors * kBlocksPerSm);

@@ -159,7 +159,7 @@ __device__ inline float entry_rms(const SampleShared& shared, int count, int dim
   for (int i = 0; i < static_cast<int>(kMaxSamples); i += 32) {
     sum += i + lane < count ? shared.squares[i + lane] : 0;
   }
-  return sqrtf(sum_of_warp(sum) / static_cast<float>(count * dim));
+  return sqrtf(sum_of_lanes<32>(sum) / static_cast<float>(count * dim));
 }
 
 // Sums of squares of a lane's heads.

@@ -200,9 +200,8 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 }  // namespace
 
 void launch_pooled_sm90(const Problem& problem, const pool::Means& means, std::int32_t count,
-                        std::int32_t* heads, cudaStream_t stream) {
-  const int queries =
-      queries_of_block(problem.q.tokens, device_attribute(cudaDevAttrMultiProcessorCount));
+                        std::int32_t* heads, int processors, cudaStream_t stream) {
+  const int queries = queries_of_block(problem.q.tokens, processors);
   const auto blocks = static_cast<unsigned>((problem.q.tokens + queries - 1) / queries);
   launch_kernel("pooled routing", pooled_kernel, dim3(blocks), kGroupsThreads, sizeof(Shared),
                 stream, Arguments{problem, means, queries, count, heads});

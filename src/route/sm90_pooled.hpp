@@ -10,8 +10,8 @@
 
 namespace misa::cuda::route {
 
-// As launch_pooled, for what takes_sm90.
+// As launch_pooled, for what takes_sm90; `processors`: of the device.
 void launch_pooled_sm90(const Problem& problem, const pool::Means& means, std::int32_t count,
-                        std::int32_t* heads, cudaStream_t stream);
+                        std::int32_t* heads, int processors, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

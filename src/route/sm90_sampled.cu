@@ -78,10 +78,7 @@ __device__ void load_samples(Shared& shared, const Keys& keys, std::int32_t star
         *reinterpret_cast<std::uint32_t*>(row + (chunk ^ first % kRowChunks) * 16) = pairs[p];
       }
     }
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      squares += __shfl_xor_sync(kWarp, squares, step);
-    }
+    squares = sum_of_lanes<kLanes>(squares);
     if (piece == 0) {
       shared.samples.scale[sample] = scale[i];
       shared.samples.squares[sample] = squares;
@@ -157,9 +154,9 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
 }  // namespace
 
-void launch_sampled_sm90(SampledArguments arguments, cudaStream_t stream) {
+void launch_sampled_sm90(SampledArguments arguments, int processors, cudaStream_t stream) {
   const std::int64_t tokens = arguments.problem.q.tokens;
-  arguments.queries = queries_of_block(tokens, device_attribute(cudaDevAttrMultiProcessorCount));
+  arguments.queries = queries_of_block(tokens, processors);
   const auto blocks = static_cast<unsigned>((tokens + arguments.queries - 1) / arguments.queries);
   launch_kernel("sampled routing", sampled_kernel, dim3(blocks), kGroupsThreads, sizeof(Shared),
                 stream, arguments);
