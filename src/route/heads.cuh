@@ -157,8 +157,8 @@ __device__ void add_products(const HeadRows<type, fp16, dim, tiles>& heads,
   }
 }
 
-// Adds up what so many neighbouring lanes hold; all of them get the sum. No loop, which the compiler
-// would schedule otherwise.
+// Adds up what so many neighbouring lanes hold; all of them get the sum. No loop, which the
+// compiler would schedule otherwise.
 template <int lanes>
 __device__ inline float sum_of_lanes(float value) {
   if constexpr (lanes > 1) {

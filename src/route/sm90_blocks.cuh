@@ -31,6 +31,26 @@ inline constexpr int kRowChunks = kRowBytes / 16;
 // 16 heads a warp.
 using Heads = HeadRows<DType::e4m3, true, kDim, 1>;
 
+// What a thread is in a block that serves queries four at a time, a warpgroup each.
+struct Place {
+  int warp;  // the same for a whole warp, and the compiler is to know it
+  int lane;
+  int group;
+  int first_head;  // of the warp's 16
+
+  __device__ Place()
+      : warp(__shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0)),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        group(warp / kGroupWarps),
+        first_head(warp % kGroupWarps * kTileHeads) {}
+};
+
+// Where the run of queries from `first` on ends: at the first lane behind it that is another's.
+__device__ inline int end_of_run(int first, bool another) {
+  const std::uint32_t others = __ballot_sync(kWarp, another);
+  return first + __ffs(static_cast<int>(others >> first)) - 1;
+}
+
 // Tiles in shared memory: while one is multiplied the next one arrives.
 template <int blocks>
 struct BlockTiles {

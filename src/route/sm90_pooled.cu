@@ -82,11 +82,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   const pool::Means& means = arguments.means;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
-  // The same for a whole warp, and the compiler is to know it.
-  const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int group = warp / kGroupWarps;
-  const int first_head = warp % kGroupWarps * kTileHeads;
+  const auto [warp, lane, group, first_head] = Place();
 
   Heads::Raw next = {};
   if (group < queries) {
@@ -110,8 +106,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
   for (int first = 0, end = 0; first < queries; first = end) {
     const std::int32_t start = __shfl_sync(kWarp, range.start, first);
-    const std::uint32_t others = __ballot_sync(kWarp, range.start != start);
-    end = first + __ffs(static_cast<int>(others >> first)) - 1;
+    end = end_of_run(first, range.start != start);
     const bool listed = first <= lane && lane < end;
     const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
     const bool passing = whole > 2 * kBlocks;

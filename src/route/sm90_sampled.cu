@@ -94,11 +94,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   const Problem& problem = arguments.problem;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
-  // The same for a whole warp, and the compiler is to know it.
-  const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int group = warp / kGroupWarps;
-  const int first_head = warp % kGroupWarps * kTileHeads;
+  const auto [warp, lane, group, first_head] = Place();
 
   Heads::Raw next = {};
   if (group < queries) {
@@ -109,8 +105,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   for (int first = 0, end = 0; first < queries; first = end) {
     const std::int32_t start = __shfl_sync(kWarp, grid.start, first);
     const int shift = __shfl_sync(kWarp, grid.shift, first);
-    const std::uint32_t others = __ballot_sync(kWarp, grid.start != start || grid.shift != shift);
-    end = first + __ffs(static_cast<int>(others >> first)) - 1;
+    end = end_of_run(first, grid.start != start || grid.shift != shift);
     const bool listed = first <= lane && lane < end;
     load_samples(shared, problem.k, start, shift,
                  __reduce_max_sync(kWarp, listed ? grid.count : 0));
