@@ -68,11 +68,7 @@ __device__ void load_samples(SampleShared& shared, SampleRow<dim>* rows,
       for (int four = 0; four < kElements / 4; ++four) {
         float value[4];
         elements[i].floats(four, value);
-#pragma unroll
-        for (const float element : value) {
-          const float scaled = scale[i] * element;
-          squares = __fmaf_rn(scaled, scaled, squares);
-        }
+        squares = add_squares(squares, value, scale[i]);
 #pragma unroll
         for (int part = 0; part < kParts<type>; ++part) {
           std::uint32_t pairs[2];

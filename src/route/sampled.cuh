@@ -46,6 +46,17 @@ struct Grid {
   }
 };
 
+// A sum and the squares of some elements of a sampled key.
+template <int count>
+__device__ float add_squares(float squares, const float (&value)[count], float scale) {
+#pragma unroll
+  for (const float element : value) {
+    const float scaled = scale * element;
+    squares = __fmaf_rn(scaled, scaled, squares);
+  }
+  return squares;
+}
+
 // Products of a lane's heads g (half 0) and g + 8: x[4 i + 2 half + e] is of sample 8 i + 2 c + e.
 using Products = float[4 * kSampleTiles];
 

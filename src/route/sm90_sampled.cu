@@ -64,11 +64,7 @@ __device__ void load_samples(Shared& shared, const Keys& keys, std::int32_t star
     for (int four = 0; four < 4; ++four) {
       float value[4];
       elements[i].floats(four, value);
-#pragma unroll
-      for (const float element : value) {
-        const float scaled = scale[i] * element;
-        squares = __fmaf_rn(scaled, scaled, squares);
-      }
+      squares = add_squares(squares, value, scale[i]);
       std::uint32_t pairs[2];
       elements[i].fp16(four, pairs);
 #pragma unroll
