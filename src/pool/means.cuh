@@ -114,6 +114,29 @@ __device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_
   }
 }
 
+// Whether a lane's row of a tile is asked for, and whether the table has it.
+struct Asked {
+  bool wanted;
+  bool listed;
+};
+
+// The `count` means of a tile from row0 of the table on, for the sequence that starts at `start`:
+// warps deal them out, `rows` each, and lane l asks for its warp's row l. Factors of those that the
+// table has are stored.
+template <int rows, int warps>
+__device__ Asked ask_table(const Means& means, std::int32_t start, std::int64_t row0, int count,
+                           float* factors) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int asked = static_cast<int>(threadIdx.x) / 32 + lane * warps;
+  const std::int64_t row = row0 + asked;
+  const bool wanted = lane < rows && asked < count;
+  const bool listed = wanted && row < means.capacity && means.starts[row] == start;
+  if (listed) {
+    factors[asked] = means.factors[row];
+  }
+  return {wanted, listed};
+}
+
 // Writes a block's mean from its keys, the first being `token`; returns its factor. A warp works,
 // slowly but in few registers, for its callers hold operands. Means are in fp16 where `fp16` is.
 template <bool fp16>

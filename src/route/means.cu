@@ -61,14 +61,8 @@ __device__ void load_tile(MeansTile<dim, parts>& tile, const Arguments& argument
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t row0 = std::int64_t{start} / means.block + first;
 
-  // Lane l asks for the warp's row l.
-  const int asked = warp + lane * kWarps;
-  const std::int64_t asked_row = row0 + asked;
-  const bool wanted = lane < kRows && asked < count;
-  const bool listed = wanted && asked_row < means.capacity && means.starts[asked_row] == start;
-  if (listed) {
-    tile.factors[asked] = means.factors[asked_row];
-  }
+  const auto [wanted, listed] =
+      pool::ask_table<kRows, kWarps>(means, start, row0, count, tile.factors);
   const std::uint32_t copied = __ballot_sync(kWarp, listed);
   std::uint32_t computed = __ballot_sync(kWarp, wanted && !listed);
   for (int i = 0; i < kRows; ++i) {

@@ -74,14 +74,8 @@ __device__ void load_tile(BlockTiles<blocks>& tiles, int buffer, const Keys& key
   const int chunk = lane % kRowChunks;
   const std::int64_t row0 = std::int64_t{start} / means.block + first;
 
-  // Lane l asks for the warp's row l.
-  const int asked = warp + lane * kGroupsWarps;
-  const std::int64_t asked_row = row0 + asked;
-  const bool wanted = lane < kRows && asked < count;
-  const bool listed = wanted && asked_row < means.capacity && means.starts[asked_row] == start;
-  if (listed) {
-    tiles.factors[buffer][asked] = means.factors[asked_row];
-  }
+  const auto [wanted, listed] =
+      pool::ask_table<kRows, kGroupsWarps>(means, start, row0, count, tiles.factors[buffer]);
   const std::uint32_t copied = __ballot_sync(kWarp, listed);
   const std::uint32_t there = __ballot_sync(kWarp, wanted);
 #pragma unroll 1
