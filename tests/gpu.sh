@@ -65,8 +65,10 @@ for stage in "${stages[@]}"; do
         run "steps, $heads heads" misa_bench_step --stages --heads "$heads" --keys 65536 131072 \
           --indexer dsa misa misa-dagger misa-r hisa
       done
-      run "MISA-R, 3 heads, re-ranked" misa_bench_step --stages --keys 65536 131072 --indexer misa-r \
-        --routed 3 --candidates 4096
+      run "MISA-R, 3 heads, re-ranked" misa_bench_step --stages --keys 65536 131072 \
+        --indexer misa-r:h=3:m=4096
+      run "what routing costs" misa_bench_step --keys 32768 65536 131072 \
+        --indexer misa misa:router=static
       run "short contexts" misa_bench_step --keys 2048 4096 8192 16384 32768 65536 \
         --indexer dsa misa auto
       if python3 -c 'import deep_gemm, torch' 2>/dev/null; then

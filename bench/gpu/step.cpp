@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -24,6 +25,7 @@
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
 #include "models.hpp"
+#include "variant.hpp"
 
 namespace {
 
@@ -32,13 +34,11 @@ using misa::cuda::check;
 
 struct Options {
   std::string backend = "auto";
-  std::vector<std::string> indexers{"dsa", "misa"};
+  std::vector<std::string> indexers{"dsa", "misa"};  // as parse_variant takes them
   std::vector<std::int64_t> keys{65536};
   std::int64_t queries = 2048;
   std::int64_t heads = 64;
   int top_k = 2048;
-  int routed = 0;       // 0: the indexer's own
-  int candidates = -1;  // -1: the indexer's own
   std::size_t workspace = std::size_t{1} << 30;
   std::uint64_t seed = std::random_device()();
   bool json = false;
@@ -203,10 +203,11 @@ Result time_step(const misa::IndexerConfig& config, const Options& options, cons
 }
 
 misa::IndexerConfig config_of(const std::string& name, const Options& options) {
-  misa::IndexerConfig config = misa::indexer_by_name(name);
-  config.top_k = options.top_k;
-  config.heads = options.routed > 0 ? options.routed : config.heads;
-  config.candidates = options.candidates >= 0 ? options.candidates : config.candidates;
+  misa::IndexerConfig config = misa::cli::parse_variant(name, options.top_k).config;
+  if (config.router == misa::Router::fixed) {  // some heads; which ones does not matter here
+    config.static_heads.resize(config.heads);
+    std::iota(config.static_heads.begin(), config.static_heads.end(), 0);
+  }
   return config;
 }
 
@@ -214,7 +215,7 @@ void run(const Options& options) {
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   if (!options.json) {
     fmt::print(
-        "{} queries, {} heads, top {}, seed {}\n{:12} {:>8} {:>6} {:>7} {:>10} {:>20} {:>9}\n",
+        "{} queries, {} heads, top {}, seed {}\n{:22} {:>8} {:>6} {:>7} {:>10} {:>20} {:>9}\n",
         options.queries, options.heads, options.top_k, options.seed, "indexer", "keys", "routed",
         "re-rank", "us", "10 % - 90 %", "TFLOP/s");
   }
@@ -244,11 +245,11 @@ void run(const Options& options) {
                         {"stages", stages},
                         {"seed", options.seed}});
       } else {
-        fmt::print("{:12} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", name, keys,
+        fmt::print("{:22} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", name, keys,
                    config.heads, config.candidates, result.median, result.low, result.high,
                    result.tflops);
         for (const StageTime& stage : result.stages) {
-          fmt::print("  {:12} {:30.1f}\n", stage.name, stage.median);
+          fmt::print("  {:22} {:30.1f}\n", stage.name, stage.median);
         }
       }
     }
@@ -264,13 +265,11 @@ int main(int argc, char** argv) {
   Options options;
   CLI::App app("Times whole steps of the device plan on random e4m3 data");
   app.add_option("--backend", options.backend, "a CUDA backend's name, or auto");
-  app.add_option("--indexer", options.indexers, "dsa, misa, misa-dagger, misa-r, hisa");
+  app.add_option("--indexer", options.indexers, std::string(misa::cli::kVariantHelp));
   app.add_option("--keys", options.keys, "L");
   app.add_option("--queries", options.queries, "T");
   app.add_option("--heads", options.heads, "H");
   app.add_option("--top-k", options.top_k, "positions wanted a query");
-  app.add_option("--routed", options.routed, "h; 0: the indexer's own");
-  app.add_option("--candidates", options.candidates, "m; 0: no re-rank; -1: the indexer's own");
   app.add_option("--workspace", options.workspace, "bytes");
   app.add_option("--seed", options.seed, "of the data; random unless given");
   app.add_flag("--stages", options.stages, "also the time of every stage");

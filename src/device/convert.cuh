@@ -53,9 +53,9 @@ __device__ inline void e4m3x4_to_fp16(std::uint32_t bytes, std::uint32_t& low,
   const auto pair = [](std::uint32_t two) {
     const __half2_raw halves =
         __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
-    return halves.x | static_cast<std::uint32_t>(halves.y) << 16;
+    return reinterpret_cast<const std::uint32_t&>(halves);
   };
-  low = pair(bytes & 0xFFFF);
+  low = pair(bytes);
   high = pair(bytes >> 16);
 }
 

@@ -47,8 +47,9 @@ struct Shared {
   alignas(16) float sums[kPages][kColumns];
   alignas(16) float running[kHosts][kPage][kColumns];  // after every token of a page
   std::uint32_t largest[kPages];                       // of the scales of a page
-  Sequence owners[kPages];
-  std::int64_t tokens[kPages];  // where the block of a row begins; -1: there is none
+  Sequence before[kThreads / 32];  // the largest that a warp found before the second row
+  Sequence owners[kPages];         // that start in a row behind the first
+  std::int64_t tokens[kPages];     // where the block of a row begins; -1: there is none
   std::int32_t starts[kOwnQueries];
   std::int32_t blocks[kOwnQueries];     // whole ones
   std::int32_t positions[kOwnQueries];  // in the block where a query stands
@@ -82,14 +83,14 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
       inside = inside || (!first && range[i].start < end);
     }
   }
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    before = max(before, __shfl_xor_sync(kWarp, before, step));
+  const auto begin = static_cast<std::uint32_t>(before >> 32);
+  const std::uint32_t last = __reduce_max_sync(kWarp, begin);
+  const std::uint32_t longest =
+      __reduce_max_sync(kWarp, begin == last ? static_cast<std::uint32_t>(before) : 0);
+  if (thread % 32 == 0) {
+    shared.before[thread / 32] = Sequence{last} << 32 | longest;
   }
   inside = __syncthreads_or(static_cast<int>(inside)) != 0;
-  if (thread % 32 == 0) {
-    atomicMax(&shared.owners[0], before);
-  }
   if (inside) {
     for (std::int64_t t = thread; t < tokens; t += kThreads) {
       const Range range = visible(keys, t);
@@ -97,11 +98,15 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
         atomicMax(&shared.owners[range.start / means.block - first_row], sequence(range));
       }
     }
+    __syncthreads();
   }
-  __syncthreads();
   if (thread < rows) {
     Sequence owner = 0;
-    for (int i = 0; i <= thread; ++i) {
+#pragma unroll
+    for (const Sequence of_warp : shared.before) {
+      owner = max(owner, of_warp);
+    }
+    for (int i = 0; inside && i <= thread; ++i) {
       owner = max(owner, shared.owners[i]);
     }
     const auto start = static_cast<std::int32_t>((owner >> 32) - 1);  // -1: none
@@ -117,8 +122,8 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
 }
 
 // Sums the pages of which each half of a warp names one by its first token, or -1, and its count of
-// keys. With `running`, one a half, sums after every token are kept there.
-template <DType type>
+// keys, unless all are `whole`. With `running`, one a half, sums after every token are kept there.
+template <DType type, bool whole>
 __device__ void sum_pages(Shared& shared, const Keys& keys, const Means& means, std::int64_t token,
                           int count, int first_column, float (*running)[kColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kLanes;
@@ -129,13 +134,17 @@ __device__ void sum_pages(Shared& shared, const Keys& keys, const Means& means, 
   const auto store = [&](float* row, const float(&sum)[kLaneElements]) {
     *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   };
-  const PageSum page = sum_page<type, kInFlight>(keys, max(token, std::int64_t{0}),
-                                                 token >= 0 ? count : 0, first_column + column,
-                                                 [&](int i, const float(&sum)[kLaneElements]) {
-                                                   if (running != nullptr) {
-                                                     store(running[i], sum);
-                                                   }
-                                                 });
+  if constexpr (whole) {  // a half without a page goes along with the other one
+    const std::int64_t other = __shfl_xor_sync(kWarp, token, kLanes);
+    token = token >= 0 ? token : other;
+  }
+  const PageSum page = sum_page<type, kInFlight, whole>(
+      keys, max(token, std::int64_t{0}), token >= 0 ? count : 0, first_column + column,
+      [&](int i, const float(&sum)[kLaneElements]) {
+        if (running != nullptr) {
+          store(running[i], sum);
+        }
+      });
   store(shared.sums[half], page.sum);
   if (column == 0) {
     shared.largest[half] = page.largest;
@@ -158,14 +167,15 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
   for (std::int32_t first = 0; first < pages; first += kPages) {
     const std::int32_t page = pages < kPages ? half % pages : first + half;
     const bool exists = begin >= 0 && page < pages;
-    sum_pages<type>(shared, keys, means, exists ? begin + std::int64_t{page} * kPage : -1, kPage,
-                    first_column, nullptr);
+    sum_pages<type, true>(shared, keys, means, exists ? begin + std::int64_t{page} * kPage : -1,
+                          kPage, first_column, nullptr);
     __syncthreads();
     const int count = min(kPages, pages - first);
     for (int i = static_cast<int>(threadIdx.x) / kColumns; i < rows; i += kThreads / kColumns) {
       if (shared.tokens[i] < 0) {
         continue;
       }
+#pragma unroll 8
       for (int j = i * pages; j < i * pages + count; ++j) {
         sum = __fadd_rn(sum, shared.sums[j][column]);
         largest = max(largest, shared.largest[j]);
@@ -265,8 +275,9 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
         const int hosts = min(kHosts, last + 1 - host);
         const int count = min(kPage, longest - page * kPage);
         const bool stands = page >= host && page < host + hosts;
-        sum_pages<type>(shared, keys, means, count > 0 ? begin + std::int64_t{page} * kPage : -1,
-                        count, first_column, stands ? shared.running[page - host] : nullptr);
+        sum_pages<type, false>(shared, keys, means,
+                               count > 0 ? begin + std::int64_t{page} * kPage : -1, count,
+                               first_column, stands ? shared.running[page - host] : nullptr);
         __syncthreads();
         if (thread < kColumns) {
           next_total = total;

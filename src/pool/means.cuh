@@ -1,5 +1,5 @@
 // The sums behind block means. Every sum has one order, whoever computes it: scale * element is
-// rounded once and added, tokens in order inside a page, then pages in order.
+// added with one rounding, tokens in order inside a page, then pages in order.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -25,10 +25,10 @@ struct PageSum {
   std::uint32_t largest;  // bits of the largest |scale|; 0 without scales
 };
 
-// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. Zeros stand for those
-// from `count` on. visit(i, sum) is told every sum of keys 0 … i. A warp calls; its halves may
-// differ in arguments.
-template <DType type, int batch, class Visit>
+// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. Unless it is `whole`,
+// zeros stand for keys from `count` on. visit(i, sum) is told every sum of keys 0 … i. A warp
+// calls; its halves may differ in arguments.
+template <DType type, int batch, bool whole, class Visit>
 __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int d,
                             const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
@@ -43,7 +43,7 @@ __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int
 #pragma unroll
     for (int i = 0; i < batch; ++i, row += pitch) {
       elements[i].clear();
-      if (first + i < count) {
+      if (whole || first + i < count) {
         elements[i].load(row, 0);
       }
     }
@@ -52,7 +52,7 @@ __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int
 #pragma unroll
       for (int i = 0; i < batch / kLanes; ++i) {
         const int key = first + i * kLanes + lane;
-        scales[i] = key < count ? __ldg(keys.scale + token + key) : 0;
+        scales[i] = whole || key < count ? __ldg(keys.scale + token + key) : 0;
         page.largest = max(page.largest, __float_as_uint(fabsf(scales[i])));
       }
     }
@@ -63,13 +63,14 @@ __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int
       if constexpr (type == DType::e4m3) {
         const float scale = __shfl_sync(kWarp, scales[i / kLanes], i % kLanes, kLanes);
 #pragma unroll
-        for (float& element : value) {
-          element = __fmul_rn(scale, element);
+        for (int e = 0; e < kLaneElements; ++e) {
+          page.sum[e] = __fmaf_rn(scale, value[e], page.sum[e]);
         }
-      }
+      } else {
 #pragma unroll
-      for (int e = 0; e < kLaneElements; ++e) {
-        page.sum[e] = __fadd_rn(page.sum[e], value[e]);
+        for (int e = 0; e < kLaneElements; ++e) {
+          page.sum[e] = __fadd_rn(page.sum[e], value[e]);
+        }
       }
       visit(first + i, page.sum);
     }
@@ -149,7 +150,7 @@ __device__ float write_mean(const Keys& keys, const Means& means, std::int64_t t
   const auto sum_block = [&]<DType type>() {
 #pragma unroll 1
     for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kPageSize)) {
-      const PageSum page = sum_page<type, kFewWords / static_cast<int>(size_of(type))>(
+      const PageSum page = sum_page<type, kFewWords / static_cast<int>(size_of(type)), true>(
           keys, token + first, static_cast<int>(kPageSize), d,
           [](int, const float(&)[kLaneElements]) {});
       largest = max(largest, page.largest);

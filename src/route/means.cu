@@ -219,7 +219,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     if constexpr (judge == Judge::heads) {
       load_weights(shared.weights[warp], problem.w, heads, task);
       if (range.length % arguments.means.block != 0) {
-        own_factor = store_own<fp16>(load_own<dim>(arguments.means, task.t), shared.own[warp]);
+        own_factor =
+            store_own<fp16, dim>(load_own<dim>(arguments.means, task.t), shared.own[warp][0], dim);
       }
     } else {
 #pragma unroll

@@ -20,9 +20,10 @@ __device__ inline float4 load_own(const pool::Means& means, std::int64_t t) {
   return *reinterpret_cast<const float4*>(means.own + t * dim + own_place<dim>());
 }
 
-// Stores what a warp's lanes loaded as an operand row; returns its factor, which is not 0.
+// Stores what a warp's lanes loaded as an operand row, `stride` elements from part to part; returns
+// its factor, which is not 0.
 template <bool fp16, int dim>
-__device__ float store_own(float4 four, std::uint16_t (&row)[pool::kMeanParts<fp16>][dim]) {
+__device__ float store_own(float4 four, std::uint16_t* row, int stride) {
   const float mean[4] = {four.x, four.y, four.z, four.w};
   float scale = 1;
   if constexpr (fp16) {
@@ -36,7 +37,7 @@ __device__ float store_own(float4 four, std::uint16_t (&row)[pool::kMeanParts<fp
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    pool::store_mean<fp16>(mean[e], scale, own_place<dim>() + e, dim, row[0], dim);
+    pool::store_mean<fp16>(mean[e], scale, own_place<dim>() + e, dim, row, stride);
   }
   return 1 / scale;
 }

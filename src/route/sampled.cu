@@ -145,7 +145,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   const int groups = (static_cast<int>(problem.q.heads) + kTileHeads - 1) / kTileHeads;
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
-  for (int first = 0, end = 0; first < queries; first = end) {
+  // Given heads are asked for nothing but their slopes.
+  const bool judging = arguments.fits || arguments.router != Router::fixed;
+  for (int first = 0, end = 0; judging && first < queries; first = end) {
     Grid grid(visible(problem.k, t0 + first));
     for (end = first + 1; end < queries; ++end) {
       const Grid next(visible(problem.k, t0 + end));

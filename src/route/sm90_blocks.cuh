@@ -57,7 +57,32 @@ struct BlockTiles {
   alignas(1024) std::uint8_t rows[2][pool::kFp16Parts][kHalves][blocks][kRowBytes];
   alignas(16) std::uint16_t computed[kGroupsWarps][pool::kFp16Parts][kDim];
   float factors[2][blocks];
+
+  // Where 16 bytes of a row go, of both its parts.
+  __device__ std::uint8_t* place(int buffer, int row, int chunk) {
+    const int part = chunk / (kHalves * kRowChunks);
+    const int half = chunk / kRowChunks % kHalves;
+    return rows[buffer][part][half][row] + (chunk % kRowChunks ^ row % kRowChunks) * 16;
+  }
 };
+
+// Computes row `row` of a tile, the mean of the block that begins at `token`. A warp works. Not
+// inlined: where it is, kernels that never come here are slower for its code.
+template <int blocks>
+__device__ __noinline__ void compute_row(BlockTiles<blocks>& tiles, int buffer, int row,
+                                         const Keys& keys, const pool::Means& means,
+                                         std::int64_t token) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  std::uint16_t* const computed = tiles.computed[threadIdx.x / 32][0];
+  const float factor = pool::write_mean<true>(keys, means, token, computed, kDim);
+  __syncwarp();
+  *reinterpret_cast<uint4*>(tiles.place(buffer, row, lane)) =
+      *reinterpret_cast<const uint4*>(&computed[lane * 8]);
+  if (lane == 0) {
+    tiles.factors[buffer][row] = factor;
+  }
+  __syncwarp();
+}
 
 // Starts copies of blocks first … first + count - 1 of the sequence that starts at `start`, a warp
 // a row and a lane 16 bytes of it. A row of the pool's table that holds another sequence's block is
@@ -69,9 +94,6 @@ __device__ void load_tile(BlockTiles<blocks>& tiles, int buffer, const Keys& key
   constexpr int kRows = blocks / kGroupsWarps;  // of a warp
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int part = lane / (kHalves * kRowChunks);
-  const int half = lane / kRowChunks % kHalves;
-  const int chunk = lane % kRowChunks;
   const std::int64_t row0 = std::int64_t{start} / means.block + first;
 
   const auto [wanted, listed] =
@@ -81,22 +103,11 @@ __device__ void load_tile(BlockTiles<blocks>& tiles, int buffer, const Keys& key
 #pragma unroll 1
   for (int i = 0; i < kRows && (there >> i & 1) != 0; ++i) {
     const int row = warp + i * kGroupsWarps;
-    std::uint8_t* const place =
-        tiles.rows[buffer][part][half][row] + (chunk ^ row % kRowChunks) * 16;
     if ((copied >> i & 1) != 0) {
-      copy_16(place, means.blocks + ((row0 + row) * 32 + lane) * 8);
-      continue;
+      copy_16(tiles.place(buffer, row, lane), means.blocks + ((row0 + row) * 32 + lane) * 8);
+    } else {
+      compute_row(tiles, buffer, row, keys, means, start + std::int64_t{first + row} * means.block);
     }
-    const float factor =
-        pool::write_mean<true>(keys, means, start + std::int64_t{first + row} * means.block,
-                               tiles.computed[warp][0], kDim);
-    __syncwarp();
-    *reinterpret_cast<uint4*>(place) =
-        *reinterpret_cast<const uint4*>(&tiles.computed[warp][0][lane * 8]);
-    if (lane == 0) {
-      tiles.factors[buffer][row] = factor;
-    }
-    __syncwarp();
   }
 }
 

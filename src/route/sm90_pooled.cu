@@ -10,7 +10,7 @@
 //     fetched meanwhile.
 //  4. x = q . mean for all heads and a tile's blocks. max(0, x) is summed over blocks, a lane two
 //     columns in eight, then over the four lanes of a head. The query's own block comes last, as a
-//     product of mma.sync all columns of which are its mean.
+//     product of mma.sync that has the two parts of its mean as columns.
 //  5. When all queries are done, |w| multiplies the energies and warp i chooses heads for query i.
 //
 // So the order of every sum follows from the query's own blocks.
@@ -36,11 +36,16 @@ namespace ptx = ::cuda::ptx;
 constexpr int kBlocks = 64;
 
 static_assert(kQueries <= kGroupsWarps);  // steps 1 and 5
+static_assert(pool::kFp16Parts == 2);     // step 4: a lane has two columns
 static_assert(kQueries + kGroups <= 32);  // there is a lane for every query, and one without
+
+constexpr int kOwnPitch = operand_pitch(kDim);
 
 struct Shared {
   BlockTiles<kBlocks> tiles;
-  alignas(16) std::uint16_t own[kQueries][pool::kFp16Parts][kDim];
+  // Parts of own means. Those of a query are columns of one product, whose other columns, what
+  // stands behind, nobody reads.
+  alignas(16) std::uint16_t own[(kQueries - 1) * pool::kFp16Parts + kTileKeys][kOwnPitch];
   float own_factors[kQueries];  // 0: the query stands in no block
   float energies[kQueries][kMaxRows];
 };
@@ -116,15 +121,27 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       const std::int32_t length = __shfl_sync(kWarp, range.length, slot);
       const std::int32_t own_whole = __shfl_sync(kWarp, blocks, slot);
       const bool working = slot < end && length > 0;
+      if (loading && whole > 0) {
+        load_tile(shared.tiles, 0, problem.k, means, start, 0, min(kBlocks, whole));
+      }
+      commit_copies();
       Heads heads;  // step 3
       heads.take(next);
       const int next_slot = min(round + kGroups, end) + group;
       if (next_slot < queries) {
         Heads::fetch(problem.q, t0 + next_slot, first_head, next);
       }
+      if (round == 0) {  // step 1
+        const float factor =
+            stands ? store_own<true, kDim>(own, shared.own[pool::kFp16Parts * warp], kOwnPitch) : 0;
+        if (lane == 0) {
+          shared.own_factors[warp] = factor;
+        }
+        __syncthreads();
+      }
 
       float energy[2] = {};
-      for (std::int32_t tile = loading ? -kBlocks : 0; tile < whole; tile += kBlocks) {
+      for (std::int32_t tile = 0; tile < whole; tile += kBlocks) {
         if (loading) {
           const std::int32_t behind = tile + kBlocks;
           if (behind < whole) {
@@ -132,16 +149,6 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
                       min(kBlocks, whole - behind));
           }
           commit_copies();
-          if (tile < 0) {
-            if (round == 0) {  // step 1, while the tile is under way
-              const float factor = stands ? store_own<true>(own, shared.own[warp]) : 0;
-              if (lane == 0) {
-                shared.own_factors[warp] = factor;
-              }
-              __syncthreads();
-            }
-            continue;
-          }
           wait_for_copies<1>();
           ptx::fence_proxy_async(ptx::space_shared);
           __syncthreads();
@@ -162,12 +169,12 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
         const float factor = shared.own_factors[slot];
         float x[1][1][4] = {};
         if (factor != 0) {
-          add_products<pool::kFp16Parts>(heads, shared.own[slot][0], 0, kDim, x);
+          add_products<1>(heads, shared.own[pool::kFp16Parts * slot], kOwnPitch, 0, x);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float sum =
-              __fmaf_rn(max_nan(x[0][0][2 * half], 0), factor, sum_of_four(energy[half]));
+          const float product = x[0][0][2 * half + 1] + x[0][0][2 * half];  // of lane 0 of four
+          const float sum = __fmaf_rn(max_nan(product, 0), factor, sum_of_four(energy[half]));
           if (lane % 4 == 0) {
             shared.energies[slot][first_head + half * 8 + lane / 4] = sum;
           }
