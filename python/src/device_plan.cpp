@@ -33,6 +33,18 @@ class OnDevice {
   int before_ = 0;
 };
 
+void require_device(int device) {
+  int count = 0;
+  const cudaError_t result = cudaGetDeviceCount(&count);  // leaves it as it is if it fails
+  if (device >= count) {
+    const std::string why =
+        result == cudaSuccess ? "" : fmt::format(" ({})", cudaGetErrorString(result));
+    throw Error(
+        ErrorCode::unsupported,
+        fmt::format("device: expected one of {} CUDA devices, got cuda:{}{}", count, device, why));
+  }
+}
+
 class DevicePlan {
  public:
   DevicePlan(nb::handle config, std::int64_t tokens, std::int64_t heads, std::int64_t dim,
@@ -41,6 +53,7 @@ class DevicePlan {
              std::int64_t workspace_cap)
       : device_(device) {
     require(workspace_cap >= 0, "workspace_cap: expected 0 bytes or more, got {}", workspace_cap);
+    require_device(device);
     const OnDevice here(device);
     plan_.emplace(config_of(config),
                   Shape{tokens, heads, dim, max_keys, dtype_by_name("q_dtype", q_dtype),

@@ -228,6 +228,8 @@ def test_plan_refuses() -> None:
            k_dtype="f32")  # fmt: skip
     expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="tpu")
     expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="cuda:x")
+    with pytest.raises(RuntimeError, match="^device: (expected one of|this build)"):
+        misa.Plan(CONFIG, **shape, **f32, device="cuda:4096")
     plan = misa.Plan(CONFIG, **shape, **f32)
     expect("out: expected a misa.Selected, got ndarray", plan.run,
            **random_inputs([(0, 9)]).arguments(), out=np.empty((1, 16), np.int32))  # fmt: skip
