@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _arrays, _core
 from ._arrays import Array
-from ._config import Config
+from ._config import Config, integer
 
 PAGE_SIZE = 64
 """Tokens in one page of the key cache."""
@@ -68,6 +68,12 @@ def _checked_config(config: Config) -> Config:
     return config
 
 
+def _checked_execution(backend: str, threads: int, workspace_cap: int) -> tuple[str, int, int]:
+    if not isinstance(backend, str):
+        raise ValueError(f"backend: expected a name, got {backend!r}")
+    return backend, integer("threads", threads), integer("workspace_cap", workspace_cap, 64)
+
+
 def _returned(like: Array, out: Selected) -> Selected:
     return Selected(*(_arrays.returned(like, array) for array in out))
 
@@ -110,13 +116,14 @@ def select(
     """
     _checked_queries(q)
     _checked_config(config)
-    options = (scores, heads, residual, backend, threads, workspace_cap)
+    wanted = (scores, heads, residual)
+    execution = _checked_execution(backend, threads, workspace_cap)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *options)
-    out = empty_selected(q, config, scores, heads, residual)
-    select_into(out, q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap)
+        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *wanted, *execution)
+    out = empty_selected(q, config, *wanted)
+    select_into(out, q, w, k, ks, ke, k_scale, config, *execution)
     return _returned(q, out)
 
 
@@ -181,14 +188,16 @@ def select_paged(
     """
     _checked_queries(q)
     _checked_config(config)
-    options = (scores, heads, residual, backend, threads, workspace_cap)
+    wanted = (scores, heads, residual)
+    execution = _checked_execution(backend, threads, workspace_cap)
+    next_n = integer("next_n", next_n)
     arrays = (q, w, cache, block_table, context_lens)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *options)
-    out = empty_selected(q, config, scores, heads, residual)
-    select_paged_into(out, *arrays, page_sums, next_n, config, backend, threads, workspace_cap)
+        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *wanted, *execution)
+    out = empty_selected(q, config, *wanted)
+    select_paged_into(out, *arrays, page_sums, next_n, config, *execution)
     return _returned(q, out)
 
 
@@ -314,13 +323,15 @@ class Plan:
         kind, _, index = str(device).partition(":")
         if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
             raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}")
-        shape = (tokens, heads, dim, max_keys)
+        execution = _checked_execution(backend, threads, workspace_cap)
+        sizes = {"tokens": tokens, "heads": heads, "dim": dim, "max_keys": max_keys}
+        shape = [integer(name, value, 64) for name, value in sizes.items()]
         dtypes = _arrays.dtype_name("q_dtype", q_dtype), _arrays.dtype_name("k_dtype", k_dtype)
         self._on_device = kind == "cuda"
         if kind == "cpu":
-            self._plan = _core.HostPlan(config, *shape, *dtypes, backend, threads, workspace_cap)
+            self._plan = _core.HostPlan(config, *shape, *dtypes, *execution)
         else:
-            total = max_keys if total_keys is None else total_keys
+            total = max_keys if total_keys is None else integer("total_keys", total_keys, 64)
             self._plan = device_plan(
                 config, *shape, *dtypes, total, int(index or 0), backend, workspace_cap
             )

@@ -10,7 +10,7 @@ from typing import Any
 from . import _core
 
 
-def _integer(name: str, value: Any, bits: int = 32) -> int:
+def integer(name: str, value: Any, bits: int = 32) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -29,7 +29,7 @@ def _boolean(name: str, value: Any) -> bool:
 def _integers(name: str, values: Any) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: expected a list of integers, got {values!r}")
-    return tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+    return tuple(integer(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "indexer" or value is not None):
                 raise ValueError(f"{name}: expected a name, got {value!r}")
-        object.__setattr__(self, "top_k", _integer("top_k", self.top_k))
+        object.__setattr__(self, "top_k", integer("top_k", self.top_k))
         for name, default in _core.defaults(self.indexer, self.top_k).items():
             value = getattr(self, name)
             if value is None:
@@ -86,5 +86,5 @@ class Config:
             elif isinstance(default, bool):
                 value = _boolean(name, value)
             else:
-                value = _integer(name, value, 64 if name == "dense_work" else 32)
+                value = integer(name, value, 64 if name == "dense_work" else 32)
             object.__setattr__(self, name, value)

@@ -181,6 +181,10 @@ def test_refuses_options() -> None:
     )
     expect("config: expected a misa.Config", misa.select, **arguments, config="misa")
     expect("threads: expected 0", misa.select, **arguments, config=CONFIG, threads=-1)
+    expect("threads: expected an integer, got 1.5", misa.select, **arguments, threads=1.5)
+    expect("workspace_cap: expected an integer of 64 bits", misa.select, **arguments,
+           workspace_cap=1 << 64)  # fmt: skip
+    expect("backend: expected a name, got 3", misa.select, **arguments, backend=3)
     expect("workspace_cap: expected 0", misa.select, **arguments, config=CONFIG, workspace_cap=-1)
     with pytest.raises(MemoryError, match="workspace"):
         misa.select(**arguments, config=CONFIG, workspace_cap=1)
@@ -226,6 +230,8 @@ def test_plan_refuses() -> None:
     f32 = {"q_dtype": "f32", "k_dtype": "f32"}
     expect("q_dtype: expected float32", misa.Plan, config=CONFIG, **shape, q_dtype=np.float64,
            k_dtype="f32")  # fmt: skip
+    expect("tokens: expected an integer, got '2'", misa.Plan, config=CONFIG, **f32,
+           **shape | {"tokens": "2"})  # fmt: skip
     expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="tpu")
     expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="cuda:x")
     with pytest.raises(RuntimeError, match="^device: (expected one of|this build)"):
