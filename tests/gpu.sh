@@ -39,7 +39,8 @@ run() {
   record "$name" "${wrapper[@]}" "${program:-$2 is not built}" "${@:3}"
 }
 
-# The same beside others, its output in one piece. Three at once: a dozen take longer than one by one.
+# The same beside others, its output in one piece. Three at once: a dozen take longer than one by
+# one.
 run_beside() {
   local log="$scratch/${1//\//-}.log"
   while [ "$(jobs -rp | wc -l)" -ge 3 ]; do
@@ -78,14 +79,14 @@ for stage in "${stages[@]}"; do
       run "select" misa_bench_gpu
       for heads in 64 32; do
         run "steps, $heads heads" misa_bench_step --stages --heads "$heads" --keys 65536 131072 \
-          --indexer dsa misa misa-dagger misa-r hisa
+          --indexers dsa misa misa-dagger misa-r hisa
       done
       run "MISA-R, 3 heads, re-ranked" misa_bench_step --stages --keys 65536 131072 \
-        --indexer misa-r:h=3:m=4096
+        --indexers misa-r:h=3:m=4096
       run "what routing costs" misa_bench_step --keys 32768 65536 131072 \
-        --indexer misa misa-r misa:router=static
+        --indexers misa misa-r misa:router=static
       run "short contexts" misa_bench_step --keys 2048 4096 8192 16384 32768 65536 \
-        --indexer dsa misa auto
+        --indexers dsa misa auto
       if python3 -c 'import deep_gemm, torch' 2>/dev/null; then
         record "peers" python3 bench/gpu/peers.py --heads 64 32 --keys 65536 131072
       else

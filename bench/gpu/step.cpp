@@ -17,6 +17,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/check.cuh"
@@ -202,16 +203,22 @@ Result time_step(const misa::IndexerConfig& config, const Options& options, cons
           options.stages ? stage_times(enqueue) : std::vector<StageTime>{}};
 }
 
-misa::IndexerConfig config_of(const std::string& name, const Options& options) {
-  misa::IndexerConfig config = misa::cli::parse_variant(name, options.top_k).config;
-  if (config.router == misa::Router::fixed) {  // some heads; which ones does not matter here
-    config.static_heads.resize(config.heads);
-    std::iota(config.static_heads.begin(), config.static_heads.end(), 0);
+std::vector<misa::cli::Variant> variants_of(const Options& options) {
+  std::vector<misa::cli::Variant> variants;
+  for (const std::string& name : options.indexers) {
+    misa::cli::Variant variant = misa::cli::parse_variant(name, options.top_k);
+    misa::IndexerConfig& config = variant.config;
+    if (config.router == misa::Router::fixed) {  // some heads; which ones does not matter here
+      config.static_heads.resize(config.heads);
+      std::iota(config.static_heads.begin(), config.static_heads.end(), 0);
+    }
+    variants.push_back(std::move(variant));
   }
-  return config;
+  return variants;
 }
 
 void run(const Options& options) {
+  const std::vector<misa::cli::Variant> variants = variants_of(options);
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   if (!options.json) {
     fmt::print(
@@ -221,8 +228,7 @@ void run(const Options& options) {
   }
   for (const std::int64_t keys : options.keys) {
     const Data data(options, keys);
-    for (const std::string& name : options.indexers) {
-      const misa::IndexerConfig config = config_of(name, options);
+    for (const auto& [name, label, config] : variants) {
       const Result result = time_step(config, options, data);
       if (options.json) {
         nlohmann::ordered_json stages = nlohmann::ordered_json::object();
@@ -265,7 +271,7 @@ int main(int argc, char** argv) {
   Options options;
   CLI::App app("Times whole steps of the device plan on random e4m3 data");
   app.add_option("--backend", options.backend, "a CUDA backend's name, or auto");
-  app.add_option("--indexer", options.indexers, std::string(misa::cli::kVariantHelp));
+  app.add_option("--indexers", options.indexers, std::string(misa::cli::kVariantHelp));
   app.add_option("--keys", options.keys, "L");
   app.add_option("--queries", options.queries, "T");
   app.add_option("--heads", options.heads, "H");
