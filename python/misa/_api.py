@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _arrays, _core
 from ._arrays import Array
-from ._config import Config, integer
+from ._config import Config, integer, text
 
 PAGE_SIZE = 64
 """Tokens in one page of the key cache."""
@@ -69,9 +69,11 @@ def _checked_config(config: Config) -> Config:
 
 
 def _checked_execution(backend: str, threads: int, workspace_cap: int) -> tuple[str, int, int]:
-    if not isinstance(backend, str):
-        raise ValueError(f"backend: expected a name, got {backend!r}")
-    return backend, integer("threads", threads), integer("workspace_cap", workspace_cap, 64)
+    return (
+        text("backend", backend),
+        integer("threads", threads),
+        integer("workspace_cap", workspace_cap, 64),
+    )
 
 
 def _returned(like: Array, out: Selected) -> Selected:
@@ -116,14 +118,14 @@ def select(
     """
     _checked_queries(q)
     _checked_config(config)
-    wanted = (scores, heads, residual)
-    execution = _checked_execution(backend, threads, workspace_cap)
+    backend, threads, workspace_cap = _checked_execution(backend, threads, workspace_cap)
+    options = (scores, heads, residual, backend, threads, workspace_cap)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *wanted, *execution)
-    out = empty_selected(q, config, *wanted)
-    select_into(out, q, w, k, ks, ke, k_scale, config, *execution)
+        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *options)
+    out = empty_selected(q, config, scores, heads, residual)
+    select_into(out, q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap)
     return _returned(q, out)
 
 
@@ -188,16 +190,16 @@ def select_paged(
     """
     _checked_queries(q)
     _checked_config(config)
-    wanted = (scores, heads, residual)
-    execution = _checked_execution(backend, threads, workspace_cap)
+    backend, threads, workspace_cap = _checked_execution(backend, threads, workspace_cap)
+    options = (scores, heads, residual, backend, threads, workspace_cap)
     next_n = integer("next_n", next_n)
     arrays = (q, w, cache, block_table, context_lens)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *wanted, *execution)
-    out = empty_selected(q, config, *wanted)
-    select_paged_into(out, *arrays, page_sums, next_n, config, *execution)
+        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *options)
+    out = empty_selected(q, config, scores, heads, residual)
+    select_paged_into(out, *arrays, page_sums, next_n, config, backend, threads, workspace_cap)
     return _returned(q, out)
 
 
@@ -323,18 +325,17 @@ class Plan:
         kind, _, index = str(device).partition(":")
         if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
             raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}")
-        execution = _checked_execution(backend, threads, workspace_cap)
+        backend, threads, workspace_cap = _checked_execution(backend, threads, workspace_cap)
         sizes = {"tokens": tokens, "heads": heads, "dim": dim, "max_keys": max_keys}
         shape = [integer(name, value, 64) for name, value in sizes.items()]
         dtypes = _arrays.dtype_name("q_dtype", q_dtype), _arrays.dtype_name("k_dtype", k_dtype)
         self._on_device = kind == "cuda"
         if kind == "cpu":
-            self._plan = _core.HostPlan(config, *shape, *dtypes, *execution)
+            self._plan = _core.HostPlan(config, *shape, *dtypes, backend, threads, workspace_cap)
         else:
             total = max_keys if total_keys is None else integer("total_keys", total_keys, 64)
-            self._plan = device_plan(
-                config, *shape, *dtypes, total, int(index or 0), backend, workspace_cap
-            )
+            number = integer("device", int(index or 0))
+            self._plan = device_plan(config, *shape, *dtypes, total, number, backend, workspace_cap)
 
     @property
     def workspace_bytes(self) -> int:

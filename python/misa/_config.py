@@ -20,6 +20,12 @@ def integer(name: str, value: Any, bits: int = 32) -> int:
     return number
 
 
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a name, got {value!r}")
+    return value
+
+
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
@@ -72,8 +78,8 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("indexer", "router"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (name == "indexer" or value is not None):
-                raise ValueError(f"{name}: expected a name, got {value!r}")
+            if name == "indexer" or value is not None:
+                text(name, value)
         object.__setattr__(self, "top_k", integer("top_k", self.top_k))
         for name, default in _core.defaults(self.indexer, self.top_k).items():
             value = getattr(self, name)

@@ -234,6 +234,8 @@ def test_plan_refuses() -> None:
            **shape | {"tokens": "2"})  # fmt: skip
     expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="tpu")
     expect("device: expected cpu", misa.Plan, config=CONFIG, **shape, **f32, device="cuda:x")
+    expect("device: expected an integer of 32 bits", misa.Plan, config=CONFIG, **shape, **f32,
+           device=f"cuda:{1 << 40}")  # fmt: skip
     with pytest.raises(RuntimeError, match="^device: (expected one of|this build)"):
         misa.Plan(CONFIG, **shape, **f32, device="cuda:4096")
     plan = misa.Plan(CONFIG, **shape, **f32)
