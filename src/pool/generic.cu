@@ -43,6 +43,14 @@ __device__ Sequence sequence(Range range) {
          static_cast<std::uint32_t>(range.length);
 }
 
+// The largest that a lane of the warp has.
+__device__ Sequence largest_of_warp(Sequence own) {
+  const auto high = static_cast<std::uint32_t>(own >> 32);
+  const std::uint32_t most = __reduce_max_sync(kWarp, high);
+  const auto low = high == most ? static_cast<std::uint32_t>(own) : 0;
+  return Sequence{most} << 32 | __reduce_max_sync(kWarp, low);
+}
+
 struct Shared {
   alignas(16) float sums[kPages][kColumns];
   alignas(16) float running[kHosts][kPage][kColumns];  // after every token of a page
@@ -83,12 +91,9 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
       inside = inside || (!first && range[i].start < end);
     }
   }
-  const auto begin = static_cast<std::uint32_t>(before >> 32);
-  const std::uint32_t last = __reduce_max_sync(kWarp, begin);
-  const std::uint32_t longest =
-      __reduce_max_sync(kWarp, begin == last ? static_cast<std::uint32_t>(before) : 0);
+  before = largest_of_warp(before);
   if (thread % 32 == 0) {
-    shared.before[thread / 32] = Sequence{last} << 32 | longest;
+    shared.before[thread / 32] = before;
   }
   inside = __syncthreads_or(static_cast<int>(inside)) != 0;
   if (inside) {
