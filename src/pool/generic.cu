@@ -111,7 +111,7 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
     for (const Sequence of_warp : shared.before) {
       owner = max(owner, of_warp);
     }
-    for (int i = 0; inside && i <= thread; ++i) {
+    for (int i = 1; inside && i <= thread; ++i) {
       owner = max(owner, shared.owners[i]);
     }
     const auto start = static_cast<std::int32_t>((owner >> 32) - 1);  // -1: none

@@ -60,17 +60,13 @@ __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int
     for (int i = 0; i < batch; ++i) {
       float value[kLaneElements];
       elements[i].floats(0, value);
+      float scale = 1;
       if constexpr (type == DType::e4m3) {
-        const float scale = __shfl_sync(kWarp, scales[i / kLanes], i % kLanes, kLanes);
+        scale = __shfl_sync(kWarp, scales[i / kLanes], i % kLanes, kLanes);
+      }
 #pragma unroll
-        for (int e = 0; e < kLaneElements; ++e) {
-          page.sum[e] = __fmaf_rn(scale, value[e], page.sum[e]);
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < kLaneElements; ++e) {
-          page.sum[e] = __fadd_rn(page.sum[e], value[e]);
-        }
+      for (int e = 0; e < kLaneElements; ++e) {
+        page.sum[e] = __fmaf_rn(scale, value[e], page.sum[e]);
       }
       visit(first + i, page.sum);
     }
