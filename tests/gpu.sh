@@ -87,10 +87,10 @@ for stage in "${stages[@]}"; do
         --indexers misa misa-r misa:router=static
       run "short contexts" misa_bench_step --keys 2048 4096 8192 16384 32768 65536 \
         --indexers dsa misa auto
-      if python3 -c 'import deep_gemm, torch' 2>/dev/null; then
+      if reason=$(python3 -c 'import deep_gemm, torch' 2>&1); then
         record "peers" python3 bench/gpu/peers.py --heads 64 32 --keys 65536 131072
       else
-        echo "deep_gemm is not installed: the peers were left out"
+        echo "the peers were left out: ${reason##*$'\n'}"
       fi
       ;;
     *)
