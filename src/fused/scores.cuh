@@ -79,12 +79,14 @@ __device__ void load_rows(const Problem& problem, const Rows& scored, int thread
 inline constexpr int kGroupRows = 16;
 
 // Scores of a thread's two keys of a product, from the sums of its locals first_local … and their
-// weights in shared memory. `plain`: no scale is negative; else the sign of a scale, which is
-// exact, goes to the sums. Where a product holds but a part of a query's rows, `partial` carries
-// the sum of the groups before. emit(g, r, score): the thread's query g and its key r.
-template <int rows, bool residual, int first_local, bool plain, int locals, class Emit>
-__device__ void weigh(const float (&sums)[2 * locals], const float* weights, const float* scales,
-                      float (&partial)[2], const Emit& emit) {
+// weights: weights_from(i) are those of locals first_local + i … + 3. `plain`: no scale is
+// negative; else the sign of a scale, which is exact, goes to the sums. Where a product holds but a
+// part of a query's rows, `partial` carries the sum of the groups before. emit(g, r, score): the
+// thread's query g and its key r.
+template <int rows, bool residual, int first_local, bool plain, int locals, class WeightsFrom,
+          class Emit>
+__device__ void weigh(const float (&sums)[2 * locals], const WeightsFrom& weights_from,
+                      const float* scales, float (&partial)[2], const Emit& emit) {
   constexpr int kSlots = rows < locals ? rows : locals;          // of a query, in this product
   constexpr int kChain = rows < kGroupRows ? rows : kGroupRows;  // of one group
 #pragma unroll
@@ -100,7 +102,7 @@ __device__ void weigh(const float (&sums)[2 * locals], const float* weights, con
       float linear_weight = 0;
 #pragma unroll
       for (int s = 0; s < kChain; s += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(weights + i + slot + s);
+        const float4 four = weights_from(i + slot + s);
         const float weight[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {

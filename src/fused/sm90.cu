@@ -12,9 +12,9 @@
 //     another's.
 //  4. A score above its query's bound goes to the thread's own queue in shared memory: no votes, no
 //     atomics on the way of the tensor cores.
-//  5. Every tile takes a few entries out of the queues into the lists of candidates in global
-//     memory, one a query and split. Neighbouring tiles go to different splits, so that a cluster
-//     of good keys fills all lists alike.
+//  5. When queues fill up, entries go on into the lists of candidates in global memory, one a query
+//     and split, while a product is under way. Neighbouring tiles go to different splits, so that a
+//     cluster of good keys fills all lists alike.
 //
 // Scores of sampled keys are the same kernel with another sink: all of them are written.
 #include <cuda.h>
@@ -77,21 +77,21 @@ struct Queue {
                  "r"(position));
     tail += kQueueStep;
   }
-  // Step 5 for the last entry. Threads without an entry go along, and add nothing: there is no
-  // branch.
+  // Step 5 for the last entry.
   __device__ void pop(const Candidates& out, const Lists& lists) {
-    const bool any = !empty();
-    tail -= any ? kQueueStep : 0;
+    if (empty()) {
+      return;
+    }
+    tail -= kQueueStep;
     std::uint32_t score;
     std::uint32_t position;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(score), "=r"(position) : "r"(tail));
-    const std::uint32_t g = any ? position >> kKeyBits : 0;
+    const std::uint32_t g = position >> kKeyBits;
     const std::uint32_t key = position & ((1U << kKeyBits) - 1);
-    const std::uint32_t slot = atomicAdd(lists.counts + g * 4, any ? 1U : 0U);
-    const std::int32_t start = lists.starts[g * 4];
-    if (any && slot < out.capacity) {
-      out.entries[lists.base + g * lists.step + slot] = {__uint_as_float(score),
-                                                         key - static_cast<std::uint32_t>(start)};
+    const std::uint32_t slot = atomicAdd(lists.counts + g * 4, 1U);
+    const auto start = static_cast<std::uint32_t>(lists.starts[g * 4]);
+    if (slot < out.capacity) {
+      out.entries[lists.base + g * lists.step + slot] = {__uint_as_float(score), key - start};
     }
   }
 };
@@ -124,6 +124,16 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   const std::uint64_t row_tile = swizzled_tile(shared.rows_of[group]);
   const std::uint64_t key_tiles = swizzled_tile(shared.keys);
   const float* const weights = shared.weights[group][0] + lane % 4 * kLaneWeights;
+  // The weights of a thread's columns: in registers, where they are those of one product and there
+  // are many products.
+  constexpr bool kOwnWeights = sink == Sink::candidates && Own::kProducts == 1;
+  [[maybe_unused]] float own_weights[kProductLocals];
+  if constexpr (kOwnWeights) {
+#pragma unroll
+    for (int i = 0; i < kProductLocals; ++i) {
+      own_weights[i] = weights[i];
+    }
+  }
   Queue queue(&shared.queue[0][group * kGroupThreads + thread]);
   const std::uint32_t list_step =
       static_cast<std::uint32_t>(arguments.splits) * arguments.candidates.capacity;
@@ -136,22 +146,23 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   // The thread's keys of a tile are row, row + 8, row + 64 and row + 72.
   std::int32_t row = first_tile * kTileKeys + thread / 32 * 16 + lane / 4;
   const float* scale = arguments.scales + row;
-  float next[4];  // scales
-  const auto load_scales = [&] {
+  float scales[4];  // once weighed with, those of the next tile take their place
+  const auto load_scales = [&](int half) {  // of the tile's keys
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int offset = i / 2 * kProductKeys + i % 2 * 8;
+    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+      const int offset = half * kProductKeys + i % 2 * 8;
       if constexpr (sink == Sink::candidates) {
-        next[i] = __ldg(scale + offset);
+        scales[i] = __ldg(scale + offset);
       } else {  // behind the last sample there is none
         const std::int64_t sample = scale - arguments.scales + offset;
-        next[i] =
+        scales[i] =
             __ldg(arguments.scales + min(sample, arguments.key_rows - 1) * arguments.key_stride);
       }
     }
   };
   if (first_tile < last_tile) {
-    load_scales();
+    load_scales(0);
+    load_scales(1);
   }
   // Step 1: the tile of pass `pass`, once all groups are done with what stands in its stage.
   const auto fetch = [&](std::uint32_t pass, std::int32_t tile) {
@@ -176,16 +187,13 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   for (std::int32_t tile = first_tile; tile < last_tile; tile += arguments.splits) {
     const std::uint32_t stage = pass % kStages;
     fetch(pass + kAhead, tile + kAhead * arguments.splits);
-    const float scales[4] = {next[0], next[1], next[2], next[3]};
-    if (tile + arguments.splits < last_tile) {
-      scale += arguments.splits * kTileKeys;
-      load_scales();
-    }
+    const bool more = tile + arguments.splits < last_tile;
+    scale += arguments.splits * kTileKeys;
     const bool inside = tile >= shared.plain_first[group] && tile < shared.plain_last[group];
     while (!ptx::mbarrier_try_wait_parity(&shared.full[stage], pass / kStages % 2)) {
     }
     float partial[2];
-    bool plain = inside;
+    bool plain = false;
     const auto take = [&]<int part>(std::integral_constant<int, part>) {
       constexpr int kKeys = part / Own::kProducts;     // which 64 of the tile's
       constexpr int kProduct = part % Own::kProducts;  // which of the columns
@@ -201,14 +209,14 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       }
       wgmma_commit();
       // While the tensor cores work:
-      if constexpr (part == 0) {
-        plain = inside && !__any_sync(kWarp, scales[0] < 0 || scales[1] < 0 || scales[2] < 0 ||
-                                                 scales[3] < 0);
-      }
-      if constexpr (sink == Sink::candidates && kProduct == 0) {
-        do {
-          queue.pop(arguments.candidates, lists);
-        } while (__any_sync(kWarp, queue.nearly_full()));
+      if constexpr (kProduct == 0) {
+        plain = inside && !__any_sync(kWarp, signbit(scales[2 * kKeys]) != 0 ||
+                                                 signbit(scales[2 * kKeys + 1]) != 0);
+        if constexpr (sink == Sink::candidates) {
+          while (__any_sync(kWarp, queue.nearly_full())) {
+            queue.pop(arguments.candidates, lists);
+          }
+        }
       }
       wgmma_wait<0>();
       wgmma_pin(sums);
@@ -226,8 +234,8 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
           }
         } else {
           if (score > bounds[g]) {
-            queue.push(score, static_cast<std::uint32_t>(key) | static_cast<std::uint32_t>(g)
-                                                                    << kKeyBits);
+            queue.push(score, static_cast<std::uint32_t>(key) +
+                                  (static_cast<std::uint32_t>(g) << kKeyBits));
           }
         }
       };
@@ -237,14 +245,26 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
         const bool seen = key >= shared.starts[place] && key < shared.ends[place];
         emit(g, r, seen ? score : std::numeric_limits<float>::quiet_NaN());
       };
+      const auto weights_from = [&](int local) {
+        if constexpr (kOwnWeights) {
+          return make_float4(own_weights[local], own_weights[local + 1], own_weights[local + 2],
+                             own_weights[local + 3]);
+        } else {
+          return *reinterpret_cast<const float4*>(weights + kProduct * kProductWeights + local);
+        }
+      };
       constexpr int kFirst = kProduct * kProductLocals;
-      const float* product_weights = weights + kProduct * kProductWeights;
       if (plain) {
-        weigh<rows, residual, kFirst, true, kProductLocals>(sums, product_weights,
-                                                            scales + 2 * kKeys, partial, emit);
+        weigh<rows, residual, kFirst, true, kProductLocals>(sums, weights_from, scales + 2 * kKeys,
+                                                            partial, emit);
       } else {
-        weigh<rows, residual, kFirst, false, kProductLocals>(
-            sums, product_weights, scales + 2 * kKeys, partial, emit_seen);
+        weigh<rows, residual, kFirst, false, kProductLocals>(sums, weights_from, scales + 2 * kKeys,
+                                                             partial, emit_seen);
+      }
+      if constexpr (kProduct == Own::kProducts - 1) {
+        if (more) {
+          load_scales(kKeys);
+        }
       }
     };
     take(std::integral_constant<int, 0>{});

@@ -16,11 +16,10 @@ inline constexpr int kTileBytes = kTileKeys * kDim;
 inline constexpr int kProductColumns = 128;  // rows of queries of a product: wgmma's N
 inline constexpr int kProductLocals = kProductColumns / 4;  // of them a thread's
 
-// Four warpgroups score, each for its own queries. While the tensor cores work they leave the other
-// pipes of an SM next to no access to the registers, so there is nothing to gain from a second
-// product in flight a group; but four warps a scheduler weigh faster than two. 16 warps may have
-// 128 registers a thread: 64 sums, and no weights, which stay in shared memory. A 17th warp to feed
-// the others would cost them 32, so a thread of the first group does it.
+// Four warpgroups score, each for its own queries and one product at a time: while a group weighs,
+// the products of others keep the tensor cores busy (docs/kernels/fused.md). 16 warps may have 128
+// registers a thread: 64 sums, and the weights of 32 columns. A 17th warp to feed the others would
+// cost them 32, so a thread of the first group does it.
 inline constexpr int kGroups = 4;
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kThreads = kGroups * kGroupThreads;
@@ -37,8 +36,8 @@ inline constexpr int kScaleThreads = 256;
 inline constexpr int kKeyBits = 28;
 inline constexpr std::int64_t kMaxKeys = std::int64_t{1} << kKeyBits;
 
-// A warp takes entries out of its queues, one of each, while its product is computed: as often as
-// 1 score in 16 passes; and goes on while one of them holds more than kQueueSpare.
+// While its product is computed a warp takes entries out of its queues, one of each, as long as one
+// of them holds more than kQueueSpare: most of the others have some too, then.
 inline constexpr int kQueueSpare = 4;
 inline constexpr std::uint32_t kQueueStep = kThreads * sizeof(Candidate);  // to the next entry
 
