@@ -73,6 +73,18 @@ __device__ void load_rows(const Problem& problem, const Rows& scored, int thread
   }
 }
 
+// A thread's weights of a product's columns, where they stand in shared memory (weigh's
+// weights_from).
+struct SharedWeights {
+  const float* own;
+
+  __device__ SharedWeights(const float (&product)[kProductWeights], int lane)
+      : own(product + lane % 4 * kLaneWeights) {}
+  __device__ float4 operator()(int local) const {
+    return *reinterpret_cast<const float4*>(own + local);
+  }
+};
+
 // Heads whose weighted products are one chain of multiply-adds; the sums of such groups are added
 // in order, and the residual row at last. One thread may have all rows of a query, or each lane of
 // a quad a group (sm90_listed.cu): the bits are the same.

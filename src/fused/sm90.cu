@@ -123,7 +123,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
 
   const std::uint64_t row_tile = swizzled_tile(shared.rows_of[group]);
   const std::uint64_t key_tiles = swizzled_tile(shared.keys);
-  const float* const weights = shared.weights[group][0] + lane % 4 * kLaneWeights;
+  const SharedWeights weights(shared.weights[group][0], lane);
   // The weights of a thread's columns: in registers, where they are those of one product and there
   // are many products.
   constexpr bool kOwnWeights = sink == Sink::candidates && Own::kProducts == 1;
@@ -131,7 +131,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   if constexpr (kOwnWeights) {
 #pragma unroll
     for (int i = 0; i < kProductLocals; ++i) {
-      own_weights[i] = weights[i];
+      own_weights[i] = weights.own[i];
     }
   }
   Queue queue(&shared.queue[0][group * kGroupThreads + thread]);
@@ -210,8 +210,8 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       wgmma_commit();
       // While the tensor cores work:
       if constexpr (kProduct == 0) {
-        plain = inside && !__any_sync(kWarp, signbit(scales[2 * kKeys]) != 0 ||
-                                                 signbit(scales[2 * kKeys + 1]) != 0);
+        plain = inside &&
+                !__any_sync(kWarp, signbit(scales[2 * kKeys]) || signbit(scales[2 * kKeys + 1]));
         if constexpr (sink == Sink::candidates) {
           while (__any_sync(kWarp, queue.nearly_full())) {
             queue.pop(arguments.candidates, lists);
@@ -250,7 +250,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
           return make_float4(own_weights[local], own_weights[local + 1], own_weights[local + 2],
                              own_weights[local + 3]);
         } else {
-          return *reinterpret_cast<const float4*>(weights + kProduct * kProductWeights + local);
+          return weights(kProduct * kProductWeights + local);
         }
       };
       constexpr int kFirst = kProduct * kProductLocals;

@@ -116,12 +116,8 @@ __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, st
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_pin(sums);
-      const float* weights = shared.weights[product] + lane % 4 * kLaneWeights;
-      const auto weights_from = [&](int local) {
-        return *reinterpret_cast<const float4*>(weights + local);
-      };
-      weigh<rows, residual, product * kLocals, false, kLocals>(sums, weights_from, scales, partial,
-                                                               write);
+      weigh<rows, residual, product * kLocals, false, kLocals>(
+          sums, SharedWeights(shared.weights[product], lane), scales, partial, write);
     };
     take(std::integral_constant<int, 0>{});
     if constexpr (kProducts == 2) {
