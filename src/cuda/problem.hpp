@@ -54,10 +54,10 @@ struct Scores {
   std::int64_t columns;
 };
 
-// A position and its score, as scoring hands it to selection; one 8-byte store.
+// A key and its score, as scoring hands it to selection; one 8-byte store.
 struct alignas(8) Candidate {
   float score;
-  std::uint32_t position;
+  std::uint32_t key;  // its index among all keys
 };
 
 // The candidates of each query, in lists that one writer each fills: [T, lists, capacity] entries

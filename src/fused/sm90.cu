@@ -2,9 +2,11 @@
 // written unless it is above its query's bound.
 //
 // A block takes 4 x 128 rows of queries (routed heads and residual rows, gathered as they are
-// loaded; 4 x 256 where a query has 64) and every splits-th tile of 128 keys.
+// loaded; 4 x 256 where a query has 64) and every splits-th tile of keys.
 //
-//  1. A thread has the copy engine bring tiles of keys, kAhead of them ahead.
+//  0. What the kernel before this one does not write is on its way before that one ends: tiles of
+//     keys, and for candidates also the rows of queries.
+//  1. A thread has the copy engine bring the next tile of keys.
 //  2. A warpgroup multiplies 64 keys with 128 of its own rows: keys on M, rows on N. The tensor
 //     cores work for one group while the others weigh.
 //  3. The rows of a query stand in columns that one thread holds (Columns), so each thread clips,
@@ -24,6 +26,7 @@
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/check.cuh"
 #include "cuda/launch.cuh"
@@ -43,6 +46,17 @@ namespace ptx = ::cuda::ptx;
 
 enum class Sink { samples, candidates };
 
+// A tile of a sink: its keys, as products of 64 of them, and before which of those the next tile
+// is fetched.
+template <Sink sink>
+struct TileOf {
+  static constexpr int kKeys = sink == Sink::samples ? kSampleTileKeys : kTileKeys;
+  static constexpr int kParts = kKeys / kProductKeys;
+  static constexpr int kFetchPart = kParts * 3 / 4;
+  static constexpr int kBytes = kKeys * kDim;
+  static_assert(kKeys <= kTileKeys && kParts % 2 == 0);
+};
+
 struct Arguments {
   Problem problem;
   Rows rows;
@@ -55,10 +69,9 @@ struct Arguments {
   float* scores;  // [T, key_rows]
 };
 
-// Where a thread's candidates go: of its query g, counts and starts [4 g], entries [base + g step].
+// Where a thread's candidates go: of its query g, counts [4 g] and entries [base + g step].
 struct Lists {
   std::uint32_t* counts;
-  const std::int32_t* starts;
   std::uint32_t base;
   std::uint32_t step;
 };
@@ -71,10 +84,10 @@ struct Queue {
   __device__ explicit Queue(const Candidate* entries)
       : first(shared_address(entries)), tail(first) {}
   __device__ bool empty() const { return tail == first; }
-  __device__ bool nearly_full() const { return tail > first + kQueueSpare * kQueueStep; }
-  __device__ void push(float score, std::uint32_t position) {
+  __device__ bool holds_more_than(int count) const { return tail > first + count * kQueueStep; }
+  __device__ void push(float score, std::uint32_t key) {
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(tail), "r"(__float_as_uint(score)),
-                 "r"(position));
+                 "r"(key));
     tail += kQueueStep;
   }
   // Step 5 for the last entry.
@@ -84,34 +97,63 @@ struct Queue {
     }
     tail -= kQueueStep;
     std::uint32_t score;
-    std::uint32_t position;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(score), "=r"(position) : "r"(tail));
-    const std::uint32_t g = position >> kKeyBits;
-    const std::uint32_t key = position & ((1U << kKeyBits) - 1);
+    std::uint32_t key;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(score), "=r"(key) : "r"(tail));
+    const std::uint32_t g = key >> kKeyBits;
     const std::uint32_t slot = atomicAdd(lists.counts + g * 4, 1U);
-    const auto start = static_cast<std::uint32_t>(lists.starts[g * 4]);
     if (slot < out.capacity) {
-      out.entries[lists.base + g * lists.step + slot] = {__uint_as_float(score), key - start};
+      out.entries[lists.base + g * lists.step + slot] = {__uint_as_float(score),
+                                                         key & ((1U << kKeyBits) - 1)};
     }
   }
 };
+
+template <int... part, class Take>
+__device__ void take_each(std::integer_sequence<int, part...>, const Take& take) {
+  (take(std::integral_constant<int, part>{}), ...);
+}
 
 template <int rows, bool residual, Sink sink>
 __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
                             Shared<rows>& shared, int group, std::int32_t first_tile,
                             std::int32_t last_tile, std::int64_t first_query) {
   using Own = Columns<rows>;
+  using Tile = TileOf<sink>;
   const int thread = threadIdx.x % kGroupThreads;
   const int lane = thread % 32;
   const std::int64_t tokens = arguments.problem.q.tokens;
   const std::int64_t first = first_query + group * Own::kQueries;
 
+  // Step 1: the tile of pass `pass`, once all groups are done with what stands in its stage.
+  const auto fetch = [&](std::uint32_t pass, std::int32_t tile) {
+    if (tile >= last_tile) {
+      return;
+    }
+    const std::uint32_t stage = pass % kStages;
+    if (pass >= kStages) {
+      while (!ptx::mbarrier_try_wait_parity(&shared.empty[stage], (pass / kStages - 1) % 2)) {
+      }
+    }
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                                   &shared.full[stage], Tile::kBytes);
+    const std::int32_t corner[2] = {0, tile * Tile::kKeys};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared.keys[stage], &map,
+                              corner, &shared.full[stage]);
+  };
+  const bool feeds = threadIdx.x == 0;
+  if (feeds) {
+    fetch(0, first_tile);
+  }
+  if constexpr (sink == Sink::samples) {
+    begin_kernel();  // so far nothing was read that routing or launch_scales write
+  }
   load_rows<rows, residual, Own::kCount>(
       arguments.problem, arguments.rows, thread, kGroupThreads,
       [&](int query) { return first + query < tokens ? first + query : std::int64_t{-1}; },
       shared.rows_of[group], shared.weights[group]);
   float bounds[Own::kOwn];
   if constexpr (sink == Sink::candidates) {
+    begin_kernel();  // so far nothing was read that the bounds' kernel writes
 #pragma unroll
     for (int g = 0; g < Own::kOwn; ++g) {
       const std::int64_t t = first + 4 * g + lane % 4;
@@ -138,69 +180,57 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   const std::uint32_t list_step =
       static_cast<std::uint32_t>(arguments.splits) * arguments.candidates.capacity;
   const Lists lists{shared.counts + group * Own::kQueries + lane % 4,
-                    shared.starts + group * Own::kQueries + lane % 4,
                     static_cast<std::uint32_t>(first + lane % 4) * list_step +
                         blockIdx.x % arguments.splits * arguments.candidates.capacity,
                     4 * list_step};
 
-  // The thread's keys of a tile are row, row + 8, row + 64 and row + 72.
-  std::int32_t row = first_tile * kTileKeys + thread / 32 * 16 + lane / 4;
-  const float* scale = arguments.scales + row;
-  float scales[4];  // once weighed with, those of the next tile take their place
-  const auto load_scales = [&](int half) {  // of the tile's keys
+  // Of each 64 keys of a tile the thread's are own_row and own_row + 8; their scales are loaded two
+  // products ahead.
+  const std::int32_t own_row = thread / 32 * 16 + lane / 4;
+  float scales[4];
+  const auto load_scales = [&](std::int32_t row, int part) {
 #pragma unroll
-    for (int i = 2 * half; i < 2 * half + 2; ++i) {
-      const int offset = half * kProductKeys + i % 2 * 8;
+    for (int j = 0; j < 2; ++j) {
+      const int offset = part * kProductKeys + j * 8;
+      const int i = 2 * (part % 2) + j;
       if constexpr (sink == Sink::candidates) {
-        scales[i] = __ldg(scale + offset);
+        scales[i] = __ldg(arguments.scales + row + offset);
       } else {  // behind the last sample there is none
-        const std::int64_t sample = scale - arguments.scales + offset;
+        const std::int64_t sample = row + offset;
         scales[i] =
             __ldg(arguments.scales + min(sample, arguments.key_rows - 1) * arguments.key_stride);
       }
     }
   };
   if (first_tile < last_tile) {
-    load_scales(0);
-    load_scales(1);
-  }
-  // Step 1: the tile of pass `pass`, once all groups are done with what stands in its stage.
-  const auto fetch = [&](std::uint32_t pass, std::int32_t tile) {
-    if (threadIdx.x != 0 || tile >= last_tile) {
-      return;
-    }
-    const std::uint32_t stage = pass % kStages;
-    if (pass >= kStages) {
-      while (!ptx::mbarrier_try_wait_parity(&shared.empty[stage], (pass / kStages - 1) % 2)) {
-      }
-    }
-    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                                   &shared.full[stage], kTileBytes);
-    const std::int32_t corner[2] = {0, tile * kTileKeys};
-    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared.keys[stage], &map,
-                              corner, &shared.full[stage]);
-  };
-  for (int i = 0; i < kAhead; ++i) {
-    fetch(i, first_tile + i * arguments.splits);
+    load_scales(first_tile * Tile::kKeys + own_row, 0);
+    load_scales(first_tile * Tile::kKeys + own_row, 1);
   }
   std::uint32_t pass = 0;
   for (std::int32_t tile = first_tile; tile < last_tile; tile += arguments.splits) {
     const std::uint32_t stage = pass % kStages;
-    fetch(pass + kAhead, tile + kAhead * arguments.splits);
-    const bool more = tile + arguments.splits < last_tile;
-    scale += arguments.splits * kTileKeys;
-    const bool inside = tile >= shared.plain_first[group] && tile < shared.plain_last[group];
+    const std::int32_t row = tile * Tile::kKeys + own_row;
+    const std::int32_t next = min(tile + arguments.splits, last_tile - 1) * Tile::kKeys + own_row;
+    // Its sign bit is set where some query does not see all of the tile.
+    const std::uint32_t masked =
+        tile >= shared.plain[group].first && tile < shared.plain[group].last ? 0 : 0x80000000U;
     while (!ptx::mbarrier_try_wait_parity(&shared.full[stage], pass / kStages % 2)) {
     }
+    const std::uint64_t tile_keys = key_tiles + stage * (sizeof(shared.keys[0]) / 16);
     float partial[2];
     bool plain = false;
     const auto take = [&]<int part>(std::integral_constant<int, part>) {
       constexpr int kKeys = part / Own::kProducts;     // which 64 of the tile's
       constexpr int kProduct = part % Own::kProducts;  // which of the columns
-      constexpr bool kLast = part == 2 * Own::kProducts - 1;
+      constexpr bool kLast = part == Tile::kParts * Own::kProducts - 1;
+      if constexpr (part == Tile::kFetchPart * Own::kProducts) {
+        if (feeds) {
+          fetch(pass + 1, tile + arguments.splits);
+        }
+      }
+      const float* own_scales = scales + 2 * (kKeys % 2);
       float sums[2 * kProductLocals];
-      const std::uint64_t keys =
-          key_tiles + (stage * kTileBytes + kKeys * kProductKeys * kDim) / 16;
+      const std::uint64_t keys = tile_keys + kKeys * kProductKeys * kDim / 16;
       const std::uint64_t columns = row_tile + kProduct * kProductColumns * kDim / 16;
       wgmma_fence();
 #pragma unroll
@@ -210,13 +240,13 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       wgmma_commit();
       // While the tensor cores work:
       if constexpr (kProduct == 0) {
-        plain = inside &&
-                !__any_sync(kWarp, signbit(scales[2 * kKeys]) || signbit(scales[2 * kKeys + 1]));
         if constexpr (sink == Sink::candidates) {
-          while (__any_sync(kWarp, queue.nearly_full())) {
+          while (__any_sync(kWarp, queue.holds_more_than(queue_spare(rows)))) {
             queue.pop(arguments.candidates, lists);
           }
         }
+        const std::uint32_t signs = __float_as_uint(own_scales[0]) | __float_as_uint(own_scales[1]);
+        plain = !__any_sync(kWarp, static_cast<std::int32_t>(masked | signs) < 0);
       }
       wgmma_wait<0>();
       wgmma_pin(sums);
@@ -255,25 +285,21 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       };
       constexpr int kFirst = kProduct * kProductLocals;
       if (plain) {
-        weigh<rows, residual, kFirst, true, kProductLocals>(sums, weights_from, scales + 2 * kKeys,
-                                                            partial, emit);
+        weigh<rows, residual, kFirst, true, kProductLocals>(sums, weights_from, own_scales, partial,
+                                                            emit);
       } else {
-        weigh<rows, residual, kFirst, false, kProductLocals>(sums, weights_from, scales + 2 * kKeys,
+        weigh<rows, residual, kFirst, false, kProductLocals>(sums, weights_from, own_scales,
                                                              partial, emit_seen);
       }
       if constexpr (kProduct == Own::kProducts - 1) {
-        if (more) {
-          load_scales(kKeys);
+        if constexpr (kKeys + 2 < Tile::kParts) {
+          load_scales(row, kKeys + 2);
+        } else {
+          load_scales(next, kKeys + 2 - Tile::kParts);
         }
       }
     };
-    take(std::integral_constant<int, 0>{});
-    take(std::integral_constant<int, 1>{});
-    if constexpr (Own::kProducts == 2) {
-      take(std::integral_constant<int, 2>{});
-      take(std::integral_constant<int, 3>{});
-    }
-    row += arguments.splits * kTileKeys;
+    take_each(std::make_integer_sequence<int, Tile::kParts * Own::kProducts>{}, take);
     ++pass;
   }
   if constexpr (sink == Sink::candidates) {
@@ -294,10 +320,10 @@ template <int rows, bool residual, Sink sink>
 __global__ void __launch_bounds__(kThreads, 1)
     score_kernel(const __grid_constant__ CUtensorMap map,
                  const __grid_constant__ Arguments arguments) {
-  begin_kernel();
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<rows>*>(memory);
   using Own = Columns<rows>;
+  using Tile = TileOf<sink>;
   const std::int64_t first_query = std::int64_t{blockIdx.x} / arguments.splits * Own::kBlockQueries;
 
   if (threadIdx.x == 0) {
@@ -309,8 +335,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     shared.first = std::numeric_limits<std::int32_t>::max();
     shared.last = 0;
     for (int group = 0; group < kGroups; ++group) {
-      shared.plain_first[group] = 0;
-      shared.plain_last[group] = std::numeric_limits<std::int32_t>::max();
+      shared.plain[group].first = 0;
+      shared.plain[group].last = std::numeric_limits<std::int32_t>::max();
     }
   }
   __syncthreads();
@@ -319,9 +345,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (first_query + i < arguments.problem.q.tokens) {
       range = visible(arguments.problem.k, first_query + i);
       const int group = i / Own::kQueries;
-      const auto step = static_cast<std::int32_t>(arguments.key_stride * kTileKeys);
-      atomicMax(&shared.plain_first[group], (range.start + step - 1) / step);
-      atomicMin(&shared.plain_last[group], (range.start + range.length) / step);
+      const auto step = static_cast<std::int32_t>(arguments.key_stride * Tile::kKeys);
+      atomicMax(&shared.plain[group].first, (range.start + step - 1) / step);
+      atomicMin(&shared.plain[group].last, (range.start + range.length) / step);
       if (range.length > 0) {
         atomicMin(&shared.first, range.start);
         atomicMax(&shared.last, range.start + range.length);
@@ -335,10 +361,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   std::int32_t first_tile = 0;
   std::int32_t last_tile =
-      static_cast<std::int32_t>((arguments.key_rows + kTileKeys - 1) / kTileKeys);
+      static_cast<std::int32_t>((arguments.key_rows + Tile::kKeys - 1) / Tile::kKeys);
   if constexpr (sink == Sink::candidates) {
-    first_tile = shared.first / kTileKeys;
-    last_tile = min(last_tile, (shared.last + kTileKeys - 1) / kTileKeys);
+    first_tile = shared.first / Tile::kKeys;
+    last_tile = min(last_tile, (shared.last + Tile::kKeys - 1) / Tile::kKeys);
   }
   if (shared.last == 0) {  // no query of the block sees a key: nobody asks for scores
     last_tile = 0;
@@ -369,7 +395,7 @@ __global__ void __launch_bounds__(kScaleThreads) scales_kernel(const Keys keys, 
   }
 }
 
-CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride) {
+CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride, int tile) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -384,7 +410,7 @@ CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride) {
   CUtensorMap map{};
   const cuuint64_t sizes[2] = {kDim, static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[2] = {kDim, kTileKeys};
+  const cuuint32_t box[2] = {kDim, static_cast<cuuint32_t>(tile)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(k.data), sizes, strides, box,
@@ -401,9 +427,10 @@ template <Sink sink>
 void launch(const Arguments& arguments, void* stream) {
   const Keys& k = arguments.problem.k;
   // Without keys there are no tiles, and nothing reads the map.
-  const CUtensorMap map = arguments.key_rows > 0
-                              ? key_map(k, arguments.key_rows, k.stride * arguments.key_stride)
-                              : CUtensorMap{};
+  const CUtensorMap map =
+      arguments.key_rows > 0
+          ? key_map(k, arguments.key_rows, k.stride * arguments.key_stride, TileOf<sink>::kKeys)
+          : CUtensorMap{};
   for_rows(arguments.rows, [&]<int rows, bool residual>() {
     const auto kernel = score_kernel<rows, residual, sink>;
     const std::int64_t blocks = (arguments.problem.q.tokens + Columns<rows>::kBlockQueries - 1) /

@@ -9,10 +9,8 @@
 
 namespace misa::cuda::fused {
 
-inline constexpr int kDim = 128;         // D, so that a row is the 128 bytes of one swizzle
-inline constexpr int kProductKeys = 64;  // keys of a product: wgmma's M
-inline constexpr int kTileKeys = 2 * kProductKeys;  // keys that are fetched and awaited together
-inline constexpr int kTileBytes = kTileKeys * kDim;
+inline constexpr int kDim = 128;             // D, so that a row is the 128 bytes of one swizzle
+inline constexpr int kProductKeys = 64;      // keys of a product: wgmma's M
 inline constexpr int kProductColumns = 128;  // rows of queries of a product: wgmma's N
 inline constexpr int kProductLocals = kProductColumns / 4;  // of them a thread's
 
@@ -24,21 +22,27 @@ inline constexpr int kGroups = 4;
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kThreads = kGroups * kGroupThreads;
 
-// Key tiles in flight: kAhead of 16 KB cover the latency of L2 (about 700 cycles) at one tile in
-// 2048, and as many more are there for groups that lag behind the first one.
-inline constexpr int kAhead = 2;
-inline constexpr int kStages = 4;
+// A tile: keys that are fetched and awaited together. What a tile costs besides its products is
+// less with more of them; but samples are few, and blocks share them out in whole tiles.
+inline constexpr int kTileKeys = 256;
+inline constexpr int kSampleTileKeys = 128;
+
+// Tiles in shared memory: one that is scored, and the next one, fetched when three quarters of the
+// groups' products with this one are done. The last quarter, 64 keys in 1600 cycles, covers the
+// latency of L2 (about 700); groups may lag behind the first one by what comes before.
+inline constexpr int kStages = 2;
 
 inline constexpr int kScaleThreads = 256;
 
-// A queued entry's position holds a key's index in its lower bits and the number of the thread's
-// query, at most 15, above.
+// A queued entry's key has its index in its lower bits and the number of the thread's query, at
+// most 15, above.
 inline constexpr int kKeyBits = 28;
 inline constexpr std::int64_t kMaxKeys = std::int64_t{1} << kKeyBits;
 
 // While its product is computed a warp takes entries out of its queues, one of each, as long as one
-// of them holds more than kQueueSpare: most of the others have some too, then.
-inline constexpr int kQueueSpare = 4;
+// of them holds more than this: all the others have some too, then, mostly. As many as there is
+// room for.
+constexpr int queue_spare(int rows) { return rows < 64 ? 7 : 4; }
 inline constexpr std::uint32_t kQueueStep = kThreads * sizeof(Candidate);  // to the next entry
 
 // Columns of a group whose queries have this many rows: a query stands in each lane of a quad.
@@ -62,11 +66,17 @@ struct Columns {
 inline constexpr int kLaneWeights = kProductLocals + 4;
 inline constexpr int kProductWeights = 4 * kLaneWeights;
 
+// Tiles from the first one to before the last.
+struct alignas(8) TileRange {
+  std::int32_t first;
+  std::int32_t last;
+};
+
 template <int rows>
 struct Shared {
   using Own = Columns<rows>;
 
-  alignas(1024) std::uint8_t keys[kStages][kTileBytes];
+  alignas(1024) std::uint8_t keys[kStages][kTileKeys * kDim];
   alignas(1024) std::uint8_t rows_of[kGroups][Own::kCount * kDim];
   alignas(16) float weights[kGroups][Own::kProducts][kProductWeights];
   std::int32_t starts[Own::kBlockQueries];  // of each query's keys
@@ -74,11 +84,10 @@ struct Shared {
   std::uint32_t counts[Own::kBlockQueries];  // of each query's candidates
   std::int32_t first;                        // of the keys that some query of the block sees
   std::int32_t last;                         // one behind them
-  std::int32_t plain_first[kGroups];  // of the tiles that every query of a group sees in full
-  std::int32_t plain_last[kGroups];
+  TileRange plain[kGroups];                  // that every query of a group sees in full
   alignas(8) std::uint64_t full[kStages];
   std::uint64_t empty[kStages];
-  Candidate queue[kQueueSpare + 2 * Own::kOwn][kThreads];
+  Candidate queue[queue_spare(rows) + 2 * Own::kOwn][kThreads];
 };
 static_assert(sizeof(Shared<4>) <= 227 * 1024 && sizeof(Shared<64>) <= 227 * 1024);
 

@@ -102,7 +102,7 @@ class Chunks {
   }
 
   // The lane's two entries of the chunk that lane `from` found: x and y, z and w. Where there is
-  // none, its position is kWarp. All lanes call.
+  // none, its key is kWarp. All lanes call.
   __device__ uint4 load(const uint2& found, int from) const {
     const uint2* entries = entries_ + __shfl_sync(kWarp, found.x, from);
     const std::uint32_t left = __shfl_sync(kWarp, found.y, from);
@@ -135,9 +135,13 @@ __device__ std::uint32_t key_of(std::uint32_t score) {
   return bits ^ (static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000U);
 }
 
-// Loaded entries as keys and positions. Absent candidates are visited too; their key is 0.
-__device__ uint4 as_keys(const uint4& two, std::uint32_t length) {
-  return {two.y < length ? key_of(two.x) : 0, two.y, two.w < length ? key_of(two.z) : 0, two.w};
+// Loaded entries of a row that sees `range`, as keys of selection and positions. Absent candidates
+// are visited too; their key is 0.
+__device__ uint4 as_keys(const uint4& two, const Range& range) {
+  const std::uint32_t first = two.y - range.start;
+  const std::uint32_t second = two.w - range.start;
+  const auto length = static_cast<std::uint32_t>(range.length);
+  return {first < length ? key_of(two.x) : 0, first, second < length ? key_of(two.z) : 0, second};
 }
 
 // A row's candidates in registers.
@@ -146,7 +150,7 @@ class Held {
  public:
   static constexpr std::uint32_t kChunks = Own::kSlots * Own::kWarps;
 
-  __device__ Held(const Chunks& chunks, std::uint32_t length) {
+  __device__ Held(const Chunks& chunks, const Range& range) {
     const uint2 found = chunks.find(threadIdx.x % 32 * Own::kWarps + threadIdx.x / 32);
 #pragma unroll
     for (int slot = 0; slot < Own::kSlots; ++slot) {
@@ -154,7 +158,7 @@ class Held {
     }
 #pragma unroll
     for (int slot = 0; slot < Own::kSlots; ++slot) {
-      pairs_[slot] = as_keys(pairs_[slot], length);
+      pairs_[slot] = as_keys(pairs_[slot], range);
     }
   }
   template <class Visitor>
@@ -174,14 +178,14 @@ class Held {
 template <class Own>
 class Listed {
  public:
-  __device__ Listed(const Candidates& candidates, std::int64_t t, std::uint32_t length)
-      : chunks_(candidates, t), length_(length) {}
+  __device__ Listed(const Candidates& candidates, std::int64_t t, const Range& range)
+      : chunks_(candidates, t), range_(range) {}
 
   template <class Visitor>
   __device__ void visit(const Visitor& visitor) const {
 #pragma unroll 1
     for (std::uint32_t chunk = threadIdx.x / 32; chunk < chunks_.count; chunk += Own::kWarps) {
-      const uint4 pair = as_keys(chunks_.load(chunks_.find(chunk), 0), length_);
+      const uint4 pair = as_keys(chunks_.load(chunks_.find(chunk), 0), range_);
       visitor(pair.x, pair.y);
       visitor(pair.z, pair.w);
     }
@@ -189,7 +193,7 @@ class Listed {
 
  private:
   Chunks chunks_;
-  std::uint32_t length_;
+  Range range_;
 };
 
 __device__ std::uint64_t entry_of(std::uint32_t key, std::uint32_t position) {
@@ -397,7 +401,8 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
 
   const std::int64_t t = blockIdx.x;
   const Chunks chunks(candidates, t);
-  const auto length = static_cast<std::uint32_t>(visible(keys, t).length);
+  const Range range = visible(keys, t);
+  const auto length = static_cast<std::uint32_t>(range.length);
   const OutputRow output = output_row(out, t, plan.top_k);
   const std::uint32_t wanted = min(plan.top_k, length);
   const auto write = [&](std::uint32_t count, const auto& index_of) {
@@ -432,7 +437,7 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   std::uint32_t placed = 0;
   bool done = false;
   if (chunks.count <= Held<Own>::kChunks && length <= stage.positions) {
-    const Held<Own> held(chunks, length);
+    const Held<Own> held(chunks, range);
     const Cut cut = find_cut<Own, true>(shared, held, chunks.total, wanted, length);
     done = !cut.plateau;
     if (done) {
@@ -441,7 +446,7 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   }
   if (!done) {
     __syncthreads();
-    const Listed<Own> listed(candidates, t, length);
+    const Listed<Own> listed(candidates, t, range);
     const Cut cut = find_cut<Own, false>(shared, listed, chunks.total, wanted, length);
     placed = fill<Own, false, scores>(shared, stage, listed, cut, length);
   }

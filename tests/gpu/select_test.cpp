@@ -428,7 +428,7 @@ TEST_F(CudaTopK, CanBeCaptured) {
 // --- The fused path ---
 
 // Rows of scores as scoring would hand them on: all that exceed a bound, each to the list that its
-// position names.
+// position names. The rows' keys stand one after the other (Sequences).
 struct Survivors {
   std::int64_t lists;
   std::int64_t capacity;
@@ -444,6 +444,7 @@ Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& bound
       std::vector<cuda::Candidate>(count * lists * capacity, cuda::Candidate{kInfinity, 77}),
       std::vector<std::uint32_t>(count * lists, 0)};
   std::mt19937_64 random(23);
+  std::uint32_t start = 0;
   for (std::int64_t t = 0; t < count; ++t) {
     std::vector<std::uint32_t> positions;
     for (std::size_t i = 0; i < rows[t].size(); ++i) {
@@ -456,9 +457,10 @@ Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& bound
       const std::int64_t list = t * lists + position / 64 % lists;
       const std::uint32_t place = survivors.counts[list]++;
       if (place < capacity) {
-        survivors.entries[list * capacity + place] = {rows[t][position], position};
+        survivors.entries[list * capacity + place] = {rows[t][position], start + position};
       }
     }
+    start += static_cast<std::uint32_t>(rows[t].size());
   }
   return survivors;
 }
