@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
+#include <numeric>
 
 #include "fused/sm90_config.cuh"
 
@@ -16,34 +18,92 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 // samples would let through 1.4 times k, which does not make up for scoring them.
 constexpr std::int64_t kSamples = 2048;
 
-// Splits beyond these only shorten the lists.
-constexpr int kMaxSplits = 16;
+// A row of candidates has no more lists (src/select/survivors.cu).
+constexpr int kMaxLists = 32;
 
-// The smallest number of splits that keeps the processors about as busy as any: blocks take equally
-// long, so what counts is how full the last wave is.
-int splits(std::int64_t blocks, int processors) {
-  int best = 1;
-  double best_use = 0;
-  for (int count = 1; count <= kMaxSplits; ++count) {
-    const double waves = static_cast<double>(blocks * count) / processors;
-    const double use = waves / std::ceil(waves);
-    if (use > best_use + 0.01) {
-      best = count;
-      best_use = use;
+// Parts that a thread block takes at most.
+constexpr int kMaxShare = 8;
+
+// What it costs a thread block to begin with a block of queries, in keys that it scores meanwhile
+// with up to 32 rows a query: 5 us (docs/kernels/fused.md).
+constexpr double kBeginKeys = 384;
+
+// What a deal has to be better than another one by, if it makes more lists.
+constexpr double kWorthwhile = 0.995;
+
+Deal deal(int parts, int share) {
+  int step = parts / share;
+  while (std::gcd(step, parts) != 1) {
+    --step;
+  }
+  return {parts, share, step};
+}
+
+// Thread blocks that have parts of one block of queries, at the most.
+int lists(const Deal& deal) {
+  int most = 1;
+  for (int block = 0; block < deal.share; ++block) {  // then it repeats
+    const int first = block * deal.parts;
+    most = std::max(most, (first + deal.parts - 1) / deal.share - first / deal.share + 1);
+  }
+  return most;
+}
+
+// The deal that is done first: in waves of thread blocks with a part each, or in one wave of those
+// with up to max_share parts, of which two belong to every block of queries or more (or its one
+// list more would be too many).
+Deal fastest(std::int64_t blocks, std::int64_t keys, int tile_keys, int max_share, int processors) {
+  const std::int64_t tiles = ceil_div(keys, tile_keys);
+  Deal best{};
+  double least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](const Deal& deal) {
+    const std::int64_t waves = ceil_div(ceil_div(blocks * deal.parts, deal.share), processors);
+    const std::int64_t most = ceil_div(tiles * deal.share, deal.parts) * tile_keys;
+    const double begins = deal.share > 1 ? 2 : 1;
+    const double time =
+        static_cast<double>(waves) * (static_cast<double>(most) + begins * kBeginKeys);
+    if (lists(deal) <= kMaxLists && time < kWorthwhile * least) {
+      best = deal;
+      least = time;
+    }
+  };
+  for (int parts = 1; parts <= kMaxLists; ++parts) {
+    consider(deal(parts, 1));
+  }
+  for (int share = 2; share <= max_share; ++share) {
+    const auto parts = static_cast<int>(processors * std::int64_t{share} / blocks);
+    if (parts >= 2 * share) {
+      consider(deal(parts, share));
     }
   }
   return best;
 }
 
-// Entries that a list must hold so that none is lost with a probability that matters: five standard
-// deviations of the rank at which the bound was taken, six of a list's share.
-double room(const Shape& shape, std::int64_t samples, int splits) {
+// Entries that a list of tiles with `share` of a query's keys must hold so that none is lost with a
+// probability that matters: five standard deviations of the rank at which the bound was taken, six
+// of the list's share.
+double room(const Shape& shape, std::int64_t samples, double share) {
   const auto keys = static_cast<double>(std::max<std::int64_t>(shape.max_keys, 1));
-  const double share = static_cast<double>(samples) * keys / static_cast<double>(shape.total_keys);
-  const double rank = std::min(1.0, shape.top_k / keys) * share;
+  const double seen = static_cast<double>(samples) * keys / static_cast<double>(shape.total_keys);
+  const double rank = std::min(1.0, shape.top_k / keys) * seen;
   const double target = rank + 5 * std::sqrt(rank) + 1;
-  const double most = (target + 5 * std::sqrt(target) + 1) / share * keys / splits;
+  const double most = (target + 5 * std::sqrt(target) + 1) / seen * keys * share;
   return most + 6 * std::sqrt(most);
+}
+
+// Tiles of which a list holds all keys: as many as may lie in a cluster of good keys, or in several
+// that meet in one list.
+constexpr std::int64_t kFullTiles = 3;
+
+// Entries of a list.
+std::int64_t capacity(const Shape& shape, const Layout& layout, std::int64_t tiles) {
+  // A round of tiles has one for each part; one round more where the ends are not whole ones.
+  const std::int64_t own = ceil_div(tiles + 1, layout.all.parts) * layout.all.share;
+  const double share = std::min(1.0, static_cast<double>(own) / static_cast<double>(tiles));
+  const auto most = std::max(static_cast<std::int64_t>(room(shape, layout.samples, share)),
+                             kFullTiles * kTileKeys);
+  // Even, so that entries are read in pairs.
+  return std::max<std::int64_t>(std::min(own * kTileKeys, ceil_div(most, 2) * 2), 2);
 }
 
 }  // namespace
@@ -56,17 +116,15 @@ Layout layout(const Shape& shape) {
       static_cast<int>(std::max(4U, std::bit_ceil(static_cast<unsigned>(shape.rows))));
   const std::int64_t queries = kGroups * group_columns(rows) / rows;
   Layout layout{};
-  layout.splits =
-      splits(std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1), shape.processors);
+  const std::int64_t blocks = std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1);
+  const std::int64_t keys = std::max<std::int64_t>(shape.max_keys, 1);
   layout.sample_stride = std::max<std::int64_t>(ceil_div(shape.total_keys, kSamples), 1);
   layout.samples = ceil_div(shape.total_keys, layout.sample_stride);
-  // A split sees every splits-th tile; one more than its share where the ends are not its own.
-  const std::int64_t all =
-      (ceil_div(ceil_div(shape.max_keys, kTileKeys) + 1, layout.splits)) * kTileKeys;
-  const auto most = static_cast<std::int64_t>(
-      std::min(static_cast<double>(all), room(shape, layout.samples, layout.splits)));
-  // Even, so that entries are read in pairs.
-  layout.capacity = static_cast<std::uint32_t>(ceil_div(std::max<std::int64_t>(most, 2), 2) * 2);
+  layout.sampled = fastest(blocks, layout.samples, kSampleTileKeys, 1, shape.processors);
+  layout.all =
+      fastest(blocks, keys, kTileKeys, takes_pieces(rows) ? kMaxShare : 1, shape.processors);
+  layout.lists = lists(layout.all);
+  layout.capacity = static_cast<std::uint32_t>(capacity(shape, layout, ceil_div(keys, kTileKeys)));
   return layout;
 }
 

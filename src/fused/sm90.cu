@@ -2,7 +2,7 @@
 // written unless it is above its query's bound.
 //
 // A block takes 4 x 128 rows of queries (routed heads and residual rows, gathered as they are
-// loaded; 4 x 256 where a query has 64) and every splits-th tile of keys.
+// loaded; 4 x 256 where a query has 64) and a share of the tiles of keys (Deal).
 //
 //  0. What the kernel before this one does not write is on its way before that one ends: tiles of
 //     keys, and for candidates also the rows of queries.
@@ -15,8 +15,8 @@
 //  4. A score above its query's bound goes to the thread's own queue in shared memory: no votes, no
 //     atomics on the way of the tensor cores.
 //  5. When queues fill up, entries go on into the lists of candidates in global memory, one a query
-//     and split, while a product is under way. Neighbouring tiles go to different splits, so that a
-//     cluster of good keys fills all lists alike.
+//     and thread block, while a product is under way. Neighbouring tiles go to different blocks, so
+//     that a cluster of good keys fills all lists alike.
 //
 // Scores of sampled keys are the same kernel with another sink: all of them are written.
 #include <cuda.h>
@@ -60,7 +60,7 @@ struct TileOf {
 struct Arguments {
   Problem problem;
   Rows rows;
-  int splits;
+  Deal deal;
   std::int64_t key_stride;  // key index of tile row r is r * key_stride
   std::int64_t key_rows;    // rows of the key tensor map
   const float* scales;      // of all keys, a multiple of kTileKeys (scales_kernel)
@@ -108,6 +108,34 @@ struct Queue {
   }
 };
 
+// What a thread block has of a block of queries.
+struct Piece {
+  std::int64_t first_query;
+  int parts;   // how many
+  int list;    // which of the queries' lists is the block's
+  bool final;  // whether no other thread block has parts behind these
+};
+
+// The tiles of a piece, in order. Their numbers modulo deal.parts are an arithmetic sequence that
+// comes round: all steps are alike but for the one from the piece's last part to its first.
+struct Tiles {
+  std::int32_t tile;
+  int part;  // of the piece's
+
+  // From the tile `first` on; `part` is the piece's first part.
+  __device__ Tiles(const Deal& deal, std::int32_t first, int first_part, int parts) {
+    const int offset = first_part * deal.step % deal.parts;
+    const int rest = (deal.parts - 1 - offset) / deal.step + 1;  // parts before it comes round
+    part = rest < parts ? rest : 0;
+    tile = first + offset + part * deal.step - (part != 0 ? deal.parts : 0);
+  }
+  __device__ void advance(const Deal& deal, int parts) {
+    const bool last = part == parts - 1;
+    tile += last ? deal.parts - part * deal.step : deal.step;
+    part = last ? 0 : part + 1;
+  }
+};
+
 template <int... part, class Take>
 __device__ void take_each(std::integer_sequence<int, part...>, const Take& take) {
   (take(std::integral_constant<int, part>{}), ...);
@@ -115,14 +143,14 @@ __device__ void take_each(std::integer_sequence<int, part...>, const Take& take)
 
 template <int rows, bool residual, Sink sink>
 __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
-                            Shared<rows>& shared, int group, std::int32_t first_tile,
-                            std::int32_t last_tile, std::int64_t first_query) {
+                            Shared<rows>& shared, int group, const Piece& piece, Tiles tiles,
+                            std::int32_t last_tile, std::uint32_t& pass) {
   using Own = Columns<rows>;
   using Tile = TileOf<sink>;
   const int thread = threadIdx.x % kGroupThreads;
   const int lane = thread % 32;
   const std::int64_t tokens = arguments.problem.q.tokens;
-  const std::int64_t first = first_query + group * Own::kQueries;
+  const std::int64_t first = piece.first_query + group * Own::kQueries;
 
   // Step 1: the tile of pass `pass`, once all groups are done with what stands in its stage.
   const auto fetch = [&](std::uint32_t pass, std::int32_t tile) {
@@ -142,7 +170,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   };
   const bool feeds = threadIdx.x == 0;
   if (feeds) {
-    fetch(0, first_tile);
+    fetch(pass, tiles.tile);
   }
   if constexpr (sink == Sink::samples) {
     begin_kernel();  // so far nothing was read that routing or launch_scales write
@@ -177,11 +205,10 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
     }
   }
   Queue queue(&shared.queue[0][group * kGroupThreads + thread]);
-  const std::uint32_t list_step =
-      static_cast<std::uint32_t>(arguments.splits) * arguments.candidates.capacity;
+  const std::uint32_t list_step = arguments.candidates.lists * arguments.candidates.capacity;
   const Lists lists{shared.counts + group * Own::kQueries + lane % 4,
                     static_cast<std::uint32_t>(first + lane % 4) * list_step +
-                        blockIdx.x % arguments.splits * arguments.candidates.capacity,
+                        piece.list * arguments.candidates.capacity,
                     4 * list_step};
 
   // Of each 64 keys of a tile the thread's are own_row and own_row + 8; their scales are loaded two
@@ -202,15 +229,16 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       }
     }
   };
-  if (first_tile < last_tile) {
-    load_scales(first_tile * Tile::kKeys + own_row, 0);
-    load_scales(first_tile * Tile::kKeys + own_row, 1);
+  if (tiles.tile < last_tile) {
+    load_scales(tiles.tile * Tile::kKeys + own_row, 0);
+    load_scales(tiles.tile * Tile::kKeys + own_row, 1);
   }
-  std::uint32_t pass = 0;
-  for (std::int32_t tile = first_tile; tile < last_tile; tile += arguments.splits) {
+  for (; tiles.tile < last_tile; ++pass) {
     const std::uint32_t stage = pass % kStages;
+    const std::int32_t tile = tiles.tile;
+    tiles.advance(arguments.deal, piece.parts);
     const std::int32_t row = tile * Tile::kKeys + own_row;
-    const std::int32_t next = min(tile + arguments.splits, last_tile - 1) * Tile::kKeys + own_row;
+    const std::int32_t next = min(tiles.tile, last_tile - 1) * Tile::kKeys + own_row;
     // Its sign bit is set where some query does not see all of the tile.
     const std::uint32_t masked =
         tile >= shared.plain[group].first && tile < shared.plain[group].last ? 0 : 0x80000000U;
@@ -225,7 +253,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       constexpr bool kLast = part == Tile::kParts * Own::kProducts - 1;
       if constexpr (part == Tile::kFetchPart * Own::kProducts) {
         if (feeds) {
-          fetch(pass + 1, tile + arguments.splits);
+          fetch(pass + 1, tiles.tile);
         }
       }
       const float* own_scales = scales + 2 * (kKeys % 2);
@@ -300,7 +328,6 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       }
     };
     take_each(std::make_integer_sequence<int, Tile::kParts * Own::kProducts>{}, take);
-    ++pass;
   }
   if constexpr (sink == Sink::candidates) {
     while (__any_sync(kWarp, !queue.empty())) {
@@ -309,29 +336,23 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
     barrier_sync(1 + group, kGroupThreads);
     for (int query = thread; query < Own::kQueries && first + query < tokens;
          query += kGroupThreads) {
-      arguments.candidates
-          .counts[(first + query) * arguments.splits + blockIdx.x % arguments.splits] =
-          shared.counts[group * Own::kQueries + query];
+      std::uint32_t* counts =
+          arguments.candidates.counts + (first + query) * arguments.candidates.lists;
+      counts[piece.list] = shared.counts[group * Own::kQueries + query];
+      for (std::uint32_t i = piece.list + 1; piece.final && i < arguments.candidates.lists; ++i) {
+        counts[i] = 0;
+      }
     }
   }
 }
 
 template <int rows, bool residual, Sink sink>
-__global__ void __launch_bounds__(kThreads, 1)
-    score_kernel(const __grid_constant__ CUtensorMap map,
-                 const __grid_constant__ Arguments arguments) {
-  extern __shared__ __align__(1024) std::uint8_t memory[];
-  auto& shared = *reinterpret_cast<Shared<rows>*>(memory);
+__device__ void score_piece(const CUtensorMap& map, const Arguments& arguments,
+                            Shared<rows>& shared, const Piece& piece, int first_part,
+                            std::uint32_t& pass) {
   using Own = Columns<rows>;
   using Tile = TileOf<sink>;
-  const std::int64_t first_query = std::int64_t{blockIdx.x} / arguments.splits * Own::kBlockQueries;
-
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&shared.full[i], 1);
-      ptx::mbarrier_init(&shared.empty[i], kGroups);
-    }
-    ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     shared.first = std::numeric_limits<std::int32_t>::max();
     shared.last = 0;
     for (int group = 0; group < kGroups; ++group) {
@@ -341,9 +362,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   for (int i = threadIdx.x; i < Own::kBlockQueries; i += kThreads) {
+    const std::int64_t t = piece.first_query + i;
     Range range{0, 0};
-    if (first_query + i < arguments.problem.q.tokens) {
-      range = visible(arguments.problem.k, first_query + i);
+    if (t < arguments.problem.q.tokens) {
+      range = visible(arguments.problem.k, t);
       const int group = i / Own::kQueries;
       const auto step = static_cast<std::int32_t>(arguments.key_stride * Tile::kKeys);
       atomicMax(&shared.plain[group].first, (range.start + step - 1) / step);
@@ -369,12 +391,50 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (shared.last == 0) {  // no query of the block sees a key: nobody asks for scores
     last_tile = 0;
   }
-  first_tile += static_cast<std::int32_t>(blockIdx.x % arguments.splits);
 
   // The same for a whole warp, and the compiler is to know it.
   const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-  score_group<rows, residual, sink>(map, arguments, shared, group, first_tile, last_tile,
-                                    first_query);
+  score_group<rows, residual, sink>(map, arguments, shared, group, piece,
+                                    {arguments.deal, first_tile, first_part, piece.parts},
+                                    last_tile, pass);
+}
+
+template <int rows, bool residual, Sink sink>
+__global__ void __launch_bounds__(kThreads, 1)
+    score_kernel(const __grid_constant__ CUtensorMap map,
+                 const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(1024) std::uint8_t memory[];
+  auto& shared = *reinterpret_cast<Shared<rows>*>(memory);
+  constexpr int kQueries = Columns<rows>::kBlockQueries;
+  const Deal& deal = arguments.deal;
+  const std::int64_t blocks = (arguments.problem.q.tokens + kQueries - 1) / kQueries;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&shared.full[i], 1);
+      ptx::mbarrier_init(&shared.empty[i], kGroups);
+    }
+    ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+  }
+  std::uint32_t pass = 0;
+  std::int64_t part = std::int64_t{blockIdx.x} * deal.share;
+  const std::int64_t last_part = min(part + deal.share, blocks * deal.parts);
+  while (part < last_part) {
+    const std::int64_t block = part / deal.parts;
+    const auto first_part = static_cast<int>(part % deal.parts);
+    const auto parts =
+        static_cast<int>(min(last_part - part, std::int64_t{deal.parts - first_part}));
+    const auto before = static_cast<unsigned>(block * deal.parts / deal.share);
+    score_piece<rows, residual, sink>(
+        map, arguments, shared,
+        {block * kQueries, parts, static_cast<int>(blockIdx.x - before),
+         first_part + parts == deal.parts},
+        first_part, pass);
+    if constexpr (sink == Sink::samples || !takes_pieces(rows)) {
+      return;
+    }
+    part += parts;
+    __syncthreads();
+  }
 }
 
 // Eight threads a key.
@@ -435,7 +495,9 @@ void launch(const Arguments& arguments, void* stream) {
     const auto kernel = score_kernel<rows, residual, sink>;
     const std::int64_t blocks = (arguments.problem.q.tokens + Columns<rows>::kBlockQueries - 1) /
                                 Columns<rows>::kBlockQueries;
-    launch_kernel("fused scores", kernel, dim3(static_cast<unsigned>(blocks * arguments.splits)),
+    const Deal& deal = arguments.deal;
+    launch_kernel("fused scores", kernel,
+                  dim3(static_cast<unsigned>((blocks * deal.parts + deal.share - 1) / deal.share)),
                   kThreads, sizeof(Shared<rows>), stream, map, arguments);
   });
 }
@@ -454,7 +516,7 @@ void launch_samples(const Problem& problem, const Rows& rows, const Layout& layo
                     const float* scales, float* scores, void* stream) {
   launch<Sink::samples>({problem,
                          rows,
-                         layout.splits,
+                         layout.sampled,
                          layout.sample_stride,
                          layout.samples,
                          scales,
@@ -468,7 +530,7 @@ void launch_candidates(const Problem& problem, const Rows& rows, const Layout& l
                        const float* scales, const float* bounds, const Candidates& out,
                        void* stream) {
   launch<Sink::candidates>(
-      {problem, rows, layout.splits, 1, problem.k.tokens, scales, bounds, out, nullptr}, stream);
+      {problem, rows, layout.all, 1, problem.k.tokens, scales, bounds, out, nullptr}, stream);
 }
 
 }  // namespace misa::cuda::fused

@@ -39,7 +39,7 @@ void launch_scales(const Keys& keys, float* scales, void* stream);
 void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,
                     const float* scales, float* scores, void* stream);
 
-// Candidates [T, splits, capacity]: the keys that the query sees whose score is above its bound
+// Candidates [T, lists, capacity]: the keys that the query sees whose score is above its bound
 // [T].
 void launch_candidates(const Problem& problem, const Rows& rows, const Layout& layout,
                        const float* scales, const float* bounds, const Candidates& out,

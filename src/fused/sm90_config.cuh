@@ -32,6 +32,10 @@ inline constexpr int kSampleTileKeys = 128;
 // latency of L2 (about 700); groups may lag behind the first one by what comes before.
 inline constexpr int kStages = 2;
 
+// Whether a thread block may have parts of several blocks of queries (Deal). Registers do not do
+// with 4 rows, which have the most bounds, and with 64, whose products are two.
+constexpr bool takes_pieces(int rows) { return rows > 4 && rows < 64; }
+
 inline constexpr int kScaleThreads = 256;
 
 // A queued entry's key has its index in its lower bits and the number of the thread's query, at

@@ -119,12 +119,12 @@ struct FusedMemory {
                             needs.heads + needs.linear, needs.keep, device.processors});
     samples = bump.take<float>(slab.tokens * layout.samples);
     bounds = bump.take<float>(slab.tokens);
-    const std::int64_t lists = slab.tokens * layout.splits;
+    const std::int64_t lists = slab.tokens * layout.lists;
     constexpr std::int64_t kFloats = sizeof(Candidate) / sizeof(float);
     const std::int64_t room = std::max(lists * layout.capacity * kFloats, slab.max_keys);
     missed_scores = {bump.take<float>(room), static_cast<std::size_t>(room)};
     candidates = {reinterpret_cast<Candidate*>(missed_scores.data()),
-                  bump.take<std::uint32_t>(lists), static_cast<std::uint32_t>(layout.splits),
+                  bump.take<std::uint32_t>(lists), static_cast<std::uint32_t>(layout.lists),
                   layout.capacity};
     misses = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1),
               bump.take<std::uint32_t>(slab.tokens)};

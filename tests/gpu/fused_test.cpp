@@ -1,6 +1,7 @@
 // Fused scoring on a device: e4m3 at D = 128, around its tiles of keys and blocks of queries, and
 // rows whose bound, taken from a sample, misleads. Where its kernels are not to be had, the generic
 // ones pass the same tests.
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "common.hpp"
+#include "fused/layout.hpp"
 #include "support/adversarial.hpp"
 
 namespace misa::test {
@@ -172,6 +174,33 @@ TEST_P(Fused, ChunksChangeNothing) {
           first += count;
         }
         ASSERT_EQ(first, inputs.tokens());
+      }
+    }
+  }
+}
+
+// Thread blocks that go on from one block of queries to the next (fused::Deal), which the chunks'
+// do not.
+TEST_P(Fused, PartsOfSeveralBlocksChangeNothing) {
+  for (const int rows : {16, 32}) {
+    const std::int64_t block = 512 / rows;  // and a half, so that the two sequences meet in one
+    const Pack pack = make_pack(spec_of({{kLong, 31 * block + block / 2}, {900, 3 * block}}, 32));
+    const RaggedInputs inputs(pack);
+    const cuda::fused::Layout whole =
+        cuda::fused::layout({inputs.tokens(), kLong + 900, kLong, rows, kTopK, 132});
+    const cuda::fused::Layout chunk =
+        cuda::fused::layout({block, kLong + 900, kLong, rows, kTopK, 132});
+    ASSERT_GT(whole.all.share, 1) << rows << " rows";  // on a device with so many processors
+    ASSERT_EQ(chunk.all.share, 1);
+    for (const NamedConfig& named : configs(kTopK, rows - 1)) {
+      if (named.config.filter_blocks > 0 || named.config.candidates > 0) {
+        continue;
+      }
+      const Selected selected = run(context(), named.config, inputs);
+      for (std::int64_t first = 0; first < inputs.tokens(); first += 5 * block + 1) {
+        const Rows some{first, std::min(block, inputs.tokens() - first)};
+        EXPECT_TRUE(same_bits(run(context(), named.config, inputs, some), slice(selected, some)))
+            << named.name << ", " << rows << " rows, " << some.count << " queries from " << first;
       }
     }
   }

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "cuda/problem.hpp"
 
@@ -41,19 +42,53 @@ TEST(FusedLayout, SamplesCoverTheKeys) {
 
 TEST(FusedLayout, ListsHoldTheTopKOrAllThatIsSeen) {
   for_each_shape([](const Shape& shape, const Layout& cut) {
-    ASSERT_GE(cut.splits, 1);
-    ASSERT_LE(cut.splits, 16);
-    const auto room = static_cast<std::int64_t>(cut.capacity) * cut.splits;
+    ASSERT_GE(cut.lists, 1);
+    ASSERT_LE(cut.lists, 32);  // the lanes that look after them (src/select/survivors.cu)
+    const auto room = static_cast<std::int64_t>(cut.capacity) * cut.all.parts / cut.all.share;
     ASSERT_GE(room, std::min<std::int64_t>(shape.top_k, shape.max_keys));
+    // Three tiles of nothing but good keys, or all tiles of the list.
+    const std::int64_t tiles = (shape.max_keys + 255) / 256 + 1;
+    const std::int64_t own = (tiles + cut.all.parts - 1) / cut.all.parts * cut.all.share * 256;
+    ASSERT_GE(cut.capacity, std::min<std::int64_t>(own, 768));
+    ASSERT_LE(cut.capacity, own);
   });
 }
 
-// Splits exist to occupy processors: more than one only where blocks do not fill them evenly.
-TEST(FusedLayout, SplitsOccupyTheProcessors) {
+// Tile i goes to the part whose number times `step` is i modulo `parts`: to one, and a thread block
+// that has consecutive ones goes round once at most.
+void expect_all_dealt(const Deal& deal) {
+  ASSERT_GE(deal.share, 1);
+  ASSERT_GE(deal.parts, deal.share);
+  ASSERT_EQ(std::gcd(deal.step, deal.parts), 1);
+  ASSERT_GE(deal.step, 1);
+  ASSERT_LE((deal.share - 1) * deal.step, deal.parts);
+}
+
+TEST(FusedLayout, TilesAreDealtOut) {
+  for_each_shape([](const Shape&, const Layout& cut) {
+    expect_all_dealt(cut.sampled);
+    ASSERT_EQ(cut.sampled.share, 1);
+    expect_all_dealt(cut.all);
+    // Thread block b has parts b share to (b + 1) share - 1 of all blocks of queries in a row.
+    for (std::int64_t block = 0; block < 64; ++block) {
+      const std::int64_t first = block * cut.all.parts / cut.all.share;
+      const std::int64_t last = ((block + 1) * cut.all.parts - 1) / cut.all.share;
+      ASSERT_LT(last - first, cut.lists);
+    }
+  });
+}
+
+// Parts exist to occupy processors: more than one only where blocks do not fill them evenly, and
+// several a thread block only where that pays for beginning twice.
+TEST(FusedLayout, PartsOccupyTheProcessors) {
   const Layout one_query = layout({1, 65536, 65536, 8, 2048, kProcessors});
-  EXPECT_GT(one_query.splits, 1);
+  EXPECT_GT(one_query.all.parts, 1);
   const Layout many = layout({64 * kProcessors, 65536, 65536, 8, 2048, kProcessors});
-  EXPECT_EQ(many.splits, 1);
+  EXPECT_EQ(many.all.parts, 1);
+  const Layout slab = layout({2048, 131072, 131072, 8, 2048, kProcessors});
+  EXPECT_EQ(slab.all.parts * 32, slab.all.share * kProcessors);
+  const Layout brief = layout({2048, 4096, 4096, 8, 2048, kProcessors});
+  EXPECT_EQ(brief.all.share, 1);
 }
 
 // What a plan's default cap must hold: a slab of 2048 queries.
@@ -61,7 +96,7 @@ TEST(FusedLayout, ASlabOfTwoThousandQueriesIsSmall) {
   for (const std::int64_t keys : {65536, 131072}) {
     const Layout cut = layout({2048, keys, keys, 8, 2048, kProcessors});
     const std::int64_t bytes =
-        2048 * cut.splits * std::int64_t{cut.capacity} * std::int64_t{sizeof(Candidate)};
+        2048 * cut.lists * std::int64_t{cut.capacity} * std::int64_t{sizeof(Candidate)};
     EXPECT_LE(bytes, std::int64_t{192} << 20) << keys;
   }
 }
