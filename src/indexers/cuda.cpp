@@ -102,32 +102,57 @@ struct Needs {
   }
 };
 
-// What fused scoring keeps.
+// What fused scoring keeps: room for a plan's largest slab, and how the slab at hand is cut.
 struct FusedMemory {
   fused::Layout layout{};
-  float* samples = nullptr;
+  std::span<float> samples;
   float* bounds = nullptr;
   Candidates candidates{};
+  std::span<std::uint32_t> counts;
   select::Misses misses{};
   // The candidates' memory once the survivors among them are chosen: what missed scores there.
   std::span<float> missed_scores;
 
   FusedMemory() = default;
   FusedMemory(const Needs& needs, const Shape& slab, std::int64_t total_keys, const Device& device,
-              Bump& bump) {
-    layout = fused::layout({slab.tokens, std::max<std::int64_t>(total_keys, 1), slab.max_keys,
-                            needs.heads + needs.linear, needs.keep, device.processors});
-    samples = bump.take<float>(slab.tokens * layout.samples);
+              Bump& bump)
+      : layout(layout_for(needs, slab, total_keys, device)) {
+    const auto take_floats = [&](std::int64_t count) {
+      return std::span(bump.take<float>(count), static_cast<std::size_t>(count));
+    };
+    samples = take_floats(slab.tokens * layout.samples);
     bounds = bump.take<float>(slab.tokens);
     const std::int64_t lists = slab.tokens * layout.lists;
-    constexpr std::int64_t kFloats = sizeof(Candidate) / sizeof(float);
-    const std::int64_t room = std::max(lists * layout.capacity * kFloats, slab.max_keys);
-    missed_scores = {bump.take<float>(room), static_cast<std::size_t>(room)};
-    candidates = {reinterpret_cast<Candidate*>(missed_scores.data()),
-                  bump.take<std::uint32_t>(lists), static_cast<std::uint32_t>(layout.lists),
-                  layout.capacity};
+    missed_scores = take_floats(std::max(lists * layout.capacity * kFloats, slab.max_keys));
+    counts = {bump.take<std::uint32_t>(lists), static_cast<std::size_t>(lists)};
     misses = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1),
               bump.take<std::uint32_t>(slab.tokens)};
+  }
+
+  // Cuts a slab of a call with `total_keys` keys: as suits it if there is room, else as was
+  // planned.
+  void cut(const Needs& needs, Shape slab, std::int64_t total_keys, const Device& device) {
+    slab.max_keys = std::min(slab.max_keys, total_keys);
+    fused::Layout own = layout_for(needs, slab, total_keys, device);
+    own.samples = (total_keys + own.sample_stride - 1) / own.sample_stride;  // also of no keys
+    const std::int64_t lists = slab.tokens * own.lists;
+    if (slab.tokens * own.samples <= std::ssize(samples) && lists <= std::ssize(counts) &&
+        lists * own.capacity * kFloats <= std::ssize(missed_scores)) {
+      layout = own;
+    } else {
+      layout.samples = (total_keys + layout.sample_stride - 1) / layout.sample_stride;
+    }
+    candidates = {reinterpret_cast<Candidate*>(missed_scores.data()), counts.data(),
+                  static_cast<std::uint32_t>(layout.lists), layout.capacity};
+  }
+
+ private:
+  static constexpr std::int64_t kFloats = sizeof(Candidate) / sizeof(float);
+
+  static fused::Layout layout_for(const Needs& needs, const Shape& slab, std::int64_t total_keys,
+                                  const Device& device) {
+    return fused::layout({slab.tokens, std::max<std::int64_t>(total_keys, 1), slab.max_keys,
+                          needs.heads + needs.linear, needs.keep, device.processors});
   }
 };
 
@@ -188,15 +213,6 @@ struct Memory {
       candidates = bump.take<std::int32_t>(queries * needs.keep);
       candidate_scores = {bump.take<float>(queries * needs.keep), needs.keep};
       candidate_lengths = bump.take<std::int32_t>(queries);
-    }
-  }
-
-  // Once a call: which of its keys are samples, and the scales.
-  void prepare(const Needs& needs, const Keys& keys, cudaStream_t stream) {
-    fused::launch_scales(keys, scales, stream);
-    if (needs.fused) {
-      fused::Layout& layout = fused.layout;
-      layout.samples = (keys.tokens + layout.sample_stride - 1) / layout.sample_stride;
     }
   }
 
@@ -325,9 +341,9 @@ class Slab {
     const std::int64_t queries = problem_.q.tokens;
     const fused::Layout& layout = memory.layout;
     stages_.enter("samples");
-    fused::launch_samples(problem_, rows, layout, memory_.scales, memory.samples, stream_);
+    fused::launch_samples(problem_, rows, layout, memory_.scales, memory.samples.data(), stream_);
     stages_.enter("threshold");
-    select::launch_threshold({memory.samples, layout.samples, layout.samples}, keys, queries,
+    select::launch_threshold({memory.samples.data(), layout.samples, layout.samples}, keys, queries,
                              needs_.keep, memory.bounds, memory.misses, stream_);
     stages_.enter("candidates");
     fused::launch_candidates(problem_, rows, layout, memory_.scales, memory.bounds,
@@ -460,12 +476,16 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
     own.k.most_keys = pass.most;
     if (needs.fp8 || needs.rerank_fp8) {
       stages.enter("scales");
-      memory.prepare(needs, own.k, on);
+      fused::launch_scales(own.k, memory.scales, on);
     }
     const bool first_pass = &pass == &passes_.front();
     for (std::int64_t first = 0; first < own.q.tokens; first += pass.slab.tokens) {
       const std::int64_t count = std::min(pass.slab.tokens, own.q.tokens - first);
-      Slab(pass.config, needs, slab_of(own, first, count), memory, device_, first_pass, stages, on)
+      Memory fitted = memory;
+      if (needs.fused) {
+        fitted.fused.cut(needs, with_tokens(pass.slab, count), own.k.tokens, device_);
+      }
+      Slab(pass.config, needs, slab_of(own, first, count), fitted, device_, first_pass, stages, on)
           .run({row_of(out.indices, first, pass.config.top_k),
                 row_of(out.scores, first, pass.config.top_k)},
                row_of(out.heads, first, pass.config.heads), row_of(out.residual, first, own.q.dim));
