@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "fused/sm90_config.cuh"
+#include "select/fused.hpp"
 
 namespace misa::cuda::fused {
 namespace {
@@ -18,8 +19,7 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 // samples would let through 1.4 times k, which does not make up for scoring them.
 constexpr std::int64_t kSamples = 2048;
 
-// A row of candidates has no more lists (src/select/survivors.cu).
-constexpr int kMaxLists = 32;
+constexpr int kMaxLists = static_cast<int>(select::kMaxLists);
 
 // Parts that a thread block takes at most.
 constexpr int kMaxShare = 8;
@@ -40,11 +40,11 @@ Deal deal(int parts, int share) {
 }
 
 // Thread blocks that have parts of one block of queries, at the most.
-int lists(const Deal& deal) {
+int lists(int parts, int share) {
   int most = 1;
-  for (int block = 0; block < deal.share; ++block) {  // then it repeats
-    const int first = block * deal.parts;
-    most = std::max(most, (first + deal.parts - 1) / deal.share - first / deal.share + 1);
+  for (int block = 0; block < share; ++block) {  // then it repeats
+    const int first = block * parts;
+    most = std::max(most, (first + parts - 1) / share - first / share + 1);
   }
   return most;
 }
@@ -56,24 +56,24 @@ Deal fastest(std::int64_t blocks, std::int64_t keys, int tile_keys, int max_shar
   const std::int64_t tiles = ceil_div(keys, tile_keys);
   Deal best{};
   double least = std::numeric_limits<double>::infinity();
-  const auto consider = [&](const Deal& deal) {
-    const std::int64_t waves = ceil_div(ceil_div(blocks * deal.parts, deal.share), processors);
-    const std::int64_t most = ceil_div(tiles * deal.share, deal.parts) * tile_keys;
-    const double begins = deal.share > 1 ? 2 : 1;
+  const auto consider = [&](int parts, int share) {
+    const std::int64_t waves = ceil_div(ceil_div(blocks * parts, share), processors);
+    const std::int64_t most = ceil_div(tiles * share, parts) * tile_keys;
+    const double begins = share > 1 ? 2 : 1;
     const double time =
         static_cast<double>(waves) * (static_cast<double>(most) + begins * kBeginKeys);
-    if (lists(deal) <= kMaxLists && time < kWorthwhile * least) {
-      best = deal;
+    if (time < kWorthwhile * least && lists(parts, share) <= kMaxLists) {
+      best = deal(parts, share);
       least = time;
     }
   };
   for (int parts = 1; parts <= kMaxLists; ++parts) {
-    consider(deal(parts, 1));
+    consider(parts, 1);
   }
   for (int share = 2; share <= max_share; ++share) {
     const auto parts = static_cast<int>(processors * std::int64_t{share} / blocks);
     if (parts >= 2 * share) {
-      consider(deal(parts, share));
+      consider(parts, share);
     }
   }
   return best;
@@ -123,7 +123,7 @@ Layout layout(const Shape& shape) {
   layout.sampled = fastest(blocks, layout.samples, kSampleTileKeys, 1, shape.processors);
   layout.all =
       fastest(blocks, keys, kTileKeys, takes_pieces(rows) ? kMaxShare : 1, shape.processors);
-  layout.lists = lists(layout.all);
+  layout.lists = lists(layout.all.parts, layout.all.share);
   layout.capacity = static_cast<std::uint32_t>(capacity(shape, layout, ceil_div(keys, kTileKeys)));
   return layout;
 }

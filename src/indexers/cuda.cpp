@@ -133,15 +133,13 @@ struct FusedMemory {
   // planned.
   void cut(const Needs& needs, Shape slab, std::int64_t total_keys, const Device& device) {
     slab.max_keys = std::min(slab.max_keys, total_keys);
-    fused::Layout own = layout_for(needs, slab, total_keys, device);
-    own.samples = (total_keys + own.sample_stride - 1) / own.sample_stride;  // also of no keys
+    const fused::Layout own = layout_for(needs, slab, total_keys, device);
     const std::int64_t lists = slab.tokens * own.lists;
     if (slab.tokens * own.samples <= std::ssize(samples) && lists <= std::ssize(counts) &&
         lists * own.capacity * kFloats <= std::ssize(missed_scores)) {
       layout = own;
-    } else {
-      layout.samples = (total_keys + layout.sample_stride - 1) / layout.sample_stride;
     }
+    layout.samples = (total_keys + layout.sample_stride - 1) / layout.sample_stride;
     candidates = {reinterpret_cast<Candidate*>(missed_scores.data()), counts.data(),
                   static_cast<std::uint32_t>(layout.lists), layout.capacity};
   }
