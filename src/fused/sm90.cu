@@ -111,8 +111,9 @@ struct Queue {
 // What a thread block has of a block of queries.
 struct Piece {
   std::int64_t first_query;
+  int first_part;
   int parts;   // how many
-  int list;    // which of the queries' lists is the block's
+  int list;    // which of the queries' lists is the thread block's
   bool final;  // whether no other thread block has parts behind these
 };
 
@@ -122,11 +123,11 @@ struct Tiles {
   std::int32_t tile;
   int part;  // of the piece's
 
-  // From the tile `first` on; `part` is the piece's first part.
-  __device__ Tiles(const Deal& deal, std::int32_t first, int first_part, int parts) {
-    const int offset = first_part * deal.step % deal.parts;
+  // From the tile `first` on.
+  __device__ Tiles(const Deal& deal, const Piece& piece, std::int32_t first) {
+    const int offset = piece.first_part * deal.step % deal.parts;
     const int rest = (deal.parts - 1 - offset) / deal.step + 1;  // parts before it comes round
-    part = rest < parts ? rest : 0;
+    part = rest < piece.parts ? rest : 0;
     tile = first + offset + part * deal.step - (part != 0 ? deal.parts : 0);
   }
   __device__ void advance(const Deal& deal, int parts) {
@@ -348,8 +349,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
 
 template <int rows, bool residual, Sink sink>
 __device__ void score_piece(const CUtensorMap& map, const Arguments& arguments,
-                            Shared<rows>& shared, const Piece& piece, int first_part,
-                            std::uint32_t& pass) {
+                            Shared<rows>& shared, const Piece& piece, std::uint32_t& pass) {
   using Own = Columns<rows>;
   using Tile = TileOf<sink>;
   if (threadIdx.x == 0) {
@@ -395,8 +395,7 @@ __device__ void score_piece(const CUtensorMap& map, const Arguments& arguments,
   // The same for a whole warp, and the compiler is to know it.
   const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   score_group<rows, residual, sink>(map, arguments, shared, group, piece,
-                                    {arguments.deal, first_tile, first_part, piece.parts},
-                                    last_tile, pass);
+                                    {arguments.deal, piece, first_tile}, last_tile, pass);
 }
 
 template <int rows, bool residual, Sink sink>
@@ -426,9 +425,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto before = static_cast<unsigned>(block * deal.parts / deal.share);
     score_piece<rows, residual, sink>(
         map, arguments, shared,
-        {block * kQueries, parts, static_cast<int>(blockIdx.x - before),
+        {block * kQueries, first_part, parts, static_cast<int>(blockIdx.x - before),
          first_part + parts == deal.parts},
-        first_part, pass);
+        pass);
     if constexpr (sink == Sink::samples || !takes_pieces(rows)) {
       return;
     }
