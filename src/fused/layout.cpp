@@ -102,8 +102,7 @@ std::int64_t capacity(const Shape& shape, const Layout& layout, std::int64_t til
   const double share = std::min(1.0, static_cast<double>(own) / static_cast<double>(tiles));
   const auto most = std::max(static_cast<std::int64_t>(room(shape, layout.samples, share)),
                              kFullTiles * kTileKeys);
-  // Even, so that entries are read in pairs.
-  return std::max<std::int64_t>(std::min(own * kTileKeys, ceil_div(most, 2) * 2), 2);
+  return std::min(own * kTileKeys, most);
 }
 
 }  // namespace

@@ -406,7 +406,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<Shared<rows>*>(memory);
   constexpr int kQueries = Columns<rows>::kBlockQueries;
   const Deal& deal = arguments.deal;
-  const std::int64_t blocks = (arguments.problem.q.tokens + kQueries - 1) / kQueries;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&shared.full[i], 1);
@@ -414,20 +413,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
   }
+  // Unsigned, for division takes fewer registers so.
+  const auto blocks =
+      static_cast<unsigned>((arguments.problem.q.tokens + kQueries - 1) / kQueries);
+  const unsigned parts_each = deal.parts;
+  const unsigned share = deal.share;
   std::uint32_t pass = 0;
-  std::int64_t part = std::int64_t{blockIdx.x} * deal.share;
-  const std::int64_t last_part = min(part + deal.share, blocks * deal.parts);
+  unsigned part = blockIdx.x * share;
+  const unsigned last_part = min(part + share, blocks * parts_each);
   while (part < last_part) {
-    const std::int64_t block = part / deal.parts;
-    const auto first_part = static_cast<int>(part % deal.parts);
-    const auto parts =
-        static_cast<int>(min(last_part - part, std::int64_t{deal.parts - first_part}));
-    const auto before = static_cast<unsigned>(block * deal.parts / deal.share);
-    score_piece<rows, residual, sink>(
-        map, arguments, shared,
-        {block * kQueries, first_part, parts, static_cast<int>(blockIdx.x - before),
-         first_part + parts == deal.parts},
-        pass);
+    const unsigned block = part / parts_each;
+    const unsigned first_part = part % parts_each;
+    const unsigned parts = min(last_part - part, parts_each - first_part);
+    const unsigned list = blockIdx.x - block * parts_each / share;
+    score_piece<rows, residual, sink>(map, arguments, shared,
+                                      {std::int64_t{block} * kQueries, static_cast<int>(first_part),
+                                       static_cast<int>(parts), static_cast<int>(list),
+                                       first_part + parts == parts_each},
+                                      pass);
     if constexpr (sink == Sink::samples || !takes_pieces(rows)) {
       return;
     }

@@ -674,7 +674,7 @@ TEST_F(CudaSurvivors, GeneratedShapes) {
       bounds.push_back(bound_for(rows.back(), top_k + below(top_k) + 4));
     }
     const std::int64_t lists = 1 + below(cuda::select::kMaxLists);
-    const std::int64_t capacity = (2 * top_k / lists + 200) / 2 * 2;
+    const std::int64_t capacity = 2 * top_k / lists + 200;
     const Survivors survivors = survivors_of(rows, bounds, lists, capacity);
     check_survivors(rows, survivors, top_k, "generated " + std::to_string(i), i % 3 != 0);
   }
