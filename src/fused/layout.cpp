@@ -16,8 +16,11 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 
 // With 2048 samples of 64K keys and k = 2048 a query's top k holds 64 of them; the bound, five
 // standard deviations beyond (select/threshold.cu), then lets through 1.6 times k. Twice as many
-// samples would let through 1.4 times k, which does not make up for scoring them.
+// samples would let through 1.4 times k, which does not make up for scoring them. Of longer contexts
+// at least every 128th key is one, as far as the bounds' kernel takes them: with 2048 of 1M the top k
+// would hold 4, and 4.3 times k pass.
 constexpr std::int64_t kSamples = 2048;
+constexpr std::int64_t kMostStride = 128;
 
 constexpr int kMaxLists = static_cast<int>(select::kMaxLists);
 
@@ -117,7 +120,9 @@ Layout layout(const Shape& shape) {
   Layout layout{};
   const std::int64_t blocks = std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1);
   const std::int64_t keys = std::max<std::int64_t>(shape.max_keys, 1);
-  layout.sample_stride = std::max<std::int64_t>(ceil_div(shape.total_keys, kSamples), 1);
+  const std::int64_t samples =
+      std::clamp(shape.total_keys / kMostStride, kSamples, select::kMaxSamples);
+  layout.sample_stride = std::max<std::int64_t>(ceil_div(shape.total_keys, samples), 1);
   layout.samples = ceil_div(shape.total_keys, layout.sample_stride);
   layout.sampled = fastest(blocks, layout.samples, kSampleTileKeys, 1, shape.processors);
   layout.all =

@@ -33,17 +33,19 @@ namespace {
 // Entries of a list that a warp loads at once: two a lane, 32 apart.
 constexpr std::uint32_t kChunk = 64;
 
-// Positions that one bitmap covers at most: 16 KB, and 8 KB for ranks.
-constexpr std::uint32_t kMostPositions = 1U << 17;
+// Positions that one bitmap covers at most: 32 KB, and 16 KB for ranks, so that two blocks share an
+// SM.
+constexpr std::uint32_t kMostPositions = 1U << 18;
 
 // A block of `threads` threads that hold 2 * slots entries each; registers let `blocks` share an
-// SM.
-template <int threads_, int slots_, int blocks_>
+// SM. `windows`: rows may be longer than a bitmap, which then takes their positions in turn.
+template <int threads_, int slots_, int blocks_, bool windows_ = false>
 struct Config {
   static constexpr int kThreads = threads_;
   static constexpr int kWarps = threads_ / 32;
   static constexpr int kSlots = slots_;
   static constexpr int kBlocks = blocks_;
+  static constexpr bool kWindows = windows_;
   static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
   // Four bins a thread: digits of 10 or 11 bits leave 5 to 70 of a few thousand scores in a narrow
   // range.
@@ -144,14 +146,14 @@ __device__ uint4 as_keys(const uint4& two, const Range& range) {
   return {first < length ? key_of(two.x) : 0, first, second < length ? key_of(two.z) : 0, second};
 }
 
-// A row's candidates in registers.
+// Candidates of a row in registers: of the kChunks chunks from `first` on.
 template <class Own>
 class Held {
  public:
   static constexpr std::uint32_t kChunks = Own::kSlots * Own::kWarps;
 
-  __device__ Held(const Chunks& chunks, const Range& range) {
-    const uint2 found = chunks.find(threadIdx.x % 32 * Own::kWarps + threadIdx.x / 32);
+  __device__ Held(const Chunks& chunks, const Range& range, std::uint32_t first = 0) {
+    const uint2 found = chunks.find(first + threadIdx.x % 32 * Own::kWarps + threadIdx.x / 32);
 #pragma unroll
     for (int slot = 0; slot < Own::kSlots; ++slot) {
       pairs_[slot] = chunks.load(found, slot);
@@ -174,7 +176,7 @@ class Held {
   uint4 pairs_[Own::kSlots];
 };
 
-// A row's candidates, read from their lists by every visit.
+// All candidates of a row, read from their lists by every visit.
 template <class Own>
 class Listed {
  public:
@@ -184,10 +186,8 @@ class Listed {
   template <class Visitor>
   __device__ void visit(const Visitor& visitor) const {
 #pragma unroll 1
-    for (std::uint32_t chunk = threadIdx.x / 32; chunk < chunks_.count; chunk += Own::kWarps) {
-      const uint4 pair = as_keys(chunks_.load(chunks_.find(chunk), 0), range_);
-      visitor(pair.x, pair.y);
-      visitor(pair.z, pair.w);
+    for (std::uint32_t first = 0; first < chunks_.count; first += Held<Own>::kChunks) {
+      Held<Own>(chunks_, range_, first).visit(visitor);
     }
   }
 
@@ -266,8 +266,8 @@ __device__ void clear(const Stage& stage) {
   }
 }
 
-// Steps 4 and 5. Returns how many are staged. `plain`: one bitmap has all positions, and scores
-// alone tell who is selected for certain.
+// Steps 4 and 5. Returns how many are staged. `plain`: scores alone tell who is selected for
+// certain.
 template <class Own, bool plain, bool scores, class Source>
 __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
                               const Source& source, const Cut& cut, std::uint32_t length) {
@@ -280,7 +280,7 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
   std::uint32_t placed = 0;
   for (std::uint32_t first = 0; first < length; first += stage.positions) {
     const auto here = [&](std::uint32_t position) {
-      return plain || position - first < stage.positions;
+      return !Own::kWindows || position - first < stage.positions;
     };
     const auto mark = [&](std::uint32_t position) {
       const std::uint32_t offset = position - first;
@@ -376,7 +376,7 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
     }
     placed += total;
     __syncthreads();
-    if (plain) {
+    if (!Own::kWindows || length - first <= stage.positions) {
       break;
     }
     clear<Own::kThreads>(stage);
@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   }
   std::uint32_t placed = 0;
   bool done = false;
-  if (chunks.count <= Held<Own>::kChunks && length <= stage.positions) {
+  if (chunks.count <= Held<Own>::kChunks) {
     const Held<Own> held(chunks, range);
     const Cut cut = find_cut<Own, true>(shared, held, chunks.total, wanted, length);
     done = !cut.plateau;
@@ -477,22 +477,27 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
 
 }  // namespace
 
-// Bounds let through about 3400 entries for 2048 wanted of 64K keys, 5900 for 4096 and 10600 for
-// 8192, with a standard deviation of 5 to 10 %; lists end in chunks that are not full. Blocks hold
-// 4608 (of up to 64K keys) and 5120, 7168 and 12288. What pays is rows that share an SM, and, where
-// the bitmap is long, threads that scan it. A block has at most 170 KB of shared memory, which
-// every device of fused scoring has.
+// Bounds let through about 3400 entries for 2048 wanted of 64K keys, 4900 of 256K and 6400 of 1M,
+// 5900 for 4096 of 64K and 10600 for 8192, with a standard deviation of 5 to 18 %; lists end in
+// chunks that are not full. Blocks hold 4608 of them, 5120, 7168 and 12288. What pays is rows that
+// share an SM, and, where the bitmap is long, threads that scan it. A block has at most 190 KB of
+// shared memory, which every device of fused scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, bool empty, const Misses& misses, void* stream) {
-  constexpr std::int64_t kShort = 1 << 16;
-  if (top_k <= 2048 && std::min<std::int64_t>(keys.tokens, keys.max_keys) <= kShort) {
-    launch_rows<Config<256, 9, 3>>(candidates, keys, rows, top_k, out, empty, misses, stream);
-  } else if (top_k <= 2048) {
-    launch_rows<Config<512, 5, 2>>(candidates, keys, rows, top_k, out, empty, misses, stream);
-  } else if (top_k <= 4096) {
-    launch_rows<Config<512, 7, 2>>(candidates, keys, rows, top_k, out, empty, misses, stream);
+  const std::int64_t most = std::min<std::int64_t>(keys.tokens, keys.max_keys);
+  const auto launch = [&]<class Own>(Own) {
+    launch_rows<Own>(candidates, keys, rows, top_k, out, empty, misses, stream);
+  };
+  if (most > kMostPositions) {
+    launch(Config<512, 12, 2, true>{});
+  } else if (top_k <= 2048 && most <= 1 << 16) {
+    launch(Config<256, 9, 3>{});
+  } else if (top_k <= 2048 && most <= 1 << 17) {
+    launch(Config<512, 5, 2>{});
+  } else if (top_k <= 2048 || (top_k <= 4096 && most <= 1 << 17)) {
+    launch(Config<512, 7, 2>{});
   } else {
-    launch_rows<Config<512, 12, 2>>(candidates, keys, rows, top_k, out, empty, misses, stream);
+    launch(Config<512, 12, 2>{});
   }
 }
 

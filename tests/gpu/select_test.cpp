@@ -642,6 +642,14 @@ TEST_F(SmokeCudaSurvivors, SelectsExactly) {
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "without scores", false).empty());
 }
 
+// As many as registers hold, and more, where bitmaps have some of the positions each.
+TEST_F(SmokeCudaSurvivors, LongRow) {
+  const RowsOfScores rows{normal_row(300000, 5), normal_row(300000, 6)};
+  const Survivors survivors =
+      survivors_of(rows, {bound_for(rows[0], 3000), bound_for(rows[1], 14000)}, 16, 2000);
+  EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
+}
+
 TEST_F(SmokeCudaSurvivors, ReportsMisses) {
   const RowsOfScores rows{normal_row(5000, 1), normal_row(5000, 2), normal_row(5000, 3),
                           normal_row(50, 4)};
@@ -747,7 +755,23 @@ TEST_F(CudaSurvivors, TiesAndWideRanges) {
   }
 }
 
+// Rows of one bitmap and of several, that registers hold and that they don't, also with plateaus.
 TEST_F(CudaSurvivors, LongRows) {
+  for (const std::int64_t length : {131073, 262144, 262145, 600000}) {
+    RowsOfScores rows{normal_row(length, 41), normal_row(length, 43)};
+    for (float& score : rows[1]) {
+      score = std::round(score * 16);
+    }
+    for (const std::int64_t count : {3000, 7168, 7169, 12288, 12289, 30000}) {
+      const Survivors survivors =
+          survivors_of(rows, {bound_for(rows[0], count), bound_for(rows[1], count)}, 32, count / 8);
+      for (const int top_k : {2048, 2999, 8192}) {
+        const std::vector<std::int32_t> misses = check_survivors(
+            rows, survivors, top_k, std::to_string(count) + " of " + std::to_string(length));
+        EXPECT_EQ(std::count(misses.begin(), misses.end(), 0), count < top_k ? 1 : 0);
+      }
+    }
+  }
   const RowsOfScores rows{normal_row(3000000, 41)};
   const Survivors survivors = survivors_of(rows, {bound_for(rows[0], 3000)}, 16, 512);
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
