@@ -2,12 +2,13 @@
 //
 //  1. A row of no more than k keys selects all of them; without scores that needs no candidates.
 //  2. The lists are cut into chunks that warps share out. A row that lost candidates, or has too
-//     few, is a miss. Entries (entry.hpp) are held in registers; a row with more of them than fit
-//     is read from its lists again by every step: slower, never wrong.
+//     few, is a miss. Entries (entry.hpp) are held in registers; those of a row with more than fit
+//     are read from its lists again by every step, as many as fit at a time.
 //  3. Digits of the scores, and on a plateau of the positions, narrow down where the entry of rank
 //     k lies until few are left (digits.cuh).
 //  4. What is above them is selected for certain: marked in a bitmap of positions. The few are
-//     ranked directly, and marked if their rank is good enough.
+//     ranked directly, and marked if their rank is good enough. Of a row longer than a bitmap the
+//     parts take turns, this step and the next.
 //  5. A scan over the bitmap's words gives every selected position its rank. Positions go there in
 //     shared memory, from there to the output in whole lines; scores, if wanted, follow them.
 //
