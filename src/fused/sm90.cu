@@ -414,8 +414,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
   }
   // Unsigned, for division takes fewer registers so.
-  const auto blocks =
-      static_cast<unsigned>((arguments.problem.q.tokens + kQueries - 1) / kQueries);
+  const auto blocks = static_cast<unsigned>((arguments.problem.q.tokens + kQueries - 1) / kQueries);
   const unsigned parts_each = deal.parts;
   const unsigned share = deal.share;
   std::uint32_t pass = 0;
@@ -426,11 +425,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const unsigned first_part = part % parts_each;
     const unsigned parts = min(last_part - part, parts_each - first_part);
     const unsigned list = blockIdx.x - block * parts_each / share;
-    score_piece<rows, residual, sink>(map, arguments, shared,
-                                      {std::int64_t{block} * kQueries, static_cast<int>(first_part),
-                                       static_cast<int>(parts), static_cast<int>(list),
-                                       first_part + parts == parts_each},
-                                      pass);
+    score_piece<rows, residual, sink>(
+        map, arguments, shared,
+        {std::int64_t{block} * kQueries, static_cast<int>(first_part), static_cast<int>(parts),
+         static_cast<int>(list), first_part + parts == parts_each},
+        pass);
     if constexpr (sink == Sink::samples || !takes_pieces(rows)) {
       return;
     }
