@@ -57,9 +57,10 @@ for stage in "${stages[@]}"; do
   case "$stage" in
     test)
       run "misa info" misa info
-      run "tests/gpu" misa_tests_gpu --gtest_brief=1
-      run "tests/indexers" misa_tests_indexers --gtest_brief=1 --gtest_filter='*cuda_*'
-      run "tests/api" misa_tests_api --gtest_brief=1
+      run_beside "tests/indexers" misa_tests_indexers --gtest_brief=1 --gtest_filter='*cuda_*'
+      run_beside "tests/gpu" misa_tests_gpu --gtest_brief=1
+      run_beside "tests/api" misa_tests_api --gtest_brief=1
+      wait
       ;;
     sanitize)
       for tool in racecheck initcheck synccheck memcheck; do

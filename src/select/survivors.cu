@@ -4,8 +4,8 @@
 //  2. The lists are cut into chunks that warps share out. A row that lost candidates, or has too
 //     few, is a miss. Entries (entry.hpp) are held in registers; those of a row with more than fit
 //     are read from its lists again by every step, as many as fit at a time.
-//  3. Digits of the scores, and on a plateau of the positions, narrow down where the entry of rank
-//     k lies until few are left (digits.cuh).
+//  3. Digits of the scores narrow down where the entry of rank k lies until few are left
+//     (digits.cuh). If more have the same score, digits of their positions do.
 //  4. What is above them is selected for certain: marked in a bitmap of positions. The few are
 //     ranked directly, and marked if their rank is good enough. Of a row longer than a bitmap the
 //     parts take turns, this step and the next.
@@ -172,6 +172,18 @@ class Held {
       visitor(pair.z, pair.w);
     }
   }
+  // From now on keys order the entries of a plateau, lower positions first. Those above it have the
+  // largest key, those below none.
+  __device__ void settle(std::uint32_t plateau, std::uint32_t length) {
+    const auto settled = [&](std::uint32_t key, std::uint32_t position) {
+      return key > plateau ? kWarp : key == plateau ? length - position : 0;
+    };
+#pragma unroll
+    for (uint4& pair : pairs_) {
+      pair.x = settled(pair.x, pair.y);
+      pair.z = settled(pair.z, pair.w);
+    }
+  }
 
  private:
   uint4 pairs_[Own::kSlots];
@@ -181,37 +193,42 @@ class Held {
 template <class Own>
 class Listed {
  public:
-  __device__ Listed(const Candidates& candidates, std::int64_t t, const Range& range)
-      : chunks_(candidates, t), range_(range) {}
+  __device__ Listed(const Chunks& chunks, const Range& range) : chunks_(chunks), range_(range) {}
 
   template <class Visitor>
   __device__ void visit(const Visitor& visitor) const {
 #pragma unroll 1
     for (std::uint32_t first = 0; first < chunks_.count; first += Held<Own>::kChunks) {
-      Held<Own>(chunks_, range_, first).visit(visitor);
+      Held<Own> held(chunks_, range_, first);
+      if (plateau_ != 0) {
+        held.settle(plateau_, range_.length);
+      }
+      held.visit(visitor);
     }
   }
+  __device__ void settle(std::uint32_t plateau, std::uint32_t) { plateau_ = plateau; }
 
  private:
   Chunks chunks_;
   Range range_;
+  std::uint32_t plateau_ = 0;
 };
 
 __device__ std::uint64_t entry_of(std::uint32_t key, std::uint32_t position) {
   return std::uint64_t{key} << 32 | ~position;
 }
 
-// Step 3. Entries above `high` are selected; of those in [low, high] `quota` more. On a plateau
-// positions decide which those are, else scores alone do; `plain` only says that there is one.
+// Step 3. Keys above `high` are selected; of those in [low, high], lower positions first where they
+// are equal, `quota` more.
 struct Cut {
-  std::uint64_t low;
-  std::uint64_t high;
+  std::uint32_t low;
+  std::uint32_t high;
   std::uint32_t quota;
-  bool plateau;
+  bool settled;  // whether the source's keys order a plateau now
 };
 
-template <class Own, bool plain, class Source>
-__device__ Cut find_cut(typename Own::Shared& shared, const Source& source, std::uint32_t count,
+template <class Own, class Source>
+__device__ Cut find_cut(typename Own::Shared& shared, Source& source, std::uint32_t count,
                         std::uint32_t wanted, std::uint32_t length) {
   using Radix = typename Own::Radix;
   std::uint32_t smallest = kWarp;
@@ -221,33 +238,22 @@ __device__ Cut find_cut(typename Own::Shared& shared, const Source& source, std:
     largest = max(largest, key);
   });
   Bracket keys = Radix::bracket_all(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
-  const auto open = [&](const Bracket& bracket) {
-    return bracket.count > Own::kThreads && bracket.above + bracket.count != wanted;
-  };
-  while (open(keys) && keys.reach != 0) {
+  bool settled = false;
+  while (keys.count > Own::kThreads && keys.above + keys.count != wanted &&
+         (keys.reach != 0 || !settled)) {
+    if (keys.reach == 0) {
+      source.settle(keys.low, length);
+      settled = true;
+      keys = {1, length - 1, keys.above, keys.count};
+    }
     keys = Radix::narrow(shared.radix, keys, wanted, [&](const auto& visitor) {
       source.visit([&](std::uint32_t key, std::uint32_t) { visitor(key, true); });
     });
   }
-  const std::uint64_t low = std::uint64_t{keys.low} << 32;
   if (keys.above + keys.count == wanted) {
-    return {low - 1, low - 1, 0, false};
+    return {keys.low, keys.low - 1, 0, settled};
   }
-  if (!open(keys)) {
-    return {low, std::uint64_t{keys.low + keys.reach} << 32 | kWarp, wanted - keys.above, false};
-  }
-  if constexpr (plain) {
-    return {0, 0, 0, true};
-  }
-  // A plateau: lower positions come first.
-  Bracket places{~(length - 1), length - 1, keys.above, keys.count};
-  while (open(places) && places.reach != 0) {
-    places = Radix::narrow(shared.radix, places, wanted, [&](const auto& visitor) {
-      source.visit(
-          [&](std::uint32_t key, std::uint32_t position) { visitor(~position, key == keys.low); });
-    });
-  }
-  return {low | places.low, (low | places.low) + places.reach, wanted - places.above, true};
+  return {keys.low, keys.low + keys.reach, wanted - keys.above, settled};
 }
 
 // Where the output is made: after Shared follow uint32 bitmap[positions / 32], uint16
@@ -267,16 +273,11 @@ __device__ void clear(const Stage& stage) {
   }
 }
 
-// Steps 4 and 5. Returns how many are staged. `plain`: scores alone tell who is selected for
-// certain.
-template <class Own, bool plain, bool scores, class Source>
+// Steps 4 and 5. Returns how many are staged. `listed`: the source's keys as they were.
+template <class Own, bool scores, class Source>
 __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
-                              const Source& source, const Cut& cut, std::uint32_t length) {
-  const auto low = static_cast<std::uint32_t>(cut.low >> 32);
-  const auto high = static_cast<std::uint32_t>(cut.high >> 32);
-  const auto certain = [&](std::uint32_t key, std::uint32_t position) {
-    return plain ? key > high : entry_of(key, position) > cut.high;
-  };
+                              const Source& source, const Cut& cut, std::uint32_t length,
+                              const Listed<Own>& listed) {
   std::uint64_t own = 0;  // the thread's of the few, if it is selected
   std::uint32_t placed = 0;
   for (std::uint32_t first = 0; first < length; first += stage.positions) {
@@ -288,17 +289,16 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
       atomicOr(&stage.bitmap[offset / 32], 1U << offset % 32);
     };
     source.visit([&](std::uint32_t key, std::uint32_t position) {
-      if (certain(key, position) && here(position)) {
+      if (key > cut.high && here(position)) {
         mark(position);
       }
     });
     if (first == 0 && cut.quota != 0) {
       source.visit([&](std::uint32_t key, std::uint32_t position) {
-        const std::uint64_t entry = entry_of(key, position);
-        if (plain ? key >= low && key <= high : entry >= cut.low && entry <= cut.high) {
+        if (key >= cut.low && key <= cut.high) {
           const std::uint32_t place = atomicAdd(&shared.few_count, 1U);
           if (place < Own::kThreads) {
-            shared.few[place] = entry;
+            shared.few[place] = entry_of(key, position);
           }
         }
       });
@@ -313,8 +313,7 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
         own = rank < cut.quota ? own : 0;
       }
     }
-    const bool own_here = own != 0 && here(entry_position(own));
-    if (own_here) {
+    if (own != 0 && here(entry_position(own))) {
       mark(entry_position(own));
     }
     __syncthreads();
@@ -363,16 +362,16 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
     if constexpr (scores) {
       const auto place = [&](std::uint32_t key, std::uint32_t position) {
         const std::uint32_t offset = position - first;
+        if (key == 0 || !here(position) || (stage.bitmap[offset / 32] >> offset % 32 & 1) == 0) {
+          return;
+        }
         const std::uint32_t below = stage.bitmap[offset / 32] & ((1U << offset % 32) - 1);
         stage.scores[stage.ranks[offset / 32] + __popc(below)] = key;
       };
-      source.visit([&](std::uint32_t key, std::uint32_t position) {
-        if (certain(key, position) && here(position)) {
-          place(key, position);
-        }
-      });
-      if (own_here) {
-        place(static_cast<std::uint32_t>(own >> 32), entry_position(own));
+      if (cut.settled) {
+        listed.visit(place);
+      } else {
+        source.visit(place);
       }
     }
     placed += total;
@@ -435,22 +434,13 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   if (threadIdx.x == 0) {
     shared.few_count = 0;
   }
-  std::uint32_t placed = 0;
-  bool done = false;
-  if (chunks.count <= Held<Own>::kChunks) {
-    const Held<Own> held(chunks, range);
-    const Cut cut = find_cut<Own, true>(shared, held, chunks.total, wanted, length);
-    done = !cut.plateau;
-    if (done) {
-      placed = fill<Own, true, scores>(shared, stage, held, cut, length);
-    }
-  }
-  if (!done) {
-    __syncthreads();
-    const Listed<Own> listed(candidates, t, range);
-    const Cut cut = find_cut<Own, false>(shared, listed, chunks.total, wanted, length);
-    placed = fill<Own, false, scores>(shared, stage, listed, cut, length);
-  }
+  const Listed<Own> listed(chunks, range);
+  const auto select = [&](auto source) {
+    const Cut cut = find_cut<Own>(shared, source, chunks.total, wanted, length);
+    return fill<Own, scores>(shared, stage, source, cut, length, listed);
+  };
+  const std::uint32_t placed =
+      chunks.count <= Held<Own>::kChunks ? select(Held<Own>(chunks, range)) : select(listed);
 
   write(placed, [&](std::uint32_t i) { return staged[i]; });
   if constexpr (scores) {

@@ -650,6 +650,26 @@ TEST_F(SmokeCudaSurvivors, LongRow) {
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
 }
 
+// Equal scores from rank 1001 to 2500: cuts above them, among them and below, of rows that
+// registers hold and of rows that they don't, in one bitmap and in several.
+TEST_F(SmokeCudaSurvivors, Plateaus) {
+  for (const std::int64_t length : {20000, 300000}) {
+    RowsOfScores rows{normal_row(length, 7)};
+    std::vector<float> sorted = rows[0];
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    for (float& score : rows[0]) {
+      score = score >= sorted[2499] && score < sorted[1000] ? sorted[1000] : score;
+    }
+    for (const std::int64_t count : {3000, 13000}) {
+      const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 16, 1000);
+      for (const int top_k : {1000, 1001, 2048, 2499, 2500, 2501}) {
+        EXPECT_TRUE(check_survivors(rows, survivors, top_k, "with scores").empty());
+        EXPECT_TRUE(check_survivors(rows, survivors, top_k, "without scores", false).empty());
+      }
+    }
+  }
+}
+
 TEST_F(SmokeCudaSurvivors, ReportsMisses) {
   const RowsOfScores rows{normal_row(5000, 1), normal_row(5000, 2), normal_row(5000, 3),
                           normal_row(50, 4)};
