@@ -17,7 +17,7 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 // With 2048 samples of 64K keys and k = 2048 a query's top k holds 64 of them; the bound, five
 // standard deviations beyond (select/threshold.cu), then lets through 1.6 times k. Twice as many
 // samples would let through 1.4 times k, which does not make up for scoring them. Of longer
-// contexts at least every 128th key is one, as far as the bounds' kernel takes them: with 2048 of
+// contexts about every 128th key is one, as far as the bounds' kernel takes them: with 2048 of
 // 1M the top k would hold 4, and 4.3 times k pass.
 constexpr std::int64_t kSamples = 2048;
 constexpr std::int64_t kMostStride = 128;
