@@ -39,13 +39,15 @@ constexpr std::uint32_t kChunk = 64;
 constexpr std::uint32_t kMostPositions = 1U << 18;
 
 // A block of `threads` threads that hold 2 * slots entries each; registers let `blocks` share an
-// SM. `windows`: rows may be longer than a bitmap, which then takes their positions in turn.
-template <int threads_, int slots_, int blocks_, bool windows_ = false>
+// SM. `settles`: registers suffice to order a plateau in; if not, its row is read from its lists.
+// `windows`: rows may be longer than a bitmap, which then takes their positions in turn.
+template <int threads_, int slots_, int blocks_, bool settles_ = true, bool windows_ = false>
 struct Config {
   static constexpr int kThreads = threads_;
   static constexpr int kWarps = threads_ / 32;
   static constexpr int kSlots = slots_;
   static constexpr int kBlocks = blocks_;
+  static constexpr bool kSettles = settles_;
   static constexpr bool kWindows = windows_;
   static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
   // Four bins a thread: digits of 10 or 11 bits leave 5 to 70 of a few thousand scores in a narrow
@@ -152,6 +154,7 @@ template <class Own>
 class Held {
  public:
   static constexpr std::uint32_t kChunks = Own::kSlots * Own::kWarps;
+  static constexpr bool kSettles = Own::kSettles;
 
   __device__ Held(const Chunks& chunks, const Range& range, std::uint32_t first = 0) {
     const uint2 found = chunks.find(first + threadIdx.x % 32 * Own::kWarps + threadIdx.x / 32);
@@ -193,6 +196,8 @@ class Held {
 template <class Own>
 class Listed {
  public:
+  static constexpr bool kSettles = true;
+
   __device__ Listed(const Chunks& chunks, const Range& range) : chunks_(chunks), range_(range) {}
 
   template <class Visitor>
@@ -225,6 +230,7 @@ struct Cut {
   std::uint32_t high;
   std::uint32_t quota;
   bool settled;  // whether the source's keys order a plateau now
+  bool found;    // not if there is a plateau and the source cannot settle it
 };
 
 template <class Own, class Source>
@@ -242,6 +248,9 @@ __device__ Cut find_cut(typename Own::Shared& shared, Source& source, std::uint3
   while (keys.count > Own::kThreads && keys.above + keys.count != wanted &&
          (keys.reach != 0 || !settled)) {
     if (keys.reach == 0) {
+      if (!Source::kSettles) {
+        return {};
+      }
       source.settle(keys.low, length);
       settled = true;
       keys = {1, length - 1, keys.above, keys.count};
@@ -251,9 +260,9 @@ __device__ Cut find_cut(typename Own::Shared& shared, Source& source, std::uint3
     });
   }
   if (keys.above + keys.count == wanted) {
-    return {keys.low, keys.low - 1, 0, settled};
+    return {keys.low, keys.low - 1, 0, settled, true};
   }
-  return {keys.low, keys.low + keys.reach, wanted - keys.above, settled};
+  return {keys.low, keys.low + keys.reach, wanted - keys.above, settled, true};
 }
 
 // Where the output is made: after Shared follow uint32 bitmap[positions / 32], uint16
@@ -273,11 +282,11 @@ __device__ void clear(const Stage& stage) {
   }
 }
 
-// Steps 4 and 5. Returns how many are staged. `listed`: the source's keys as they were.
-template <class Own, bool scores, class Source>
+// Steps 4 and 5. Returns how many are staged. `listed()` has the source's keys as they were.
+template <class Own, bool scores, class Source, class Lists>
 __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
                               const Source& source, const Cut& cut, std::uint32_t length,
-                              const Listed<Own>& listed) {
+                              const Lists& listed) {
   std::uint64_t own = 0;  // the thread's of the few, if it is selected
   std::uint32_t placed = 0;
   for (std::uint32_t first = 0; first < length; first += stage.positions) {
@@ -361,15 +370,18 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
     }
     if constexpr (scores) {
       const auto place = [&](std::uint32_t key, std::uint32_t position) {
-        const std::uint32_t offset = position - first;
-        if (key == 0 || !here(position) || (stage.bitmap[offset / 32] >> offset % 32 & 1) == 0) {
+        if (key == 0 || !here(position)) {
           return;
         }
-        const std::uint32_t below = stage.bitmap[offset / 32] & ((1U << offset % 32) - 1);
-        stage.scores[stage.ranks[offset / 32] + __popc(below)] = key;
+        const std::uint32_t offset = position - first;
+        const std::uint32_t bits = stage.bitmap[offset / 32];
+        const std::uint32_t bit = 1U << offset % 32;
+        if ((bits & bit) != 0) {
+          stage.scores[stage.ranks[offset / 32] + __popc(bits & (bit - 1))] = key;
+        }
       };
       if (cut.settled) {
-        listed.visit(place);
+        listed().visit(place);
       } else {
         source.visit(place);
       }
@@ -434,13 +446,20 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   if (threadIdx.x == 0) {
     shared.few_count = 0;
   }
-  const Listed<Own> listed(chunks, range);
+  // Made anew where it is needed, which is seldom: kept, it would take registers of what is held.
+  const auto listed = [&] { return Listed<Own>(Chunks(candidates, t), range); };
+  std::uint32_t placed = 0;
   const auto select = [&](auto source) {
     const Cut cut = find_cut<Own>(shared, source, chunks.total, wanted, length);
-    return fill<Own, scores>(shared, stage, source, cut, length, listed);
+    if (cut.found) {
+      placed = fill<Own, scores>(shared, stage, source, cut, length, listed);
+    }
+    return cut.found;
   };
-  const std::uint32_t placed =
-      chunks.count <= Held<Own>::kChunks ? select(Held<Own>(chunks, range)) : select(listed);
+  if (chunks.count > Held<Own>::kChunks || !select(Held<Own>(chunks, range))) {
+    __syncthreads();
+    select(listed());
+  }
 
   write(placed, [&](std::uint32_t i) { return staged[i]; });
   if constexpr (scores) {
@@ -452,10 +471,11 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
 }
 
 template <class Own>
-void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
-                 const TopK& out, bool empty, const Misses& misses, void* stream) {
-  const std::int64_t most = std::min<std::int64_t>({keys.tokens, keys.max_keys, kMostPositions});
-  const auto steps = static_cast<std::uint32_t>((most + Own::kStep - 1) / Own::kStep);
+void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t rows,
+                 std::int64_t most, int top_k, const TopK& out, bool empty, const Misses& misses,
+                 void* stream) {
+  const std::int64_t positions = std::min<std::int64_t>(most, kMostPositions);
+  const auto steps = static_cast<std::uint32_t>((positions + Own::kStep - 1) / Own::kStep);
   const SurvivorPlan plan{static_cast<std::uint32_t>(top_k),
                           std::max(steps, std::uint32_t{1}) * Own::kStep, empty};
   const std::size_t bytes = sizeof(typename Own::Shared) + plan.positions / 32 * 6 +
@@ -477,10 +497,10 @@ void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64
                       const TopK& out, bool empty, const Misses& misses, void* stream) {
   const std::int64_t most = std::min<std::int64_t>(keys.tokens, keys.max_keys);
   const auto launch = [&]<class Own>(Own) {
-    launch_rows<Own>(candidates, keys, rows, top_k, out, empty, misses, stream);
+    launch_rows<Own>(candidates, keys, rows, most, top_k, out, empty, misses, stream);
   };
   if (most > kMostPositions) {
-    launch(Config<512, 12, 2, true>{});
+    launch(Config<512, 12, 2, true, true>{});
   } else if (top_k <= 2048 && most <= 1 << 16) {
     launch(Config<256, 9, 3>{});
   } else if (top_k <= 2048 && most <= 1 << 17) {
@@ -488,7 +508,7 @@ void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64
   } else if (top_k <= 2048 || (top_k <= 4096 && most <= 1 << 17)) {
     launch(Config<512, 7, 2>{});
   } else {
-    launch(Config<512, 12, 2>{});
+    launch(Config<512, 12, 2, false>{});
   }
 }
 

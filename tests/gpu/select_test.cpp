@@ -650,21 +650,34 @@ TEST_F(SmokeCudaSurvivors, LongRow) {
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
 }
 
-// Equal scores from rank 1001 to 2500: cuts above them, among them and below, of rows that
+// Equal scores behind `above` larger ones: cuts above them, among them and below, of rows that
 // registers hold and of rows that they don't, in one bitmap and in several.
 TEST_F(SmokeCudaSurvivors, Plateaus) {
+  struct Plateau {
+    std::int64_t above;
+    std::int64_t size;
+  };
   for (const std::int64_t length : {20000, 300000}) {
-    RowsOfScores rows{normal_row(length, 7)};
-    std::vector<float> sorted = rows[0];
-    std::sort(sorted.begin(), sorted.end(), std::greater<>());
-    for (float& score : rows[0]) {
-      score = score >= sorted[2499] && score < sorted[1000] ? sorted[1000] : score;
-    }
-    for (const std::int64_t count : {3000, 13000}) {
-      const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 16, 1000);
-      for (const int top_k : {1000, 1001, 2048, 2499, 2500, 2501}) {
-        EXPECT_TRUE(check_survivors(rows, survivors, top_k, "with scores").empty());
-        EXPECT_TRUE(check_survivors(rows, survivors, top_k, "without scores", false).empty());
+    for (const Plateau& plateau : {Plateau{0, 6000}, Plateau{1000, 1500}, Plateau{5000, 1500}}) {
+      const std::int64_t end = plateau.above + plateau.size;
+      RowsOfScores rows{normal_row(length, 7)};
+      std::vector<float> sorted = rows[0];
+      std::sort(sorted.begin(), sorted.end(), std::greater<>());
+      for (float& score : rows[0]) {
+        score = score >= sorted[end - 1] && score < sorted[plateau.above] ? sorted[plateau.above]
+                                                                          : score;
+      }
+      for (const std::int64_t count : {end, end + 500, std::int64_t{13000}}) {
+        const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 16, 1000);
+        for (const std::int64_t top_k :
+             {plateau.above, plateau.above + 1, plateau.above + 1048, end - 1, end, end + 1}) {
+          if (top_k == 0 || top_k > count) {
+            continue;
+          }
+          const int k = static_cast<int>(top_k);
+          EXPECT_TRUE(check_survivors(rows, survivors, k, "with scores").empty());
+          EXPECT_TRUE(check_survivors(rows, survivors, k, "without scores", false).empty());
+        }
       }
     }
   }
@@ -715,8 +728,8 @@ TEST_F(CudaSurvivors, FewLongLists) {
     for (const std::int64_t lists : {1, 2, 3, 4, 16, 32}) {
       for (const std::int64_t count : {100, 2048, 2049, 3300, 3969, 4032, 4095, 4096, 4097, 5000}) {
         const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
-        const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, lists,
-                                                 (2 * count / lists + 200) / 2 * 2);
+        const Survivors survivors =
+            survivors_of(rows, {bound_for(rows[0], count)}, lists, 2 * count / lists + 200);
         for (const int top_k : {100, 2048}) {
           EXPECT_EQ(check_survivors(rows, survivors, top_k,
                                     std::to_string(count) + " in " + std::to_string(lists))
@@ -746,7 +759,7 @@ TEST_F(CudaSurvivors, MoreThanRegistersHold) {
       const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
       const std::vector<float> bounds{bound_for(rows[0], count)};
       for (const std::int64_t lists : {1, 32}) {
-        const Survivors survivors = survivors_of(rows, bounds, lists, count * 2 / lists / 2 * 2);
+        const Survivors survivors = survivors_of(rows, bounds, lists, 2 * count / lists);
         for (const int top_k : {2048, 4096, 8192}) {
           EXPECT_EQ(check_survivors(rows, survivors, top_k, std::to_string(count)).empty(),
                     count >= top_k);
