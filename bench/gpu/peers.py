@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the dense step of others on the shapes of misa_bench_step: DeepGEMM's FP8 MQA logits (the
-package sgl-deep-gemm) and torch.topk. Medians of 20 runs between CUDA events, after 5 that are not
-counted."""
+package sgl-deep-gemm), then torch.topk or, where flashinfer-python is installed, FlashInfer's
+top-k. Medians of 20 runs between CUDA events, after 5 that are not counted."""
 import argparse
 import itertools
 import json
@@ -9,6 +9,11 @@ import statistics
 
 import deep_gemm
 import torch
+
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
 
 DIM = 128
 WARM_UP = 5
@@ -28,7 +33,7 @@ def microseconds(run):
 
 
 def step(queries, heads, keys, top_k):
-    """(logits, selection) in microseconds, for the last queries of a context."""
+    """Microseconds of the logits and of each selector, for the last queries of a context."""
     device = "cuda"
     q = torch.randn(queries, heads, DIM, device=device).to(torch.float8_e4m3fn)
     w = torch.randn(queries, heads, device=device)
@@ -42,11 +47,12 @@ def step(queries, heads, keys, top_k):
 
     # Columns that a query does not see are left as they were; a selector is told the lengths.
     scores = torch.nan_to_num(logits(), nan=float("-inf"))
+    selectors = {"torch.topk": lambda: torch.topk(scores, top_k, dim=-1, sorted=False)}
+    if flashinfer is not None:
+        selectors["FlashInfer"] = lambda: flashinfer.top_k_ragged_transform(
+            scores, starts, ends, top_k)
 
-    def select():
-        torch.topk(scores, top_k, dim=-1, sorted=False)
-
-    return microseconds(logits), microseconds(select)
+    return microseconds(logits), {name: microseconds(run) for name, run in selectors.items()}
 
 
 def main():
@@ -60,12 +66,16 @@ def main():
     results = []
     for heads in options.heads:
         for keys in options.keys:
-            logits, select = step(options.queries, heads, keys, options.top_k)
+            logits, selectors = step(options.queries, heads, keys, options.top_k)
+            fastest = min(selectors, key=selectors.get)
+            dense = logits + selectors[fastest]
             results.append({"queries": options.queries, "heads": heads, "keys": keys,
-                            "top_k": options.top_k, "logits_us": logits, "topk_us": select})
+                            "top_k": options.top_k, "logits_us": logits,
+                            "selectors_us": selectors, "dense_us": dense})
             if not options.json:
-                print(f"{heads} heads, {keys} keys: logits {logits:.1f} us, "
-                      f"torch.topk {select:.1f} us, both {logits + select:.1f} us")
+                each = ", ".join(f"{name} {us:.1f} us" for name, us in selectors.items())
+                print(f"{heads} heads, {keys} keys: logits {logits:.1f} us, {each}, "
+                      f"with {fastest} {dense:.1f} us")
     if options.json:
         print(json.dumps(results, indent=2))
 
