@@ -490,7 +490,7 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
 
 // Bounds let through about 3400 entries for 2048 wanted of 64K keys, 4900 of 256K and 6400 of 1M,
 // 5900 for 4096 of 64K and 10600 for 8192, with a standard deviation of 5 to 18 %; lists end in
-// chunks that are not full. Blocks hold 4608 of them, 5120, 7168 and 12288. What pays is rows that
+// chunks that are not full. Blocks hold 4608 of them, 6144, 8192 and 12288. What pays is rows that
 // share an SM, and, where the bitmap is long, threads that scan it. A block has at most 190 KB of
 // shared memory, which every device of fused scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
@@ -504,9 +504,9 @@ void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64
   } else if (top_k <= 2048 && most <= 1 << 16) {
     launch(Config<256, 9, 3>{});
   } else if (top_k <= 2048 && most <= 1 << 17) {
-    launch(Config<512, 5, 2>{});
+    launch(Config<512, 6, 2>{});
   } else if (top_k <= 2048 || (top_k <= 4096 && most <= 1 << 17)) {
-    launch(Config<512, 7, 2>{});
+    launch(Config<512, 8, 2>{});
   } else {
     launch(Config<512, 12, 2, false>{});
   }

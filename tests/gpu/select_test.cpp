@@ -755,7 +755,7 @@ TEST_F(CudaSurvivors, FullLists) {
 // As many candidates as registers hold, one more, and far more.
 TEST_F(CudaSurvivors, MoreThanRegistersHold) {
   for (const std::int64_t length : {65536, 70000}) {
-    for (const std::int64_t count : {4608, 4609, 5120, 5121, 7168, 7169, 12288, 12289, 60000}) {
+    for (const std::int64_t count : {4608, 4609, 6144, 6145, 8192, 8193, 12288, 12289, 60000}) {
       const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
       const std::vector<float> bounds{bound_for(rows[0], count)};
       for (const std::int64_t lists : {1, 32}) {
