@@ -1,11 +1,12 @@
-// Scores of listed keys, a query a block; blocks share a query's tiles of 64 keys where there are
+// Scores of listed keys, a query a block; blocks share a query's tiles of 128 keys where there are
 // few queries.
 //
 //  1. The query's rows become the B operand, heads 16 c … 16 c + 15 in the columns that lane c of a
 //     quad holds, the residual row last of all.
-//  2. Keys are gathered 16 bytes a thread into tiles of shared memory, kListedStages - 1 ahead;
-//     their places in the list are read one tile earlier.
-//  3. A product of 64 keys and 64 rows leaves 16 dot products of each of two keys in a thread.
+//  2. A thread looks up one key of a tile, a tile before it is copied, and copies its scale. The
+//     threads of a warp copy its 32 keys together, eight to a key, while the tile ahead is scored.
+//  3. Two products of 64 keys and 64 rows leave 16 dot products of each of two keys in a thread.
+//     The second is under way while the first is added up.
 //  4. Each lane of a quad sums its 16, a group (scores.cuh); two of the lanes add up the groups of
 //     a key each, and the residual row.
 #include <cuda_runtime.h>
@@ -27,22 +28,21 @@ namespace {
 
 namespace ptx = ::cuda::ptx;
 
-constexpr int kTile = kProductKeys;
+constexpr int kProducts = 2;
+constexpr int kTile = kProducts * kProductKeys;
 constexpr int kQuad = 4;
 constexpr int kOwnRows = kMaxRows / kQuad;
 static_assert(kOwnRows == kGroupRows, "a lane has a group");
 static_assert(kGroupThreads == 2 * kMaxRows, "two threads load a row");
 
-// Threads that gather a key, and keys that a thread gathers a part of.
+// Threads that copy a key, and keys that a warp copies at once.
 constexpr int kChunks = kDim / 16;
-constexpr int kOwnKeys = kTile * kChunks / kGroupThreads;
-constexpr int kRowStep = kTile / kOwnKeys;  // from one of them to the next
-static_assert(kPageSize % kTile == 0, "blocks are whole pages");
+constexpr int kAtOnce = 32 / kChunks;
+static_assert(kTile == kGroupThreads, "a thread looks up a key");
 
-// Three tiles under way in each of five blocks cover the latency of L2 several times; five blocks
-// are what registers and shared memory have room for, and one waits while another adds.
-constexpr int kListedStages = 4;
-constexpr int kListedBlocks = 5;
+// Four blocks are what registers have room for: while one waits for its tile, others add.
+constexpr int kListedStages = 2;
+constexpr int kListedBlocks = 4;
 
 struct ListedShared {
   alignas(1024) std::uint8_t keys[kListedStages][kTile * kDim];
@@ -103,8 +103,7 @@ __device__ float clipped(float x, float factor) {
   return y;
 }
 
-// Step 2 for a thread: parts of the keys thread / 8 + 16 i of every tile. `blocks`: the list is of
-// blocks of positions, not of positions.
+// Step 2 for a thread. `blocks`: the list is of blocks of positions, not of positions.
 template <bool blocks>
 class Gather {
  public:
@@ -117,44 +116,41 @@ class Gather {
         stride_(arguments.problem.k.stride),
         visible_(static_cast<std::uint32_t>(range.length)),
         length_(static_cast<std::uint32_t>(length)),
-        block_(static_cast<std::uint32_t>(arguments.columns.block)),
-        row_(threadIdx.x / kChunks),
-        place_(row_ * kDim + (threadIdx.x % kChunks ^ row_ % 8) * 16) {}
+        block_(static_cast<std::uint32_t>(arguments.columns.block)) {
+    const unsigned row = threadIdx.x / 32 * 32 + threadIdx.x % 32 / kChunks;
+    place_ = row * kDim + (threadIdx.x % kChunks ^ row % 8) * 16;
+  }
 
-  // Looks up a tile. What comes is not touched before `copy`, so that no thread waits for it. A
-  // block's size is a multiple of the tile's, so all of a tile stands in one block.
+  // Looks up the thread's key of a tile. What comes is not touched before `copy`, so that no thread
+  // waits for it.
   __device__ void find(std::int32_t tile) {
-    const std::uint32_t first = static_cast<std::uint32_t>(tile) * kTile;
-    if constexpr (blocks) {
-      entries_[0] = first < length_ ? __ldg(list_ + first / block_) : -1;
-      offset_ = first % block_ + row_;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kOwnKeys; ++i) {
-        const std::uint32_t column = first + row_ + i * kRowStep;
-        entries_[i] = column < length_ ? __ldg(list_ + column) : -1;
-      }
-    }
+    column_ = static_cast<std::uint32_t>(tile) * kTile + threadIdx.x;
+    entry_ = column_ < length_ ? __ldg(list_ + (blocks ? column_ / block_ : column_)) : -1;
   }
 
   // Starts the copies of what was looked up. An entry of -1 is a position that no query sees.
   __device__ void copy(std::uint8_t* keys, float* scales) const {
+    auto position = static_cast<std::uint32_t>(entry_);
+    if constexpr (blocks) {
+      position = entry_ < 0 ? kNone : position * block_ + column_ % block_;
+    }
+    const bool seen = position < visible_;
+    copy_4_or_zero(scales + threadIdx.x, scales_ + (seen ? position : 0), seen);
+    position = seen ? position : kNone;
 #pragma unroll
-    for (int i = 0; i < kOwnKeys; ++i) {
-      auto position = static_cast<std::uint32_t>(entries_[blocks ? 0 : i]);
-      if constexpr (blocks) {
-        position = entries_[0] < 0 ? visible_ : position * block_ + offset_ + i * kRowStep;
-      }
-      const bool there = position < visible_;
-      const std::uint32_t at = there ? position : 0;
-      copy_16_or_zero(keys + place_ + i * kRowStep * kDim, keys_ + at * stride_, there);
-      if (threadIdx.x % kChunks == 0) {
-        copy_4_or_zero(scales + row_ + i * kRowStep, scales_ + at, there);
-      }
+    for (unsigned i = 0; i < kChunks; ++i) {
+      const std::uint32_t other =
+          __shfl_sync(kWarp, position, i * kAtOnce + threadIdx.x % 32 / kChunks);
+      const bool there = other != kNone;
+      // Keys that are kAtOnce apart are swizzled by chunks that differ in one bit.
+      const std::uint32_t place = (place_ ^ i % 2 * kAtOnce * 16) + i * kAtOnce * kDim;
+      copy_16_or_zero(keys + place, keys_ + (there ? other : 0) * stride_, there);
     }
   }
 
  private:
+  static constexpr std::uint32_t kNone = 0xFFFFFFFFU;
+
   const std::int32_t* list_;
   const std::uint8_t* keys_;  // the thread's chunk of the first key that the query sees
   const float* scales_;       // of that key
@@ -162,12 +158,11 @@ class Gather {
   std::uint32_t visible_;  // keys
   std::uint32_t length_;   // columns
   std::uint32_t block_;
-  std::uint32_t row_;         // of the thread's first key in a tile
-  std::uint32_t place_;       // of its chunk there
-  std::uint32_t offset_ = 0;  // of that key in its block
-  std::int32_t entries_[blocks ? 1 : kOwnKeys] = {};
+  std::uint32_t place_;  // of the thread's chunk of its warp's first keys
+  std::uint32_t column_ = 0;
+  std::int32_t entry_ = -1;
 };
-static_assert(kRowStep % 8 == 0, "a thread's chunks are swizzled alike");
+static_assert(2 * kAtOnce == 8, "a warp copies half of a swizzle's rows at once");
 
 template <bool residual, bool blocks>
 __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
@@ -221,50 +216,60 @@ __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
     ptx::fence_proxy_async(ptx::space_shared);
     __syncthreads();  // all have the tile, and are done with the one before it
 
-    const std::uint64_t keys = swizzled_tile(shared.keys[stage]);
-    float sums[kMaxRows / 2];  // step 3
+    float sums[kProducts][kMaxRows / 2];  // step 3
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kDim / 32; ++k) {
-      wgmma_e4m3<kMaxRows>(sums, keys + 2 * k, rows + 2 * k, k > 0);
+    for (int product = 0; product < kProducts; ++product) {
+      const std::uint64_t keys = swizzled_tile(shared.keys[stage] + product * kProductKeys * kDim);
+#pragma unroll
+      for (int k = 0; k < kDim / 32; ++k) {
+        wgmma_e4m3<kMaxRows>(sums[product], keys + 2 * k, rows + 2 * k, k > 0);
+      }
+      wgmma_commit();
     }
-    wgmma_commit();
     fetch((stage + kListedStages - 1) % kListedStages);
-    const float scales[2] = {shared.scales[stage][row], shared.scales[stage][row + 8]};
-    wgmma_wait<0>();
-    wgmma_pin(sums);
 
     // Step 4. The sign of a scale, which is exact, goes to the products.
-    float groups[2] = {0, 0};
-    float linear[2];
+    const auto add_up = [&](const float(&sums)[kMaxRows / 2], int key) {
+      const float scales[2] = {shared.scales[stage][key], shared.scales[stage][key + 8]};
+      float groups[2] = {0, 0};
+      float linear[2];
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i) {
+      for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float x = sums[i / 2 * 4 + 2 * r + i % 2];
-        groups[r] = __fmaf_rn(weights[i], clipped(x, copysignf(kClip, scales[r])), groups[r]);
-        linear[r] = copysignf(1.0F, scales[r]) * x;  // the last one of them stays
+        for (int r = 0; r < 2; ++r) {
+          const float x = sums[i / 2 * 4 + 2 * r + i % 2];
+          groups[r] = __fmaf_rn(weights[i], clipped(x, copysignf(kClip, scales[r])), groups[r]);
+          linear[r] = copysignf(1.0F, scales[r]) * x;  // the last one of them stays
+        }
       }
-    }
-    // Of a quad, lane 0 adds up the one key's groups and lane 1 the other's.
-    const bool odd = lane % 2 != 0;
-    const float own = odd ? groups[1] : groups[0];
-    const float other = odd ? groups[0] : groups[1];
-    const float neighbour = __shfl_xor_sync(kWarp, other, 1);
-    const float across = __shfl_xor_sync(kWarp, own, 2);
-    const float opposite = __shfl_xor_sync(kWarp, other, 3);
-    float total = __fadd_rn(own, neighbour);
-    total = __fadd_rn(__fadd_rn(total, odd ? opposite : across), odd ? across : opposite);
-    if constexpr (residual) {
-      const float first = __shfl_sync(kWarp, linear[0], kQuad - 1, kQuad);
-      const float second = __shfl_sync(kWarp, linear[1], kQuad - 1, kQuad);
-      total = __fmaf_rn(linear_weight, odd ? second : first, total);
-    }
-    const std::int32_t column = tile * kTile + row + (odd ? 8 : 0);
-    if (lane % kQuad < 2 && column < length) {
-      arguments.scores.data[t * arguments.scores.columns + column] =
-          __fmul_rn(total, fabsf(odd ? scales[1] : scales[0]));
-    }
+      // Of a quad, lane 0 adds up the one key's groups and lane 1 the other's.
+      const bool odd = lane % 2 != 0;
+      const float own = odd ? groups[1] : groups[0];
+      const float other = odd ? groups[0] : groups[1];
+      const float neighbour = __shfl_xor_sync(kWarp, other, 1);
+      const float across = __shfl_xor_sync(kWarp, own, 2);
+      const float opposite = __shfl_xor_sync(kWarp, other, 3);
+      float total = __fadd_rn(own, neighbour);
+      total = __fadd_rn(__fadd_rn(total, odd ? opposite : across), odd ? across : opposite);
+      if constexpr (residual) {
+        const float first = __shfl_sync(kWarp, linear[0], kQuad - 1, kQuad);
+        const float second = __shfl_sync(kWarp, linear[1], kQuad - 1, kQuad);
+        total = __fmaf_rn(linear_weight, odd ? second : first, total);
+      }
+      const std::int32_t column = tile * kTile + key + (odd ? 8 : 0);
+      if (lane % kQuad < 2 && column < length) {
+        arguments.scores.data[t * arguments.scores.columns + column] =
+            __fmul_rn(total, fabsf(odd ? scales[1] : scales[0]));
+      }
+    };
+    wgmma_wait<1>();
+    wgmma_pin(sums[0]);
+    add_up(sums[0], row);
+    __syncwarp();  // keeps the second wait from being moved up
+    wgmma_wait<0>();
+    wgmma_pin(sums[1]);
+    add_up(sums[1], kProductKeys + row);
   }
   wait_for_copies<0>();
 }
