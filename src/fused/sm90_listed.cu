@@ -21,7 +21,6 @@
 #include "fused/listed.hpp"
 #include "fused/scores.cuh"
 #include "fused/sm90_config.cuh"
-#include "misa/types.hpp"
 
 namespace misa::cuda::fused {
 namespace {
