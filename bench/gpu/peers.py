@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the dense step of others on the shapes of misa_bench_step: DeepGEMM's FP8 MQA logits (the
-package sgl-deep-gemm), then torch.topk or, where flashinfer-python is installed, FlashInfer's
-top-k. Medians of 20 runs between CUDA events, after 5 that are not counted."""
+package sgl-deep-gemm), then the faster of torch.topk and, where flashinfer-python is installed,
+FlashInfer's top-k. Medians of 20 runs between CUDA events, after 5 that are not counted."""
 import argparse
 import itertools
 import json

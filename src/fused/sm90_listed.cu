@@ -4,7 +4,7 @@
 //  1. The query's rows become the B operand, heads 16 c … 16 c + 15 in the columns that lane c of a
 //     quad holds, the residual row last of all.
 //  2. A thread looks up one key of a tile, a tile before it is copied, and copies its scale. The
-//     threads of a warp copy its 32 keys together, eight to a key, while the tile ahead is scored.
+//     threads of a warp copy its 32 keys together, eight to a key, while the tile before is scored.
 //  3. Two products of 64 keys and 64 rows leave 16 dot products of each of two keys in a thread.
 //     The second is under way while the first is added up.
 //  4. Each lane of a quad sums its 16, a group (scores.cuh); two of the lanes add up the groups of
@@ -137,7 +137,7 @@ class Gather {
     copy_4_or_zero(scales + threadIdx.x, scales_ + (seen ? position : 0), seen);
     position = seen ? position : kNone;
 #pragma unroll
-    for (unsigned i = 0; i < kChunks; ++i) {
+    for (unsigned i = 0; i < 32 / kAtOnce; ++i) {
       const std::uint32_t other =
           __shfl_sync(kWarp, position, i * kAtOnce + threadIdx.x % 32 / kChunks);
       const bool there = other != kNone;

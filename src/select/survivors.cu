@@ -457,7 +457,7 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
     return cut.found;
   };
   if (chunks.count > Held<Own>::kChunks || !select(Held<Own>(chunks, range))) {
-    __syncthreads();
+    __syncthreads();  // all have read what a search that found nothing left in `shared`
     select(listed());
   }
 
