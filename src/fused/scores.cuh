@@ -14,16 +14,8 @@ namespace misa::cuda::fused {
 
 inline constexpr unsigned kWarp = 0xFFFFFFFFU;
 
-// max(0, x) / 2^25: on the pipe of multiply-adds, where a maximum would be on that of the integers.
-// No product of 128 elements is larger. A NaN becomes 0, so NaN has to come with weights
-// (load_rows) and scales (launch_scales).
-inline constexpr float kClip = 0x1p-25F;
-
-__device__ inline float clipped(float x) {
-  float y;
-  asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(kClip));
-  return y;
-}
+// max(0, x); 0 of a NaN, so NaN has to come with weights (load_rows) and scales (launch_scales).
+__device__ inline float clipped(float x) { return fmaxf(x, 0.0F); }
 
 // Whether one of four e4m3 elements is NaN: 0x7f or 0xff.
 __device__ inline bool any_nan(std::uint32_t four) {
@@ -35,7 +27,7 @@ __device__ inline bool any_nan(uint4 bytes) {
 }
 
 // Rows of queries as `columns` rows of a swizzled tile (Columns), with their weights: zero where a
-// query has fewer rows, or query_of says -1. Weights of rows that are clipped make up for kClip.
+// query has fewer rows, or query_of says -1.
 // Called by the `threads` threads that have numbers thread = 0, 1 ….
 template <int rows, bool residual, int columns, class QueryOf>
 __device__ void load_rows(const Problem& problem, const Rows& scored, int thread, int threads,
@@ -54,7 +46,7 @@ __device__ void load_rows(const Problem& problem, const Rows& scored, int thread
       if (head >= 0) {
         source =
             static_cast<const std::uint8_t*>(q.data) + t * q.token_stride + head * q.head_stride;
-        weight = __ldg(problem.w.data + t * problem.w.token_stride + head) / kClip;
+        weight = __ldg(problem.w.data + t * problem.w.token_stride + head);
       }
     } else if (residual && t >= 0 && slot == rows - 1) {
       source = scored.residual + t * kDim;

@@ -9,25 +9,30 @@ namespace misa::cuda::rerank {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarpThreads = 32;
 
-// A thread a query.
+// A warp a query: its lanes share the entries of the list.
 __global__ void lengths_kernel(Keys keys, std::int64_t queries, Columns columns, std::int32_t most,
                                std::int32_t* lengths) {
   begin_kernel();
-  const std::int64_t t = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const std::int64_t t = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpThreads;
+  const auto lane = static_cast<std::int32_t>(threadIdx.x % kWarpThreads);
   if (t >= queries) {
     return;
   }
   const std::int32_t n = visible(keys, t).length;
-  std::int64_t length = n;
+  std::int32_t length = n;
   if (columns.list != nullptr) {
     length = 0;
-    for (std::int32_t i = 0; i < columns.width; ++i) {
+    for (std::int32_t i = lane; i < columns.width; i += kWarpThreads) {
       const std::int32_t first = position_of(columns, t, std::int64_t{i} * columns.block, n);
       length += first < 0 ? 0 : min(columns.block, n - first);
     }
+    length = __reduce_add_sync(0xFFFFFFFFU, length);
   }
-  lengths[t] = static_cast<std::int32_t>(min(length, std::int64_t{most}));
+  if (lane == 0) {
+    lengths[t] = min(length, most);
+  }
 }
 
 // A thread an entry.
@@ -50,8 +55,8 @@ unsigned blocks_for(std::int64_t threads) {
 
 void launch_lengths(const Keys& keys, std::int64_t queries, const Columns& columns,
                     std::int32_t most, std::int32_t* lengths, void* stream) {
-  launch_kernel("lengths", lengths_kernel, dim3(blocks_for(queries)), kThreads, 0, stream, keys,
-                queries, columns, most, lengths);
+  launch_kernel("lengths", lengths_kernel, dim3(blocks_for(queries * kWarpThreads)), kThreads, 0,
+                stream, keys, queries, columns, most, lengths);
 }
 
 void launch_positions(const Keys& keys, std::int64_t queries, const Columns& columns,

@@ -32,11 +32,10 @@ PackSpec spec_of(std::vector<SequenceSpec> sequences, std::int64_t heads) {
 }
 
 // Keeps as many blocks as `positions` take.
-NamedConfig filtered(NamedConfig named, int positions) {
-  constexpr int kBlock = 64;
+NamedConfig filtered(NamedConfig named, int positions, int block = 64) {
   named.name += " filtered";
-  named.config.filter_block = kBlock;
-  named.config.filter_blocks = (positions + kBlock - 1) / kBlock;
+  named.config.filter_block = block;
+  named.config.filter_blocks = (positions + block - 1) / block;
   return named;
 }
 
@@ -132,29 +131,58 @@ TEST_P(Fused, EveryHeadRoutedIsDsa) {
   }
 }
 
-// Rows that are candidates as a whole, beside a longer one, so that all are re-ranked.
+// Rows of 700 keys that are candidates as a whole, or whose blocks are all kept, beside a longer
+// one; queries enough for thread blocks to have one, and several, of a query's tiles of listed
+// keys. With and without a few negative scales.
+struct ListedPack {
+  std::string name;
+  RaggedInputs inputs;
+  Rows shorter;
+};
+
+std::vector<ListedPack> listed_packs(int heads) {
+  std::vector<ListedPack> packs;
+  for (const std::int64_t queries : {65, 200}) {
+    Pack pack = make_pack(spec_of({{3000, 2}, {130, 2}, {700, queries}}, heads));
+    const std::string name =
+        std::to_string(heads) + " heads, " + std::to_string(queries) + " queries";
+    const Rows shorter{2, queries + 2};
+    packs.push_back({name, RaggedInputs(pack), shorter});
+    for (auto& scales : pack.scale) {
+      for (std::size_t i = 77; i < scales.size(); i += 301) {
+        scales[i] = -scales[i];
+      }
+    }
+    packs.push_back({name + ", negative scales", RaggedInputs(pack), shorter});
+  }
+  return packs;
+}
+
 TEST_P(Fused, SmokeEveryPositionReRankedIsDsa) {
   for (const int heads : {5, 64}) {
-    const RaggedInputs inputs(make_pack(spec_of({{3000, 2}, {130, 2}, {700, 65}}, heads)));
-    const Rows shorter{2, 67};
-    const Selected dsa = run(context(), IndexerConfig::dsa(kTopK), inputs);
-    const Selected ranked = run(context(), IndexerConfig::misa_r(kTopK, 3, 700), inputs);
-    EXPECT_EQ(slice(ranked, shorter).indices, slice(dsa, shorter).indices) << heads << " heads";
-    EXPECT_EQ(slice(ranked, shorter).scores, slice(dsa, shorter).scores) << heads << " heads";
+    for (const ListedPack& pack : listed_packs(heads)) {
+      const Selected dsa = run(context(), IndexerConfig::dsa(kTopK), pack.inputs);
+      const Selected ranked = run(context(), IndexerConfig::misa_r(kTopK, 3, 700), pack.inputs);
+      EXPECT_EQ(slice(ranked, pack.shorter).indices, slice(dsa, pack.shorter).indices) << pack.name;
+      EXPECT_EQ(slice(ranked, pack.shorter).scores, slice(dsa, pack.shorter).scores) << pack.name;
+    }
   }
 }
 
-// The same of rows whose blocks are all kept.
 TEST_P(Fused, SmokeEveryBlockKeptIsNoFilter) {
   for (const int heads : {5, 64}) {
-    const RaggedInputs inputs(make_pack(spec_of({{3000, 2}, {130, 2}, {700, 65}}, heads)));
-    const Rows shorter{2, 67};
-    for (const NamedConfig& named : {NamedConfig{"dsa", IndexerConfig::dsa(kTopK)},
-                                     NamedConfig{"misa", IndexerConfig::misa(kTopK, 3)},
-                                     NamedConfig{"misa-r", IndexerConfig::misa_r(kTopK, 3)}}) {
-      EXPECT_TRUE(same_bits(slice(run(context(), filtered(named, 700).config, inputs), shorter),
-                            slice(run(context(), named.config, inputs), shorter)))
-          << named.name << ", " << heads << " heads";
+    for (const ListedPack& pack : listed_packs(heads)) {
+      for (const NamedConfig& named : {NamedConfig{"dsa", IndexerConfig::dsa(kTopK)},
+                                       NamedConfig{"misa", IndexerConfig::misa(kTopK, 3)},
+                                       NamedConfig{"misa-r", IndexerConfig::misa_r(kTopK, 3)}}) {
+        const Selected whole = run(context(), named.config, pack.inputs);
+        for (const int block : {64, 192}) {
+          EXPECT_TRUE(same_bits(
+              slice(run(context(), filtered(named, 700, block).config, pack.inputs), pack.shorter),
+              slice(whole, pack.shorter)))
+              << named.name << ", " << pack.name << ", blocks of " << block;
+        }
+      }
     }
   }
 }
