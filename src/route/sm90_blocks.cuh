@@ -1,6 +1,7 @@
 // Heads of queries times block means or sampled keys on Hopper: e4m3 queries and keys, D = 128, at
-// most 64 heads. A warpgroup has a query's heads in registers, in fp16; a block of threads, four of
-// them, shares the means of blocks of one sequence, tile by tile, or its sampled keys.
+// most 64 heads. A warp has 16 heads of a query in registers, in fp16, and a warpgroup one product:
+// of a query's heads, or, if those are no more than 32, of two queries'. A block of threads, four
+// warpgroups, shares the means of blocks of one sequence, tile by tile, or its sampled keys.
 #pragma once
 
 #include <cstdint>
@@ -31,19 +32,32 @@ inline constexpr int kRowChunks = kRowBytes / 16;
 // 16 heads a warp.
 using Heads = HeadRows<DType::e4m3, true, kDim, 1>;
 
-// What a thread is in a block that serves queries four at a time, a warpgroup each.
+// What a thread is in a block that serves several queries at a time, `query_warps` warps each.
+template <int query_warps>
 struct Place {
+  static constexpr int kAtOnce = kGroupsWarps / query_warps;  // queries
+  static constexpr int kSharers = kGroupWarps / query_warps;  // of them in one product
+
   int warp;  // the same for a whole warp, and the compiler is to know it
   int lane;
-  int group;
+  int query;       // of those at a time
   int first_head;  // of the warp's 16
 
   __device__ Place()
       : warp(__shfl_sync(kWarp, static_cast<int>(threadIdx.x) / 32, 0)),
         lane(static_cast<int>(threadIdx.x) % 32),
-        group(warp / kGroupWarps),
-        first_head(warp % kGroupWarps * kTileHeads) {}
+        query(warp / query_warps),
+        first_head(warp % query_warps * kTileHeads) {}
+
+  // Whether the query of this lane, which is number `slot` of those at a time, is in the product of
+  // this warp. Warps of a warpgroup have to agree on whether they multiply.
+  [[nodiscard]] __device__ bool shares(int slot) const {
+    return slot >= 0 && slot / kSharers == query / kSharers;
+  }
 };
+
+// Warps that a query's heads take.
+inline int warps_of_query(std::int64_t heads) { return heads <= kMaxRows / 2 ? 2 : 4; }
 
 // Where the run of queries from `first` on ends: at the first lane behind it that is another's.
 __device__ inline int end_of_run(int first, bool another) {

@@ -1,12 +1,13 @@
 // The pooled router on Hopper: e4m3 queries and keys, D = 128, at most 64 heads. A block of threads
-// serves up to 16 consecutive queries, four at a time, a warpgroup each.
+// serves up to 16 consecutive queries, four at a time, a warpgroup each, or eight of up to 32
+// heads.
 //
 //  1. Lane l of every warp knows what query l sees. Warp i makes the mean of the block that query i
 //     stands in an operand, and fetches that query's weights.
 //  2. Queries whose keys start at the same one share the means of whole blocks, in tiles. Up to two
 //     tiles are loaded once, and from then on warpgroups do not wait for each other; more of them
-//     pass by for every four queries.
-//  3. The query's heads are operands in registers, in fp16; those of the warpgroup's next query are
+//     pass by for all queries at a time.
+//  3. The query's heads are operands in registers, in fp16; those of the warp's next query are
 //     fetched meanwhile.
 //  4. x = q . mean for all heads and a tile's blocks. max(0, x) is summed over blocks, a lane two
 //     columns in eight, then over the four lanes of a head. The query's own block comes last, as a
@@ -37,7 +38,6 @@ constexpr int kBlocks = 64;
 
 static_assert(kQueries <= kGroupsWarps);  // steps 1 and 5
 static_assert(pool::kFp16Parts == 2);     // step 4: a lane has two columns
-static_assert(kQueries + kGroups <= 32);  // there is a lane for every query, and one without
 
 constexpr int kOwnPitch = operand_pitch(kDim);
 
@@ -79,19 +79,23 @@ __device__ void add_energies(const float (&x)[kBlocks / 2], const float (&factor
   }
 }
 
+template <int query_warps>
 __global__ void __launch_bounds__(kGroupsThreads, 1)
     pooled_kernel(const __grid_constant__ Arguments arguments) {
+  using Own = Place<query_warps>;
+  static_assert(kQueries + Own::kAtOnce <= 32);  // there is a lane for every query, and one without
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Problem& problem = arguments.problem;
   const pool::Means& means = arguments.means;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
-  const auto [warp, lane, group, first_head] = Place();
+  const Own place;
+  const auto [warp, lane, query, first_head] = place;
 
   Heads::Raw next = {};
-  if (group < queries) {
-    Heads::fetch(problem.q, t0 + group, first_head, next);
+  if (query < queries) {
+    Heads::fetch(problem.q, t0 + query, first_head, next);
   }
   const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};  // step 1
   const std::int32_t blocks = range.length / means.block;
@@ -115,19 +119,21 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
     const bool listed = first <= lane && lane < end;
     const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
     const bool passing = whole > 2 * kBlocks;
-    for (int round = first; round < end; round += kGroups) {
+    for (int round = first; round < end; round += Own::kAtOnce) {
       const bool loading = passing || round == first;
-      const int slot = round + group;
+      const int slot = round + query;
       const std::int32_t length = __shfl_sync(kWarp, range.length, slot);
       const std::int32_t own_whole = __shfl_sync(kWarp, blocks, slot);
       const bool working = slot < end && length > 0;
+      const std::int32_t product_whole =  // of the longest query in the warp's product
+          __reduce_max_sync(kWarp, lane < end && place.shares(lane - round) ? blocks : 0);
       if (loading && whole > 0) {
         load_tile(shared.tiles, 0, problem.k, means, start, 0, min(kBlocks, whole));
       }
       commit_copies();
       Heads heads;  // step 3
       heads.take(next);
-      const int next_slot = min(round + kGroups, end) + group;
+      const int next_slot = min(round + Own::kAtOnce, end) + query;
       if (next_slot < queries) {
         Heads::fetch(problem.q, t0 + next_slot, first_head, next);
       }
@@ -154,11 +160,10 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
           __syncthreads();
         }
         const int buffer = tile / kBlocks % 2;
-        const int count = working ? min(kBlocks, own_whole - tile) : 0;
-        if (count > 0) {
+        if (product_whole > tile) {
           float x[kBlocks / 2];
           multiply(shared.tiles, buffer, heads, x);
-          add_energies(x, shared.tiles.factors[buffer], count, energy);
+          add_energies(x, shared.tiles.factors[buffer], working ? own_whole - tile : 0, energy);
         }
         if (passing) {
           __syncthreads();
@@ -205,8 +210,10 @@ void launch_pooled_sm90(const Problem& problem, const pool::Means& means, std::i
                         std::int32_t* heads, int processors, cudaStream_t stream) {
   const int queries = queries_of_block(problem.q.tokens, processors);
   const auto blocks = static_cast<unsigned>((problem.q.tokens + queries - 1) / queries);
-  launch_kernel("pooled routing", pooled_kernel, dim3(blocks), kGroupsThreads, sizeof(Shared),
-                stream, Arguments{problem, means, queries, count, heads});
+  launch_kernel("pooled routing",
+                warps_of_query(problem.q.heads) == 2 ? pooled_kernel<2> : pooled_kernel<4>,
+                dim3(blocks), kGroupsThreads, sizeof(Shared), stream,
+                Arguments{problem, means, queries, count, heads});
 }
 
 }  // namespace misa::cuda::route

@@ -1,11 +1,12 @@
 // Sampled routing on Hopper: e4m3 queries and keys, D = 128, at most 64 heads. A block of threads
-// serves up to 16 consecutive queries, four at a time, a warpgroup each. The steps are those of
-// sampled.cu, with these differences:
+// serves up to 16 consecutive queries, four at a time, a warpgroup each, or eight of up to 32
+// heads. The steps are those of sampled.cu, with these differences:
 //
 //  1. Lane l of every warp knows what query l sees, hence its grid. The sampled keys are a tile of
 //     wgmma in fp16; once it is there, warpgroups do not wait for each other.
-//  2. A product of wgmma has all heads and samples of a query; a lane holds what mma.sync would
-//     give it. The heads of the warpgroup's next query are fetched while this one's are fitted.
+//  2. A product of wgmma has all heads and samples of a query, or of two; a lane holds what
+//  mma.sync
+//     would give it. The heads of the warp's next query are fetched while this one's are fitted.
 #include <cuda_runtime.h>
 
 #include <cuda/ptx>
@@ -23,8 +24,6 @@ namespace {
 namespace ptx = ::cuda::ptx;
 
 constexpr int kSamples = static_cast<int>(kMaxSamples);
-
-static_assert(kQueries + kGroups <= 32);  // there is a lane for every query, and one without
 
 struct Shared {
   alignas(1024) std::uint8_t rows[kHalves][kSamples][kRowBytes];
@@ -82,19 +81,23 @@ __device__ void load_samples(Shared& shared, const Keys& keys, std::int32_t star
   }
 }
 
+template <int query_warps>
 __global__ void __launch_bounds__(kGroupsThreads, 1)
     sampled_kernel(const __grid_constant__ SampledArguments arguments) {
   begin_kernel();
+  using Own = Place<query_warps>;
+  static_assert(kQueries + Own::kAtOnce <= 32);  // there is a lane for every query, and one without
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Problem& problem = arguments.problem;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
-  const auto [warp, lane, group, first_head] = Place();
+  const Own place;
+  const auto [warp, lane, query, first_head] = place;
 
   Heads::Raw next = {};
-  if (group < queries) {
-    Heads::fetch(problem.q, t0 + group, first_head, next);
+  if (query < queries) {
+    Heads::fetch(problem.q, t0 + query, first_head, next);
   }
   const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};
   const Grid grid(range);
@@ -107,24 +110,28 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
                  __reduce_max_sync(kWarp, listed ? grid.count : 0));
     ptx::fence_proxy_async(ptx::space_shared);
     __syncthreads();
-    for (int round = first; round < end; round += kGroups) {
-      const int slot = round + group;
+    for (int round = first; round < end; round += Own::kAtOnce) {
+      const int slot = round + query;
       const int count = __shfl_sync(kWarp, grid.count, slot);
       const Range own_range{start, __shfl_sync(kWarp, range.length, slot)};
       const bool working = slot < end && count > 0;
+      const bool multiplying =
+          __any_sync(kWarp, lane < end && place.shares(lane - round) && grid.count > 0) != 0;
       Heads heads;
       heads.take(next);
       float own[2] = {};
       float weight[2] = {};
       Products x;
-      if (working) {
-        load_weights(problem, t0 + slot, first_head, weight);
-        judge_alone(arguments, heads, own_range, own);
+      if (multiplying) {
+        if (working) {
+          load_weights(problem, t0 + slot, first_head, weight);
+          judge_alone(arguments, heads, own_range, own);
+        }
         wgmma_fence();
         start_product(shared.rows, heads, false, x);
         end_products(x);
       }
-      const int next_slot = min(round + kGroups, end) + group;
+      const int next_slot = min(round + Own::kAtOnce, end) + query;
       if (next_slot < queries) {
         Heads::fetch(problem.q, t0 + next_slot, first_head, next);
       }
@@ -149,8 +156,10 @@ void launch_sampled_sm90(SampledArguments arguments, int processors, cudaStream_
   const std::int64_t tokens = arguments.problem.q.tokens;
   arguments.queries = queries_of_block(tokens, processors);
   const auto blocks = static_cast<unsigned>((tokens + arguments.queries - 1) / arguments.queries);
-  launch_kernel("sampled routing", sampled_kernel, dim3(blocks), kGroupsThreads, sizeof(Shared),
-                stream, arguments);
+  launch_kernel(
+      "sampled routing",
+      warps_of_query(arguments.problem.q.heads) == 2 ? sampled_kernel<2> : sampled_kernel<4>,
+      dim3(blocks), kGroupsThreads, sizeof(Shared), stream, arguments);
 }
 
 }  // namespace misa::cuda::route

@@ -1,5 +1,5 @@
 // Scores of block means on Hopper, for the block filter: e4m3 queries and keys, D = 128, at most 64
-// heads. A warpgroup serves a query, a block of threads four.
+// heads. A block of threads serves four queries, a warpgroup each, or eight of up to 32 heads.
 //
 //  1. The query's heads are operands in registers, in fp16.
 //  2. Queries of one sequence share the means of whole blocks, which pass by in tiles: the next one
@@ -7,7 +7,7 @@
 //     sequence's block is computed here.
 //  3. x = q . mean for all heads and a tile's blocks, the low parts of the means first.
 //  4. A thread clips and weighs the two heads that it holds of every fourth pair of blocks, then
-//     has a block of its own and adds up what the 32 threads found that hold its heads, in order.
+//     has blocks of its own and adds up what the threads found that hold their heads, in order.
 //
 // So the order of every sum follows from the query's own heads.
 #include <cuda_runtime.h>
@@ -27,16 +27,16 @@ namespace {
 
 namespace ptx = ::cuda::ptx;
 
-// Blocks of a tile: columns of a product, one a thread of a group.
-constexpr int kBlocks = kGroupThreads;
+// Blocks of a tile: columns of a product.
+constexpr int kBlocks = 128;
 
-// Threads that share a column, and floats from one's sums to the next's: in other banks.
-constexpr int kShares = kMaxRows / 2;
+// Threads of a warp that share a column, and floats from one's sums to the next's: in other banks.
+constexpr int kShares = kTileHeads / 2;
 constexpr int kSumPitch = kBlocks + 8;
 
 struct Shared {
   BlockTiles<kBlocks> tiles;
-  alignas(16) float sums[kGroups][kShares][kSumPitch];
+  alignas(16) float sums[kGroupsWarps * kShares][kSumPitch];
 };
 
 static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
@@ -48,34 +48,39 @@ struct Arguments {
   std::int64_t stride;
 };
 
+template <int query_warps>
 __global__ void __launch_bounds__(kGroupsThreads, 1)
     block_scores_kernel(const __grid_constant__ Arguments arguments) {
   begin_kernel();
+  using Own = Place<query_warps>;
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Problem& problem = arguments.problem;
-  const std::int64_t t0 = std::int64_t{blockIdx.x} * kGroups;
-  const int queries = static_cast<int>(min(std::int64_t{kGroups}, problem.q.tokens - t0));
-  // The same for a whole warp, and the compiler is to know it.
-  const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-  const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
-  const int warp = thread / 32;
-  const int lane = thread % 32;
-  const std::int64_t t = t0 + group;
+  const std::int64_t t0 = std::int64_t{blockIdx.x} * Own::kAtOnce;
+  const int queries = static_cast<int>(min(std::int64_t{Own::kAtOnce}, problem.q.tokens - t0));
+  const auto [warp, lane, query, first_head] = Own();
+  const std::int64_t t = t0 + query;
 
   Heads heads;  // step 1
   float weight[2] = {};
   bool exists[2] = {};
-  std::int32_t own_whole = 0;
-  if (group < queries) {
-    heads.load(problem.q, t, warp * kTileHeads);
-    own_whole = visible(problem.k, t).length / arguments.means.block;
+  if (query < queries) {
+    heads.load(problem.q, t, first_head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int head = warp * kTileHeads + half * 8 + lane / 4;
+      const int head = first_head + half * 8 + lane / 4;
       exists[half] = head < problem.q.heads;
       weight[half] = exists[half] ? problem.w.data[t * problem.w.token_stride + head] : 0;
     }
+  }
+  // Whole blocks of the queries in the warp's product.
+  const int first_sharer = query / Own::kSharers * Own::kSharers;
+  std::int32_t wholes[Own::kSharers];
+#pragma unroll
+  for (int i = 0; i < Own::kSharers; ++i) {
+    const int sharer = first_sharer + i;
+    wholes[i] =
+        sharer < queries ? visible(problem.k, t0 + sharer).length / arguments.means.block : 0;
   }
 
   for (int first = 0, end = 0; first < queries; first = end) {
@@ -96,11 +101,19 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       ptx::fence_proxy_async(ptx::space_shared);
       __syncthreads();
       const int buffer = tile / kBlocks % 2;
-      const int count = first <= group && group < end ? min(kBlocks, own_whole - tile) : 0;
-      if (count > 0) {
+      int count = 0;       // of the query's blocks in the tile
+      int multiplied = 0;  // of the product's
+#pragma unroll
+      for (int i = 0; i < Own::kSharers; ++i) {
+        const int sharer = first_sharer + i;
+        const int own = first <= sharer && sharer < end ? min(kBlocks, wholes[i] - tile) : 0;
+        count = sharer == query ? own : count;
+        multiplied = max(multiplied, own);
+      }
+      float* const sums = shared.sums[warp * kShares + lane / 4] + lane % 4 * 2;
+      if (multiplied > 0) {
         float x[kBlocks / 2];
         multiply(shared.tiles, buffer, heads, x);
-        float* const sums = shared.sums[group][warp * 8 + lane / 4] + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kBlocks / 8; ++j) {  // step 4
           float sum[2] = {};
@@ -116,16 +129,14 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
         }
       }
       __syncthreads();
-      if (count > 0) {
+      for (int block = warp % query_warps * 32 + lane; block < count; block += query_warps * 32) {
         float score = 0;
 #pragma unroll
-        for (int i = 0; i < kShares; ++i) {
-          score += shared.sums[group][i][thread];
+        for (int i = 0; i < query_warps * kShares; ++i) {
+          score += shared.sums[query * query_warps * kShares + i][block];
         }
-        if (thread < count) {
-          arguments.scores[t * arguments.stride + tile + thread] =
-              score * shared.tiles.factors[buffer][thread];
-        }
+        arguments.scores[t * arguments.stride + tile + block] =
+            score * shared.tiles.factors[buffer][block];
       }
       __syncthreads();
     }
@@ -141,9 +152,14 @@ bool takes_sm90(const Problem& problem, const Device& device) {
 
 void launch_block_scores_sm90(const Problem& problem, const pool::Means& means, float* scores,
                               std::int64_t stride, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((problem.q.tokens + kGroups - 1) / kGroups);
-  launch_kernel("block scores", block_scores_kernel, dim3(blocks), kGroupsThreads, sizeof(Shared),
-                stream, Arguments{problem, means, scores, stride});
+  const auto launch = [&]<int query_warps>() {
+    constexpr int kAtOnce = Place<query_warps>::kAtOnce;
+    const auto blocks = static_cast<unsigned>((problem.q.tokens + kAtOnce - 1) / kAtOnce);
+    launch_kernel("block scores", block_scores_kernel<query_warps>, dim3(blocks), kGroupsThreads,
+                  sizeof(Shared), stream, Arguments{problem, means, scores, stride});
+  };
+  warps_of_query(problem.q.heads) == 2 ? launch.template operator()<2>()
+                                       : launch.template operator()<4>();
 }
 
 }  // namespace misa::cuda::route
