@@ -4,9 +4,9 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "cuda/problem.hpp"
+#include "device/mma.cuh"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"
 
@@ -14,21 +14,9 @@ namespace misa::cuda::fused {
 
 inline constexpr unsigned kWarp = 0xFFFFFFFFU;
 
-// max(0, x); 0 of a NaN, so NaN has to come with weights (load_rows) and scales (launch_scales).
-__device__ inline float clipped(float x) { return fmaxf(x, 0.0F); }
-
-// Whether one of four e4m3 elements is NaN: 0x7f or 0xff.
-__device__ inline bool any_nan(std::uint32_t four) {
-  return __vcmpeq4(four & 0x7F7F7F7FU, 0x7F7F7F7FU) != 0;
-}
-
-__device__ inline bool any_nan(uint4 bytes) {
-  return any_nan(bytes.x) || any_nan(bytes.y) || any_nan(bytes.z) || any_nan(bytes.w);
-}
-
 // Rows of queries as `columns` rows of a swizzled tile (Columns), with their weights: zero where a
-// query has fewer rows, or query_of says -1.
-// Called by the `threads` threads that have numbers thread = 0, 1 ….
+// query has fewer rows, or query_of says -1. Called by the `threads` threads that have numbers
+// thread = 0, 1 ….
 template <int rows, bool residual, int columns, class QueryOf>
 __device__ void load_rows(const Problem& problem, const Rows& scored, int thread, int threads,
                           const QueryOf& query_of, std::uint8_t* tile,
@@ -52,16 +40,14 @@ __device__ void load_rows(const Problem& problem, const Rows& scored, int thread
       source = scored.residual + t * kDim;
       weight = __ldg(scored.residual_scale + t);
     }
-    bool nan = false;
 #pragma unroll
     for (int chunk = 0; chunk < kDim / 16; ++chunk) {
       const uint4 bytes = source == nullptr ? make_uint4(0, 0, 0, 0)
                                             : __ldg(reinterpret_cast<const uint4*>(source) + chunk);
       *reinterpret_cast<uint4*>(tile + column * kDim + (chunk ^ column % 8) * 16) = bytes;
-      nan = nan || any_nan(bytes);
     }
     weights[local / kProductLocals][column % 8 / 2 * kLaneWeights + local % kProductLocals] =
-        nan ? std::numeric_limits<float>::quiet_NaN() : weight;
+        weight;
   }
 }
 
@@ -120,7 +106,7 @@ __device__ void weigh(const float (&sums)[2 * locals], const WeightsFrom& weight
               linear[r] = x;
               linear_weight = weight[j];
             } else {
-              group[r] = __fmaf_rn(weight[j], clipped(x), group[r]);
+              group[r] = __fmaf_rn(weight[j], max_nan(x, 0), group[r]);
             }
           }
         }

@@ -44,6 +44,8 @@ namespace {
 
 namespace ptx = ::cuda::ptx;
 
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
 enum class Sink { samples, candidates };
 
 // A tile of a sink: its keys, as products of 64 of them, and before which of those the next tile
@@ -302,7 +304,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
         const std::int64_t key = (row + kKeys * kProductKeys + 8 * r) * arguments.key_stride;
         const int place = group * Own::kQueries + 4 * g + lane % 4;
         const bool seen = key >= shared.starts[place] && key < shared.ends[place];
-        emit(g, r, seen ? score : std::numeric_limits<float>::quiet_NaN());
+        emit(g, r, seen ? score : kNaN);
       };
       const auto weights_from = [&](int local) {
         if constexpr (kOwnWeights) {
@@ -438,22 +440,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Eight threads a key.
 __global__ void __launch_bounds__(kScaleThreads) scales_kernel(const Keys keys, float* scales) {
   begin_kernel();
-  const std::int64_t key = (std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x) / 8;
-  const int chunk = threadIdx.x % 8;
-  bool bad = true;
-  float scale = 0;
-  if (key < keys.tokens) {
-    scale = __ldg(keys.scale + key);
-    const auto* bytes = static_cast<const std::uint8_t*>(keys.data) + key * keys.stride;
-    bad = !isfinite(scale) || any_nan(__ldg(reinterpret_cast<const uint4*>(bytes) + chunk));
-  }
-  const unsigned votes = __ballot_sync(kWarp, bad) >> (threadIdx.x % 32 / 8 * 8) & 0xFF;
-  if (chunk == 0) {
-    scales[key] = votes != 0 ? std::numeric_limits<float>::quiet_NaN() : scale;
-  }
+  const std::int64_t key = std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x;
+  const float scale = key < keys.tokens ? __ldg(keys.scale + key) : kNaN;
+  scales[key] = isfinite(scale) ? scale : kNaN;
 }
 
 CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride, int tile) {
@@ -509,7 +500,7 @@ void launch_scales(const Keys& keys, float* scales, void* stream) {
   if (keys.tokens == 0) {
     return;
   }
-  const auto blocks = static_cast<unsigned>(fused::scales(keys.tokens) / (kScaleThreads / 8));
+  const auto blocks = static_cast<unsigned>(fused::scales(keys.tokens) / kScaleThreads);
   launch_kernel("scales", scales_kernel, dim3(blocks), kScaleThreads, 0, stream, keys, scales);
 }
 

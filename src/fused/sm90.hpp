@@ -30,8 +30,8 @@ struct Rows {
   [[nodiscard]] int count() const { return head_count + (residual != nullptr ? 1 : 0); }
 };
 
-// The scale [scales(L)] of every key as scoring uses it: NaN where it is not finite, where an
-// element of the key is NaN, and behind the last one.
+// The scale [scales(L)] of every key as scoring uses it: NaN where it is not finite, and behind the
+// last one.
 void launch_scales(const Keys& keys, float* scales, void* stream);
 
 // Scores of the sampled keys, [T, samples]: of key c * sample_stride in column c; NaN where the

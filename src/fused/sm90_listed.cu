@@ -66,7 +66,7 @@ struct Arguments {
   Scores scores;
 };
 
-// Step 1. A NaN comes with the weight.
+// Step 1.
 __device__ void load_query(const Arguments& arguments, std::int64_t t, ListedShared& shared) {
   const auto& [q, w, k] = arguments.problem;
   const Rows& rows = arguments.rows;
@@ -85,18 +85,15 @@ __device__ void load_query(const Arguments& arguments, std::int64_t t, ListedSha
     source = rows.residual + t * kDim;
     weight = rows.residual_scale[t];
   }
-  bool nan = false;
 #pragma unroll
   for (int i = 0; i < kChunks / 2; ++i) {
     const int chunk = first_chunk + i;
     const uint4 bytes = source == nullptr ? make_uint4(0, 0, 0, 0)
                                           : __ldg(reinterpret_cast<const uint4*>(source) + chunk);
     *reinterpret_cast<uint4*>(shared.rows + column * kDim + (chunk ^ column % 8) * 16) = bytes;
-    nan = nan || any_nan(bytes);
   }
-  nan = __shfl_xor_sync(kWarp, static_cast<int>(nan), 1) != 0 || nan;
   if (first_chunk == 0) {
-    shared.weights[column] = nan ? std::numeric_limits<float>::quiet_NaN() : weight;
+    shared.weights[column] = weight;
   }
 }
 
@@ -286,7 +283,7 @@ __device__ bool score_query(const Arguments& arguments, std::int64_t t, ListedSh
           if (!plain) {
             x = copysignf(1.0F, scales[r]) * x;
           }
-          groups[r] = __fmaf_rn(weights[i], clipped(x), groups[r]);
+          groups[r] = __fmaf_rn(weights[i], max_nan(x, 0), groups[r]);
           linear[r] = x;  // the last one of them stays
         }
       }
