@@ -36,6 +36,7 @@ inline constexpr int kStages = 2;
 // with 4 rows, which have the most bounds, and with 64, whose products are two.
 constexpr bool takes_pieces(int rows) { return rows > 4 && rows < 64; }
 
+// A thread a scale, of which there are whole tiles (fused::scales).
 inline constexpr int kScaleThreads = kTileKeys;
 
 // A queued entry's key has its index in its lower bits and the number of the thread's query, at

@@ -17,12 +17,11 @@ namespace misa::cuda::route {
 inline constexpr int kDim = 128;
 inline constexpr int kMaxRows = 64;  // rows of a product
 
+// Warps of a warpgroup, and of the four that a block of threads has: as an SM's registers allow,
+// for a thread has 32 of operands and up to 64 of sums.
 inline constexpr int kGroupWarps = 4;
-inline constexpr int kGroupThreads = kGroupWarps * 32;
-// As an SM's registers allow: a thread has 32 of operands and up to 64 of sums.
-inline constexpr int kGroups = 4;
-inline constexpr int kGroupsWarps = kGroups * kGroupWarps;
-inline constexpr int kGroupsThreads = kGroups * kGroupThreads;
+inline constexpr int kGroupsWarps = 4 * kGroupWarps;
+inline constexpr int kGroupsThreads = kGroupsWarps * 32;
 
 // A tile is cut along D into rows of 128 bytes, as products read it.
 inline constexpr int kHalves = 2;

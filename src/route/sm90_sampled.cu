@@ -5,8 +5,8 @@
 //  1. Lane l of every warp knows what query l sees, hence its grid. The sampled keys are a tile of
 //     wgmma in fp16; once it is there, warpgroups do not wait for each other.
 //  2. A product of wgmma has all heads and samples of a query, or of two; a lane holds what
-//  mma.sync
-//     would give it. The heads of the warp's next query are fetched while this one's are fitted.
+//     mma.sync would give it. The heads of the warp's next query are fetched while this one's are
+//     fitted.
 #include <cuda_runtime.h>
 
 #include <cuda/ptx>
