@@ -92,27 +92,12 @@ struct HeadRows {
   }
 };
 
-// Queries first … end - 1 of those from t0 on see keys from the same one on, and the longest of
-// them `whole` blocks.
-struct Sharers {
-  int end;
-  std::int32_t start;
-  std::int32_t whole;
-
-  __device__ Sharers(const Keys& keys, std::int32_t block, std::int64_t t0, int first,
-                     int queries) {
-    const Range range = visible(keys, t0 + first);
-    start = range.start;
-    whole = range.length / block;
-    for (end = first + 1; end < queries; ++end) {
-      const Range next = visible(keys, t0 + end);
-      if (next.start != start) {
-        break;
-      }
-      whole = max(whole, next.length / block);
-    }
-  }
-};
+// Lane l knows query l of the block's: where the run of queries from `first` on ends that share
+// keys, at the first lane behind it that is another's.
+__device__ inline int end_of_run(int first, bool another) {
+  const std::uint32_t others = __ballot_sync(kWarp, another);
+  return first + __ffs(static_cast<int>(others >> first)) - 1;
+}
 
 // Tiles of columns multiplied at once: with two tiles of heads four independent sums.
 inline constexpr int kPair = 2;

@@ -45,9 +45,7 @@ struct Arguments {
 struct Task {
   std::int64_t t;
   int first_head;
-  std::int32_t start;   // of the keys
-  std::int32_t length;  // 0 for warps without a query
-  std::int32_t whole;   // whole blocks
+  std::int32_t length;  // of the keys; 0 for warps without a query
 };
 
 // Step 2. Blocks first … first + count - 1 of the sequence that starts at `start`, a warp a row.
@@ -204,7 +202,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   const int queries = static_cast<int>(min(std::int64_t{slots}, problem.q.tokens - t0));
   const int slot = warp / groups;
 
-  Task task{t0 + slot, warp % groups * kWarpHeads, 0, 0, 0};
+  // Lane l knows what query l sees.
+  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};
+  const std::int32_t blocks = range.length / arguments.means.block;
+  const Task task{t0 + slot, warp % groups * kWarpHeads, __shfl_sync(kWarp, range.length, slot)};
   HeadRows<type, fp16, dim, kTiles> rows;  // step 1
   [[maybe_unused]] float weight[kTiles][2] = {};
   [[maybe_unused]] bool exists[kTiles][2] = {};
@@ -212,13 +213,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   [[maybe_unused]] float own_factor = 0;  // 0: the query stands in no block
   if (slot < queries) {
     rows.load(problem.q, task.t, task.first_head);
-    const Range range = visible(problem.k, task.t);
-    task.start = range.start;
-    task.length = range.length;
-    task.whole = range.length / arguments.means.block;
     if constexpr (judge == Judge::heads) {
       load_weights(shared.weights[warp], problem.w, heads, task);
-      if (range.length % arguments.means.block != 0) {
+      if (task.length % arguments.means.block != 0) {
         own_factor =
             store_own<fp16, dim>(load_own<dim>(arguments.means, task.t), shared.own[warp][0], dim);
       }
@@ -234,14 +231,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const Sharers sharers(problem.k, arguments.means.block, t0, first, queries);
-    const std::int32_t whole = sharers.whole;
-    end = sharers.end;
+    const std::int32_t start = __shfl_sync(kWarp, range.start, first);
+    end = end_of_run(first, range.start != start);
+    const bool listed = first <= lane && lane < end;
+    const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
+    const std::int32_t own_whole = __shfl_sync(kWarp, listed ? blocks : 0, slot);
     for (std::int32_t tile = -kRows; tile < whole; tile += kRows) {
       const std::int32_t next = tile + kRows;
       if (next < whole) {
-        load_tile(shared.tiles[next / kRows % 2], arguments, sharers.start, next,
-                  min(kRows, whole - next));
+        load_tile(shared.tiles[next / kRows % 2], arguments, start, next, min(kRows, whole - next));
       }
       commit_copies();
       if (tile < 0) {
@@ -250,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
       wait_for_copies<1>();
       __syncthreads();
       const int buffer = tile / kRows % 2;
-      const int count = first <= slot && slot < end ? min(kRows, task.whole - tile) : 0;
+      const int count = min(kRows, own_whole - tile);
       if constexpr (judge == Judge::heads) {
         add_energies(shared.tiles[buffer], rows, count, energy);
         __syncthreads();

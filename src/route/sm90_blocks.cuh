@@ -58,12 +58,6 @@ struct Place {
 // Warps that a query's heads take.
 inline int warps_of_query(std::int64_t heads) { return heads <= kMaxRows / 2 ? 2 : 4; }
 
-// Where the run of queries from `first` on ends: at the first lane behind it that is another's.
-__device__ inline int end_of_run(int first, bool another) {
-  const std::uint32_t others = __ballot_sync(kWarp, another);
-  return first + __ffs(static_cast<int>(others >> first)) - 1;
-}
-
 // Tiles in shared memory: while one is multiplied the next one arrives.
 template <int blocks>
 struct BlockTiles {

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   const Problem& problem = arguments.problem;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * Own::kAtOnce;
   const int queries = static_cast<int>(min(std::int64_t{Own::kAtOnce}, problem.q.tokens - t0));
-  const auto [warp, lane, query, first_head] = Own();
+  const Own place;
+  const auto [warp, lane, query, first_head] = place;
   const std::int64_t t = t0 + query;
 
   Heads heads;  // step 1
@@ -73,24 +74,22 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       weight[half] = exists[half] ? problem.w.data[t * problem.w.token_stride + head] : 0;
     }
   }
-  // Whole blocks of the queries in the warp's product.
-  const int first_sharer = query / Own::kSharers * Own::kSharers;
-  std::int32_t wholes[Own::kSharers];
-#pragma unroll
-  for (int i = 0; i < Own::kSharers; ++i) {
-    const int sharer = first_sharer + i;
-    wholes[i] =
-        sharer < queries ? visible(problem.k, t0 + sharer).length / arguments.means.block : 0;
-  }
+  // Lane l knows what query l sees.
+  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};
+  const std::int32_t blocks = range.length / arguments.means.block;
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const Sharers sharers(problem.k, arguments.means.block, t0, first, queries);
-    const std::int32_t whole = sharers.whole;
-    end = sharers.end;
+    const std::int32_t start = __shfl_sync(kWarp, range.start, first);
+    end = end_of_run(first, range.start != start);
+    const bool listed = first <= lane && lane < end;
+    const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
+    const std::int32_t product_whole =  // of the longest query in the warp's product
+        __reduce_max_sync(kWarp, listed && place.shares(lane) ? blocks : 0);
+    const std::int32_t own_whole = __shfl_sync(kWarp, listed ? blocks : 0, query);
     for (std::int32_t tile = -kBlocks; tile < whole; tile += kBlocks) {
       const std::int32_t next = tile + kBlocks;
       if (next < whole) {
-        load_tile(shared.tiles, next / kBlocks % 2, problem.k, arguments.means, sharers.start, next,
+        load_tile(shared.tiles, next / kBlocks % 2, problem.k, arguments.means, start, next,
                   min(kBlocks, whole - next));
       }
       commit_copies();
@@ -101,17 +100,9 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       ptx::fence_proxy_async(ptx::space_shared);
       __syncthreads();
       const int buffer = tile / kBlocks % 2;
-      int count = 0;       // of the query's blocks in the tile
-      int multiplied = 0;  // of the product's
-#pragma unroll
-      for (int i = 0; i < Own::kSharers; ++i) {
-        const int sharer = first_sharer + i;
-        const int own = first <= sharer && sharer < end ? min(kBlocks, wholes[i] - tile) : 0;
-        count = sharer == query ? own : count;
-        multiplied = max(multiplied, own);
-      }
+      const int count = min(kBlocks, own_whole - tile);  // of the query's blocks in the tile
       float* const sums = shared.sums[warp * kShares + lane / 4] + lane % 4 * 2;
-      if (multiplied > 0) {
+      if (product_whole > tile) {
         float x[kBlocks / 2];
         multiply(shared.tiles, buffer, heads, x);
 #pragma unroll
