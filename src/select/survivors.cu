@@ -38,16 +38,16 @@ constexpr std::uint32_t kChunk = 64;
 // SM.
 constexpr std::uint32_t kMostPositions = 1U << 18;
 
-// A block of `threads` threads that hold 2 * slots entries each; registers let `blocks` share an
-// SM. `settles`: registers suffice to order a plateau in; if not, its row is read from its lists.
-// `windows`: rows may be longer than a bitmap, which then takes their positions in turn.
-template <int threads_, int slots_, int blocks_, bool settles_ = true, bool windows_ = false>
+// A block of `threads` threads that hold 2 * slots entries each, whose positions have `bits` bits;
+// registers let `blocks` share an SM. `windows`: rows may be longer than a bitmap, which then takes
+// their positions in turn.
+template <int threads_, int slots_, int blocks_, int bits_, bool windows_ = false>
 struct Config {
   static constexpr int kThreads = threads_;
   static constexpr int kWarps = threads_ / 32;
   static constexpr int kSlots = slots_;
   static constexpr int kBlocks = blocks_;
-  static constexpr bool kSettles = settles_;
+  static constexpr int kBits = bits_;
   static constexpr bool kWindows = windows_;
   static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
   // Four bins a thread: digits of 10 or 11 bits leave 5 to 70 of a few thousand scores in a narrow
@@ -149,30 +149,75 @@ __device__ uint4 as_keys(const uint4& two, const Range& range) {
   return {first < length ? key_of(two.x) : 0, first, second < length ? key_of(two.z) : 0, second};
 }
 
+// Positions of a thread's candidates, two a slot. Those of 16 bits share a register, those of 17
+// leave their highest bits to one that all have; wider ones have a register each.
+template <int slots, int bits>
+class Positions {
+ public:
+  __device__ void set(int slot, std::uint32_t first, std::uint32_t second) {
+    if constexpr (kPacked) {
+      own_[slot] = __byte_perm(first, second, 0x5410);  // the lower halves
+      if constexpr (bits == 17) {
+        highest_ |= (first >> 16 & 1) << 2 * slot | (second >> 16 & 1) << (2 * slot + 1);
+      }
+    } else {
+      own_[2 * slot] = first;
+      own_[2 * slot + 1] = second;
+    }
+  }
+  __device__ uint2 get(int slot) const {
+    if constexpr (kPacked) {
+      // Volatile and opaque: the compiler would unpack all of them once and keep that.
+      std::uint32_t both = own_[slot];
+      asm volatile("" : "+r"(both));
+      uint2 two{both & 0xFFFF, both >> 16};
+      if constexpr (bits == 17) {
+        std::uint32_t highest = highest_;
+        asm volatile("" : "+r"(highest));
+        two.x |= (highest >> 2 * slot & 1) << 16;
+        two.y |= (highest >> (2 * slot + 1) & 1) << 16;
+      }
+      return two;
+    } else {
+      return {own_[2 * slot], own_[2 * slot + 1]};
+    }
+  }
+
+ private:
+  static constexpr bool kPacked = bits <= 17;
+  static_assert(2 * slots <= 32);
+
+  std::uint32_t own_[kPacked ? slots : 2 * slots];
+  std::uint32_t highest_ = 0;
+};
+
 // Candidates of a row in registers: of the kChunks chunks from `first` on.
 template <class Own>
 class Held {
  public:
   static constexpr std::uint32_t kChunks = Own::kSlots * Own::kWarps;
-  static constexpr bool kSettles = Own::kSettles;
 
   __device__ Held(const Chunks& chunks, const Range& range, std::uint32_t first = 0) {
     const uint2 found = chunks.find(first + threadIdx.x % 32 * Own::kWarps + threadIdx.x / 32);
+    uint4 loaded[Own::kSlots];
 #pragma unroll
     for (int slot = 0; slot < Own::kSlots; ++slot) {
-      pairs_[slot] = chunks.load(found, slot);
+      loaded[slot] = chunks.load(found, slot);
     }
 #pragma unroll
     for (int slot = 0; slot < Own::kSlots; ++slot) {
-      pairs_[slot] = as_keys(pairs_[slot], range);
+      const uint4 two = as_keys(loaded[slot], range);
+      keys_[slot] = {two.x, two.z};
+      positions_.set(slot, two.y, two.w);
     }
   }
   template <class Visitor>
   __device__ void visit(const Visitor& visitor) const {
 #pragma unroll
-    for (const uint4& pair : pairs_) {
-      visitor(pair.x, pair.y);
-      visitor(pair.z, pair.w);
+    for (int slot = 0; slot < Own::kSlots; ++slot) {
+      const uint2 positions = positions_.get(slot);
+      visitor(keys_[slot].x, positions.x);
+      visitor(keys_[slot].y, positions.y);
     }
   }
   // From now on keys order the entries of a plateau, lower positions first. Those above it have the
@@ -182,22 +227,21 @@ class Held {
       return key > plateau ? kWarp : key == plateau ? length - position : 0;
     };
 #pragma unroll
-    for (uint4& pair : pairs_) {
-      pair.x = settled(pair.x, pair.y);
-      pair.z = settled(pair.z, pair.w);
+    for (int slot = 0; slot < Own::kSlots; ++slot) {
+      const uint2 positions = positions_.get(slot);
+      keys_[slot] = {settled(keys_[slot].x, positions.x), settled(keys_[slot].y, positions.y)};
     }
   }
 
  private:
-  uint4 pairs_[Own::kSlots];
+  uint2 keys_[Own::kSlots];
+  Positions<Own::kSlots, Own::kBits> positions_;
 };
 
 // All candidates of a row, read from their lists by every visit.
 template <class Own>
 class Listed {
  public:
-  static constexpr bool kSettles = true;
-
   __device__ Listed(const Chunks& chunks, const Range& range) : chunks_(chunks), range_(range) {}
 
   template <class Visitor>
@@ -230,7 +274,6 @@ struct Cut {
   std::uint32_t high;
   std::uint32_t quota;
   bool settled;  // whether the source's keys order a plateau now
-  bool found;    // not if there is a plateau and the source cannot settle it
 };
 
 template <class Own, class Source>
@@ -248,9 +291,6 @@ __device__ Cut find_cut(typename Own::Shared& shared, Source& source, std::uint3
   while (keys.count > Own::kThreads && keys.above + keys.count != wanted &&
          (keys.reach != 0 || !settled)) {
     if (keys.reach == 0) {
-      if (!Source::kSettles) {
-        return {};
-      }
       source.settle(keys.low, length);
       settled = true;
       keys = {1, length - 1, keys.above, keys.count};
@@ -260,9 +300,9 @@ __device__ Cut find_cut(typename Own::Shared& shared, Source& source, std::uint3
     });
   }
   if (keys.above + keys.count == wanted) {
-    return {keys.low, keys.low - 1, 0, settled, true};
+    return {keys.low, keys.low - 1, 0, settled};
   }
-  return {keys.low, keys.low + keys.reach, wanted - keys.above, settled, true};
+  return {keys.low, keys.low + keys.reach, wanted - keys.above, settled};
 }
 
 // Where the output is made: after Shared follow uint32 bitmap[positions / 32], uint16
@@ -451,14 +491,12 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   std::uint32_t placed = 0;
   const auto select = [&](auto source) {
     const Cut cut = find_cut<Own>(shared, source, chunks.total, wanted, length);
-    if (cut.found) {
-      placed = fill<Own, scores>(shared, stage, source, cut, length, listed);
-    }
-    return cut.found;
+    placed = fill<Own, scores>(shared, stage, source, cut, length, listed);
   };
-  if (chunks.count > Held<Own>::kChunks || !select(Held<Own>(chunks, range))) {
-    __syncthreads();  // all have read what a search that found nothing left in `shared`
+  if (chunks.count > Held<Own>::kChunks) [[unlikely]] {
     select(listed());
+  } else {
+    select(Held<Own>(chunks, range));
   }
 
   write(placed, [&](std::uint32_t i) { return staged[i]; });
@@ -488,27 +526,39 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
 
 }  // namespace
 
-// Bounds let through about 3400 entries for 2048 wanted of 64K keys, 4900 of 256K and 6400 of 1M,
-// 5900 for 4096 of 64K and 10600 for 8192, with a standard deviation of 5 to 18 %; lists end in
-// chunks that are not full. Blocks hold 4608 of them, 6144, 8192 and 12288. What pays is rows that
-// share an SM, and, where the bitmap is long, threads that scan it. A block has at most 190 KB of
-// shared memory, which every device of fused scoring has.
+// Bounds let through about 3400 entries for 2048 wanted of 64K keys, 3900 of 128K, 4900 of 256K and
+// 6400 of 1M, 5900 for 4096 of 64K and 10600 for 8192, with a standard deviation of 5 to 18 %;
+// lists end in chunks that are not full. What pays is rows that share an SM, so few registers a
+// row, and, where the bitmap is long, threads that scan it. A block has at most 190 KB of shared
+// memory, which every device of fused scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, bool empty, const Misses& misses, void* stream) {
   const std::int64_t most = std::min<std::int64_t>(keys.tokens, keys.max_keys);
   const auto launch = [&]<class Own>(Own) {
     launch_rows<Own>(candidates, keys, rows, most, top_k, out, empty, misses, stream);
   };
-  if (most > kMostPositions) {
-    launch(Config<512, 12, 2, true, true>{});
-  } else if (top_k <= 2048 && most <= 1 << 16) {
-    launch(Config<256, 9, 3>{});
-  } else if (top_k <= 2048 && most <= 1 << 17) {
-    launch(Config<512, 6, 2>{});
-  } else if (top_k <= 2048 || (top_k <= 4096 && most <= 1 << 17)) {
-    launch(Config<512, 8, 2>{});
+  if (most <= 1 << 16) {
+    if (top_k <= 2048) {
+      launch(Config<256, 9, 4, 16>{});
+    } else if (top_k <= 4096) {
+      launch(Config<256, 16, 3, 16>{});
+    } else {
+      launch(Config<512, 13, 2, 16>{});
+    }
+  } else if (most <= 1 << 17) {
+    if (top_k <= 2048) {
+      launch(Config<256, 10, 4, 17>{});
+    } else if (top_k <= 4096) {
+      launch(Config<512, 9, 2, 17>{});
+    } else {
+      launch(Config<512, 13, 2, 17>{});
+    }
+  } else if (most > kMostPositions) {
+    launch(Config<512, 12, 2, 32, true>{});
+  } else if (top_k <= 2048) {
+    launch(Config<512, 8, 2, 32>{});
   } else {
-    launch(Config<512, 12, 2, false>{});
+    launch(Config<512, 12, 2, 32>{});
   }
 }
 

@@ -651,13 +651,13 @@ TEST_F(SmokeCudaSurvivors, LongRow) {
 }
 
 // Equal scores behind `above` larger ones: cuts above them, among them and below, of rows that
-// registers hold and of rows that they don't, in one bitmap and in several.
+// registers hold and of rows that they don't, with positions of 16, 17 and more bits.
 TEST_F(SmokeCudaSurvivors, Plateaus) {
   struct Plateau {
     std::int64_t above;
     std::int64_t size;
   };
-  for (const std::int64_t length : {20000, 300000}) {
+  for (const std::int64_t length : {20000, 100000, 300000}) {
     for (const Plateau& plateau : {Plateau{0, 6000}, Plateau{1000, 1500}, Plateau{5000, 1500}}) {
       const std::int64_t end = plateau.above + plateau.size;
       RowsOfScores rows{normal_row(length, 7)};
@@ -752,10 +752,11 @@ TEST_F(CudaSurvivors, FullLists) {
   }
 }
 
-// As many candidates as registers hold, one more, and far more.
+// As many candidates as registers hold, one more, and far more, with positions of 16 and 17 bits.
 TEST_F(CudaSurvivors, MoreThanRegistersHold) {
-  for (const std::int64_t length : {65536, 70000}) {
-    for (const std::int64_t count : {4608, 4609, 6144, 6145, 8192, 8193, 12288, 12289, 60000}) {
+  for (const std::int64_t length : {65536, 65537, 131072}) {
+    for (const std::int64_t count :
+         {4608, 4609, 5120, 5121, 8192, 8193, 9216, 9217, 13312, 13313, 60000}) {
       const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
       const std::vector<float> bounds{bound_for(rows[0], count)};
       for (const std::int64_t lists : {1, 32}) {
@@ -795,7 +796,7 @@ TEST_F(CudaSurvivors, LongRows) {
     for (float& score : rows[1]) {
       score = std::round(score * 16);
     }
-    for (const std::int64_t count : {3000, 7168, 7169, 12288, 12289, 30000}) {
+    for (const std::int64_t count : {3000, 8192, 8193, 12288, 12289, 30000}) {
       const Survivors survivors =
           survivors_of(rows, {bound_for(rows[0], count), bound_for(rows[1], count)}, 32, count / 8);
       for (const int top_k : {2048, 2999, 8192}) {
