@@ -2,8 +2,9 @@
 //
 //  1. A row of no more than k keys selects all of them; without scores that needs no candidates.
 //  2. The lists are cut into chunks that warps share out. A row that lost candidates, or has too
-//     few, is a miss. Entries (entry.hpp) are held in registers; those of a row with more than fit
-//     are read from its lists again by every step, as many as fit at a time.
+//     few, is a miss. Entries (entry.hpp) are held in registers and, where those do not suffice, in
+//     shared memory; those of a row with more than fit are read from its lists again by every step,
+//     as many as registers hold at a time.
 //  3. Digits of the scores narrow down where the entry of rank k lies until few are left
 //     (digits.cuh). If more have the same score, digits of their positions do.
 //  4. What is above them is selected for certain: marked in a bitmap of positions. The few are
@@ -38,16 +39,28 @@ constexpr std::uint32_t kChunk = 64;
 // SM.
 constexpr std::uint32_t kMostPositions = 1U << 18;
 
-// A block of `threads` threads that hold 2 * slots entries each, whose positions have `bits` bits;
-// registers let `blocks` share an SM. `windows`: rows may be longer than a bitmap, which then takes
-// their positions in turn.
-template <int threads_, int slots_, int blocks_, int bits_, bool windows_ = false>
+// Room in shared memory for `entries` of every thread, keys and positions.
+template <int entries, int threads>
+struct Spare {
+  uint2 memory[entries][threads];
+  __device__ uint2 (*rows())[threads] { return memory; }
+};
+template <int threads>
+struct Spare<0, threads> {
+  __device__ uint2 (*rows())[threads] { return nullptr; }
+};
+
+// A block of `threads` threads that hold 2 * slots entries each in registers, whose positions have
+// `bits` bits, and `spare` more in shared memory; registers let `blocks` share an SM. `windows`:
+// rows may be longer than a bitmap, which then takes their positions in turn.
+template <int threads_, int slots_, int blocks_, int bits_, int spare_ = 0, bool windows_ = false>
 struct Config {
   static constexpr int kThreads = threads_;
   static constexpr int kWarps = threads_ / 32;
   static constexpr int kSlots = slots_;
   static constexpr int kBlocks = blocks_;
   static constexpr int kBits = bits_;
+  static constexpr int kSpare = spare_;
   static constexpr bool kWindows = windows_;
   static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
   // Four bins a thread: digits of 10 or 11 bits leave 5 to 70 of a few thousand scores in a narrow
@@ -56,6 +69,7 @@ struct Config {
 
   struct Shared {
     typename Radix::Shared radix;
+    [[no_unique_address]] Spare<spare_, threads_> spare;
     std::uint64_t few[threads_];
     std::uint32_t few_count;
   };
@@ -191,13 +205,18 @@ class Positions {
   std::uint32_t highest_ = 0;
 };
 
-// Candidates of a row in registers: of the kChunks chunks from `first` on.
+// Candidates of a row: of the kChunks chunks from `first` on, in registers, and with `spare` of
+// kSpareChunks more, there, where a thread sees its own alone.
 template <class Own>
 class Held {
  public:
   static constexpr std::uint32_t kChunks = Own::kSlots * Own::kWarps;
+  static constexpr std::uint32_t kSpareChunks = Own::kSpare / 2 * Own::kWarps;
+  static_assert(Own::kSpare % 2 == 0 && Own::kSlots + Own::kSpare / 2 <= 32);  // a lane finds one
 
-  __device__ Held(const Chunks& chunks, const Range& range, std::uint32_t first = 0) {
+  __device__ Held(const Chunks& chunks, const Range& range, std::uint32_t first = 0,
+                  uint2 (*spare)[Own::kThreads] = nullptr)
+      : spare_(spare) {
     const uint2 found = chunks.find(first + threadIdx.x % 32 * Own::kWarps + threadIdx.x / 32);
     uint4 loaded[Own::kSlots];
 #pragma unroll
@@ -210,6 +229,14 @@ class Held {
       keys_[slot] = {two.x, two.z};
       positions_.set(slot, two.y, two.w);
     }
+    if (spare != nullptr) {
+#pragma unroll 1
+      for (std::uint32_t chunk = kChunks; chunk < chunks.count; chunk += Own::kWarps) {
+        const uint4 two = as_keys(chunks.load(found, chunk / Own::kWarps), range);
+        own(spared_++) = {two.x, two.y};
+        own(spared_++) = {two.z, two.w};
+      }
+    }
   }
   template <class Visitor>
   __device__ void visit(const Visitor& visitor) const {
@@ -218,6 +245,12 @@ class Held {
       const uint2 positions = positions_.get(slot);
       visitor(keys_[slot].x, positions.x);
       visitor(keys_[slot].y, positions.y);
+    }
+    if constexpr (Own::kSpare > 0) {
+#pragma unroll 1
+      for (int i = 0; i < spared_; ++i) {
+        visitor(own(i).x, own(i).y);
+      }
     }
   }
   // From now on keys order the entries of a plateau, lower positions first. Those above it have the
@@ -231,11 +264,21 @@ class Held {
       const uint2 positions = positions_.get(slot);
       keys_[slot] = {settled(keys_[slot].x, positions.x), settled(keys_[slot].y, positions.y)};
     }
+    if constexpr (Own::kSpare > 0) {
+#pragma unroll 1
+      for (int i = 0; i < spared_; ++i) {
+        own(i).x = settled(own(i).x, own(i).y);
+      }
+    }
   }
 
  private:
+  __device__ uint2& own(int i) const { return spare_[i][threadIdx.x]; }
+
   uint2 keys_[Own::kSlots];
   Positions<Own::kSlots, Own::kBits> positions_;
+  uint2 (*spare_)[Own::kThreads];
+  int spared_ = 0;
 };
 
 // All candidates of a row, read from their lists by every visit.
@@ -493,10 +536,11 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
     const Cut cut = find_cut<Own>(shared, source, chunks.total, wanted, length);
     placed = fill<Own, scores>(shared, stage, source, cut, length, listed);
   };
-  if (chunks.count > Held<Own>::kChunks) [[unlikely]] {
+  // Rows that are held stand first in the code: behind the others they took up to a tenth longer.
+  if (chunks.count > Held<Own>::kChunks + Held<Own>::kSpareChunks) [[unlikely]] {
     select(listed());
   } else {
-    select(Held<Own>(chunks, range));
+    select(Held<Own>(chunks, range, 0, shared.spare.rows()));
   }
 
   write(placed, [&](std::uint32_t i) { return staged[i]; });
@@ -529,8 +573,9 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
 // Bounds let through about 3400 entries for 2048 wanted of 64K keys, 3900 of 128K, 4900 of 256K and
 // 6400 of 1M, 5900 for 4096 of 64K and 10600 for 8192, with a standard deviation of 5 to 18 %;
 // lists end in chunks that are not full. What pays is rows that share an SM, so few registers a
-// row, and, where the bitmap is long, threads that scan it. A block has at most 190 KB of shared
-// memory, which every device of fused scoring has.
+// row, and, where the bitmap is long, threads that scan it; and that no row among the last ones is
+// read from its lists. A block has at most 190 KB of shared memory, which every device of fused
+// scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
                       const TopK& out, bool empty, const Misses& misses, void* stream) {
   const std::int64_t most = std::min<std::int64_t>(keys.tokens, keys.max_keys);
@@ -539,7 +584,7 @@ void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64
   };
   if (most <= 1 << 16) {
     if (top_k <= 2048) {
-      launch(Config<256, 9, 4, 16>{});
+      launch(Config<256, 9, 4, 16, 4>{});
     } else if (top_k <= 4096) {
       launch(Config<256, 16, 3, 16>{});
     } else {
@@ -547,14 +592,14 @@ void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64
     }
   } else if (most <= 1 << 17) {
     if (top_k <= 2048) {
-      launch(Config<256, 10, 4, 17>{});
+      launch(Config<256, 9, 4, 17, 4>{});
     } else if (top_k <= 4096) {
-      launch(Config<512, 9, 2, 17>{});
+      launch(Config<512, 8, 2, 17, 2>{});
     } else {
       launch(Config<512, 13, 2, 17>{});
     }
   } else if (most > kMostPositions) {
-    launch(Config<512, 12, 2, 32, true>{});
+    launch(Config<512, 12, 2, 32, 0, true>{});
   } else if (top_k <= 2048) {
     launch(Config<512, 8, 2, 32>{});
   } else {

@@ -752,11 +752,12 @@ TEST_F(CudaSurvivors, FullLists) {
   }
 }
 
-// As many candidates as registers hold, one more, and far more, with positions of 16 and 17 bits.
+// As many candidates as registers hold, and shared memory beside them, one more, and far more, with
+// positions of 16 and 17 bits.
 TEST_F(CudaSurvivors, MoreThanRegistersHold) {
   for (const std::int64_t length : {65536, 65537, 131072}) {
     for (const std::int64_t count :
-         {4608, 4609, 5120, 5121, 8192, 8193, 9216, 9217, 13312, 13313, 60000}) {
+         {4608, 4609, 5632, 5633, 8192, 8193, 9216, 9217, 13312, 13313, 60000}) {
       const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
       const std::vector<float> bounds{bound_for(rows[0], count)};
       for (const std::int64_t lists : {1, 32}) {
