@@ -92,12 +92,35 @@ struct HeadRows {
   }
 };
 
-// Lane l knows query l of the block's: where the run of queries from `first` on ends that share
-// keys, at the first lane behind it that is another's.
+// What query t0 + l sees, for lane l of every warp; for lanes without one of the `queries`, which
+// are fewer than lanes, nothing, from where no query's keys start.
+__device__ inline Range range_of_lane(const Keys& keys, std::int64_t t0, int queries) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return lane < queries ? visible(keys, t0 + lane) : Range{-1, 0};
+}
+
+// Where the run of queries from `first` on ends: at the first lane behind it that is another's.
 __device__ inline int end_of_run(int first, bool another) {
   const std::uint32_t others = __ballot_sync(kWarp, another);
   return first + __ffs(static_cast<int>(others >> first)) - 1;
 }
+
+// Queries first … end - 1, whose keys start at the same one: they share means of whole blocks.
+struct Sharers {
+  int end;
+  std::int32_t start;
+  std::int32_t own;    // whole blocks that the lane's query sees; 0 if it is none of them
+  std::int32_t whole;  // that the longest of them sees
+
+  // From what queries see, a lane each, in keys and in whole blocks.
+  __device__ Sharers(int first, const Range& range, std::int32_t blocks)
+      : start(__shfl_sync(kWarp, range.start, first)) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    end = end_of_run(first, range.start != start);
+    own = first <= lane && lane < end ? blocks : 0;
+    whole = __reduce_max_sync(kWarp, own);
+  }
+};
 
 // Tiles of columns multiplied at once: with two tiles of heads four independent sums.
 inline constexpr int kPair = 2;

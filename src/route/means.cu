@@ -202,8 +202,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   const int queries = static_cast<int>(min(std::int64_t{slots}, problem.q.tokens - t0));
   const int slot = warp / groups;
 
-  // Lane l knows what query l sees.
-  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};
+  const Range range = range_of_lane(problem.k, t0, queries);
   const std::int32_t blocks = range.length / arguments.means.block;
   const Task task{t0 + slot, warp % groups * kWarpHeads, __shfl_sync(kWarp, range.length, slot)};
   HeadRows<type, fp16, dim, kTiles> rows;  // step 1
@@ -231,15 +230,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const std::int32_t start = __shfl_sync(kWarp, range.start, first);
-    end = end_of_run(first, range.start != start);
-    const bool listed = first <= lane && lane < end;
-    const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
-    const std::int32_t own_whole = __shfl_sync(kWarp, listed ? blocks : 0, slot);
+    const Sharers sharers(first, range, blocks);
+    const std::int32_t whole = sharers.whole;
+    const std::int32_t own_whole = __shfl_sync(kWarp, sharers.own, slot);
+    end = sharers.end;
     for (std::int32_t tile = -kRows; tile < whole; tile += kRows) {
       const std::int32_t next = tile + kRows;
       if (next < whole) {
-        load_tile(shared.tiles[next / kRows % 2], arguments, start, next, min(kRows, whole - next));
+        load_tile(shared.tiles[next / kRows % 2], arguments, sharers.start, next,
+                  min(kRows, whole - next));
       }
       commit_copies();
       if (tile < 0) {

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   if (query < queries) {
     Heads::fetch(problem.q, t0 + query, first_head, next);
   }
-  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};  // step 1
+  const Range range = range_of_lane(problem.k, t0, queries);  // step 1
   const std::int32_t blocks = range.length / means.block;
   const std::uint32_t standing = __ballot_sync(kWarp, range.length != blocks * means.block);
   float weights[2] = {};  // of heads `lane` and `lane` + 32
@@ -114,10 +114,9 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   const float4 own = stands ? load_own<kDim>(means, t0 + warp) : float4{};
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const std::int32_t start = __shfl_sync(kWarp, range.start, first);
-    end = end_of_run(first, range.start != start);
-    const bool listed = first <= lane && lane < end;
-    const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
+    const Sharers sharers(first, range, blocks);
+    const std::int32_t whole = sharers.whole;
+    end = sharers.end;
     const bool passing = whole > 2 * kBlocks;
     for (int round = first; round < end; round += Own::kAtOnce) {
       const bool loading = passing || round == first;
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       const std::int32_t product_whole =  // of the longest query in the warp's product
           __reduce_max_sync(kWarp, lane < end && place.shares(lane - round) ? blocks : 0);
       if (loading && whole > 0) {
-        load_tile(shared.tiles, 0, problem.k, means, start, 0, min(kBlocks, whole));
+        load_tile(shared.tiles, 0, problem.k, means, sharers.start, 0, min(kBlocks, whole));
       }
       commit_copies();
       Heads heads;  // step 3
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
         if (loading) {
           const std::int32_t behind = tile + kBlocks;
           if (behind < whole) {
-            load_tile(shared.tiles, behind / kBlocks % 2, problem.k, means, start, behind,
+            load_tile(shared.tiles, behind / kBlocks % 2, problem.k, means, sharers.start, behind,
                       min(kBlocks, whole - behind));
           }
           commit_copies();

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   if (query < queries) {
     Heads::fetch(problem.q, t0 + query, first_head, next);
   }
-  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};
+  const Range range = range_of_lane(problem.k, t0, queries);
   const Grid grid(range);
   for (int first = 0, end = 0; first < queries; first = end) {
     const std::int32_t start = __shfl_sync(kWarp, grid.start, first);

@@ -74,22 +74,21 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       weight[half] = exists[half] ? problem.w.data[t * problem.w.token_stride + head] : 0;
     }
   }
-  // Lane l knows what query l sees.
-  const Range range = lane < queries ? visible(problem.k, t0 + lane) : Range{-1, 0};
+  const Range range = range_of_lane(problem.k, t0, queries);
   const std::int32_t blocks = range.length / arguments.means.block;
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const std::int32_t start = __shfl_sync(kWarp, range.start, first);
-    end = end_of_run(first, range.start != start);
-    const bool listed = first <= lane && lane < end;
-    const std::int32_t whole = __reduce_max_sync(kWarp, listed ? blocks : 0);  // of the longest
+    const Sharers sharers(first, range, blocks);
+    const std::int32_t whole = sharers.whole;
+    const std::int32_t own_whole = __shfl_sync(kWarp, sharers.own, query);
+    end = sharers.end;
+    const bool shares = first <= lane && lane < end && place.shares(lane);
     const std::int32_t product_whole =  // of the longest query in the warp's product
-        __reduce_max_sync(kWarp, listed && place.shares(lane) ? blocks : 0);
-    const std::int32_t own_whole = __shfl_sync(kWarp, listed ? blocks : 0, query);
+        __reduce_max_sync(kWarp, shares ? blocks : 0);
     for (std::int32_t tile = -kBlocks; tile < whole; tile += kBlocks) {
       const std::int32_t next = tile + kBlocks;
       if (next < whole) {
-        load_tile(shared.tiles, next / kBlocks % 2, problem.k, arguments.means, start, next,
+        load_tile(shared.tiles, next / kBlocks % 2, problem.k, arguments.means, sharers.start, next,
                   min(kBlocks, whole - next));
       }
       commit_copies();

@@ -212,7 +212,8 @@ class Held {
  public:
   static constexpr std::uint32_t kChunks = Own::kSlots * Own::kWarps;
   static constexpr std::uint32_t kSpareChunks = Own::kSpare / 2 * Own::kWarps;
-  static_assert(Own::kSpare % 2 == 0 && Own::kSlots + Own::kSpare / 2 <= 32);  // a lane finds one
+  // A lane finds one chunk of its warp.
+  static_assert(Own::kSpare % 2 == 0 && Own::kSlots + Own::kSpare / 2 <= 32);
 
   __device__ Held(const Chunks& chunks, const Range& range, std::uint32_t first = 0,
                   uint2 (*spare)[Own::kThreads] = nullptr)
