@@ -82,9 +82,8 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
     const std::int32_t whole = sharers.whole;
     const std::int32_t own_whole = __shfl_sync(kWarp, sharers.own, query);
     end = sharers.end;
-    const bool shares = first <= lane && lane < end && place.shares(lane);
     const std::int32_t product_whole =  // of the longest query in the warp's product
-        __reduce_max_sync(kWarp, shares ? blocks : 0);
+        __reduce_max_sync(kWarp, place.shares(lane) ? sharers.own : 0);
     for (std::int32_t tile = -kBlocks; tile < whole; tile += kBlocks) {
       const std::int32_t next = tile + kBlocks;
       if (next < whole) {
