@@ -12,7 +12,6 @@
 #include "select/entry.hpp"
 #include "select/generic_config.cuh"
 #include "select/output.cuh"
-#include "select/radix.cuh"
 
 namespace misa::cuda::select {
 
@@ -42,16 +41,16 @@ __device__ void emit(Shared& shared, std::uint16_t* staged, const Source& source
         }
       });
     };
-    for (int i = threadIdx.x; i < kBins; i += kThreads) {
-      shared.words[i] = 0;
+    for (int i = threadIdx.x; i < Radix::kBins; i += kThreads) {
+      shared.radix.words[i] = 0;
     }
     __syncthreads();
     visit_selected([&](std::uint64_t, std::uint32_t offset) {
-      atomicOr(&shared.words[offset / 32], 1U << offset % 32);
+      atomicOr(&shared.radix.words[offset / 32], 1U << offset % 32);
     });
     __syncthreads();
 
-    const uint4 four = reinterpret_cast<const uint4*>(shared.words)[threadIdx.x];
+    const uint4 four = reinterpret_cast<const uint4*>(shared.radix.words)[threadIdx.x];
     const std::uint32_t words[4] = {four.x, four.y, four.z, four.w};
     std::uint32_t own = 0;
 #pragma unroll
@@ -60,14 +59,15 @@ __device__ void emit(Shared& shared, std::uint16_t* staged, const Source& source
     }
     std::uint32_t rank = 0;
     std::uint32_t total = 0;
-    Scan(shared.scan).ExclusiveSum(own, rank, total);
-    shared.starts[threadIdx.x] = static_cast<std::uint16_t>(rank);
+    Radix::Scan(shared.radix.scan).ExclusiveSum(own, rank, total);
     const std::uint32_t room = top_k - placed;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const std::uint32_t word = threadIdx.x * 4 + i;
+      shared.ranks[word] = static_cast<std::uint16_t>(rank);
       for (std::uint32_t bits = words[i]; bits != 0 && rank < room; bits &= bits - 1) {
         const std::uint32_t bit = __ffs(static_cast<int>(bits)) - 1;
-        staged[rank++] = static_cast<std::uint16_t>((threadIdx.x * 4 + i) * 32 + bit);
+        staged[rank++] = static_cast<std::uint16_t>(word * 32 + bit);
       }
     }
     __syncthreads();
@@ -79,11 +79,8 @@ __device__ void emit(Shared& shared, std::uint16_t* staged, const Source& source
     if (out.scores != nullptr) {
       visit_selected([&](std::uint64_t entry, std::uint32_t offset) {
         const std::uint32_t word = offset / 32;
-        std::uint32_t place =
-            shared.starts[word / 4] + __popc(shared.words[word] & ((1U << offset % 32) - 1));
-        for (std::uint32_t i = word / 4 * 4; i < word; ++i) {
-          place += __popc(shared.words[i]);
-        }
+        const std::uint32_t place =
+            shared.ranks[word] + __popc(shared.radix.words[word] & ((1U << offset % 32) - 1));
         if (place < room) {
           out.scores[placed + place] = entry_score(entry);
         }

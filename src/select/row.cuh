@@ -3,12 +3,13 @@
 //  1. A row of no more than k positions selects all of them.
 //  2. A sample, spread evenly over the row, gives a bound that should let through more than k
 //     scores and fewer than shared memory holds.
-//  3. The row is streamed once. Scores above the bound become candidates in shared memory, those
-//     equal to it are counted. (A row that fits is taken whole, without a bound.)
+//  3. The row is streamed once, the next vectors under way while these are looked at. Scores above
+//     the bound become candidates in shared memory. (A row that fits is taken whole, without a
+//     bound.)
 //  4. The cut, the entry (entry.hpp) of rank k, comes
 //       a. from the candidates, if there are at least k and they fit;
 //       b. from the bound, if it is a plateau: fewer than k above it, at least k with it. The
-//          lowest of the equals fill up;
+//          lowest of the equals, read from global memory, fill up;
 //       c. else, where the sample misled, from the row in global memory.
 //  5. All entries from the cut on are written (emit.cuh).
 //
@@ -21,10 +22,10 @@
 #include <limits>
 
 #include "select/bound.cuh"
+#include "select/cut.cuh"
 #include "select/emit.cuh"
 #include "select/entry.hpp"
 #include "select/generic_config.cuh"
-#include "select/radix.cuh"
 
 namespace misa::cuda::select {
 
@@ -41,6 +42,11 @@ struct Row {
     vectors = (n - head) / 4;
   }
   __device__ const float4* body() const { return reinterpret_cast<const float4*>(scores + head); }
+  // Of the 2 kSegments vectors that are sampled the i-th; two make a segment.
+  __device__ const float4* sample(std::uint32_t i) const {
+    const std::uint64_t pairs = vectors / 2;
+    return body() + 2 * static_cast<std::uint32_t>(i / 2 * pairs / kSegments) + i % 2;
+  }
 };
 
 // The entries that selection draws from: candidates, and those of the row that are no larger than
@@ -54,8 +60,11 @@ struct RowSource {
 
   template <class Visitor>
   __device__ void visit(std::uint32_t first, std::uint32_t last, const Visitor& visitor) const {
-    for (std::uint32_t base = 0; base < count; base += kThreads) {
-      const std::uint32_t i = base + threadIdx.x;
+    // Neighbours were appended together and mostly have a word of emit's bitmap in common, so lanes
+    // take entries that lie apart, by an odd number for the banks.
+    const std::uint32_t step = (count + 31) / 32 | 1;
+    for (std::uint32_t own = threadIdx.x / 32; own < step; own += kThreads / 32) {
+      const std::uint32_t i = threadIdx.x % 32 * step + own;
       const Held candidate = i < count ? held[i] : Held{};
       visitor(make_entry(candidate.score, candidate.position), i < count);
     }
@@ -77,53 +86,65 @@ struct RowSource {
   }
 };
 
+// Vectors of a row, kLoads a thread. Behind the last one stands NaN, which is above nothing.
+struct Vectors {
+  float4 own[kLoads];
+
+  __device__ void load(const Row& row, std::uint32_t first) {
+    constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const std::uint32_t vector = first + i * kThreads + threadIdx.x;
+      own[i] = vector < row.vectors ? __ldcs(row.body() + vector)
+                                    : make_float4(kNone, kNone, kNone, kNone);
+    }
+  }
+};
+
 // Step 2.
 __device__ inline float sample_bound(Shared& shared, const RowPlan& plan, const Row& row) {
+  Radix::clear(shared.radix);
   std::uint32_t keys[kSampleVectors * 4];
 #pragma unroll
   for (int i = 0; i < kSampleVectors; ++i) {
-    const std::uint32_t vector = i * kThreads + threadIdx.x;
-    const std::uint64_t pairs = row.vectors / 2;
-    const auto pair = static_cast<std::uint32_t>(vector / 2 * pairs / kSegments);
-    const float4 scores = row.body()[2 * pair + vector % 2];
+    const float4 scores = *row.sample(i * kThreads + threadIdx.x);
     keys[4 * i] = ordered_bits(scores.x);
     keys[4 * i + 1] = ordered_bits(scores.y);
     keys[4 * i + 2] = ordered_bits(scores.z);
     keys[4 * i + 3] = ordered_bits(scores.w);
   }
-  const auto visit = [&](const auto& visitor) {
+  std::uint32_t smallest = kWarp;
+  std::uint32_t largest = 0;
 #pragma unroll
-    for (const std::uint32_t key : keys) {
-      visitor(key, true);
-    }
-  };
+  for (const std::uint32_t key : keys) {
+    smallest = min(smallest, key);
+    largest = max(largest, key);
+  }
+  const Bracket all = Radix::bracket_all(shared.radix, smallest, largest, kSampleVectors * 4);
   const auto rank = [&](std::uint32_t scores) {
     return static_cast<std::uint32_t>(std::uint64_t{scores} * kSample / row.length);
   };
   // All of a bracket may pass if that should fill no more than three quarters of the capacity; one
-  // key that is too many is a plateau, which the bound then excludes.
+  // key that is too many is a plateau.
   const std::uint32_t most = rank(plan.capacity / 4 * 3);
-  const std::uint32_t wanted = max(1U, rank(plan.target));
-  Bracket<std::uint32_t> bracket = bracket_all(shared, kSample, visit);
-  while (bracket.above + bracket.count > most && bracket.reach != 0) {
-    bracket = narrow(shared, bracket, wanted, visit);
-  }
-  return bracket.above + bracket.count > most
-             ? fmaxf(score_of_bits(bracket.low), -std::numeric_limits<float>::infinity())
-             : bound_below(bracket.low);
+  const float bound = find_bound<Radix>(shared.radix, all, max(1U, rank(plan.target)), most, most,
+                                        [&](const auto& visitor) {
+#pragma unroll
+                                          for (const std::uint32_t key : keys) {
+                                            visitor(key, true);
+                                          }
+                                        });
+  return fmaxf(bound, -std::numeric_limits<float>::infinity());  // a plateau of NaN
 }
 
-// Step 3 for N scores a thread. NaN is above nothing and equal to nothing, so it also stands for
-// "no score here".
-template <int N>
+// Step 3 for N scores a thread; position_of says where they stand.
+template <int N, class PositionOf>
 __device__ void append(Shared& shared, Held* held, std::uint32_t capacity, float bound,
-                       const float (&scores)[N], const std::uint32_t (&positions)[N],
-                       std::uint32_t& equals) {
+                       const float (&scores)[N], const PositionOf& position_of) {
   std::uint32_t own = 0;
 #pragma unroll
   for (const float score : scores) {
     own += score > bound ? 1 : 0;
-    equals += score == bound ? 1 : 0;
   }
   if (!__any_sync(kWarp, own != 0)) {
     return;
@@ -139,53 +160,48 @@ __device__ void append(Shared& shared, Held* held, std::uint32_t capacity, float
   if (lane == 31) {
     base = atomicAdd(&shared.appended, end);
   }
-  std::uint32_t place = __shfl_sync(kWarp, base, 31) + end - own;
+  base = __shfl_sync(kWarp, base, 31);
+  if (base + __shfl_sync(kWarp, end, 31) > capacity) {
+    return;  // too many: none of them will be looked at
+  }
+  Held* place = held + base + end - own;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (scores[i] > bound) {
-      if (place < capacity) {
-        held[place] = {scores[i], positions[i]};
-      }
-      ++place;
+      *place++ = {scores[i], position_of(i)};
     }
   }
 }
 
+// `next`: the first vectors, loaded.
 __device__ inline void stream(Shared& shared, Held* held, std::uint32_t capacity, float bound,
-                              const Row& row) {
-  constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
-  std::uint32_t equals = 0;
-  for (std::uint32_t first = 0; first < row.vectors; first += kThreads * kLoads) {
+                              const Row& row, Vectors& next) {
+  constexpr std::uint32_t kStep = kThreads * kLoads;
+#pragma unroll 2
+  for (std::uint32_t first = 0; first < row.vectors; first += kStep) {
+    const Vectors now = next;
+    next.load(row, first + kStep);
     float scores[kLoads * 4];
-    std::uint32_t positions[kLoads * 4];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const std::uint32_t vector = first + i * kThreads + threadIdx.x;
-      const float4 four = vector < row.vectors ? __ldcs(row.body() + vector)
-                                               : make_float4(kNone, kNone, kNone, kNone);
-      scores[4 * i] = four.x;
-      scores[4 * i + 1] = four.y;
-      scores[4 * i + 2] = four.z;
-      scores[4 * i + 3] = four.w;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        positions[4 * i + j] = row.head + 4 * vector + j;
-      }
+      scores[4 * i] = now.own[i].x;
+      scores[4 * i + 1] = now.own[i].y;
+      scores[4 * i + 2] = now.own[i].z;
+      scores[4 * i + 3] = now.own[i].w;
     }
-    append(shared, held, capacity, bound, scores, positions, equals);
+    append(shared, held, capacity, bound, scores,
+           [&](int i) { return row.head + 4 * (first + i / 4 * kThreads + threadIdx.x) + i % 4; });
   }
   // At most three scores before the vectors and three behind them.
   const std::uint32_t body = 4 * row.vectors;
   const std::uint32_t position = threadIdx.x < row.head ? threadIdx.x : threadIdx.x + body;
-  const float edge[1] = {position < row.length ? row.scores[position] : kNone};
-  append(shared, held, capacity, bound, edge, {position}, equals);
-  equals = __reduce_add_sync(kWarp, equals);
-  if (threadIdx.x % 32 == 0) {
-    atomicAdd(&shared.equals, equals);
-  }
+  const float edge[1] = {position < row.length ? row.scores[position]
+                                               : std::numeric_limits<float>::quiet_NaN()};
+  append(shared, held, capacity, bound, edge, [&](int) { return position; });
 }
 
-// Step 4b: the entry of the wanted-th (from 1) of the scores equal to a bound, lowest first.
+// Step 4b: the entry of the wanted-th (from 1) of the scores equal to a bound, lowest first; 0 if
+// there are not so many.
 __device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float bound,
                                           std::uint32_t wanted) {
   for (std::uint32_t first = 0; first < row.length; first += kWindow) {
@@ -195,20 +211,20 @@ __device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float 
       const bool equal = position < row.length && row.scores[position] == bound;
       const std::uint32_t word = __ballot_sync(kWarp, equal);
       if (threadIdx.x % 32 == 0) {
-        shared.words[i / 32] = word;
+        shared.radix.words[i / 32] = word;
       }
     }
     __syncthreads();
     std::uint32_t own = 0;
     for (int i = 0; i < 4; ++i) {
-      own += static_cast<std::uint32_t>(__popc(shared.words[threadIdx.x * 4 + i]));
+      own += static_cast<std::uint32_t>(__popc(shared.radix.words[threadIdx.x * 4 + i]));
     }
     std::uint32_t before = 0;
     std::uint32_t total = 0;
-    Scan(shared.scan).ExclusiveSum(own, before, total);
+    Radix::Scan(shared.radix.scan).ExclusiveSum(own, before, total);
     if (before < wanted && wanted <= before + own) {
       for (std::uint32_t word = threadIdx.x * 4; before < wanted; ++word) {
-        for (std::uint32_t bits = shared.words[word]; bits != 0; bits &= bits - 1) {
+        for (std::uint32_t bits = shared.radix.words[word]; bits != 0; bits &= bits - 1) {
           if (++before == wanted) {
             const std::uint32_t bit = __ffs(static_cast<int>(bits)) - 1;
             shared.cut = make_entry(bound, first + word * 32 + bit);
@@ -219,11 +235,11 @@ __device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float 
     }
     __syncthreads();
     if (wanted <= total) {
-      break;
+      return shared.cut;
     }
     wanted -= total;
   }
-  return shared.cut;
+  return 0;
 }
 
 // Selects one row. Called by all kThreads threads of a block with plan.bytes() of shared memory,
@@ -249,38 +265,39 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
   }
 
   std::uint32_t count = length;
-  std::uint32_t equals = 0;
   float bound = 0;
   if (length <= plan.capacity) {
 #pragma unroll 4
     for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
       held[i] = {row.scores[i], i};
     }
+    __syncthreads();
   } else {
     if (threadIdx.x == 0) {
       shared.appended = 0;
-      shared.equals = 0;
     }
-    bound = sample_bound(shared, plan, row);  // begins with a barrier
-    stream(shared, held, plan.capacity, bound, row);
+    Vectors first;
+    first.load(row, 0);
+    bound = sample_bound(shared, plan, row);  // has barriers
+    stream(shared, held, plan.capacity, bound, row, first);
     __syncthreads();
     count = shared.appended;
-    equals = shared.equals;
   }
 
   RowSource source{held, count, row.scores, 0, 0};  // step 4a
   std::uint64_t cut = 0;
   const bool fits = count <= plan.capacity;
-  if (fits && count < top_k && top_k <= count + equals) {  // step 4b
+  if (fits && count < top_k) {  // step 4b
     cut = nth_equal(shared, row, bound, top_k - count);
     source.length = min(entry_position(cut) + 1, length);
     source.ceiling = static_cast<std::uint32_t>(cut >> 32);
-  } else {
+  }
+  if (cut == 0) {
     if (!fits || count < top_k) {  // step 4c
       source = {held, 0, row.scores, length, kWarp};
     }
-    cut = select_entry(shared, max(source.count, source.length), top_k,
-                       [&](const auto& visitor) { source.visit(0, source.length, visitor); });
+    cut = find_cut(shared, max(source.count, source.length), top_k, length,
+                   [&](const auto& visitor) { source.visit(0, source.length, visitor); });
   }
   emit(shared, staged, source, cut, length, top_k, out);
 }

@@ -26,10 +26,7 @@ namespace {
 // Samples a thread.
 constexpr int kOwn = 32;
 
-// Where ranks from the top are sought first: the scores down to 1/16 of the largest, or to 16 times
-// it if it is negative. A digit of 9 bits then tells an octave into 128.
-constexpr std::uint32_t kNear = (4U << 23) - 1;
-constexpr int kDigits = 9;
+constexpr int kDigits = 9;  // an octave into 128 (bound.cuh)
 
 // A normal tail of 4.5 deviations: a few rows in a million fall short and are selected again. The
 // count is nearly a Poisson variable, whose tail is longer: by (4.5^2 - 1) / 6 counts in its
@@ -108,22 +105,10 @@ __global__ void __launch_bounds__(threads)
       visitor(key, true);
     }
   };
-  Bracket bracket = all;
-  if (all.reach > kNear) {
-    const std::uint32_t low = all.low + all.reach - kNear;
-    bracket = Radix::narrow(shared, {low, kNear, 0, 0}, wanted, visit);
-    if (bracket.count == 0) {
-      bracket = {all.low, low - 1 - all.low, bracket.above, all.count - bracket.above};
-    }
-  }
-  const std::uint32_t most = wanted + wanted / 16;
-  while (bracket.above + bracket.count > most && bracket.reach != 0) {
-    bracket = Radix::narrow(shared, bracket, wanted, visit);
-  }
-  // A plateau that is too wide is left out: it could not pass whole, and what lies above it may do.
+  const float bound =
+      find_bound<Radix>(shared, all, wanted, wanted + wanted / 16, wanted + wanted / 2, visit);
   if (threadIdx.x == 0) {
-    bounds[t] = bracket.above + bracket.count > wanted + wanted / 2 ? score_of_bits(bracket.low)
-                                                                    : bound_below(bracket.low);
+    bounds[t] = bound;
   }
 }
 

@@ -213,11 +213,16 @@ TEST_F(SmokeCudaTopK, SelectsFromShortAndLongRows) {
 }
 
 TEST_F(SmokeCudaTopK, SelectsFromPlateausAndMisledSamples) {
-  const std::int64_t n = 9000;
-  std::vector<float> zeros(n, 0.0F);
-  std::vector<float> last(n, 0.0F);
-  std::fill(last.end() - 500, last.end(), 1.0F);
-  check_top_k({zeros, last, std::vector<float>(n, kNaN)}, {}, 2048, "plateaus");
+  for (const std::int64_t n : {9000, 20001}) {
+    std::vector<float> zeros(n, 0.0F);
+    std::vector<float> last(n, 0.0F);
+    std::fill(last.end() - 500, last.end(), 1.0F);
+    std::vector<float> two = normal_row(n, 3);  // values: both pass, the cut is within the lower
+    std::transform(two.begin(), two.end(), two.begin(), [](float score) {
+      return score > 1.5F ? 2.0F : score > 0.8F ? 1.0F : -1.0F;
+    });
+    check_top_k({zeros, last, two, std::vector<float>(n, kNaN)}, {}, 2048, "plateaus");
+  }
 }
 
 TEST_F(CudaTopK, ShapesAroundEveryBoundary) {
