@@ -5,7 +5,7 @@
 //  2. If k of the row's n scores are wanted and c of them are sampled, without replacement, the
 //     sample holds k c / n of them, give or take its standard deviation. The bound's rank in the
 //     sample is kDeviations above that.
-//  3. Digits of the keys (digits.cuh) narrow down where that rank lies, until a bin would let
+//  3. Digits of the keys (bound.cuh) narrow down where that rank lies, until a bin would let
 //     through few more.
 #include <cuda_runtime.h>
 
