@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <memory>
 #include <span>
+#include <string_view>
 
 #include "indexers/problem.hpp"
 #include "misa/context.hpp"
@@ -40,7 +41,17 @@ std::span<const Backend* const> cuda_backends();  // in builds with CUDA, by fal
 // Every backend of this build, by falling priority.
 std::span<const Backend* const> all_backends();
 
-// Runs body(i) for i in [0, count) on the context's threads; the order is unspecified.
+// The first of these that this machine can run and that the name stands for: "auto" (then the
+// variable MISA_BACKEND names it, where it is set), a family ("cpu", "cuda") or a backend's own
+// name. Throws Error, which names the argument or the variable; `place` is where they take arrays.
+const Backend& choose_backend(std::span<const Backend* const> from, std::string_view place,
+                              std::string_view name);
+
+// As many threads as the process may use, by its processors and by what its control groups allow.
+int default_threads();
+
+// Runs body(i, thread) for i in [0, count) on the context's threads, in the default floating-point
+// mode; the order is unspecified.
 class Threads {
  public:
   explicit Threads(int count);
@@ -65,7 +76,7 @@ class Threads {
            const void* state) const;
 
   struct Arena;
-  std::unique_ptr<Arena> arena_;
+  std::unique_ptr<Arena> arena_;  // null for one thread
   int count_;
 };
 

@@ -2,13 +2,8 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <oneapi/tbb/global_control.h>
-#include <oneapi/tbb/info.h>
-#include <oneapi/tbb/parallel_for.h>
-#include <oneapi/tbb/task_arena.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 
 #include "dispatch/backend.hpp"
@@ -39,76 +34,39 @@ std::vector<BackendInfo> backends() {
 
 std::string_view version() { return MISA_VERSION; }
 
-struct Threads::Arena {
-  // No more than the process may use: beyond that the scheduler adds none, but prints a warning.
-  explicit Arena(int threads) : arena(std::min(threads, most())) {}
-  static int most() {
-    using Control = tbb::global_control;
-    return static_cast<int>(Control::active_value(Control::max_allowed_parallelism));
+const Backend& choose_backend(std::span<const Backend* const> from, std::string_view place,
+                              std::string_view name) {
+  std::string_view argument = "backend";
+  if (const char* wanted = std::getenv("MISA_BACKEND");
+      name == "auto" && wanted != nullptr && *wanted != '\0') {
+    argument = "MISA_BACKEND";
+    name = wanted;
   }
-  mutable tbb::task_arena arena;
-};
-
-Threads::Threads(int count) : arena_(std::make_unique<Arena>(count)), count_(count) {}
-Threads::~Threads() = default;
-
-void Threads::run(std::int64_t count, void (*call)(const void*, std::int64_t, int),
-                  const void* state) const {
-  if (count_ == 1 || count == 1) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      call(state, i, 0);
-    }
-    return;
-  }
-  // The scheduler orders the start before every task and every task before the end; the atomic says
-  // the same where a tool can see it, since the scheduler's library is not built for one.
-  std::atomic<std::int64_t> order{0};
-  order.store(1, std::memory_order_release);
-  arena_->arena.execute([&] {
-    tbb::parallel_for(
-        tbb::blocked_range<std::int64_t>(0, count, 1),
-        [&](const tbb::blocked_range<std::int64_t>& range) {
-          (void)order.load(std::memory_order_acquire);
-          for (std::int64_t i = range.begin(); i < range.end(); ++i) {
-            call(state, i, tbb::this_task_arena::current_thread_index());
-          }
-          order.fetch_add(1, std::memory_order_release);
-        },
-        tbb::simple_partitioner());
-  });
-  (void)order.load(std::memory_order_acquire);
-}
-
-namespace {
-
-const Backend& choose(std::string_view name) {
-  if (name == "auto") {
-    const char* wanted = std::getenv("MISA_BACKEND");
-    name = wanted != nullptr && *wanted != '\0' ? wanted : "auto";
-  }
-  std::vector<std::string> present{"auto", "cpu"};
+  std::vector<std::string> names{"auto"};
   std::string requirement;  // of the last backend that was asked for and cannot run
-  for (const Backend* backend : all_backends()) {
+  for (const Backend* backend : from) {
     const BackendInfo info = backend->info();
-    const bool family = (name == "cpu" || name == "cuda") && info.name.starts_with(name);
-    if (info.available && (name == "auto" || family || info.name == name)) {
+    const std::string family = info.name.substr(0, info.name.find('-'));
+    const bool wanted = name == "auto" || name == family || name == info.name;
+    if (info.available && wanted) {
       return *backend;
     }
-    if (family || info.name == name) {
+    if (wanted) {
       requirement = info.requirement;
     }
-    if (info.available) {
-      present.push_back(info.name);
+    for (const std::string& each : {family, info.name}) {
+      if (info.available && std::find(names.begin(), names.end(), each) == names.end()) {
+        names.push_back(each);
+      }
     }
   }
   if (!requirement.empty()) {
-    throw Error(ErrorCode::unsupported, fmt::format("backend: '{}' needs {}", name, requirement));
+    throw Error(ErrorCode::unsupported,
+                fmt::format("{}: '{}' needs {}", argument, name, requirement));
   }
-  throw Error(ErrorCode::unsupported,
-              fmt::format("backend: expected {}, got '{}'", fmt::join(present, ", "), name));
+  throw Error(ErrorCode::unsupported, fmt::format("{}: expected {} for arrays in {}, got '{}'",
+                                                  argument, fmt::join(names, ", "), place, name));
 }
-
-}  // namespace
 
 Context::Context(const ContextOptions& options) {
   constexpr int kMaxThreads = 1024;
@@ -116,8 +74,8 @@ Context::Context(const ContextOptions& options) {
     throw Error(ErrorCode::invalid_argument, fmt::format("threads: expected 0 (all) to {}, got {}",
                                                          kMaxThreads, options.threads));
   }
-  const Backend& backend = choose(options.backend);
-  const int threads = options.threads > 0 ? options.threads : tbb::info::default_concurrency();
+  const Backend& backend = choose_backend(all_backends(), "host memory", options.backend);
+  const int threads = options.threads > 0 ? options.threads : default_threads();
   state_ = std::make_shared<const State>(backend, threads, options.workspace_cap);
 }
 

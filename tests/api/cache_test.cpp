@@ -5,15 +5,18 @@
 
 #include <algorithm>
 #include <bit>
+#include <cfenv>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "misa/error.hpp"
+#include "support/float_mode.hpp"
 
 namespace misa {
 namespace {
@@ -105,6 +108,32 @@ TEST(Quantize, ErrorIsWithinHalfAStep) {
       const float step = std::max(std::abs(key[d]) * (0x1p-4F + 0x1p-22F), scale * 0x1p-10F);
       EXPECT_NEAR(scale * e4m3_to_float(bytes[d]), key[d], step);
     }
+  }
+}
+
+// Neither what is written nor the caller's mode depends on the mode that the caller is in.
+TEST(Cache, FloatingPointModeOfTheCaller) {
+  constexpr std::int64_t kCount = 70;
+  std::vector<float> keys = random_keys(kCount, 64, 7);
+  for (float& value : keys) {
+    value *= 0x1p-120F;  // below what a scale can resolve, and subnormal in part
+  }
+  std::copy_n(random_keys(kCount / 2, 64, 8).begin(), kCount / 2 * 64, keys.begin());
+  const std::vector<std::int64_t> slots = range(0, kCount);
+  const auto written = [&](ScaleFormat format) {
+    std::vector<std::uint8_t> data(2 * 64 * (64 + 4));
+    std::vector<float> sums(2 * 64);
+    const CacheSpan cache{data.data(), 2, 64, 0, sums.data()};
+    append(cache, {keys.data(), DType::f32, kCount, 64}, slots, format);
+    const std::vector<float> appended = sums;
+    rebuild_page_sums(cache, std::vector<std::int32_t>{0, 1}, std::vector<std::int32_t>{64, 6});
+    return std::tuple(data, appended, sums);
+  };
+  for (const ScaleFormat format : {ScaleFormat::f32, ScaleFormat::ue8m0}) {
+    const auto expected = written(format);
+    const test::OtherFloatMode mode;
+    EXPECT_EQ(written(format), expected);
+    EXPECT_EQ(std::fegetround(), FE_TOWARDZERO);
   }
 }
 

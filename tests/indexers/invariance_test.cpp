@@ -6,6 +6,7 @@
 
 #include "common.hpp"
 #include "misa/error.hpp"
+#include "support/float_mode.hpp"
 
 namespace misa::test {
 namespace {
@@ -139,6 +140,22 @@ TEST_P(Invariance, SmokeThreadsChangeNothing) {
     const Selected one = run(context(1), named.config, inputs);
     EXPECT_TRUE(same_bits(run(context(2), named.config, inputs), one)) << named.name;
     EXPECT_TRUE(same_bits(run(context(5), named.config, inputs), one)) << named.name;
+  }
+}
+
+TEST_P(Invariance, FloatingPointModeOfTheCaller) {
+  Pack pack = sequence(2085, 43, 1, DType::f32);
+  for (float& w : pack.w) {
+    w *= 0x1p-126F;  // scores near the smallest normal number, many of them below
+  }
+  const RaggedInputs inputs(pack);
+  for (const NamedConfig& named : configs()) {
+    for (const int threads : {1, 3}) {
+      const Selected expected = run(context(threads), named.config, inputs);
+      const OtherFloatMode mode;
+      EXPECT_TRUE(same_bits(run(context(threads), named.config, inputs), expected))
+          << named.name << ", " << threads << " threads";
+    }
   }
 }
 
