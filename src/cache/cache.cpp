@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cache/page.hpp"
+#include "float_mode.hpp"
 #include "require.hpp"
 
 namespace misa {
@@ -13,7 +14,9 @@ std::int64_t validated_page_stride(const CacheView& cache) {
   require(cache.dim == 64 || cache.dim == 128, "cache: expected D = 64 or 128, got {}", cache.dim);
   require(cache.pages >= 0, "cache: expected 0 or more pages, got {}", cache.pages);
   const std::int64_t bytes = page_bytes(cache.dim);
-  const std::int64_t stride = cache.page_stride == 0 ? bytes : cache.page_stride;
+  // Nothing is read through the stride of fewer than two pages, so any is taken there.
+  const bool dense = cache.page_stride == 0 || cache.pages < 2;
+  const std::int64_t stride = dense ? bytes : cache.page_stride;
   require(stride >= bytes && stride % 4 == 0,
           "cache: expected a page stride of at least {} bytes, a multiple of 4, got {}", bytes,
           stride);
@@ -24,6 +27,7 @@ std::int64_t validated_page_stride(const CacheView& cache) {
 }
 
 void sum_page(const std::uint8_t* page, int dim, int tokens, float* sum) {
+  const DefaultFloatMode mode;
   std::fill_n(sum, dim, 0.0F);
   for (int i = 0; i < tokens; ++i) {
     const float scale = load_scale(page, dim, i);
@@ -106,7 +110,7 @@ std::int64_t validated_token_stride(const NewKeys& k, std::int64_t dim) {
           static_cast<int>(k.dtype));
   require(k.dim == dim, "k: expected D = {} as the cache has, got {}", dim, k.dim);
   require(k.tokens >= 0, "k: expected 0 or more tokens, got {}", k.tokens);
-  const std::int64_t stride = k.token_stride == 0 ? dim : k.token_stride;
+  const std::int64_t stride = k.token_stride == 0 || k.tokens < 2 ? dim : k.token_stride;
   require(stride >= dim, "k: expected a token stride of at least {}, got {}", dim, stride);
   const std::int64_t size = static_cast<std::int64_t>(size_of(k.dtype));
   checked_multiply_add("k", checked_multiply_add("k", k.tokens, stride), size);
@@ -123,6 +127,7 @@ std::int64_t cache_bytes(std::int64_t pages, std::int64_t dim) {
 }
 
 float quantize(std::span<const float> key, ScaleFormat format, std::span<std::uint8_t> out) {
+  const DefaultFloatMode mode;
   require(out.size() == key.size(), "out: expected {} bytes, got {}", key.size(), out.size());
   require(format == ScaleFormat::f32 || format == ScaleFormat::ue8m0,
           "scale format: expected f32 or ue8m0, got {}", static_cast<int>(format));

@@ -31,13 +31,16 @@ void validate_count(std::string_view name, std::string_view what, std::int64_t c
   require(count >= 0, "{}: expected {} = 0 or more, got {}", name, what, count);
 }
 
-// A stride of 0 is the dense one.
+// The stride of `count` entries that take `least` elements each; 0 is the dense one. Nothing is
+// ever read through the stride of fewer than two entries, so any is taken there.
 std::int64_t resolved_stride(std::string_view name, std::string_view what, std::int64_t stride,
-                             std::int64_t least) {
-  const std::int64_t resolved = stride == 0 ? least : stride;
-  require(resolved >= least, "{}: expected a {} stride of at least {}, got {}", name, what, least,
+                             std::int64_t least, std::int64_t count) {
+  if (stride == 0 || count < 2) {
+    return least;
+  }
+  require(stride >= least, "{}: expected a {} stride of at least {}, got {}", name, what, least,
           stride);
-  return resolved;
+  return stride;
 }
 
 // That the bytes of `count` rows can be counted, and that there is something to read.
@@ -138,13 +141,30 @@ Queries validated(const Queries& q) {
   validate_heads("q", q.heads);
   validate_dim("q", q.dim);
   Queries resolved = q;
-  resolved.head_stride = resolved_stride("q", "head", q.head_stride, q.dim);
-  const std::int64_t row = checked_multiply_add("q", q.heads - 1, resolved.head_stride, q.dim);
-  // The dense stride keeps the padding of the last head.
-  resolved.token_stride = q.token_stride == 0
-                              ? checked_multiply_add("q", q.heads, resolved.head_stride)
-                              : resolved_stride("q", "token", q.token_stride, row);
-  validate_rows("q", q.data, q.tokens, resolved.token_stride, size_of(q.dtype));
+  // Tokens may stand outside heads, or heads outside tokens: the outer ones are farther apart than
+  // the inner ones reach.
+  const auto reach = [&](std::int64_t count, std::int64_t stride) {
+    return checked_multiply_add("q", std::max<std::int64_t>(count - 1, 0), stride, q.dim);
+  };
+  if (q.token_stride > 0 && q.tokens > 1 && q.head_stride > q.token_stride) {
+    resolved.token_stride = resolved_stride("q", "token", q.token_stride, q.dim, q.tokens);
+    resolved.head_stride = resolved_stride("q", "head", q.head_stride,
+                                           reach(q.tokens, resolved.token_stride), q.heads);
+  } else {
+    resolved.head_stride =
+        resolved_stride("q", "head", q.head_stride, q.dim, q.tokens > 0 ? q.heads : 0);
+    // The dense stride keeps the padding of the last head.
+    const std::int64_t padded = checked_multiply_add("q", q.heads, resolved.head_stride);
+    resolved.token_stride = q.token_stride == 0
+                                ? padded
+                                : resolved_stride("q", "token", q.token_stride,
+                                                  reach(q.heads, resolved.head_stride), q.tokens);
+  }
+  const std::int64_t elements =
+      checked_multiply_add("q", std::max<std::int64_t>(q.tokens - 1, 0), resolved.token_stride,
+                           reach(q.heads, resolved.head_stride));
+  checked_multiply_add("q", elements, static_cast<std::int64_t>(size_of(q.dtype)));
+  require_data("q", q.data, q.tokens, size_of(q.dtype));
   return resolved;
 }
 
@@ -152,7 +172,7 @@ Weights validated(const Weights& w, const Queries& q) {
   require(w.tokens == q.tokens, "w: expected T = {} as q has, got {}", q.tokens, w.tokens);
   require(w.heads == q.heads, "w: expected H = {} as q has, got {}", q.heads, w.heads);
   Weights resolved = w;
-  resolved.token_stride = resolved_stride("w", "token", w.token_stride, w.heads);
+  resolved.token_stride = resolved_stride("w", "token", w.token_stride, w.heads, w.tokens);
   validate_rows("w", w.data, w.tokens, resolved.token_stride, sizeof(float));
   return resolved;
 }
@@ -163,7 +183,7 @@ RaggedKeys validated_layout(const RaggedKeys& k, const Queries& q) {
           k.tokens);
   require(k.dim == q.dim, "k: expected D = {} as q has, got {}", q.dim, k.dim);
   RaggedKeys resolved = k;
-  resolved.token_stride = resolved_stride("k", "token", k.token_stride, k.dim);
+  resolved.token_stride = resolved_stride("k", "token", k.token_stride, k.dim, k.tokens);
   validate_rows("k", k.data, k.tokens, resolved.token_stride, size_of(k.dtype));
   if (k.dtype == DType::e4m3) {
     require_data("k_scale", k.scale, k.tokens, alignof(float));
@@ -201,8 +221,8 @@ PagedKeys validated(const PagedKeys& k, const Queries& q) {
           "q: expected T = batch * next_n = {} * {}, got {}", batch, k.next_n, q.tokens);
   require_data("context_lens", k.context_lens.data(), batch, alignof(std::int32_t));
   validate_count("block_table", "max_pages", k.max_pages);
-  resolved.block_table_stride =
-      resolved_stride("block_table", "row", k.block_table_stride, k.max_pages);
+  resolved.block_table_stride = resolved_stride("block_table", "row", k.block_table_stride,
+                                                k.max_pages, k.max_pages == 0 ? 0 : batch);
   validate_rows("block_table", k.block_table, k.max_pages == 0 ? 0 : batch,
                 resolved.block_table_stride, sizeof(std::int32_t));
 

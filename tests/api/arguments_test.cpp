@@ -133,6 +133,10 @@ std::vector<Case<Keys>> common_cases() {
       {"q", "head stride of at least 64, got -64", [](C& c, B&) { c.q.head_stride = -64; }},
       {"q", "token stride of at least 512, got 511", [](C& c, B&) { c.q.token_stride = 511; }},
       {"q", "token stride of at least 512, got -512", [](C& c, B&) { c.q.token_stride = -512; }},
+      {"q", "token stride of at least 64, got 63",
+       [](C& c, B&) { c.q.head_stride = 256, c.q.token_stride = 63; }},
+      {"q", "head stride of at least 256, got 255",
+       [](C& c, B&) { c.q.head_stride = 255, c.q.token_stride = 64; }},
       {"q", "token stride of at least 624, got 512",
        [](C& c, B&) { c.q.head_stride = 80, c.q.token_stride = 512; }},
       {"q", "below 2^63", [](C& c, B&) { c.q.tokens = c.w.tokens = kHuge; }},
@@ -365,6 +369,76 @@ TEST(Arguments, EmptyCallsAreRight) {
   const Selected selected = select(context, config, call.q, call.w,
                                    {nullptr, DType::f32, 0, kDim, 0, nullptr, zeros, zeros});
   EXPECT_EQ(selected.indices, std::vector<std::int32_t>(kTokens * 3, -1));
+}
+
+// A stride of fewer than two entries leads nowhere: any is taken, and changes nothing.
+TEST(Arguments, StridesOfNothingDoNotMatter) {
+  for (const std::int64_t stride : {std::int64_t{-7}, std::int64_t{1}, std::int64_t{3}, kHuge}) {
+    SCOPED_TRACE(stride);
+    const Context context({.backend = "reference", .threads = 1});
+    const IndexerConfig config = IndexerConfig::dsa(3);
+    RaggedKeys no_keys;
+    no_keys.dim = kDim;
+    no_keys.token_stride = stride;
+    PagedKeys no_pages;
+    no_pages.cache.dim = kDim;
+    no_pages.cache.page_stride = stride;
+    no_pages.block_table_stride = stride;
+    no_pages.max_pages = 5;
+    const Queries none{nullptr, DType::f32, 0, kHeads, kDim, stride, stride};
+    const Weights no_weights{nullptr, 0, kHeads, stride};
+    EXPECT_TRUE(select(context, config, none, no_weights, no_keys).indices.empty());
+    EXPECT_TRUE(select(context, config, none, no_weights, no_pages).indices.empty());
+
+    // One query of one head that sees one key, and one page.
+    Buffers b;
+    const std::vector<std::int32_t> zero{0};
+    const std::vector<std::int32_t> one{1};
+    const Queries q{b.q.data(), DType::f32, 1, 1, kDim, stride, stride};
+    const Weights w{b.w.data(), 1, 1, stride};
+    EXPECT_EQ(select(context, config, q, w,
+                     RaggedKeys{b.q.data(), DType::f32, 1, kDim, stride, nullptr, zero, one})
+                  .indices,
+              (std::vector<std::int32_t>{0, -1, -1}));
+    PagedKeys page{{b.cache.data(), 1, kDim, stride}, zero.data(), 1, stride, one};
+    EXPECT_EQ(select(context, config, q, w, page).indices, (std::vector<std::int32_t>{0, -1, -1}));
+
+    const std::vector<std::int64_t> skipped{-1};
+    EXPECT_NO_THROW(append({nullptr, 0, kDim, stride}, {nullptr, DType::f32, 0, kDim, stride}, {}));
+    EXPECT_NO_THROW(append({b.cache.data(), 1, kDim, stride},
+                           {b.q.data(), DType::f32, 1, kDim, stride}, skipped));
+    EXPECT_NO_THROW(copy_pages({nullptr, 0, kDim, stride}, {}, {nullptr, 0, kDim, stride}, {}));
+    EXPECT_NO_THROW(gather({nullptr, 0, kDim, stride}, {}, 0, {}, {}));
+  }
+}
+
+// Queries may lie head by head, [H, T, D].
+TEST(Arguments, HeadMajorQueries) {
+  Buffers b;
+  for (std::size_t i = 0; i < b.q.size(); ++i) {
+    b.q[i] = static_cast<float>(i % 13) - 6;
+  }
+  std::fill(b.w.begin(), b.w.end(), 1.0F);
+  std::vector<float> head_major(b.q.size());
+  for (std::int64_t t = 0; t < kTokens; ++t) {
+    for (std::int64_t j = 0; j < kHeads; ++j) {
+      std::copy_n(&b.q[(t * kHeads + j) * kDim], kDim, &head_major[(j * kTokens + t) * kDim]);
+    }
+  }
+  std::vector<float> k(kKeys * kDim);
+  for (std::size_t i = 0; i < k.size(); ++i) {
+    k[i] = static_cast<float>(i % 7) - 3;
+  }
+  const RaggedKeys keys{k.data(), DType::f32, kKeys, kDim, 0, nullptr, b.ks, b.ke};
+  const Weights w{b.w.data(), kTokens, kHeads};
+  const Queries by_token{b.q.data(), DType::f32, kTokens, kHeads, kDim};
+  const Queries by_head{head_major.data(), DType::f32, kTokens, kHeads, kDim, kDim, kTokens * kDim};
+  for (const char* backend : {"reference", "cpu"}) {
+    const Context context({.backend = backend, .threads = 1});
+    const auto config = IndexerConfig::misa_r(kTopK, 2, 2 * kTopK);
+    EXPECT_EQ(select(context, config, by_head, w, keys, {true, true, true}).scores,
+              select(context, config, by_token, w, keys, {true, true, true}).scores);
+  }
 }
 
 TEST(Arguments, SelectRefusesTheSame) {
