@@ -27,6 +27,7 @@
 #include "fused/listed.hpp"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"
+#include "indexers/problem.hpp"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
 #include "rerank/generic.hpp"
@@ -88,9 +89,9 @@ struct Needs {
     columns = filtered ? std::int64_t{config.filter_block} * config.filter_blocks : shape.max_keys;
     // Where all that is scored would be a candidate, all heads score at once.
     reranked = config.candidates > 0 && config.candidates < columns;
-    routed = config.router != Router::all && (config.candidates == 0 || reranked);
-    // With every head routed there is nothing left for a residual row to stand for.
-    linear = routed && config.residual && config.heads < all;
+    routed = config.router != Router::all && !routes_every_head(config, all) &&
+             (config.candidates == 0 || reranked);
+    linear = routed && config.residual;
     heads = routed ? config.heads : all;
     keep = reranked ? config.candidates : config.top_k;
     // Those kernels have bits of their own: whether they score must not hang on lengths.
@@ -280,7 +281,8 @@ class Slab {
     out.indices = out.indices != nullptr ? out.indices : memory_.chosen;
     memory_.routing.heads = heads != nullptr ? heads : memory_.routing.heads;
     memory_.routing.residual = residual != nullptr ? residual : memory_.routing.residual;
-    if (needs_.routed || heads != nullptr || residual != nullptr) {
+    const bool reported = heads != nullptr || residual != nullptr;
+    if (needs_.routed || (config_.router != Router::all && reported)) {
       stages_.enter("route");
       route::launch(problem_, config_, device_, memory_.routing, memory_.route, stream_);
     }
@@ -391,7 +393,12 @@ std::vector<Step::Pass> Step::passes(const IndexerConfig& config, const Shape& s
   const std::int64_t dense = config.dense_work / shape.heads;
   std::vector<Pass> passes;
   if (dense == 0 || dense < shape.max_keys) {
-    passes.push_back({config, static_cast<std::int32_t>(dense > 0 ? dense + 1 : 0), kMost, shape});
+    IndexerConfig own = effective_config(config, shape.heads);
+    if (routes_every_head(config, shape.heads)) {
+      own.router = Router::weight;  // the cheapest one that reports which heads are active
+      own.heads = config.heads;
+    }
+    passes.push_back({own, static_cast<std::int32_t>(dense > 0 ? dense + 1 : 0), kMost, shape});
   }
   if (dense > 0) {
     IndexerConfig all = IndexerConfig::dsa(config.top_k);
@@ -461,8 +468,11 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
   const auto on = static_cast<cudaStream_t>(stream);
   Stages stages;
   // What a routed pass writes for queries that are not its own. Where there is none, none are.
-  if (passes_.front().config.router == Router::all) {
+  const IndexerConfig& routed = passes_.front().config;
+  if (routed.router == Router::all) {
     fill(out.heads, 0xFF, on);
+  }
+  if (!routed.residual) {
     fill(out.residual, 0, on);
   }
   for (const Pass& pass : passes_) {
@@ -486,7 +496,8 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
       Slab(pass.config, needs, slab_of(own, first, count), fitted, device_, first_pass, stages, on)
           .run({row_of(out.indices, first, pass.config.top_k),
                 row_of(out.scores, first, pass.config.top_k)},
-               row_of(out.heads, first, pass.config.heads), row_of(out.residual, first, own.q.dim));
+               row_of(out.heads, first, pass.config.heads),
+               pass.config.residual ? row_of(out.residual, first, own.q.dim) : nullptr);
     }
   }
 }

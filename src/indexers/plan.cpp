@@ -1,4 +1,6 @@
 // A plan: everything that depends on shapes alone, then runs that only check and compute.
+#include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "dispatch/backend.hpp"
@@ -9,11 +11,20 @@
 namespace misa {
 namespace {
 
-std::unique_ptr<const BackendPlan> plan_on(const Context& context, const IndexerConfig& config,
-                                           const Shape& shape) {
+IndexerConfig validated(const IndexerConfig& config, const Shape& shape) {
   validate(config, shape);
-  return context.state().backend.plan(config, shape, context.state());
+  return config;
 }
+
+// A backend's plan for what a configuration computes.
+struct Planned {
+  IndexerConfig effective;
+  std::unique_ptr<const BackendPlan> plan;
+
+  Planned(const Context& context, const IndexerConfig& config, const Shape& shape)
+      : effective(effective_config(validated(config, shape), shape.heads)),
+        plan(context.state().backend.plan(effective, shape, context.state())) {}
+};
 
 // The inputs of a call, validated.
 template <class Keys>
@@ -26,18 +37,38 @@ struct Inputs {
       : q(validated(queries)), w(validated(weights, q)), k(validated(keys, q)) {}
 };
 
+// The heads and the residual row of a configuration that routes every head: all of them, and none
+// that is left to stand for.
+void report_every_head(const Problem& problem, const IndexerConfig& config, const Selection& out) {
+  std::ranges::fill(out.residual, 0.0F);
+  for (std::int64_t t = 0; !out.heads.empty() && t < problem.q.tokens; ++t) {
+    const std::span row = out.heads.subspan(t * config.heads, config.heads);
+    if (config.takes_every_head(config.heads, problem.visible(t))) {
+      std::ranges::fill(row, -1);
+    } else {
+      std::iota(row.begin(), row.end(), 0);
+    }
+  }
+}
+
 template <class Keys>
-void run_on(const BackendPlan& plan, const IndexerConfig& config, const Inputs<Keys>& in,
+void run_on(const Planned& planned, const IndexerConfig& config, const Inputs<Keys>& in,
             const Selection& out, std::span<std::byte> workspace) {
   validate(out, config, in.q);
-  validate_workspace(workspace, plan.workspace_bytes());
-  plan.run(Problem{config, in.q, in.w, in.k, out}, workspace);
+  validate_workspace(workspace, planned.plan->workspace_bytes());
+  Problem problem{planned.effective, in.q, in.w, in.k, out};
+  if (routes_every_head(config, in.q.heads)) {
+    problem.out.heads = {};
+    problem.out.residual = {};
+    report_every_head(problem, config, out);
+  }
+  planned.plan->run(problem, workspace);
 }
 
 template <class Keys>
 Selected select_from(const Context& context, const IndexerConfig& config, const Inputs<Keys>& in,
                      Want want) {
-  const auto plan = plan_on(context, config, shape_of(in.q, in.k));
+  const Planned planned(context, config, shape_of(in.q, in.k));
   const auto rows = static_cast<std::size_t>(in.q.tokens);
   const auto top_k = static_cast<std::size_t>(config.top_k);
   Selected selected;
@@ -53,9 +84,9 @@ Selected select_from(const Context& context, const IndexerConfig& config, const 
   if (want.residual && config.residual) {
     selected.residual.resize(rows * static_cast<std::size_t>(in.q.dim));
   }
-  const OwnWorkspace workspace(plan->workspace_bytes());
-  run_on(*plan, config, in, {selected.indices, selected.scores, selected.heads, selected.residual},
-         workspace.span());
+  const OwnWorkspace workspace(planned.plan->workspace_bytes());
+  run_on(planned, config, in,
+         {selected.indices, selected.scores, selected.heads, selected.residual}, workspace.span());
   return selected;
 }
 
@@ -66,18 +97,18 @@ struct Plan::State {
       : context(std::move(on)),
         config(std::move(chosen)),
         shape(bounds),
-        plan(plan_on(context, config, shape)) {}
+        planned(context, config, shape) {}
 
   template <class Keys>
   void run(const Inputs<Keys>& in, const Selection& out, std::span<std::byte> workspace) const {
     validate_planned(shape_of(in.q, in.k), shape);
-    run_on(*plan, config, in, out, workspace);
+    run_on(planned, config, in, out, workspace);
   }
 
   Context context;
   IndexerConfig config;
   Shape shape;
-  std::unique_ptr<const BackendPlan> plan;
+  Planned planned;
 };
 
 Plan::Plan(Context context, IndexerConfig config, const Shape& shape)
@@ -86,7 +117,7 @@ Plan::~Plan() = default;
 Plan::Plan(Plan&&) noexcept = default;
 Plan& Plan::operator=(Plan&&) noexcept = default;
 
-std::size_t Plan::workspace_bytes() const { return state_->plan->workspace_bytes(); }
+std::size_t Plan::workspace_bytes() const { return state_->planned.plan->workspace_bytes(); }
 const IndexerConfig& Plan::config() const { return state_->config; }
 const Shape& Plan::shape() const { return state_->shape; }
 

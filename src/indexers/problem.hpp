@@ -16,6 +16,25 @@ struct Sequence {
   std::int64_t queries = 0;  // how many
 };
 
+// Whether a configuration that routes routes every head (h = H). It is DSA behind the same block
+// filter then: nothing is left for a residual row or a re-rank to add, and every head is active.
+inline bool routes_every_head(const IndexerConfig& config, std::int64_t heads) {
+  return config.router != Router::all && config.heads == heads;
+}
+
+// What a configuration computes for H heads: itself, or the same without routing if that would
+// leave no head out.
+inline IndexerConfig effective_config(IndexerConfig config, std::int64_t heads) {
+  if (routes_every_head(config, heads)) {
+    config.router = Router::all;
+    config.heads = 0;
+    config.static_heads.clear();
+    config.residual = false;
+    config.candidates = 0;
+  }
+  return config;
+}
+
 // One key in memory: D elements and the scale that multiplies them (1 unless e4m3).
 struct Key {
   const void* data;
