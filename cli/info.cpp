@@ -34,10 +34,15 @@ void run(bool json) {
                     {"available", backend.available},
                     {"priority", backend.priority}});
   }
+  nlohmann::ordered_json known = nlohmann::ordered_json::object();
+  for (const Fact& fact : facts()) {
+    known[fact.name] = fact.value;
+  }
   print_json({{"version", version()},
               {"backend", context.backend()},
               {"threads", context.threads()},
-              {"backends", list}});
+              {"backends", list},
+              {"facts", known}});
 }
 
 }  // namespace
@@ -47,7 +52,10 @@ void add_info(CLI::App& app) {
       "info", "The version, the backends with their instruction sets, and the threads");
   const auto json = std::make_shared<bool>(false);
   add_json_option(*command, *json);
-  command->footer("MISA_BACKEND in the environment chooses the default backend.");
+  command->footer(
+      "MISA_BACKEND in the environment chooses the default backend. A report of a fault should "
+      "hold\n"
+      "what `misa info --json` prints: the build, the machine, its devices.");
   command->callback([json] { run(*json); });
 }
 

@@ -10,11 +10,24 @@ endif()
 option(MISA_BUILD_CUDA "Build the CUDA backends (needs nvcc)" ${MISA_HAVE_NVCC})
 
 if(MISA_BUILD_CUDA)
-  # Machine code for A100, L40, H100 and H200, RTX 50; PTX of the newest for what comes after it.
+  # Machine code for A100 (and 8.6, 8.7), L40, H100 and H200, RTX 50. PTX of 9.0 for the devices
+  # between, 10.x and 11.0, and of 12.0 for what comes after it: the driver compiles it once. So
+  # every device from 8.0 on is served; `misa info` says what a list of your own serves.
+  set(MISA_DEFAULT_CUDA_ARCHITECTURES 80-real 89-real 90 120)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90-real 120)
+    set(CMAKE_CUDA_ARCHITECTURES ${MISA_DEFAULT_CUDA_ARCHITECTURES})
   endif()
   enable_language(CUDA)
+  if(CMAKE_CUDA_ARCHITECTURES MATCHES "^(native|all|all-major)$")  # the code has to know the list
+    string(TOUPPER "${CMAKE_CUDA_ARCHITECTURES}" list)
+    string(REPLACE "-" "_" list "${list}")
+    set(CMAKE_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES_${list}})
+  endif()
+  if(NOT CMAKE_CUDA_ARCHITECTURES MATCHES "^[0-9]")
+    message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES: expected a list such as 90;120, got "
+      "'${CMAKE_CUDA_ARCHITECTURES}'")
+  endif()
+  set(MISA_CUDA_SM90_ARCHITECTURES 90a-real)  # wgmma and TMA as Hopper has them: nothing else
   if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has it
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)

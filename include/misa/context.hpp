@@ -8,15 +8,18 @@
 #include <string_view>
 #include <vector>
 
+#include "misa/types.hpp"
+
 namespace misa {
 
 struct ContextOptions {
   /// "auto", "cpu", "cuda", or a backend's own name. "auto" is the one that the environment
   /// variable MISA_BACKEND names, else the one of highest priority that this machine can run; "cpu"
-  /// and "cuda" are the best of those for the CPU or a CUDA device.
+  /// and "cuda" are the best of those for the CPU or a CUDA device. The arrays of a call are in
+  /// host memory whatever the backend; misa/cuda.hpp takes arrays in device memory.
   std::string_view backend = "auto";
-  int threads = 0;                                     ///< 0: as many as the process may use
-  std::size_t workspace_cap = std::size_t{256} << 20;  ///< bytes a plan's workspace may take
+  int threads = 0;  ///< 0: as many as the process may use, by its processors and its CPU quota
+  std::size_t workspace_cap = kDefaultWorkspaceCap;  ///< bytes a plan's workspace may take
 };
 
 /// A backend as `misa info` lists it.
@@ -50,5 +53,15 @@ std::vector<BackendInfo> backends();
 
 /// The library's version, "major.minor.patch".
 std::string_view version();
+
+/// A fact about this build or the machine it runs on.
+struct Fact {
+  std::string name;   ///< e.g. "compiler"
+  std::string value;  ///< e.g. "GCC 12.2.0"; empty where it cannot be told
+};
+
+/// What a report of a fault should say of this build and this machine: compiler, libraries, system,
+/// processors and what limits them, CUDA architectures and devices, variables that misa reads.
+std::vector<Fact> facts();
 
 }  // namespace misa

@@ -1,24 +1,52 @@
 #include "cuda/target.hpp"
 
 #include <cuda_runtime_api.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <array>
-#include <limits>
+#include <vector>
 
+#include "cuda/architectures.hpp"
 #include "cuda/check.cuh"
 
 namespace misa::cuda {
 namespace {
 
-// Priorities above those of the CPU's: where there is a device, it is what the caller wants.
-constexpr std::array kTargets{
-    // wgmma is Hopper's alone: no later device runs its code.
-    Target{"cuda-sm90", "CUDA wgmma", "a GPU of compute capability 9.0, and a driver", 110, 90, 90,
-           true},
-    Target{"cuda-generic", "CUDA mma.sync",
-           "a GPU of compute capability 8.0 or above, and a driver", 100, 80,
-           std::numeric_limits<int>::max(), false},
-};
+// Every compute capability from 8.0 on that has been announced.
+constexpr std::array kKnownCapabilities{80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
+
+const std::vector<Architecture>& architectures() {
+  static const std::vector<Architecture> all = parse_architectures(MISA_CUDA_ARCHITECTURES);
+  return all;
+}
+
+const std::vector<Architecture>& sm90_architectures() {
+  static const std::vector<Architecture> all = parse_architectures(MISA_CUDA_SM90_ARCHITECTURES);
+  return all;
+}
+
+// Hopper's backend runs the generic kernels too.
+bool serves(int capability, bool hopper) {
+  return any_serves(architectures(), capability) &&
+         (!hopper || any_serves(sm90_architectures(), capability));
+}
+
+std::string requirement_of(bool hopper) {
+  std::vector<std::string> served;
+  for (const int capability : kKnownCapabilities) {
+    if (serves(capability, hopper)) {
+      served.push_back(fmt::format("{}.{}", capability / 10, capability % 10));
+    }
+  }
+  if (served.empty()) {
+    return "a build with code for its architecture";
+  }
+  const std::string list = served.size() == kKnownCapabilities.size()
+                               ? served.front() + " or above"
+                               : fmt::format("{}", fmt::join(served, ", "));
+  return "a GPU of compute capability " + list + ", and a driver";
+}
 
 bool any_device() {
   static const bool found = [] {
@@ -44,11 +72,44 @@ int capability() {
 
 }  // namespace
 
-std::span<const Target> targets() { return kTargets; }
+std::span<const Target> targets() {
+  // Priorities above those of the CPU's: where there is a device, it is what the caller wants.
+  static const std::array list{
+      Target{"cuda-sm90", "CUDA wgmma", requirement_of(true), 110, true},
+      Target{"cuda-generic", "CUDA mma.sync", requirement_of(false), 100, false},
+  };
+  return list;
+}
 
-bool available(const Target& target) {
-  const int has = any_device() ? capability() : 0;
-  return target.least_capability <= has && has <= target.most_capability;
+bool runs_on(const Target& target, int capability) { return serves(capability, target.hopper); }
+
+bool available(const Target& target) { return any_device() && runs_on(target, capability()); }
+
+std::vector<Fact> facts() {
+  const auto version_of = [](cudaError_t (*query)(int*)) {
+    int version = 0;
+    return query(&version) == cudaSuccess && version > 0
+               ? fmt::format("{}.{}", version / 1000, version % 1000 / 10)
+               : std::string("none");
+  };
+  std::vector<Fact> all{
+      {"cuda", version_of(&cudaRuntimeGetVersion)},
+      {"cuda architectures", MISA_CUDA_ARCHITECTURES "," MISA_CUDA_SM90_ARCHITECTURES},
+      {"cuda driver", version_of(&cudaDriverGetVersion)},
+  };
+  int count = 0;
+  for (int i = 0; any_device() && cudaGetDeviceCount(&count) == cudaSuccess && i < count; ++i) {
+    cudaDeviceProp device{};
+    if (cudaGetDeviceProperties(&device, i) == cudaSuccess) {
+      all.push_back(
+          {fmt::format("cuda device {}", i),
+           fmt::format("{}, compute capability {}.{}, {} processors, {:.1f} GiB", device.name,
+                       device.major, device.minor, device.multiProcessorCount,
+                       static_cast<double>(device.totalGlobalMem) / (1 << 30))});
+    }
+  }
+  cudaGetLastError();  // what could not be told is no error of a later call
+  return all;
 }
 
 Device device_of(const Target& target) {

@@ -269,7 +269,7 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const Target& target) : target_(target) {}
 
   [[nodiscard]] BackendInfo info() const override {
-    return {std::string(target_.name), std::string(target_.isa), std::string(target_.requirement),
+    return {std::string(target_.name), std::string(target_.isa), target_.requirement,
             available(target_), target_.priority};
   }
 
