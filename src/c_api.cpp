@@ -193,6 +193,8 @@ misa_status misa_backend_at(std::size_t index, misa_backend_info* info) noexcept
   });
 }
 
+std::size_t misa_default_workspace_cap() noexcept { return misa::kDefaultWorkspaceCap; }
+
 misa_status misa_context_create(const misa_context_options* options,
                                 misa_context** context) noexcept {
   return guarded([&] {

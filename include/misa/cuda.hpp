@@ -46,8 +46,11 @@ void top_k(const Logits& logits, int top_k, const TopK& out, void* stream);
 
 struct PlanOptions {
   std::int64_t total_keys = 0;  ///< L: the most keys that a call brings, of all sequences
-  std::size_t workspace_cap = std::size_t{256} << 20;  ///< bytes a plan's workspace may take
-  std::string_view backend = "auto";                   ///< "auto", or a CUDA backend's own name
+  std::size_t workspace_cap = kDefaultWorkspaceCap;  ///< bytes a plan's workspace may take
+  /// "auto", "cuda", or a CUDA backend's own name, as in ContextOptions: "auto" is what the
+  /// environment variable MISA_BACKEND names, which has to be one of these, else the best that the
+  /// device can run.
+  std::string_view backend = "auto";
 };
 
 /// An indexer on the device that was current when it was planned. Everything that `run` is given

@@ -75,10 +75,13 @@ misa_status misa_backend_count(size_t* count) MISA_NOEXCEPT;
 misa_status misa_backend_at(size_t index, misa_backend_info* info) MISA_NOEXCEPT;
 
 typedef struct misa_context_options {
-  const char* backend;  /**< "auto", "cpu" or a backend's own name; null: "auto" */
+  const char* backend;  /**< "auto", "cpu", "cuda" or a backend's own name; null: "auto" */
   int32_t threads;      /**< 0: as many as the process may use */
-  size_t workspace_cap; /**< bytes a plan's workspace may take; 0: 256 MiB */
+  size_t workspace_cap; /**< bytes a plan's workspace may take; 0: misa_default_workspace_cap() */
 } misa_context_options;
+
+/** What a cap of 0 stands for, in bytes. */
+size_t misa_default_workspace_cap(void) MISA_NOEXCEPT;
 
 typedef struct misa_context misa_context;
 

@@ -15,6 +15,10 @@ inline constexpr int kPageSize = 64;
 /// Largest number of indexer heads that a call accepts.
 inline constexpr int kMaxHeads = 256;
 
+/// Bytes that a plan's workspace may take unless the caller says otherwise. docs/performance.md has
+/// what a smaller one costs.
+inline constexpr std::size_t kDefaultWorkspaceCap = std::size_t{512} << 20;
+
 /// Largest finite e4m3 value.
 inline constexpr float kE4m3Max = 448.0F;
 

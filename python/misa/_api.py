@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ._config import Config, integer, text
 PAGE_SIZE = 64
 """Tokens in one page of the key cache."""
 
-WORKSPACE_CAP = 256 << 20
+WORKSPACE_CAP: int = _core.DEFAULT_WORKSPACE_CAP
 """Bytes that a plan's workspace may take, unless told otherwise."""
 
 
@@ -104,7 +105,9 @@ def select(
     ks, ke: [T] int32; query t sees the keys s with ks[t] <= s < ke[t].
     k_scale: [L] float32, with float8_e4m3fn keys only.
     scores, heads, residual: the optional outputs wanted, see :class:`Selected`.
-    backend: "auto", "cpu", "cuda" or a name of :func:`backends`.
+    backend: "auto", "cpu", "cuda" or a name of :func:`backends`, one that takes arrays where these
+        lie: host memory is for all of them, CUDA tensors are for "cuda" and its backends. "auto" is
+        what the environment variable MISA_BACKEND names, else the best that the machine can run.
     threads: of the CPU, 0 for as many as the process may use.
     workspace_cap: bytes.
 
@@ -377,15 +380,20 @@ class Plan:
         return _returned(q, out) if made else out
 
 
-@lru_cache(maxsize=256)
 def device_plan(*arguments: Any) -> _core.DevicePlan:
     if not hasattr(_core, "DevicePlan"):
         raise RuntimeError("device: this build of misa has no CUDA backends")
+    # What the backend "auto" is may change with the variable.
+    return _cached_plan(os.environ.get("MISA_BACKEND", ""), *arguments)
+
+
+@lru_cache(maxsize=256)
+def _cached_plan(_variable: str, *arguments: Any) -> _core.DevicePlan:
     return _core.DevicePlan(*arguments)
 
 
 # Plans that outlive the interpreter would be reported as leaked.
-atexit.register(device_plan.cache_clear)
+atexit.register(_cached_plan.cache_clear)
 
 
 def run_on_device(

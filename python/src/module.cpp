@@ -30,6 +30,7 @@ void translate(const std::exception_ptr& pending, void* /*payload*/) {
 
 NB_MODULE(_core, module) {
   nb::register_exception_translator(&translate);
+  module.attr("DEFAULT_WORKSPACE_CAP") = kDefaultWorkspaceCap;
   module.def("version", &version, "The library's version, \"major.minor.patch\".");
   nb::class_<BackendInfo>(module, "BackendInfo", "A backend of this build.")
       .def_ro("name", &BackendInfo::name)

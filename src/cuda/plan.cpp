@@ -1,10 +1,10 @@
 // The public plan on a device: checks what can be checked without reading device memory.
-#include <fmt/format.h>
-
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 
 #include "cuda/target.hpp"
+#include "dispatch/backend.hpp"
 #include "indexers/cuda.hpp"
 #include "indexers/validate.hpp"
 #include "misa/cuda.hpp"
@@ -19,22 +19,9 @@ constexpr std::int64_t kRowAlignment = 16;
 // Pieces of a workspace are aligned to this, counted from its start.
 constexpr std::size_t kWorkspaceAlignment = 256;
 
-const Target& target_for(std::string_view name) {
-  std::string_view requirement;  // of the last one that was asked for and cannot run
-  for (const Target& target : targets()) {
-    if (name == "auto" || name == target.name) {
-      if (available(target)) {
-        return target;
-      }
-      requirement = target.requirement;
-    }
-  }
-  if (requirement.empty()) {
-    throw Error(
-        ErrorCode::unsupported,
-        fmt::format("backend: expected 'auto' or the name of a CUDA backend, got '{}'", name));
-  }
-  throw Error(ErrorCode::unsupported, fmt::format("backend: '{}' needs {}", name, requirement));
+const Target& target_for(std::string_view backend) {
+  const std::string name = choose_backend(cuda_backends(), "device memory", backend).info().name;
+  return *std::ranges::find(targets(), name, &Target::name);
 }
 
 void require_rows(std::string_view name, const void* data, DType dtype,
