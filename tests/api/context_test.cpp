@@ -2,7 +2,6 @@
 #include <gmock/gmock.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -11,6 +10,7 @@
 #include "misa/error.hpp"
 #include "misa/misa.h"
 #include "misa/misa.hpp"
+#include "support/backend_variable.hpp"
 #include "support/check.hpp"
 #include "support/inputs.hpp"
 
@@ -183,24 +183,6 @@ TEST(ContextThreads, TheDefaultIsWhatTheProcessMayUse) {
     EXPECT_LE(threads, *quota);
   }
 }
-
-// The environment of a test, as it was afterwards.
-class BackendVariable {
- public:
-  explicit BackendVariable(const char* value) {
-    if (const char* before = std::getenv(kName)) {
-      before_ = before;
-    }
-    ::setenv(kName, value, 1);
-  }
-  ~BackendVariable() { before_.empty() ? ::unsetenv(kName) : ::setenv(kName, before_.c_str(), 1); }
-  BackendVariable(const BackendVariable&) = delete;
-  BackendVariable& operator=(const BackendVariable&) = delete;
-
- private:
-  static constexpr const char* kName = "MISA_BACKEND";
-  std::string before_;
-};
 
 std::string refusal(std::string_view backend) {
   try {

@@ -13,11 +13,13 @@
 #include "common.hpp"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
+#include "support/backend_variable.hpp"
 
 namespace misa::test {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 
 constexpr int kTopK = 48;
 
@@ -120,9 +122,19 @@ class Call {
     return options;
   }
 
-  void enqueue(const cuda::Plan& plan, std::span<std::byte> workspace, cudaStream_t stream) const {
+  [[nodiscard]] Queries queries() const {
     Queries q = queries_;
     q.data = q_.data();
+    return q;
+  }
+
+  void enqueue(const cuda::Plan& plan, std::span<std::byte> workspace, cudaStream_t stream) const {
+    enqueue(plan, queries(), workspace, stream);
+  }
+
+  // With queries that lie elsewhere on the device.
+  void enqueue(const cuda::Plan& plan, const Queries& q, std::span<std::byte> workspace,
+               cudaStream_t stream) const {
     Weights w = weights_;
     w.data = w_.data();
     RaggedKeys k = keys_;
@@ -140,9 +152,10 @@ class Call {
   }
 
   // Enqueues on a stream of the device's own and waits.
-  [[nodiscard]] Selected run(const cuda::Plan& plan) const {
+  [[nodiscard]] Selected run(const cuda::Plan& plan) const { return run(plan, queries()); }
+  [[nodiscard]] Selected run(const cuda::Plan& plan, const Queries& q) const {
     const Guarded<std::byte> workspace(plan.workspace_bytes());
-    enqueue(plan, workspace.span(), nullptr);
+    enqueue(plan, q, workspace.span(), nullptr);
     expect_success(cudaDeviceSynchronize());
     (void)workspace.read();
     return result();
@@ -205,6 +218,12 @@ std::vector<NamedConfig> configs() {
   everything.filter_block = 128;
   everything.filter_blocks = 3;
   all.push_back({"hisa x misa-r re-ranked", everything});
+  everything.heads = 6;  // of 6: it neither routes nor re-ranks
+  all.push_back({"hisa x every head", everything});
+  IndexerConfig automatic = IndexerConfig::automatic(kTopK);
+  automatic.heads = 6;
+  automatic.dense_work = 100 * 6;
+  all.push_back({"auto, every head", automatic});
   return all;
 }
 
@@ -227,6 +246,40 @@ TEST_P(DevicePlan, SmokeMatchesTheBackend) {
       const Call call(inputs, named.config);
       EXPECT_TRUE(same_bits(call.run(plan(named.config, call)), expected(named.config, inputs)))
           << named.name << ' ' << name_of(spec.k_dtype) << ", D = " << spec.dim;
+    }
+  }
+}
+
+// Queries may lie head by head, [H, T, D].
+TEST_P(DevicePlan, HeadMajorQueries) {
+  for (const PackSpec& spec : specs()) {
+    const RaggedInputs inputs(make_pack(spec));
+    const Queries by_token = inputs.q(inputs.all());
+    const std::int64_t row = by_token.dim * static_cast<std::int64_t>(size_of(by_token.dtype));
+    std::vector<std::byte> head_major(
+        static_cast<std::size_t>(by_token.tokens * by_token.heads * row));
+    for (std::int64_t t = 0; t < by_token.tokens; ++t) {
+      for (std::int64_t j = 0; j < by_token.heads; ++j) {
+        std::memcpy(head_major.data() + (j * by_token.tokens + t) * row,
+                    static_cast<const std::byte*>(by_token.data) + (t * by_token.heads + j) * row,
+                    static_cast<std::size_t>(row));
+      }
+    }
+    Queries by_head = by_token;
+    by_head.data = head_major.data();
+    by_head.token_stride = by_token.dim;
+    by_head.head_stride = by_token.tokens * by_token.dim;
+    const Guarded<std::byte> on_device{std::span<const std::byte>(head_major)};
+    for (const NamedConfig& named : configs()) {
+      const Selected wanted = expected(named.config, inputs);
+      EXPECT_TRUE(same_bits(select(context(), named.config, by_head, inputs.w(inputs.all()),
+                                   inputs.k(inputs.all()), {true, true, true}),
+                            wanted))
+          << named.name << " from host memory";
+      const Call call(inputs, named.config);
+      Queries q = by_head;
+      q.data = on_device.data();
+      EXPECT_TRUE(same_bits(call.run(plan(named.config, call), q), wanted)) << named.name;
     }
   }
 }
@@ -368,6 +421,35 @@ TEST_P(DevicePlan, SmokeRowsAreCutAtThePlannedLength) {
     EXPECT_TRUE(
         same_bits(call.run(cuda::Plan(named.config, shape, call.options(GetParam()))), wanted))
         << named.name;
+  }
+}
+
+// A name means for arrays on the device what it means for arrays in host memory, and the variable
+// is heeded or refused.
+TEST_P(DevicePlan, NamesOfBackends) {
+  const IndexerConfig config = IndexerConfig::dsa(kTopK);
+  const RaggedInputs inputs(make_pack(spec_of(DType::bf16, DType::bf16)));
+  const Call call(inputs, config);
+  const auto backend_of = [&](const std::string& name) -> std::string {
+    try {
+      return std::string(cuda::Plan(config, call.shape(), call.options(name)).backend());
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::unsupported);
+      return error.what();
+    }
+  };
+  EXPECT_EQ(backend_of("cuda"), Context({.backend = "cuda"}).backend());
+  EXPECT_EQ(backend_of(GetParam()), GetParam());
+  EXPECT_THAT(backend_of("cpu"), StartsWith("backend: expected auto, cuda, "));
+  EXPECT_THAT(backend_of("cpu"), HasSubstr("device memory, got 'cpu'"));
+
+  const BackendVariable variable(GetParam().c_str());
+  EXPECT_EQ(backend_of("auto"), GetParam());
+  for (const char* name : {"cpu", "reference", "abacus"}) {
+    const BackendVariable wrong(name);
+    EXPECT_THAT(backend_of("auto"), StartsWith("MISA_BACKEND: expected auto, cuda, "));
+    EXPECT_THAT(backend_of("auto"), HasSubstr(name));
+    EXPECT_EQ(backend_of(GetParam()), GetParam());
   }
 }
 
