@@ -97,6 +97,12 @@ struct Selection {
 /// A validated choice of indexer for a bounded shape on one backend: asked for once, run often.
 /// `run` allocates nothing beyond the workspace it is given. One plan may run in several threads
 /// at once, each with a workspace of its own.
+///
+/// The CUDA backends are the exception, because the arrays of this class are in host memory: a run
+/// there takes device memory for copies of its arrays and for what it computes in, and host memory
+/// to pack them; workspace_bytes() is 0. The context's cap bounds what it computes in, but is raised
+/// where the keys that a call brings need more for a single query. misa::cuda::Plan, for arrays in
+/// device memory, allocates nothing.
 class Plan {
  public:
   Plan(Context context, IndexerConfig config, const Shape& shape);

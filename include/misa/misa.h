@@ -130,6 +130,9 @@ misa_status misa_plan_create(const misa_context* context, const misa_config* con
 /** Null is ignored. */
 void misa_plan_destroy(misa_plan* plan) MISA_NOEXCEPT;
 
+/** Bytes of host memory that a run needs, at most the context's cap. A run allocates nothing else,
+ * but on a CUDA backend: there it is 0, and a run takes device memory for copies of its arrays and
+ * for what it computes in (misa/indexer.hpp). */
 misa_status misa_plan_workspace_bytes(const misa_plan* plan, size_t* bytes) MISA_NOEXCEPT;
 
 /* Runs */
