@@ -234,6 +234,8 @@ def _select(
 def _selected(call: _Call) -> Steps[misa.Selected]:
     """The selection by one indexer for every query."""
     q, config = call.q, call.config
+    if config.router != "all" and config.heads == q.shape[1]:
+        return (yield from _every_head_routed(call))
     heads, residual = yield from _route(call)
     rows = _rows(call, heads, residual)
     kept = None
@@ -259,6 +261,24 @@ def _selected(call: _Call) -> Steps[misa.Selected]:
         order = torch.where(indices < 0, last, indices).argsort(dim=1)
         indices, scores = indices.gather(1, order), scores.gather(1, order)
     return misa.Selected(indices=indices, scores=scores, heads=heads, residual=residual)
+
+
+def _every_head_routed(call: _Call) -> Steps[misa.Selected]:
+    """h = H is DSA behind the same block filter (spec): nothing is routed or re-ranked."""
+    config, q = call.config, call.q
+    dsa = misa.Config(
+        "dsa",
+        top_k=config.top_k,
+        filter_block=config.filter_block,
+        filter_blocks=config.filter_blocks,
+        ordered=config.ordered,
+    )
+    found = yield from _selected(replace(call, config=dsa))
+    heads = torch.arange(config.heads, dtype=torch.int32, device=q.device)
+    return found._replace(
+        heads=torch.where(call.n[:, None] > 0, heads, -1).int(),
+        residual=torch.zeros_like(q[:, 0], dtype=torch.float32) if config.residual else None,
+    )
 
 
 def _checked(

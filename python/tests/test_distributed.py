@@ -32,6 +32,10 @@ CONFIGS = {
         "hisa", top_k=96, filter_block=64, filter_blocks=5, router="dispersion", heads=3,
         candidates=150,
     ),
+    "hisa-all": misa.Config(
+        "hisa", top_k=96, filter_block=64, filter_blocks=5, router="pooled", heads=HEADS,
+        candidates=150, residual=True,
+    ),
     "pooled-residual": misa.Config("misa", top_k=96, heads=3, block=64, residual=True),
     "self-residual": misa.Config("misa", top_k=96, heads=3, router="self", residual=True),
     "qnorm": misa.Config("misa", top_k=96, heads=3, router="qnorm"),
