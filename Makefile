@@ -16,10 +16,12 @@ test:
 	@cmake --preset release >/dev/null && cmake --build --preset release && ctest --preset release
 	@scripts/test-python.sh $(PYTHON_EXTRAS)
 
-# The CUDA backends, their tests and benchmarks; tests/gpu.sh runs them where there is a device.
+# The CUDA backends, their tests and benchmarks, and the test that needs no device; tests/gpu.sh runs
+# the others where there is one.
 cuda:
 	@scripts/install-deps.sh
 	@cmake --preset cuda >/dev/null && cmake --build --preset cuda
+	@ctest --preset cuda -R '^Architectures'
 
 bench:
 	@scripts/install-deps.sh bench
