@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, asdict, dataclass
+from functools import partial
 from typing import Any
 
 from . import _core
@@ -26,7 +27,7 @@ def text(name: str, value: Any) -> str:
     return value
 
 
-def _boolean(name: str, value: Any) -> bool:
+def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
     return value
@@ -57,6 +58,10 @@ class Config:
     ordered: whether positions ascend inside a row.
     static_heads: the heads of the router "static".
 
+    Two are equal if all fields are, whether given or left out. ``dataclasses.replace`` leaves out
+    again what was left out, so that it follows a new indexer or top_k; ``dataclasses.asdict`` has
+    the fields that were given.
+
     Raises ValueError for an unknown name or a value of the wrong type. What depends on the number
     of heads H is checked when the config meets its arrays.
     """
@@ -76,6 +81,9 @@ class Config:
     static_heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        # The dataclasses module reads the fields to copy from the instance, which has those given.
+        given = {n: f for n, f in self.__dataclass_fields__.items() if getattr(self, n) is not None}
+        object.__setattr__(self, "__dataclass_fields__", given)
         for name in ("indexer", "router"):
             value = getattr(self, name)
             if name == "indexer" or value is not None:
@@ -90,7 +98,10 @@ class Config:
             elif name == "static_heads":
                 value = _integers(name, value)
             elif isinstance(default, bool):
-                value = _boolean(name, value)
+                value = boolean(name, value)
             else:
                 value = integer(name, value, 64 if name == "dense_work" else 32)
             object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> tuple[Callable[[], Config], tuple[()]]:
+        return partial(type(self), **asdict(self)), ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -51,6 +53,43 @@ def test_config_defaults() -> None:
     )  # fmt: skip
     assert misa.Config("misa-r").residual and misa.Config("hisa").filter_block == 128
     assert misa.Config(router="static", heads=2, static_heads=[3, 1]).static_heads == (3, 1)
+
+
+CHANGES = [{"indexer": "dsa"}, {"indexer": "misa-r", "heads": 3}, {"top_k": 512}, {"heads": 8}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("given", [{}, {"heads": 5}, {"residual": True, "static_heads": [1, 2]}])
+@pytest.mark.parametrize("name", misa.indexer_names())
+def test_config_replace(name: str, given: dict, change: dict) -> None:
+    """What was left out is left out again, however often a config was copied."""
+    config = misa.Config(name, **given)
+    want = misa.Config(**({"indexer": name} | given | change))
+    for copied in (
+        config,
+        copy.copy(config),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        dataclasses.replace(config),
+        misa.Config(**dataclasses.asdict(config)),
+    ):
+        assert copied == config and hash(copied) == hash(config) and repr(copied) == repr(config)
+        assert dataclasses.replace(copied, **change) == want
+        assert misa.Config(**(dataclasses.asdict(copied) | change)) == want
+        if hasattr(copy, "replace"):
+            assert copy.replace(copied, **change) == want
+    assert eval(repr(config), {"Config": misa.Config}) == config
+
+
+def test_config_equals_by_value() -> None:
+    """A default that was given is the default."""
+    config = misa.Config("misa")
+    given = misa.Config("misa", heads=config.heads)
+    assert given == config and hash(given) == hash(config) and repr(given) == repr(config)
+    with pytest.raises(TypeError, match="best"):
+        dataclasses.replace(config, best=True)
+    with pytest.raises(ValueError, match="heads: expected an integer"):
+        dataclasses.replace(config, heads="8")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +193,7 @@ def test_read_only_inputs() -> None:
         ("q", lambda q: q[:, :, :32], "q: expected D = 64 or 128, got 32"),
         ("w", lambda w: w[:, :5], "w: expected H = 8 as q has, got 5"),
         ("w", lambda w: w.astype(np.float16), "w: expected float32, got float16"),
-        ("w", lambda w: None, "w: expected an array, got NoneType"),
+        ("w", lambda w: None, "w: expected an array of float32 .*, got NoneType"),
         ("k", lambda k: np.concatenate([k, k], 1), "k: expected D = 64 as q has, got 128"),
         ("ks", lambda ks: ks.astype(np.int64), "ks: expected int32, got int64"),
         ("ks", lambda ks: ks[:2], r"ks: expected 4 entries \(T\), got 2"),
