@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _arrays, _core
 from ._arrays import Array
-from ._config import Config, integer, text
+from ._config import Config, boolean, integer, text
 
 PAGE_SIZE = 64
 """Tokens in one page of the key cache."""
@@ -42,7 +42,7 @@ def empty_selected(
     like: Array, config: Config, scores: bool, heads: bool, residual: bool
 ) -> Selected:
     """Uninitialised outputs for the queries ``like`` [T, H, D]."""
-    tokens, _, dim = like.shape
+    tokens, _, dim = _checked_shape("q", like, "[T, H, D]")
     return Selected(
         _arrays.empty(like, (tokens, config.top_k), "int32"),
         _arrays.empty(like, (tokens, config.top_k), "float32") if scores else None,
@@ -53,13 +53,14 @@ def empty_selected(
     )
 
 
-def _checked_queries(q: Array) -> Array:
-    if len(_arrays.checked("q", q).shape) != 3:
-        raise ValueError(f"q: expected [T, H, D], got {len(q.shape)} dimensions")
-    return q
+def _checked_shape(name: str, array: Array, layout: str) -> tuple[int, ...]:
+    shape = _arrays.checked(name, array).shape
+    if len(shape) != layout.count(",") + 1:
+        raise ValueError(f"{name}: expected {layout}, got {len(shape)} dimensions")
+    return shape
 
 
-def _checked_config(config: Config) -> Config:
+def checked_config(config: Config) -> Config:
     if not isinstance(config, Config):
         raise ValueError(f"config: expected a misa.Config, got {config!r}")
     if config.top_k < 1:
@@ -67,6 +68,10 @@ def _checked_config(config: Config) -> Config:
     if config.router != "all" and config.heads < 0:
         raise ValueError(f"heads: expected 0 or more, got {config.heads}")
     return config
+
+
+def _checked_wanted(scores: bool, heads: bool, residual: bool) -> tuple[bool, bool, bool]:
+    return boolean("scores", scores), boolean("heads", heads), boolean("residual", residual)
 
 
 def _checked_execution(backend: str, threads: int, workspace_cap: int) -> tuple[str, int, int]:
@@ -119,16 +124,16 @@ def select(
     Raises ValueError for a wrong argument, MemoryError if the workspace's cap is too small,
     RuntimeError if no backend can do it.
     """
-    _checked_queries(q)
-    _checked_config(config)
-    backend, threads, workspace_cap = _checked_execution(backend, threads, workspace_cap)
-    options = (scores, heads, residual, backend, threads, workspace_cap)
+    checked_config(config)
+    wanted = _checked_wanted(scores, heads, residual)
+    execution = _checked_execution(backend, threads, workspace_cap)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *options)
-    out = empty_selected(q, config, scores, heads, residual)
-    select_into(out, q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap)
+        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *wanted, *execution)
+    _arrays.require_one_framework({"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale})
+    out = empty_selected(q, config, *wanted)
+    select_into(out, q, w, k, ks, ke, k_scale, config, *execution)
     return _returned(q, out)
 
 
@@ -148,11 +153,12 @@ def select_into(
     """Like :func:`select`, into the arrays of ``out``, which is returned."""
     device = _arrays.cuda_device("q", q)
     if device is None:
-        arrays = [_arrays.bits(array) for array in (q, w, k, ks, ke, k_scale)]
-        _core.select(config, *arrays, *out, backend, threads, workspace_cap)
+        inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+        inputs = [_arrays.readable(name, array) for name, array in inputs.items()]
+        _core.select(config, *inputs, *out, backend, threads, workspace_cap)
         return out
     tokens, heads, dim = q.shape
-    keys = _arrays.checked("k", k).shape[0]
+    keys, _ = _checked_shape("k", k, "[L, D]")
     dtypes = _arrays.dtype_name("q", q.dtype), _arrays.dtype_name("k", k.dtype)
     plan = device_plan(
         config, tokens, heads, dim, keys, *dtypes, keys, device, backend, workspace_cap
@@ -191,18 +197,21 @@ def select_paged(
     are gathered into B * max_pages * 64 contiguous keys first, page numbers out of range clamped,
     and page_sums are not read.
     """
-    _checked_queries(q)
-    _checked_config(config)
-    backend, threads, workspace_cap = _checked_execution(backend, threads, workspace_cap)
-    options = (scores, heads, residual, backend, threads, workspace_cap)
+    checked_config(config)
+    wanted = _checked_wanted(scores, heads, residual)
+    execution = _checked_execution(backend, threads, workspace_cap)
     next_n = integer("next_n", next_n)
     arrays = (q, w, cache, block_table, context_lens)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *options)
-    out = empty_selected(q, config, scores, heads, residual)
-    select_paged_into(out, *arrays, page_sums, next_n, config, backend, threads, workspace_cap)
+        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *wanted, *execution)
+    _arrays.require_one_framework(
+        {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
+         "page_sums": page_sums}
+    )  # fmt: skip
+    out = empty_selected(q, config, *wanted)
+    select_paged_into(out, *arrays, page_sums, next_n, config, *execution)
     return _returned(q, out)
 
 
@@ -221,10 +230,11 @@ def select_paged_into(
     workspace_cap: int,
 ) -> Selected:
     """Like :func:`select_paged` in host memory, into the arrays of ``out``, which is returned."""
-    _core.select_paged(
-        config, _arrays.bits(q), w, cache, block_table, context_lens, next_n, page_sums, *out,
-        backend, threads, workspace_cap,
-    )  # fmt: skip
+    inputs = {"q": q, "w": w, "cache": cache, "block_table": block_table,
+              "context_lens": context_lens}  # fmt: skip
+    inputs = [_arrays.readable(name, array) for name, array in inputs.items()]
+    page_sums = _arrays.readable("page_sums", page_sums)
+    _core.select_paged(config, *inputs, next_n, page_sums, *out, backend, threads, workspace_cap)
     return out
 
 
@@ -247,7 +257,13 @@ def append(
 
     Appending at an offset ends the page's content there. Raises ValueError for a wrong argument.
     """
-    _core.append(_arrays.bits(cache), _arrays.bits(k), slots, scale_format, page_sums)
+    _core.append(
+        _arrays.writable("cache", cache),
+        _arrays.readable("k", k),
+        _arrays.readable("slots", slots),
+        text("scale_format", scale_format),
+        _arrays.writable("page_sums", page_sums),
+    )
 
 
 def rebuild_page_sums(
@@ -261,7 +277,12 @@ def rebuild_page_sums(
 
     Raises ValueError for a wrong argument.
     """
-    _core.rebuild_page_sums(_arrays.bits(cache), page_sums, pages, filled)
+    _core.rebuild_page_sums(
+        _arrays.writable("cache", cache),
+        _arrays.writable("page_sums", page_sums),
+        _arrays.readable("pages", pages),
+        _arrays.readable("filled", filled),
+    )
 
 
 class Cache:
@@ -273,6 +294,7 @@ class Cache:
 
     def __init__(self, pages: int, dim: int = 128, *, scale_format: str = "f32") -> None:
         """An empty cache of zeros; dim is 64 or 128, scale_format as for :func:`append`."""
+        pages, dim = integer("pages", pages, 64), integer("dim", dim)
         if pages < 0:
             raise ValueError(f"pages: expected 0 or more, got {pages}")
         if dim not in (64, 128):
@@ -280,6 +302,7 @@ class Cache:
         self.data = np.zeros((pages, PAGE_SIZE, dim + 4), np.uint8)
         self.page_sums = np.zeros((pages, dim), np.float32)
         self.scale_format = scale_format
+        self.append(np.empty((0, dim), np.float32), np.empty(0, np.int64))  # it only validates
 
     def append(self, k: Array, slots: Array) -> None:
         """Quantises keys k [N, dim] into slots [N], see :func:`append`."""
@@ -324,7 +347,7 @@ class Plan:
         backend: str = "auto",
         threads: int = 0,
     ) -> None:
-        self.config = _checked_config(config)
+        self.config = checked_config(config)
         kind, _, index = str(device).partition(":")
         if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
             raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}")
@@ -367,7 +390,8 @@ class Plan:
         out: where the selection goes, contiguous; a new one of indices alone without it.
         workspace: uint8 [workspace_bytes or more], aligned to 64 bytes, on CUDA to 256.
         """
-        _checked_queries(q)
+        inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+        _arrays.require_one_framework(inputs)
         made = out is None
         if made:
             out = empty_selected(q, self.config, False, False, False)
@@ -375,9 +399,13 @@ class Plan:
             raise ValueError(f"out: expected a misa.Selected, got {type(out).__name__}")
         if self._on_device:
             return run_on_device(self._plan, q, w, k, ks, ke, k_scale, out, workspace)
-        arrays = [_arrays.bits(array) for array in (q, w, k, ks, ke, k_scale)]
-        self._plan.run(*arrays, *out, workspace)
+        arrays = [_arrays.readable(name, array) for name, array in inputs.items()]
+        self._plan.run(*arrays, *_outputs(out), _arrays.writable("workspace", workspace))
         return _returned(q, out) if made else out
+
+
+def _outputs(out: Selected) -> list[Array]:
+    return [_arrays.writable(name, array) for name, array in out._asdict().items()]
 
 
 def device_plan(*arguments: Any) -> _core.DevicePlan:
@@ -411,7 +439,8 @@ def run_on_device(
         workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
     inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
     inputs = [_arrays.on_stream(name, array) for name, array in inputs.items()]
-    plan.run(*inputs, *out, workspace, _arrays.stream_of(q))
+    workspace = _arrays.writable("workspace", workspace)
+    plan.run(*inputs, *_outputs(out), workspace, _arrays.stream_of(q))
     return out
 
 
@@ -437,13 +466,13 @@ def compare(
     """
     call = {"k_scale": k_scale, "backend": backend}
     wanted = select(q, w, k, ks, ke, config=baseline, scores=scores, **call)
-    positions = _arrays.to_numpy(wanted.indices)
+    positions = _arrays.to_numpy("q", wanted.indices)
     counts = (positions >= 0).sum(1)
     rows = counts > 0
-    weights = np.where(positions >= 0, _arrays.to_numpy(wanted.scores), 0) if scores else None
+    weights = np.where(positions >= 0, _arrays.to_numpy("q", wanted.scores), 0) if scores else None
     results = []
     for config in configs:
-        got = _arrays.to_numpy(select(q, w, k, ks, ke, config=config, **call).indices)
+        got = _arrays.to_numpy("q", select(q, w, k, ks, ke, config=config, **call).indices)
         found = np.array(
             [np.isin(p, g[g >= 0]) for p, g in zip(positions, got, strict=True)], bool
         ).reshape(positions.shape)

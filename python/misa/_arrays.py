@@ -6,6 +6,7 @@ NumPy, PyTorch, CuPy and, in host memory, JAX are known.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,24 @@ def is_torch(array: Array) -> bool:
 
 
 def _framework(array: Array) -> str:
-    return type(array).__module__.partition(".")[0]
+    kind = np.ndarray if isinstance(array, np.ndarray) else type(array)
+    return "torch" if is_torch(array) else kind.__module__.partition(".")[0]
+
+
+def _type_name(array: Array) -> str:
+    kind = type(array)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+
+
+def require_one_framework(arrays: Mapping[str, Array]) -> None:
+    """ValueError unless all arrays are of the framework of the first; None is left out."""
+    (first, like), *others = arrays.items()
+    expected = _framework(checked(first, like))
+    for name, array in others:
+        if array is not None and _framework(array) != expected:
+            raise ValueError(
+                f"{name}: expected an array of {expected} as {first} is, got {_type_name(array)}"
+            )
 
 
 def dtype_name(name: str, dtype: Any) -> str:
@@ -47,31 +65,72 @@ def dtype_name(name: str, dtype: Any) -> str:
 def checked(name: str, array: Array) -> Array:
     """The array; ValueError if it is none."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
+        raise ValueError(f"{name}: expected an array, got {_type_name(array)}")
     return array
 
 
-def to_numpy(array: Array) -> np.ndarray:
-    """The array in host memory, a copy if it lay elsewhere; PyTorch's e4m3 as the bits."""
-    return bits(array).cpu().numpy() if is_torch(array) else np.asarray(array)
+def to_numpy(name: str, array: Array) -> np.ndarray:
+    """The array in host memory, a copy if it lay elsewhere; PyTorch's e4m3 as the bits. ValueError
+    if it is none, or has no elements to be read."""
+    array = checked(name, readable(name, array))
+    if not is_torch(array):
+        return np.asarray(array)
+    import torch
+
+    cuda_device(name, array)
+    if array.layout != torch.strided or array.is_quantized:
+        raise ValueError(f"{name}: expected a dense tensor, got {array.dtype}, {array.layout}")
+    return _bits(array).cpu().numpy()
 
 
-def bits(array: Array) -> Array:
-    """The same memory in a dtype that DLPack and the buffer protocol carry: the bits of e4m3 are
-    uint8, those of NumPy's bf16 uint16. None stays None."""
-    if array is None:
-        return None
+def host_array(name: str, array: Array, dtypes: tuple[str, ...], layout: str) -> np.ndarray:
+    """:func:`to_numpy` of an array of one of these dtypes and of as many dimensions as ``layout``
+    names; ValueError for another one."""
+    found = to_numpy(name, array)
+    if found.dtype.name not in dtypes or found.ndim != layout.count(",") + 1:
+        raise ValueError(
+            f"{name}: expected {' or '.join(dtypes)} {layout}, got {array.dtype} {found.shape}"
+        )
+    return found
+
+
+def _bits(array: Array) -> Array:
     if is_torch(array):
         import torch
 
-        array = array.detach()
-        return array.view(torch.uint8) if array.dtype == torch.float8_e4m3fn else array
+        is_e4m3 = array.dtype == torch.float8_e4m3fn and array.layout == torch.strided
+        return array.view(torch.uint8) if is_e4m3 else array
     name = str(getattr(array, "dtype", ""))
     if name == "float8_e4m3fn":
         return array.view(np.uint8)
     if name == "bfloat16" and isinstance(array, np.ndarray):
         return array.view(np.uint16)
     return array
+
+
+def _unmasked(name: str, array: Array) -> Array:
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"{name}: expected an array without a mask, got {_type_name(array)}")
+    return array
+
+
+def readable(name: str, array: Array) -> Array:
+    """An input as DLPack and the buffer protocol carry it. The elements of q and k are their bits:
+    uint8 those of e4m3, uint16 those of NumPy's bf16. None stays None."""
+    if is_torch(array):
+        array = array.detach().resolve_neg()  # neither protocol tells of a negation put off
+    array = _unmasked(name, array)
+    return _bits(array) if name in ("q", "k") else array
+
+
+def writable(name: str, array: Array) -> Array:
+    """An output as DLPack and the buffer protocol carry it; None stays None."""
+    if is_torch(array):
+        if array.is_neg():
+            raise ValueError(f"{name}: expected a writable tensor, got a negated view")
+        if array.requires_grad:
+            raise ValueError(f"{name}: expected a writable tensor, got one that requires gradients")
+    return _unmasked(name, array)
 
 
 def cuda_device(name: str, array: Array) -> int | None:
@@ -83,7 +142,7 @@ def cuda_device(name: str, array: Array) -> int | None:
             raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {array.device}")
         return array.device.index if array.is_cuda else None
     if not hasattr(array, "__dlpack_device__"):
-        raise ValueError(f"{name}: expected an array that speaks DLPack, got {type(array)}")
+        raise ValueError(f"{name}: expected an array that speaks DLPack, got {_type_name(array)}")
     kind, index = array.__dlpack_device__()
     return None if kind in (_CPU, _CUDA_HOST) else int(index)
 
@@ -100,7 +159,7 @@ def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     if _framework(like) != "cupy":
         raise ValueError(
             "q: expected an array of NumPy, PyTorch or CuPy, or of JAX in host memory, "
-            f"got {type(like)}"
+            f"got {_type_name(like)}"
         )
     import cupy
 
@@ -127,14 +186,14 @@ def on_stream(name: str, array: Array) -> Array:
     """An input of a run on a device; of CuPy a DLPack capsule, which makes CUDA's default stream
     wait for whatever computes the array."""
     if array is None or is_torch(array) or cuda_device(name, array) is None:
-        return bits(array)
-    return bits(array).__dlpack__(stream=_LEGACY_STREAM)
+        return readable(name, array)
+    return readable(name, array).__dlpack__(stream=_LEGACY_STREAM)
 
 
 def stream_of(like: Array) -> int:
     """The CUDA stream that a run on ``like``'s device is put on: PyTorch's current one; for CuPy
     CUDA's default stream."""
-    if is_torch(like):
+    if is_torch(like) and like.is_cuda:
         import torch
 
         return torch.cuda.current_stream(like.device).cuda_stream

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._api import PAGE_SIZE
-from ._arrays import Array, is_torch, to_numpy
+from ._arrays import Array, host_array, is_torch
 from .reference import values
 
 SPLIT = 256
@@ -22,6 +22,9 @@ def _like(q: Array, result: np.ndarray) -> Array:
     import torch
 
     return torch.from_numpy(result).to(q.device)
+
+
+_E4M3, _FLOAT, _INT = ("float8_e4m3fn", "uint8"), ("float32",), ("int32",)
 
 
 def _logits(q: np.ndarray, weights: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -47,11 +50,16 @@ def fp8_mqa_logits(
         seen).
     max_seqlen_k: if positive, a row starts at the first key that its query sees.
 
-    Returns float32 [T, L] or [T, max_seqlen_k]. Raises ValueError if max_seqlen_k is too small.
+    Returns float32 [T, L] or [T, max_seqlen_k]. Raises ValueError for a wrong argument.
     """
-    starts, ends = to_numpy(cu_seq_len_k_start), to_numpy(cu_seq_len_k_end)
-    keys = values(to_numpy(kv[0])) * to_numpy(kv[1])[:, None].astype(np.float64)
-    logits = _logits(values(to_numpy(q)), to_numpy(weights), keys)
+    queries = values(host_array("q", q, _E4M3, "[T, H, D]"))
+    k = host_array("kv[0]", kv[0], _E4M3, "[L, D]")
+    scales = host_array("kv[1]", kv[1], _FLOAT, "[L]")
+    of_heads = host_array("weights", weights, _FLOAT, "[T, H]")
+    starts = host_array("cu_seq_len_k_start", cu_seq_len_k_start, _INT, "[T]")
+    ends = host_array("cu_seq_len_k_end", cu_seq_len_k_end, _INT, "[T]")
+    keys = values(k) * scales[:, None].astype(np.float64)
+    logits = _logits(queries, of_heads, keys)
     position = np.arange(len(keys))
     seen = (position >= starts[:, None]) & (position < ends[:, None])
     if clean_logits:
@@ -85,16 +93,19 @@ def fp8_paged_mqa_logits(
     schedule_metadata is ignored. clean_logits: whether the logits of other keys are -inf; else they
     are unspecified (here 0).
 
-    Returns float32 [B * next_n, max_context_len].
+    Returns float32 [B * next_n, max_context_len]. Raises ValueError for a wrong argument.
     """
-    cache, table = to_numpy(fused_kv_cache), to_numpy(block_table)
-    queries, of_weights = values(to_numpy(q)), to_numpy(weights)
+    queries = values(host_array("q", q, _E4M3, "[B, next_n, H, D]"))
+    cache = host_array("fused_kv_cache", fused_kv_cache, ("uint8",), "[pages, 64, 1, D + 4]")
+    of_weights = host_array("weights", weights, _FLOAT, "[B * next_n, H]")
+    lengths = host_array("context_lens", context_lens, _INT, "[B]")
+    table = host_array("block_table", block_table, _INT, "[B, max_pages]")
     batch, next_n, heads, dim = queries.shape
     pages = cache.reshape(len(cache), PAGE_SIZE * (dim + 4))
     elements = values(pages[:, : PAGE_SIZE * dim]).reshape(-1, PAGE_SIZE, dim)
     scales = np.ascontiguousarray(pages[:, PAGE_SIZE * dim :]).view(np.float32)
     out = np.full((batch, next_n, max_context_len), -np.inf if clean_logits else 0, np.float32)
-    for b, length in enumerate(to_numpy(context_lens)):
+    for b, length in enumerate(lengths):
         held = table[b, : -(-max(int(length), 0) // PAGE_SIZE)]
         keys = (elements[held] * scales[held, :, None]).reshape(-1, dim)[: max(int(length), 0)]
         rows = _logits(queries[b], of_weights.reshape(batch, next_n, heads)[b], keys)
@@ -110,11 +121,12 @@ def get_paged_mqa_logits_metadata(context_lens: Array, block_kv: int, num_sms: i
     context_lens: int32 [B]. block_kv: 64.
 
     Returns int32 [num_sms + 1, 2]: multiprocessor i starts at split [i, 1] of sequence [i, 0] and
-    ends where the next one starts. Raises ValueError for another page size.
+    ends where the next one starts. Raises ValueError for another page size and a wrong argument.
     """
     if block_kv != PAGE_SIZE:
         raise ValueError(f"block_kv: expected {PAGE_SIZE}, got {block_kv}")
-    splits = -(-np.maximum(to_numpy(context_lens).astype(np.int64), 0) // SPLIT)
+    lengths = host_array("context_lens", context_lens, _INT, "[B]").astype(np.int64)
+    splits = -(-np.maximum(lengths, 0) // SPLIT)
     ends = np.cumsum(splits)
     total = int(splits.sum())
     share, rest = divmod(total, num_sms)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 namespace misa::python {
 namespace {
@@ -26,8 +27,16 @@ std::string name_of(nb::dlpack::dtype dtype) {
   return kind + std::to_string(dtype.bits);
 }
 
-void require_equal(std::string_view name, nb::dlpack::dtype expected, nb::dlpack::dtype got) {
-  require(expected == got, "{}: expected {}, got {}", name, name_of(expected), name_of(got));
+constexpr std::string_view kElementNames = "float32, bfloat16 or float8_e4m3fn";
+
+bool holds(nb::dlpack::dtype got, std::optional<nb::dlpack::dtype> expected) {
+  return expected ? got == *expected
+                  : got == nb::dtype<float>() || got == kBfloat16 || got == kFloat8 ||
+                        got == nb::dtype<std::uint16_t>() || got == nb::dtype<std::uint8_t>();
+}
+
+std::string name_of(std::optional<nb::dlpack::dtype> expected) {
+  return expected ? name_of(*expected) : std::string(kElementNames);
 }
 
 std::string name_of(Place place) {
@@ -46,24 +55,59 @@ void require_place(std::string_view name, const Any& array, Place place) {
                  : fmt::format("DLPack device type {}", type));
 }
 
-// The array that an object is, of whichever framework.
+std::string text_of(nb::handle object) {
+  const std::string text = nb::str(object).c_str();
+  return text.starts_with("torch.") ? text.substr(6) : text;
+}
+
+// Throws for an object that is no array, or one that neither DLPack nor the buffer protocol
+// carries: of another byte order, sparse, without memory.
+[[noreturn]] void refuse(std::string_view name, nb::handle object, const std::string& expected) {
+  std::string got = nb::inst_name(object).c_str();
+  for (const char* property : {"dtype", "layout", "device"}) {
+    if (nb::hasattr(object, property)) {
+      got += fmt::format(", {} {}", property, text_of(object.attr(property)));
+    }
+  }
+  const nb::object dtype = nb::getattr(object, "dtype", nb::none());
+  const nb::object flags = nb::getattr(object, "flags", nb::none());
+  if (text_of(nb::getattr(dtype, "byteorder", nb::none())) == ">") {
+    got += ", big-endian";
+  }
+  if (text_of(nb::getattr(flags, "writeable", nb::none())) == "False") {
+    got += ", read-only";
+  }
+  throw Error(ErrorCode::invalid_argument,
+              fmt::format("{}: expected {}, got {}", name, expected, got));
+}
+
+// The array that an object is, of whichever framework, once its dtype and place are right.
 template <class Any>
-Any cast(std::string_view name, nb::handle object, std::string_view expected) {
+Any cast(std::string_view name, nb::handle object, std::optional<nb::dlpack::dtype> dtype,
+         std::string_view layout, Place place) {
   Any array;
-  require(nb::try_cast(object, array), "{}: expected {}, got {}", name, expected,
-          nb::inst_name(object).c_str());
+  if (!nb::try_cast(object, array)) {
+    constexpr std::string_view kind =
+        std::is_same_v<Any, nb::ndarray<nb::ro>> ? "an array" : "a writable array";
+    refuse(name, object,
+           fmt::format("{} of {}{}{} in {}", kind, name_of(dtype), layout.empty() ? "" : " ",
+                       layout, name_of(place)));
+  }
+  require_place(name, array, place);
+  const nb::dlpack::dtype got = array.dtype();
+  require(holds(got, dtype), "{}: expected {}, got {}", name, name_of(dtype),
+          nb::hasattr(object, "dtype") ? text_of(object.attr("dtype")) : name_of(got));
   return array;
 }
 
 }  // namespace
 
-Array::Array(std::string_view name, nb::handle object, std::string_view layout, Place place,
-             Access access)
+Array::Array(std::string_view name, nb::handle object, std::optional<nb::dlpack::dtype> dtype,
+             std::string_view layout, Place place, Access access)
     : name_(name),
       array_(access == Access::read
-                 ? cast<nb::ndarray<nb::ro>>(name, object, "an array")
-                 : nb::ndarray<nb::ro>(cast<nb::ndarray<>>(name, object, "a writable array"))) {
-  require_place(name, array_, place);
+                 ? cast<nb::ndarray<nb::ro>>(name, object, dtype, layout, place)
+                 : nb::ndarray<nb::ro>(cast<nb::ndarray<>>(name, object, dtype, layout, place))) {
   const std::size_t ndim = array_.ndim();
   require(ndim == 1 + static_cast<std::size_t>(std::count(layout.begin(), layout.end(), ',')),
           "{}: expected {}, got {} dimensions", name, layout, ndim);
@@ -87,32 +131,24 @@ DType Array::dtype() const {
   if (dtype == nb::dtype<float>()) {
     return DType::f32;
   }
-  if (dtype == kBfloat16 || dtype == nb::dtype<std::uint16_t>()) {
-    return DType::bf16;
-  }
-  require(dtype == kFloat8 || dtype == nb::dtype<std::uint8_t>(),
-          "{}: expected float32, bfloat16 or float8_e4m3fn, got {}", name_, name_of(dtype));
-  return DType::e4m3;
-}
-
-void Array::require_dtype(nb::dlpack::dtype dtype) const {
-  require_equal(name_, dtype, array_.dtype());
+  const bool half = dtype == kBfloat16 || dtype == nb::dtype<std::uint16_t>();
+  return half ? DType::bf16 : DType::e4m3;
 }
 
 std::optional<Array> optional_array(std::string_view name, nb::handle object,
-                                    std::string_view layout, Place place, Access access) {
+                                    nb::dlpack::dtype dtype, std::string_view layout, Place place,
+                                    Access access) {
   if (object.is_none()) {
     return std::nullopt;
   }
-  return Array(name, object, layout, place, access);
+  return Array(name, object, dtype, layout, place, access);
 }
 
-Output::Output(std::string_view name, nb::handle object, Place place) : name_(name) {
+Output::Output(std::string_view name, nb::handle object, Place place, nb::dlpack::dtype dtype) {
   if (object.is_none()) {
     return;
   }
-  array_ = cast<nb::ndarray<>>(name, object, "a writable array");
-  require_place(name, array_, place);
+  array_ = cast<nb::ndarray<>>(name, object, dtype, "", place);
   std::int64_t dense = 1;
   for (std::size_t i = array_.ndim(); i-- > 0;) {
     require(array_.shape(i) <= 1 || array_.size() == 0 || array_.stride(i) == dense,
@@ -122,18 +158,14 @@ Output::Output(std::string_view name, nb::handle object, Place place) : name_(na
   }
 }
 
-void Output::require_dtype(nb::dlpack::dtype dtype) const {
-  require_equal(name_, dtype, array_.dtype());
-}
-
 RaggedArrays::RaggedArrays(nb::handle q_, nb::handle w_, nb::handle k_, nb::handle ks,
                            nb::handle ke, nb::handle k_scale, Place place)
-    : q("q", q_, "[T, H, D]", place),
-      w("w", w_, "[T, H]", place),
-      k("k", k_, "[L, D]", place),
-      starts("ks", ks, "[T]", place),
-      ends("ke", ke, "[T]", place),
-      scale(optional_array("k_scale", k_scale, "[L]", place)) {
+    : q("q", q_, kElements, "[T, H, D]", place),
+      w("w", w_, nb::dtype<float>(), "[T, H]", place),
+      k("k", k_, kElements, "[L, D]", place),
+      starts("ks", ks, nb::dtype<std::int32_t>(), "[T]", place),
+      ends("ke", ke, nb::dtype<std::int32_t>(), "[T]", place),
+      scale(optional_array("k_scale", k_scale, nb::dtype<float>(), "[L]", place)) {
   if (scale) {
     require(scale->extent(0) == k.extent(0), "k_scale: expected L = {} entries as k has, got {}",
             k.extent(0), scale->extent(0));
@@ -194,8 +226,8 @@ std::int64_t cache_dim(const Array& cache) {
 }  // namespace
 
 CacheArrays::CacheArrays(nb::handle cache, nb::handle page_sums, Access access)
-    : cache_("cache", cache, cache_layout(cache), {}, access),
-      sums_(optional_array("page_sums", page_sums, "[pages, D]", {}, access)),
+    : cache_("cache", cache, nb::dtype<std::uint8_t>(), cache_layout(cache), {}, access),
+      sums_(optional_array("page_sums", page_sums, nb::dtype<float>(), "[pages, D]", {}, access)),
       dim_(cache_dim(cache_)) {
   if (sums_) {
     const std::int64_t stride = sums_->stride(0);
@@ -218,10 +250,10 @@ CacheSpan CacheArrays::span() const {
 
 OutputArrays::OutputArrays(nb::handle indices_, nb::handle scores_, nb::handle heads_,
                            nb::handle residual_, Place place)
-    : indices("indices", indices_, place),
-      scores("scores", scores_, place),
-      heads("heads", heads_, place),
-      residual("residual", residual_, place) {}
+    : indices("indices", indices_, place, nb::dtype<std::int32_t>()),
+      scores("scores", scores_, place, nb::dtype<float>()),
+      heads("heads", heads_, place, nb::dtype<std::int32_t>()),
+      residual("residual", residual_, place, nb::dtype<float>()) {}
 
 Selection OutputArrays::selection() const {
   return {indices.span_of<std::int32_t>(), scores.span_of<float>(), heads.span_of<std::int32_t>(),

@@ -27,13 +27,16 @@ struct Place {
 
 enum class Access : bool { read, write };
 
+// f32, bf16 or e4m3, the latter two also as their bits: uint16 and uint8.
+inline constexpr std::optional<nb::dlpack::dtype> kElements = std::nullopt;
+
 // An argument; holds the array while the call runs. Its last dimension is contiguous.
 class Array {
  public:
-  // Throws Error unless `object` is an array of as many dimensions as `layout` names, e.g.
-  // "[T, H, D]", that lies in `place` and allows the access.
-  Array(std::string_view name, nb::handle object, std::string_view layout, Place place,
-        Access access = Access::read);
+  // Throws Error unless `object` is an array of this dtype, of as many dimensions as `layout`
+  // names, e.g. "[T, H, D]", that lies in `place` and allows the access.
+  Array(std::string_view name, nb::handle object, std::optional<nb::dlpack::dtype> dtype,
+        std::string_view layout, Place place, Access access = Access::read);
 
   [[nodiscard]] std::size_t dimensions() const { return array_.ndim(); }
   [[nodiscard]] std::int64_t extent(std::size_t dimension) const {
@@ -42,14 +45,13 @@ class Array {
   // Elements from one entry to the next; 0, which the views take for dense, where there is no next.
   [[nodiscard]] std::int64_t stride(std::size_t dimension) const;
 
-  // f32, bf16 or e4m3, the latter two also as their bits: uint16 and uint8.
+  // Of an array of kElements.
   [[nodiscard]] DType dtype() const;
   [[nodiscard]] const void* data() const { return array_.data(); }
 
-  // The data of an array of T; throws Error if it holds something else.
+  // T is the type of the dtype that was asked for.
   template <class T>
   [[nodiscard]] const T* data_of() const {
-    require_dtype(nb::dtype<T>());
     return static_cast<const T*>(array_.data());
   }
 
@@ -66,35 +68,32 @@ class Array {
   }
 
  private:
-  void require_dtype(nb::dlpack::dtype dtype) const;
-
   std::string_view name_;
   nb::ndarray<nb::ro> array_;
 };
 
 // None is no array.
 std::optional<Array> optional_array(std::string_view name, nb::handle object,
-                                    std::string_view layout, Place place,
+                                    nb::dlpack::dtype dtype, std::string_view layout, Place place,
                                     Access access = Access::read);
 
 // An argument that is written as a whole: contiguous; None is an empty one.
 class Output {
  public:
-  Output(std::string_view name, nb::handle object, Place place);
+  // A workspace holds bytes.
+  Output(std::string_view name, nb::handle object, Place place,
+         nb::dlpack::dtype dtype = nb::dtype<std::uint8_t>());
 
+  // T is the type of the dtype that was asked for.
   template <class T>
   [[nodiscard]] std::span<T> span_of() const {
     if (!array_.is_valid()) {
       return {};
     }
-    require_dtype(nb::dtype<T>());
     return {static_cast<T*>(array_.data()), array_.size()};
   }
 
  private:
-  void require_dtype(nb::dlpack::dtype dtype) const;
-
-  std::string_view name_;
   nb::ndarray<> array_;
 };
 

@@ -15,8 +15,8 @@ ScaleFormat scale_format_of(std::string_view name) {
 void append_keys(nb::handle cache_, nb::handle k_, nb::handle slots_, std::string_view scale_format,
                  nb::handle page_sums) {
   const CacheArrays cache(cache_, page_sums, Access::write);
-  const Array k("k", k_, "[N, D]", {});
-  const Array slots("slots", slots_, "[N]", {});
+  const Array k("k", k_, kElements, "[N, D]", {});
+  const Array slots("slots", slots_, nb::dtype<std::int64_t>(), "[N]", {});
   const CacheSpan span = cache.span();
   const NewKeys keys{k.data(), k.dtype(), k.extent(0), k.extent(1), k.stride(0)};
   const auto at = slots.span_of<std::int64_t>();
@@ -27,8 +27,9 @@ void append_keys(nb::handle cache_, nb::handle k_, nb::handle slots_, std::strin
 
 void rebuild(nb::handle cache_, nb::handle page_sums, nb::handle pages_, nb::handle filled_) {
   const CacheArrays cache(cache_, page_sums, Access::write);
-  const Array pages("pages", pages_, "[N]", {});
-  const auto filled = optional_array("filled", filled_, "[N]", {});
+  const auto i32 = nb::dtype<std::int32_t>();
+  const Array pages("pages", pages_, i32, "[N]", {});
+  const auto filled = optional_array("filled", filled_, i32, "[N]", {});
   const CacheSpan span = cache.span();
   const auto numbers = pages.span_of<std::int32_t>();
   const auto counts = filled ? filled->span_of<std::int32_t>() : std::span<const std::int32_t>();

@@ -97,10 +97,11 @@ void select_paged(nb::handle config, nb::handle q_, nb::handle w_, nb::handle ca
                   nb::handle page_sums, nb::handle indices, nb::handle scores, nb::handle heads,
                   nb::handle residual, std::string_view backend, int threads,
                   std::int64_t workspace_cap) {
-  const Array q("q", q_, "[T, H, D]", {});
-  const Array w("w", w_, "[T, H]", {});
-  const Array table("block_table", block_table, "[B, max_pages]", {});
-  const Array lengths("context_lens", context_lens, "[B]", {});
+  const auto i32 = nb::dtype<std::int32_t>();
+  const Array q("q", q_, kElements, "[T, H, D]", {});
+  const Array w("w", w_, nb::dtype<float>(), "[T, H]", {});
+  const Array table("block_table", block_table, i32, "[B, max_pages]", {});
+  const Array lengths("context_lens", context_lens, i32, "[B]", {});
   const CacheArrays cache(cache_, page_sums, Access::read);
   const OutputArrays out(indices, scores, heads, residual, {});
   require(table.extent(0) == lengths.extent(0),

@@ -1,0 +1,187 @@
+"""What is no argument of a call is refused by a message that names it, what was expected and what
+came: every argument of every entry point, times every kind of object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import misa
+from inputs import random_inputs
+
+CONFIG = misa.Config("misa-r", top_k=4, heads=2)
+SHAPE = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 9}
+OUTPUTS = misa.Selected._fields
+WRITTEN = {"append": ("cache", "page_sums"), "rebuild_page_sums": ("cache", "page_sums"),
+           "Plan.run": (*OUTPUTS, "workspace")}  # fmt: skip
+OPTIONAL = ("k_scale", "page_sums", "filled", *OUTPUTS, "workspace")
+ELEMENTS = ("q", "k")
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def run_plan(**arguments: Any) -> misa.Selected:
+    plan = misa.Plan(CONFIG, **SHAPE, q_dtype="f32", k_dtype="e4m3", workspace_cap=1 << 20)
+    out = misa.Selected(*(arguments.pop(name) for name in OUTPUTS))
+    return plan.run(**arguments, out=out)
+
+
+def calls() -> dict[str, Call]:
+    """Every entry point that takes arrays, with arguments that it accepts."""
+    given = random_inputs([(0, 9), (0, 5)], dtype="e4m3").arguments()
+    given["q"] = given["q"].astype(np.float32)
+    plan = misa.Plan(CONFIG, **SHAPE, q_dtype="f32", k_dtype="e4m3")
+    whole = np.zeros(plan.workspace_bytes + 64, np.uint8)
+    aligned = whole[-whole.ctypes.data % 64 :][: plan.workspace_bytes]
+    out = misa.select(**given, config=CONFIG, scores=True, heads=True, residual=True)
+    cache = misa.Cache(2, 64)
+    keys, slots = np.ones((3, 64), np.float32), np.arange(3)
+    queries = {name: given[name] for name in ("q", "w")}
+    pages = {"block_table": np.zeros((2, 1), np.int32), "context_lens": np.full(2, 9, np.int32)}
+    held = {"cache": cache.data, "page_sums": cache.page_sums}
+    return {
+        "select": (partial(misa.select, config=CONFIG), given),
+        "select_paged": (partial(misa.select_paged, config=CONFIG), {**queries, **held, **pages}),
+        "append": (misa.append, {**held, "k": keys, "slots": slots}),
+        "rebuild_page_sums": (
+            misa.rebuild_page_sums,
+            {**held, "pages": np.zeros(1, np.int32), "filled": np.ones(1, np.int32)},
+        ),
+        "Plan.run": (run_plan, {**given, **out._asdict(), "workspace": aligned}),
+        "Cache.append": (cache.append, {"k": keys, "slots": slots}),
+        "Cache.select": (partial(cache.select, config=CONFIG), {**queries, **pages}),
+    }
+
+
+def bits(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda array: np.zeros(array.shape, dtype)
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    return frozen
+
+
+def big_endian(array: np.ndarray) -> np.ndarray:
+    wide = array if array.dtype.itemsize > 1 else array.astype(np.float32)
+    return wide.astype(wide.dtype.newbyteorder(">"))
+
+
+KINDS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
+    "none": (lambda _: None, "none|None|null|got 0"),
+    "list": (lambda array: array.tolist(), "list"),
+    "scalar": (lambda _: 3.0, "float"),
+    "text": (lambda _: "array", "str"),
+    "0-d": (lambda array: array.reshape(-1)[:1].reshape(()), "0 dimensions"),
+    "deeper": (lambda array: np.zeros((1, 1, *array.shape), array.dtype), "dimensions"),
+    "big-endian": (big_endian, "big-endian"),
+    "masked": (np.ma.masked_array, "MaskedArray"),
+    "read-only": (read_only, "read-only"),
+    "object": (bits(object), "object"),
+    "structured": (bits([("a", np.float32)]), "'a'"),
+    "string": (bits("U3"), "<U3"),
+    "date": (bits("M8[s]"), "datetime64"),
+    "complex": (bits(np.complex64), "complex64"),
+    "float16": (bits(np.float16), "float16"),
+    "float64": (bits(np.float64), "float64"),
+    "longdouble": (bits(np.longdouble), "float128|longdouble"),
+    "bool": (bits(bool), "bool"),
+    "int8": (bits(np.int8), "int8"),
+    "uint64": (bits(np.uint64), "uint64"),
+    "bf16": (bits(ml_dtypes.bfloat16), "bfloat16"),
+    "e4m3": (bits(ml_dtypes.float8_e4m3fn), "float8_e4m3fn|e4m3"),
+    "e5m2": (bits(ml_dtypes.float8_e5m2), "float8_e5m2"),
+    "fnuz": (bits(ml_dtypes.float8_e4m3fnuz), "float8_e4m3fnuz"),
+    "b11fnuz": (bits(ml_dtypes.float8_e4m3b11fnuz), "float8_e4m3b11fnuz"),
+    "e8m0": (bits(ml_dtypes.float8_e8m0fnu), "float8_e8m0fnu"),
+}
+
+
+def wrong(entry: str, argument: str, kind: str) -> bool:
+    """Whether an object of the kind is no such argument."""
+    if kind == "none":
+        return argument not in OPTIONAL
+    if kind == "read-only":
+        return argument in WRITTEN.get(entry, ())
+    if kind in ("0-d", "deeper"):  # outputs are elements in a row, of whatever shape
+        return argument not in WRITTEN["Plan.run"]
+    return argument not in ELEMENTS or kind not in ("bf16", "e4m3")
+
+
+def cases(
+    entries: Iterable[str], kinds: Iterable[str], wrong: Callable[[str, str, str], bool]
+) -> list[pytest.ParameterSet]:
+    everything = calls()
+    return [
+        pytest.param(entry, argument, kind, id=f"{entry}-{argument}-{kind}")
+        for entry in entries
+        for argument in everything[entry][1]
+        for kind in kinds
+        if wrong(entry, argument, kind)
+    ]
+
+
+def check_refused(call: Call, argument: str, value: Any, came: str) -> None:
+    function, arguments = call
+    with pytest.raises(ValueError, match=rf"^{argument}: expected (?s:.*), got (?s:.*)({came})"):
+        function(**(arguments | {argument: value}))
+
+
+@pytest.mark.parametrize(("entry", "argument", "kind"), cases(calls(), KINDS, wrong))
+def test_refuses(entry: str, argument: str, kind: str) -> None:
+    make, came = KINDS[kind]
+    call = calls()[entry]
+    check_refused(call, argument, make(call[1][argument]), came)
+
+
+def test_accepts(tmp_path: Path) -> None:
+    """What the table starts from, also read-only and mapped from a file."""
+    for function, arguments in calls().values():
+        function(**arguments)
+    select, arguments = calls()["select"]
+    want = select(**arguments).indices
+    assert np.array_equal(select(**{n: read_only(a) for n, a in arguments.items()}).indices, want)
+    np.save(tmp_path / "w.npy", arguments["w"])
+    mapped = arguments | {"w": np.load(tmp_path / "w.npy", mmap_mode="r")}
+    assert np.array_equal(select(**mapped).indices, want)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (misa.Cache, {"pages": "2"}),
+        (misa.Cache, {"pages": -1}),
+        (misa.Cache, {"pages": 2, "dim": 64.0}),
+        (misa.Cache, {"pages": 2, "scale_format": 8}),
+        (misa.Cache, {"pages": 2, "scale_format": "e5m2"}),
+        (partial(misa.Plan, CONFIG, **SHAPE, k_dtype="f32"), {"q_dtype": np.dtype(">f4")}),
+        (partial(misa.Plan, CONFIG, **SHAPE, k_dtype="f32"), {"q_dtype": None}),
+        (partial(misa.Plan, CONFIG, **SHAPE, q_dtype="f32"), {"k_dtype": np.dtype("float16")}),
+        (partial(misa.Plan, CONFIG, **SHAPE, q_dtype="f32", k_dtype="f32"), {"device": "meta"}),
+        (calls()["select"][0], {**calls()["select"][1], "scores": 1}),
+        (calls()["select"][0], {**calls()["select"][1], "heads": None}),
+        (calls()["select_paged"][0], {**calls()["select_paged"][1], "residual": "yes"}),
+        (calls()["append"][0], {**calls()["append"][1], "scale_format": None}),
+    ],
+)
+def test_refuses_options(call: Callable, argument: dict) -> None:
+    *_, (name, came) = argument.items()
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*{re.escape(str(came))}"):
+        call(**argument)
+
+
+def test_refuses_other_frameworks() -> None:
+    torch = pytest.importorskip("torch")
+    for entry in ("select", "select_paged", "Plan.run"):
+        call = calls()[entry]
+        for argument, array in call[1].items():
+            if argument not in ("q", *WRITTEN["Plan.run"]) and array.dtype.kind != "V":
+                check_refused(call, argument, torch.from_numpy(array), "torch.Tensor")
