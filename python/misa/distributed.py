@@ -28,7 +28,8 @@ import torch.distributed as dist
 import misa
 
 from ._api import WORKSPACE_CAP
-from .torch_ops import require_tensors
+from ._arrays import cuda_device
+from .torch_ops import require_one_device, require_tensors
 
 T = TypeVar("T")
 # Local work that yields a collective and gets its result: whatever fails between two collectives
@@ -294,9 +295,10 @@ def _checked(
 ) -> Steps[_Call]:
     given = {"q": q, "w": w, "k_local": k, "ks": ks, "ke": ke, "k_scale": k_scale}
     require_tensors(given, "k_scale")
-    for name, each in given.items():
-        if each is not None and each.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q has, got {each.device}")
+    require_one_device(given)
+    cuda_device("q", q)  # on neither the CPU nor a CUDA device there is nothing to exchange
+    if q.ndim != 3:
+        raise ValueError(f"q: expected [T, H, D], got {q.ndim} dimensions")
     for name, each in (("ks", ks), ("ke", ke)):
         if each.dtype != torch.int32 or each.shape != q.shape[:1]:
             raise ValueError(

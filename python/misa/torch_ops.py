@@ -12,10 +12,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._api import (
     PAGE_SIZE,
     Selected,
+    checked_config,
     device_plan,
     empty_selected,
     run_on_device,
@@ -29,16 +31,20 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """indices, scores, heads and residual; one that is not wanted or does not exist is empty, of one
 dimension."""
 
+Tensors = Mapping[str, Tensor | None]
+"""The tensors of a call by their names; None where an optional one was left out."""
+
 
 @lru_cache(maxsize=256)
 def _config(*fields: object) -> Config:
     (top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
      ordered, static_heads) = fields  # fmt: skip
-    return Config(
+    config = Config(
         "dsa", top_k=top_k, router=router, heads=heads, block=block, residual=residual,
         filter_block=filter_block, filter_blocks=filter_blocks, candidates=candidates,
         dense_work=dense_work, ordered=ordered, static_heads=static_heads,
     )  # fmt: skip
+    return checked_config(config)
 
 
 def _fields(config: Config) -> tuple:
@@ -62,6 +68,27 @@ def require_tensors(arguments: Mapping[str, object], optional: str) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor) and not (name == optional and value is None):
             raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _common_device(tensors: Tensors) -> torch.device:
+    devices = [tensor.device for tensor in tensors.values() if tensor is not None]
+    return max(devices, key=devices.count)
+
+
+def require_one_device(tensors: Tensors) -> None:
+    """ValueError that names a tensor on another device than most are."""
+    common = _common_device(tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != common:
+            raise ValueError(
+                f"{name}: expected a tensor on {common} as the others are, got one on "
+                f"{tensor.device}"
+            )
 
 
 @torch.library.custom_op("misa::select", mutates_args=())
@@ -96,6 +123,7 @@ def select_op(
         top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
         ordered, tuple(static_heads),
     )  # fmt: skip
+    require_one_device({"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale})
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
     select_into(out, q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap)
     return _tensors(q, out)
@@ -134,6 +162,10 @@ def select_paged_op(
         top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
         ordered, tuple(static_heads),
     )  # fmt: skip
+    require_one_device(
+        {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
+         "page_sums": page_sums}
+    )  # fmt: skip
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
     device = cuda_device("q", q)
     if device is None:
@@ -152,8 +184,41 @@ def select_paged_op(
     return _tensors(q, out)
 
 
+_ELEMENTS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.uint16)
+_FLOAT, _INT, _BYTE = (torch.float32,), (torch.int32,), (torch.uint8,)
+# Dtypes and dimensions; those of one letter are of one size, * is any.
+_RAGGED = {"q": (_ELEMENTS, "THD"), "w": (_FLOAT, "TH"), "k": (_ELEMENTS, "LD"), "ks": (_INT, "T"),
+           "ke": (_INT, "T"), "k_scale": (_FLOAT, "L")}  # fmt: skip
+_PAGED = {
+    "q": (_ELEMENTS, "THD"),
+    "w": (_FLOAT, "TH"),
+    "cache": (_BYTE, "P**"),
+    "block_table": (_INT, "B*"),
+    "context_lens": (_INT, "B"),
+    "page_sums": (_FLOAT, "PD"),
+}
+
+
+def _require_layouts(tensors: Tensors, layouts: Mapping[str, tuple]) -> None:
+    sizes = {}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        dtypes, layout = layouts[name]
+        names = " or ".join(map(str, dtypes))
+        _require(tensor.dtype in dtypes, f"{name}: expected {names}, got {tensor.dtype}")
+        _require(
+            tensor.dim() == len(layout),
+            f"{name}: expected [{', '.join(layout)}], got {tensor.dim()} dimensions",
+        )
+        for letter, size in zip(layout.replace("*", ""), tensor.shape, strict=False):
+            expected = sizes.setdefault(letter, size)
+            _require(size == expected, f"{name}: expected {letter} = {expected}, got {size}")
+
+
 def _fake(
-    q: Tensor,
+    tensors: Tensors,
+    layouts: Mapping[str, tuple],
     top_k: int,
     router: str,
     heads: int,
@@ -162,13 +227,26 @@ def _fake(
     want_heads: bool,
     want_residual: bool,
 ) -> Outputs:
-    tokens, _, dim = q.shape
+    # What is traced with fake tensors is run later, and the run tells of every error as it is. Here
+    # the compiler would wrap it into one of its own.
+    if not isinstance(tensors["q"], FakeTensor):
+        require_one_device(tensors)
+        _require_layouts(tensors, layouts)
+        _require(top_k >= 1, f"top_k: expected 1 or more, got {top_k}")
+    q, device = tensors["q"], _common_device(tensors)
+    tokens, dim = q.shape[:1] or (0,), q.shape[2:3]
     routed, linear = want_heads and router != "all", want_residual and residual
+
+    def output(wanted: bool, dtype: torch.dtype, *shape: int) -> Tensor:
+        if not wanted:
+            return q.new_empty(0, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
+
     return (
-        q.new_empty((tokens, top_k), dtype=torch.int32),
-        q.new_empty((tokens, top_k), dtype=torch.float32) if want_scores else q.new_empty(0),
-        q.new_empty((tokens, heads), dtype=torch.int32) if routed else q.new_empty(0),
-        q.new_empty((tokens, dim), dtype=torch.float32) if linear else q.new_empty(0),
+        output(True, torch.int32, *tokens, top_k),
+        output(want_scores, torch.float32, *tokens, top_k),
+        output(routed, torch.int32, *tokens, heads),
+        output(linear, torch.float32, *tokens, *dim),
     )
 
 
@@ -176,14 +254,29 @@ def _fake(
 def _(q, w, k, ks, ke, k_scale, top_k, router, heads, block, residual, filter_block,
       filter_blocks, candidates, dense_work, ordered, static_heads, want_scores, want_heads,
       want_residual, backend, threads, workspace_cap):  # fmt: skip
-    return _fake(q, top_k, router, heads, residual, want_scores, want_heads, want_residual)
+    tensors = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+    wanted = want_scores, want_heads, want_residual
+    return _fake(tensors, _RAGGED, top_k, router, heads, residual, *wanted)
 
 
 @select_paged_op.register_fake
 def _(q, w, cache, block_table, context_lens, page_sums, next_n, top_k, router, heads, block,
       residual, filter_block, filter_blocks, candidates, dense_work, ordered, static_heads,
       want_scores, want_heads, want_residual, backend, threads, workspace_cap):  # fmt: skip
-    return _fake(q, top_k, router, heads, residual, want_scores, want_heads, want_residual)
+    tensors = {"q": q, "w": w, "cache": cache, "block_table": block_table,
+               "context_lens": context_lens, "page_sums": page_sums}  # fmt: skip
+    layouts = _PAGED | {"cache": (_BYTE, "P*" if cache.dim() == 2 else "P**")}
+    wanted = want_scores, want_heads, want_residual
+    return _fake(tensors, layouts, top_k, router, heads, residual, *wanted)
+
+
+def _no_gradients(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output)
+
+
+for _op in (select_op, select_paged_op):
+    # PyTorch asks for the backward formula of an operator without gradients and never calls it.
+    _op.register_autograd(lambda ctx, *gradients: None, setup_context=_no_gradients)
 
 
 def select(
@@ -239,11 +332,6 @@ def select_paged(
     return _selected(outputs)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def gather(
     cache: Tensor, block_table: Tensor, context_lens: Tensor, next_n: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,6 +345,11 @@ def gather(
     Returns k uint8 [L, D], k_scale float32 [L], ks and ke int32 [B * next_n], L = B * max_pages *
     64: sequence b has the keys from b * max_pages * 64 on. Raises ValueError for a wrong argument.
     """
+    given = {"cache": cache, "block_table": block_table, "context_lens": context_lens}
+    for name, tensor in given.items():
+        _require(
+            tensor.layout == torch.strided, f"{name}: expected a dense tensor, got {tensor.layout}"
+        )
     _require(cache.dtype == torch.uint8, f"cache: expected torch.uint8, got {cache.dtype}")
     _require(
         (cache.dim() == 2 and cache.shape[1] % PAGE_SIZE == 0)

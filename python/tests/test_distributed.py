@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,11 +266,22 @@ def test_equals_one_rank(tmp_path: Path, ranks: int, expected: dict[str, misa.Se
             assert torch.equal(found.indices[rows], one.indices[rows]), f"{name}, {lengths}"
 
 
+def on_meta(names: tuple[str, ...], given: dict[str, Any]) -> None:
+    given.update({name: given[name].to("meta") for name in names})
+
+
+TENSORS = ("q", "w", "k_local", "ks", "ke")
 BROKEN = {
     "k_local: expected": lambda given: given.update(k_local=given["k_local"][:, :32]),
     "w: expected": lambda given: given.update(w=given["w"][:, 1:]),
     "ke: expected int32": lambda given: given.update(ke=given["ke"].long()),
     "ks: expected a torch.Tensor": lambda given: given.update(ks=None),
+    "q: expected .T, H, D., got 2 dimensions": lambda given: given.update(q=given["q"][0]),
+    **{
+        f"{name}: expected a tensor on cpu .*, got one on meta": partial(on_meta, (name,))
+        for name in TENSORS
+    },
+    "q: expected a CPU or CUDA tensor, got one on meta": partial(on_meta, TENSORS),
     "heads: expected 1 to H": lambda given: given.update(
         config=misa.Config("misa", top_k=96, heads=HEADS + 1)
     ),
