@@ -8,11 +8,13 @@ Models: those whose indexer modules are `DeepseekV32Indexer` or `GlmMoeDsaIndexe
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,12 +63,15 @@ def enable(
 
     indexer and overrides are those of `misa.Config`; top_k is the model's own `index_topk`. A model
     that is enabled already changes over to the new choice. Returns the counter that `usage` finds
-    again.
+    again. Hooks of accelerate may be put on and taken off before and after.
 
-    Raises ValueError for a model without a supported indexer and for a configuration that the
-    model's number of heads or their size does not allow, RuntimeError for an unknown backend.
+    Raises ValueError for a model without a supported indexer, for a configuration that the model's
+    number of heads or their size does not allow, and for an indexer with a `forward` of its own
+    that keeps calls from this library; RuntimeError for an unknown backend. The model then is as it
+    was.
     """
-    modules = _indexers(model)
+    named = _indexers(model)
+    modules = named.values()
     sizes = {(module.n_heads, module.head_dim, module.index_topk) for module in modules}
     if len(sizes) > 1:
         raise ValueError(f"model: expected indexers of one size, got (heads, size, top k) {sizes}")
@@ -86,8 +91,8 @@ def enable(
         config=state.config,
         backend=backend,
     )
+    _intercept(named)
     for module in modules:
-        module.__class__ = _SELECTING[_own_class(module)]
         module.usage = state
     _log.info(
         "%s selects with %s on %d layers, backend %s",
@@ -104,9 +109,10 @@ def disable(model: torch.nn.Module) -> None:
 
     Raises ValueError for a model without a supported indexer.
     """
-    for module in _indexers(model):
-        module.__class__ = _own_class(module)
-        module.__dict__.pop("usage", None)
+    modules = _indexers(model).values()
+    for module in modules:
+        vars(module).pop("usage", None)
+    _release(modules)
 
 
 def usage(model: torch.nn.Module) -> Usage | None:
@@ -114,7 +120,7 @@ def usage(model: torch.nn.Module) -> Usage | None:
 
     Raises ValueError for a model without a supported indexer.
     """
-    return getattr(_indexers(model)[0], "usage", None)
+    return vars(next(iter(_indexers(model).values()))).get("usage")
 
 
 @contextmanager
@@ -135,13 +141,15 @@ def capture(
     the layer's number and may be left out where `layers` is one number.
     rows: queries to write, spread evenly over those of the pass; None writes all.
 
-    Raises ValueError for a wrong argument, RuntimeError if no forward pass ran.
+    Raises ValueError for a wrong argument and for an indexer with a `forward` of its own that keeps
+    calls from this library, RuntimeError if no forward pass ran.
     """
-    modules = {module.layer_idx: module for module in _indexers(model)}
-    wanted = list(modules) if layers is None else [layers] if isinstance(layers, int) else layers
+    named = _indexers(model)
+    present = [module.layer_idx for module in named.values()]
+    wanted = present if layers is None else [layers] if isinstance(layers, int) else layers
     for layer in wanted:
-        if layer not in modules:
-            raise ValueError(f"layers: expected some of {list(modules)}, got {layer}")
+        if layer not in present:
+            raise ValueError(f"layers: expected some of {present}, got {layer}")
     if not isinstance(layers, int) and "{layer}" not in str(path):
         raise ValueError(f"path: expected '{{layer}}' in it with several layers, got '{path}'")
     if rows is not None and rows < 1:
@@ -149,16 +157,20 @@ def capture(
 
     traces: dict[int, _Operands] = {}
 
-    def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
+    def record(module: Any, *args: Any) -> None:
         if module.layer_idx not in traces:
-            traces[module.layer_idx] = _seen(module, *args, **kwargs)
+            traces[module.layer_idx] = _seen(module, *args)
 
-    hooks = [modules[i].register_forward_hook(record, with_kwargs=True) for i in wanted]
+    watched = {name: each for name, each in named.items() if each.layer_idx in wanted}
+    _intercept(watched)
+    for module in watched.values():
+        module.recorders = (*module.recorders, record)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for module in watched.values():
+            module.recorders = tuple(each for each in module.recorders if each is not record)
+        _release(watched.values())
     if not traces:
         raise RuntimeError("capture: expected a forward pass inside the block, got none")
     for layer, trace in traces.items():
@@ -174,10 +186,11 @@ def capture(
         )
 
 
-class _Selecting:
-    """Forward pass of an indexer that this library selects for; mixed into the model's class."""
+class _Intercepting:
+    """Forward pass of an indexer that this library selects for or records; mixed into its class."""
 
-    usage: Usage
+    usage: Usage | None = None
+    recorders: tuple[Callable[..., None], ...] = ()
 
     # The mask is checked on the host, and calls are counted there: a compiled graph holds neither.
     @torch.compiler.disable
@@ -195,36 +208,93 @@ class _Selecting:
 
         Where a query sees fewer, positions that the mask hides fill the row: those behind its last.
         """
-        q, w, k = _project(self, hidden_states, q_resid, position_embeddings)
-        if cache is not None:
-            k = cache.update_indexer(k, self.layer_idx)
-        batch, keys = k.shape[:2]
-        each = _flattened(q, w, k, attention_mask)
-        config = self.usage.config
-        picked = misa.select(
-            each.q, each.w, each.k, each.ks, each.ke, config=config, backend=self.usage.backend
-        ).indices[:, : min(config.top_k, keys)]
-        self.usage.calls += 1
-        self.usage.queries += len(picked)
-        # Padding in column i stands in for the i-th position from ks on, as a row is padded only
-        # after it took every position that it sees.
-        columns = torch.arange(picked.shape[1], dtype=torch.int32, device=picked.device)
-        positions = (torch.where(picked < 0, columns, picked) + each.ks[:, None] % keys) % keys
-        return positions.view(batch, -1, picked.shape[1])
+        inputs = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
+        # A wrapper may have kept this method and call it when the module has its own class again.
+        usage = vars(self).get("usage")
+        forward = _own_class(self).forward if usage is None else _select
+        positions = forward(self, *inputs)
+        for record in vars(self).get("recorders", ()):
+            record(self, *inputs)
+        return positions
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        if self.usage is None:
+            return own
+        return f"{own}{', ' if own else ''}selects with {self.usage.config}"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # No module holds this class under a name that a pickle could refer to. What is recorded is
+        # the module's, not its copies'.
+        _, _, state, *rest = super().__reduce_ex__(protocol)
+        kept = {name: value for name, value in state.items() if name != "recorders"}
+        return _blank, (_own_class(self),), kept, *rest
 
 
-class DeepseekV32Selecting(_Selecting, deepseek.DeepseekV32Indexer):
-    """The class of an enabled indexer of DeepSeek-V3.2."""
+@functools.cache
+def _intercepting(own: type) -> type:
+    """The class of an intercepted indexer of the class `own`.
+
+    It has the same name, because device maps and hooks find modules by the names of their classes.
+    """
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (_Intercepting, own), names)
 
 
-class GlmMoeDsaSelecting(_Selecting, glm.GlmMoeDsaIndexer):
-    """The class of an enabled indexer of the GLM-5 family."""
+def _blank(own: type) -> Any:
+    """An intercepted indexer of the class `own` before `copy` or `pickle` gives it its state."""
+    cls = _intercepting(own)
+    return cls.__new__(cls)
 
 
-_SELECTING: dict[type, type] = {
-    deepseek.DeepseekV32Indexer: DeepseekV32Selecting,
-    glm.GlmMoeDsaIndexer: GlmMoeDsaSelecting,
-}
+def _intercept(modules: dict[str, Any]) -> None:
+    """Lets the forward passes of `modules`, by name, run that of `_Intercepting` until `_release`.
+
+    Raises ValueError, and changes nothing, if a call of one would not reach its class's `forward`.
+    """
+    for name, module in modules.items():
+        forward = _innermost(module)
+        if forward != MethodType(type(module).forward, module):
+            raise ValueError(
+                f"model: expected {name} to run the forward of its class, plain or under hooks of "
+                f"accelerate, got {forward!r} set on the module"
+            )
+    for module in modules.values():
+        if not isinstance(module, _Intercepting):
+            _change_class(module, _intercepting(type(module)))
+
+
+def _release(modules: Iterable[Any]) -> None:
+    """Gives `modules` that this library neither selects for nor records their own class back."""
+    for module in modules:
+        if vars(module).get("usage") is None and not vars(module).get("recorders"):
+            vars(module).pop("recorders", None)
+            own = _own_class(module)
+            if type(module) is _intercepting(own):  # else a class was derived from it since
+                _change_class(module, own)
+
+
+def _innermost(module: torch.nn.Module) -> Any:
+    """What a call of `module` runs below the hooks that accelerate put on it.
+
+    Those wrap `forward` on the module itself, which wins over that of its class, and call what they
+    find as `_old_forward`. What another wrapper calls cannot be known: it is taken as innermost.
+    """
+    forward = module.forward
+    if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
+        forward = module._old_forward
+    return forward
+
+
+def _change_class(module: torch.nn.Module, cls: type) -> None:
+    """Makes `module` one of `cls`, and so the `forward` of its class where accelerate stored it."""
+    old = MethodType(type(module).forward, module)
+    module.__class__ = cls
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value == old:
+            vars(module)[name] = MethodType(cls.forward, module)
+
+
 # V3.2 rotates the two halves of a head's first dimensions, GLM neighbouring pairs.
 _ROTATE: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     deepseek.DeepseekV32Indexer: deepseek.apply_rotary_pos_emb,
@@ -233,16 +303,48 @@ _ROTATE: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 
 
 def _own_class(module: torch.nn.Module) -> type | None:
-    """The model's class of an indexer, enabled or not; None for any other module."""
-    return next((own for own in _SELECTING if isinstance(module, own)), None)
+    """The model's class of an indexer, intercepted or not; None for any other module."""
+    for cls in type(module).__mro__:
+        if issubclass(cls, tuple(_ROTATE)) and not issubclass(cls, _Intercepting):
+            return cls
+    return None
 
 
-def _indexers(model: torch.nn.Module) -> list[Any]:
-    found = [module for module in model.modules() if _own_class(module) is not None]
+def _indexers(model: torch.nn.Module) -> dict[str, Any]:
+    """The indexers of `model` by their names in it."""
+    found = {name: each for name, each in model.named_modules() if _own_class(each) is not None}
     if not found:
-        expected = " or ".join(own.__name__ for own in _SELECTING)
+        expected = " or ".join(own.__name__ for own in _ROTATE)
         raise ValueError(f"model: expected one with {expected} modules, got {type(model).__name__}")
     return found
+
+
+def _select(
+    indexer: Any,
+    hidden_states: torch.Tensor,
+    q_resid: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> torch.Tensor:
+    """The forward pass of an enabled indexer."""
+    q, w, k = _project(indexer, hidden_states, q_resid, position_embeddings)
+    if cache is not None:
+        k = cache.update_indexer(k, indexer.layer_idx)
+    batch, keys = k.shape[:2]
+    each = _flattened(q, w, k, attention_mask)
+    usage = indexer.usage
+    picked = misa.select(
+        each.q, each.w, each.k, each.ks, each.ke, config=usage.config, backend=usage.backend
+    ).indices[:, : min(usage.config.top_k, keys)]
+    usage.calls += 1
+    usage.queries += len(picked)
+    # Padding in column i stands in for the i-th position from ks on, as a row is padded only
+    # after it took every position that it sees.
+    columns = torch.arange(picked.shape[1], dtype=torch.int32, device=picked.device)
+    positions = (torch.where(picked < 0, columns, picked) + each.ks[:, None] % keys) % keys
+    return positions.view(batch, -1, picked.shape[1])
 
 
 def _project(
@@ -258,7 +360,8 @@ def _project(
     q = indexer.wq_b(q_resid).unflatten(-1, (indexer.n_heads, indexer.head_dim))
     k = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)
     rotated = indexer.qk_rope_head_dim
-    q_turned, k_turned = _ROTATE[_own_class(indexer)](
+    rotate = next(each for own, each in _ROTATE.items() if isinstance(indexer, own))
+    q_turned, k_turned = rotate(
         q[..., :rotated], k[..., :rotated], *position_embeddings, unsqueeze_dim=2
     )
     q = torch.cat([q_turned, q[..., rotated:]], dim=-1)
@@ -294,17 +397,16 @@ def _flattened(q: torch.Tensor, w: torch.Tensor, k: torch.Tensor, mask: torch.Te
     )
 
 
-@torch.no_grad()
 def _seen(
     indexer: Any,
     hidden_states: torch.Tensor,
     q_resid: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-    cache: Cache | None = None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
 ) -> _Operands:
-    """What an indexer scored in a call that returned, whose keys the cache holds by now."""
+    """What an indexer scored in a forward pass that ran, whose keys the cache holds by now."""
     q, w, k = _project(indexer, hidden_states, q_resid, position_embeddings)
     if cache is not None:
         k = cache.layers[indexer.layer_idx].indexer_keys

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,6 +21,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.24")
 
+import accelerate  # noqa: E402
+from accelerate.hooks import (  # noqa: E402
+    ModelHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
 from safetensors.torch import load_file  # noqa: E402
 from transformers import (  # noqa: E402
     DeepseekV32Config,
@@ -103,6 +113,45 @@ def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 def indexers_of(model: torch.nn.Module) -> list[Any]:
     return [each for name, each in model.named_modules() if name.endswith("self_attn.indexer")]
+
+
+def devices_of(device: str) -> dict[str, Any]:
+    """A device map of the models of `build`: the last layer's weights stay on the disk."""
+    first = {"cuda": 0}.get(device, device)
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm")
+    return {
+        **dict.fromkeys((*parts, "model.rotary_emb", "lm_head"), first),
+        "model.layers.2": "disk",
+    }
+
+
+def dispatch(model: torch.nn.Module, folder: Path, **options: Any) -> None:
+    """Has accelerate spread `model` over its device and the disk."""
+    parts = devices_of(model.device.type)
+    accelerate.dispatch_model(
+        model, parts, main_device=parts["lm_head"], offload_dir=folder, **options
+    )
+
+
+def put_hooks_on(model: torch.nn.Module) -> None:
+    for indexer in indexers_of(model):
+        add_hook_to_module(indexer, ModelHook(), append=True)
+
+
+def take_hooks_off(model: torch.nn.Module) -> None:
+    for indexer in indexers_of(model):
+        remove_hook_from_module(indexer)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
+    """The class and the attributes of every module."""
+    return {name: (type(each), dict(vars(each))) for name, each in model.named_modules()}
+
+
+def wrap_forward(module: torch.nn.Module) -> None:
+    """Puts a `forward` on the module that calls the one that it had, as hooks by hand do."""
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
 
 
 def record_calls(
@@ -265,12 +314,218 @@ def test_disable_restores(model: torch.nn.Module, device: str) -> None:
     assert integration.usage(model) is state
     assert list(model.state_dict()) == keys
     assert not torch.equal(model(tokens).logits, own)
+    assert f"selects with {state.config}" in repr(model)
     integration.disable(model)
     assert integration.usage(model) is None
     assert torch.equal(model(tokens).logits, own)
     assert repr(model) == text
-    assert not any("usage" in vars(each) for each in indexers_of(model))
     integration.disable(model)
+
+
+@torch.no_grad()
+def test_dispatched_model(model: torch.nn.Module, device: str, tmp_path: Path) -> None:
+    tokens = tokens_of(device, 2, 50)
+    own, layers = model(tokens).logits, len(indexers_of(model))
+    dispatch(model, tmp_path)
+    state = integration.enable(model, "dsa")
+    assert_close(model(tokens).logits, own)
+    assert (state.calls, state.queries) == (layers, layers * 2 * 50)
+    state = integration.enable(model, heads=1)
+    assert not torch.equal(model(tokens).logits, own)
+    integration.disable(model)
+    assert torch.equal(model(tokens).logits, own)
+    assert state.calls == layers
+
+
+@torch.no_grad()
+def test_model_loaded_over_devices(model: torch.nn.Module, device: str, tmp_path: Path) -> None:
+    integration.enable(model)
+    tokens = tokens_of(device, 2, 50)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(
+        tmp_path / "model", device_map=devices_of(device), offload_folder=tmp_path / "offloaded"
+    )
+    assert integration.usage(loaded) is None
+    state = integration.enable(loaded)
+    assert_close(loaded(tokens).logits, expected)
+    assert state.calls == len(indexers_of(model))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        steps
+        for steps in itertools.permutations(["enable", "change", "disable", "hook", "unhook"])
+        if steps.index("enable") < steps.index("change") < steps.index("disable")
+        and steps.index("hook") < steps.index("unhook")
+    ],
+    ids="-".join,
+)
+@torch.no_grad()
+def test_hooks_in_any_order(steps: tuple[str, ...]) -> None:
+    model, tokens = build("glm"), tokens_of("cpu", 1, 40)
+    own, state = model(tokens).logits, None
+    for step in steps:
+        if step == "enable":
+            state = integration.enable(model, heads=1)
+        elif step == "change":
+            state = integration.enable(model, "dsa")
+        elif step == "disable":
+            integration.disable(model)
+            state = None
+        elif step == "hook":
+            put_hooks_on(model)
+        else:
+            take_hooks_off(model)
+        assert integration.usage(model) is state
+        before = state.calls if state else 0
+        logits = model(tokens).logits
+        if state is None:
+            assert torch.equal(logits, own)
+            continue
+        assert state.calls == before + 2
+        if state.config.indexer == "dsa":
+            assert_close(logits, own)
+        else:
+            assert not torch.equal(logits, own)
+
+
+@pytest.mark.parametrize("hooks", ["none", "on", "taken off", "dispatched"])
+def test_disable_leaves_the_model_as_it_was(hooks: str, tmp_path: Path) -> None:
+    class Derived(integration.glm.GlmMoeDsaIndexer):
+        pass
+
+    model = build("glm")
+    indexers_of(model)[0].__class__ = Derived
+    if hooks == "dispatched":
+        dispatch(model, tmp_path)
+    elif hooks != "none":
+        put_hooks_on(model)
+    if hooks == "taken off":
+        take_hooks_off(model)
+    before, keys = state_of(model), list(model.state_dict())
+    integration.enable(model)
+    assert isinstance(indexers_of(model)[0], Derived)
+    integration.enable(model, "dsa")
+    assert list(model.state_dict()) == keys
+    assert state_of(model) != before
+    integration.disable(model)
+    assert state_of(model) == before
+    with (
+        pytest.raises(RuntimeError, match="expected a forward pass"),
+        integration.capture(model, tmp_path / "{layer}"),
+    ):
+        assert state_of(model) != before
+    assert state_of(model) == before
+
+
+def test_class_derived_from_an_enabled_one() -> None:
+    # As FSDP makes the class of a module that it shards.
+    model, tokens = build("deepseek"), tokens_of("cpu", 1, 30)
+    state = integration.enable(model)
+    for indexer in indexers_of(model):
+        indexer.__class__ = type("Sharded", (type(indexer),), {})
+    model(tokens)
+    integration.disable(model)
+    assert {type(each).__name__ for each in indexers_of(model)} == {"Sharded"}
+    model(tokens)
+    assert state.calls == 3
+    state = integration.enable(model)
+    model(tokens)
+    assert state.calls == 3
+
+
+@pytest.mark.parametrize("kind", ["by hand", "compiled", "over hooks", "under hooks", "partial"])
+@torch.no_grad()
+def test_forward_that_hides_the_class(kind: str, tmp_path: Path) -> None:
+    model, tokens = build("deepseek"), tokens_of("cpu", 1, 40)
+    own, indexer = model(tokens).logits, indexers_of(model)[1]
+    if kind == "over hooks":
+        put_hooks_on(model)
+    if kind == "compiled":
+        indexer.forward = torch.compile(indexer.forward, backend="eager")
+    elif kind == "partial":
+        indexer.forward = functools.partial(type(indexer).forward, indexer)
+    else:
+        wrap_forward(indexer)
+    if kind == "under hooks":
+        put_hooks_on(model)
+    before = state_of(model)
+    hidden = r"model: expected model\.layers\.1\.self_attn\.indexer to run .* got "
+    with pytest.raises(ValueError, match=hidden):
+        integration.enable(model)
+    with pytest.raises(ValueError, match=hidden), integration.capture(model, tmp_path / "{layer}"):
+        pass
+    assert state_of(model) == before
+    assert integration.usage(model) is None
+    with integration.capture(model, tmp_path / "trace", layers=2):
+        assert torch.equal(model(tokens).logits, own)
+
+
+@torch.no_grad()
+def test_forward_wrapped_while_enabled() -> None:
+    model, tokens = build("deepseek"), tokens_of("cpu", 1, 40)
+    own = model(tokens).logits
+    state = integration.enable(model, heads=1)
+    wrap_forward(indexers_of(model)[1])
+    assert not torch.equal(model(tokens).logits, own)
+    assert state.calls == 3
+    # What the wrapper calls cannot be seen, so the choice stays.
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn"):
+        integration.enable(model, "dsa")
+    assert integration.usage(model) is state
+    integration.disable(model)
+    assert torch.equal(model(tokens).logits, own)
+    assert state.calls == 3
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copied", "pickled"],
+)
+@torch.no_grad()
+def test_copies(duplicate: Callable[[Any], Any], hooked: bool) -> None:
+    model, tokens = build("glm"), tokens_of("cpu", 1, 40)
+    own = model(tokens).logits
+    # Hooks that are on cannot be pickled; those taken off leave a `forward` on the module.
+    put_hooks_on(model)
+    if not hooked or duplicate is not copy.deepcopy:
+        take_hooks_off(model)
+    off = duplicate(model)
+    state = integration.enable(model, heads=1)
+    expected = model(tokens).logits
+    twin = duplicate(model)
+    assert integration.usage(off) is None
+    assert torch.equal(off(tokens).logits, own)
+    assert integration.usage(twin) == state and integration.usage(twin) is not state
+    integration.disable(model)
+    assert torch.equal(twin(tokens).logits, expected)
+    assert (state.calls, integration.usage(twin).calls) == (2, 4)
+    integration.enable(twin, "dsa")
+    assert_close(twin(tokens).logits, own)
+    integration.disable(twin)
+    assert torch.equal(twin(tokens).logits, own)
+    assert [type(each) for each in twin.modules()] == [type(each) for each in model.modules()]
+
+
+@torch.no_grad()
+def test_saved_whole(tmp_path: Path) -> None:
+    model, tokens = build("deepseek"), tokens_of("cpu", 1, 40)
+    integration.enable(model, heads=1)
+    expected = model(tokens).logits
+    torch.save(model, tmp_path / "model")
+    # A process that knows nothing of this library loads what selects with it.
+    script = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])"
+    )
+    torch.save(tokens, tmp_path / "tokens")
+    paths = [str(tmp_path / name) for name in ("model", "tokens", "logits")]
+    subprocess.run([sys.executable, "-c", script, *paths], check=True)
+    assert_close(torch.load(tmp_path / "logits"), expected)
 
 
 def test_enable_replaces_counts_and_logs(caplog: pytest.LogCaptureFixture) -> None:
@@ -299,6 +554,39 @@ def test_compiled_model_runs(device: str) -> None:
     compiled = torch.compile(model, backend="eager")
     assert_close(compiled(tokens, use_cache=False).logits, expected)
     assert state.calls == 6
+
+
+@pytest.mark.parametrize(
+    ("compiled", "hooked"), [("model", True), ("in place", False), ("indexers", True)]
+)
+@torch.no_grad()
+def test_compiled_before(compiled: str, hooked: bool, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model = build("deepseek", num_hidden_layers=1, first_k_dense_replace=1)
+    tokens = tokens_of("cpu", 2, 40)
+    if hooked:
+        put_hooks_on(model)
+    run = functools.partial(model, tokens, use_cache=False)
+    if compiled == "model":
+        run = functools.partial(torch.compile(model, backend="eager"), tokens, use_cache=False)
+    elif compiled == "in place":
+        model.compile(backend="eager")
+    else:
+        for each in indexers_of(model):
+            each.compile(backend="eager")
+    own = run().logits
+    state = integration.enable(model, heads=1)
+    assert not torch.equal(run().logits, own)
+    assert state.calls == 1
+    state = integration.enable(model, "dsa")
+    assert_close(run().logits, own)
+    assert state.calls == 1
+    integration.disable(model)
+    assert_close(run().logits, own)
+    assert state.calls == 1
+    with integration.capture(model, tmp_path / "trace", layers=0):
+        run()
+    assert len(traced(tmp_path / "trace")["q"]) == 80
 
 
 def test_wrong_models_and_options() -> None:
@@ -389,6 +677,72 @@ def test_capture_of_decode_and_rows(device: str, tmp_path: Path) -> None:
     trace = traced(tmp_path / "rows.safetensors")
     assert trace["q"].shape == (5, HEADS, DIM) and trace["k"].shape == (40, DIM)
     assert trace["ke"].tolist() == [1, 11, 21, 30, 40]
+
+
+@pytest.mark.parametrize("on", [False, True])
+@torch.no_grad()
+def test_capture_of_a_dispatched_model(
+    model: torch.nn.Module, device: str, tmp_path: Path, on: bool
+) -> None:
+    layers = [each.layer_idx for each in indexers_of(model)]
+    tokens = tokens_of(device, 2, 40)
+    with integration.capture(model, tmp_path / "whole{layer}"):
+        model(tokens)
+    names = [type(each).__name__ for each in indexers_of(model)]
+    if on:
+        integration.enable(model, "dsa")
+    # The last layer's indexer has all its weights while it runs, and none afterwards.
+    dispatch(model, tmp_path / "offloaded", preload_module_classes=names[:1])
+    offloaded = indexers_of(model)[-1].wk
+    assert offloaded.weight.is_meta and not hasattr(offloaded, "_hf_hook")
+    with integration.capture(model, tmp_path / "dispatched{layer}"):
+        model(tokens)
+    for layer in layers:
+        whole, dispatched = (
+            traced(tmp_path / f"{kind}{layer}") for kind in ("whole", "dispatched")
+        )
+        for name in ("q", "w", "k", "ks", "ke"):
+            torch.testing.assert_close(dispatched[name], whole[name])
+
+
+class NegatedQueries(ModelHook):
+    """Hands an indexer other inputs than it is called with, as hooks that move them do."""
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return (args[0], -args[1], *args[2:]), kwargs
+
+
+@torch.no_grad()
+def test_capture_sees_what_hooks_hand_over(tmp_path: Path) -> None:
+    model, tokens = build("deepseek"), tokens_of("cpu", 2, 40)
+    with integration.capture(model, tmp_path / "plain", layers=0):
+        model(tokens)
+    add_hook_to_module(indexers_of(model)[0], NegatedQueries())
+    with integration.capture(model, tmp_path / "hooked", layers=0):
+        model(tokens)
+    plain, hooked = traced(tmp_path / "plain"), traced(tmp_path / "hooked")
+    assert torch.equal(hooked["q"], -plain["q"])
+    assert torch.equal(hooked["k"], plain["k"])
+
+
+@torch.no_grad()
+def test_captures_and_selections_overlap(tmp_path: Path) -> None:
+    model, tokens = build("glm"), tokens_of("cpu", 1, 40)
+    before, own = state_of(model), model(tokens).logits
+    with integration.capture(model, tmp_path / "outer{layer}"):
+        state = integration.enable(model, heads=1)
+        with integration.capture(model, tmp_path / "inner", layers=2):
+            model(tokens[:, :10])
+        twin = copy.deepcopy(model)
+        integration.disable(model)
+        assert torch.equal(model(tokens).logits, own)
+    assert state.calls == 2
+    assert state_of(model) == before
+    integration.disable(twin)
+    assert state_of(twin).keys() == before.keys()
+    assert [type(each) for each in twin.modules()] == [type(each) for each in model.modules()]
+    for path in ("outer0", "outer2", "inner"):
+        assert len(traced(tmp_path / path)["q"]) == 10
 
 
 def test_capture_arguments(tmp_path: Path) -> None:
