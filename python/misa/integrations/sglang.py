@@ -57,6 +57,7 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
 
     Raises:
         ValueError: a MISA_* variable that cannot be read, or an indexer unfit for the model.
+        RuntimeError: SGLang left one of the indexer's methods as it was.
     """
     global _installed
     model = model_config.hf_text_config
@@ -65,16 +66,25 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
         return
     config = settings.config_for(model)
     engine = importlib.import_module(_MODULE)
-    problem = _problem(engine)
+    problem = _problem(engine, model)
     if problem:
         _logger.warning("MISA is off: %s", problem)
         return
     hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
-    for method, wrap in (("_get_topk_ragged", ragged), ("_get_topk_paged", paged)):
+    wrappers = {"_get_topk_ragged": ragged, "_get_topk_paged": paged}
+    own = {method: getattr(engine.Indexer, method) for method in wrappers}
+    for method, wrap in wrappers.items():
         hooks.HookRegistry.register(
             f"{_MODULE}.Indexer.{method}", wrap(engine, settings), hooks.HookType.AROUND
         )
     hooks.HookRegistry.apply_hooks()
+    # The registry logs what fails, and passes over a method that it has hooked before.
+    missed = [method for method in wrappers if getattr(engine.Indexer, method) is own[method]]
+    if missed:
+        raise RuntimeError(
+            f"MISA: expected SGLang to hook {' and '.join(missed)} of its indexer, got no hook: "
+            "SGLang's log says why, or another plugin of SGLANG_PLUGINS hooked it first"
+        )
     _installed = True
     _logger.info(
         "MISA is on: %s selects for prefill%s",
@@ -83,8 +93,10 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
     )
 
 
-def _problem(engine: Any) -> str | None:
-    """Why this SGLang on this machine cannot be served, or None."""
+def _problem(engine: Any, model: Any) -> str | None:
+    """Why this model in this SGLang on this machine cannot be served, or None."""
+    if (getattr(model, "index_kpool", None) or 1) != 1:
+        return "pooled index keys"  # which SGLang has another indexer for
     for method in ("_get_topk_ragged", "_get_topk_paged"):
         parameters = inspect.signature(getattr(engine.Indexer, method)).parameters
         missing = [name for name in _ARGUMENTS if name not in parameters]

@@ -7,6 +7,7 @@ what it says, behind its Python signature; pool, metadata and hooks are SGLang's
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -364,8 +365,67 @@ def test_an_unknown_indexer_is_refused():
         def _get_topk_ragged(self, batch):
             pass
 
-    problem = plugin._problem(SimpleNamespace(Indexer=Indexer))
+    problem = plugin._problem(SimpleNamespace(Indexer=Indexer), SimpleNamespace())
     assert problem is not None and "q_fp8" in problem
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Has the plugin read a model with an SGLang whose registry passes over the methods `hooked`;
+    returns the indexer's class.
+    """
+    monkeypatch.setenv("MISA_INDEXER", "dsa")
+    monkeypatch.setattr(plugin, "_installed", False)
+
+    def run(hooked: tuple[str, ...] = (), **fields):
+        engine = stand_in().engine
+        registered = {}
+
+        def apply():
+            for target, hook in registered.items():
+                method = target.rsplit(".", 1)[1]
+                if method not in hooked:
+                    setattr(engine.Indexer, method, hook)
+
+        registry = SimpleNamespace(
+            register=lambda target, hook, _: registered.setdefault(target, hook),
+            apply_hooks=apply,
+        )
+        hooks = SimpleNamespace(HookRegistry=registry, HookType=SimpleNamespace(AROUND="around"))
+        monkeypatch.setitem(sys.modules, plugin._MODULE, engine)
+        monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", hooks)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        sizes = {"index_topk": TOP_K, "index_n_heads": HEADS, "index_head_dim": DIM}
+        model = SimpleNamespace(**sizes, **fields)
+        plugin._install(None, SimpleNamespace(hf_text_config=model))
+        return engine.Indexer
+
+    return run
+
+
+def test_it_is_on_where_the_methods_are_hooked(install, caplog):
+    with caplog.at_level("INFO"):
+        indexer = install(index_kpool=None)
+    assert indexer._get_topk_ragged.__qualname__.startswith("ragged")
+    assert indexer._get_topk_paged.__qualname__.startswith("paged")
+    assert "MISA is on" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["_get_topk_ragged", "_get_topk_paged"])
+def test_a_method_that_stays_unhooked_is_an_error(install, caplog, method):
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(RuntimeError, match=f"expected SGLang to hook {method} of"),
+    ):
+        install(hooked=(method,))
+    assert "MISA is on" not in caplog.text
+
+
+def test_models_with_pooled_index_keys_are_left(install, caplog):
+    with caplog.at_level("INFO"):
+        indexer = install(index_kpool=4)
+    assert indexer._get_topk_ragged.__qualname__.endswith("Indexer._get_topk_ragged")
+    assert "MISA is off: pooled index keys" in caplog.text
 
 
 def test_sglang_loads_the_plugin(monkeypatch, tmp_path):
