@@ -226,3 +226,39 @@ def test_device_refuses() -> None:
         misa.select(**(arguments | {"k": arguments["k"].cpu()}), config=CONFIG)
     with pytest.raises(ValueError, match="cache: expected an array in host memory"):
         misa.append(paged("cuda")[0], arguments["k"], torch.arange(400))
+
+
+@cuda
+def test_device_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of backends mean for CUDA tensors what they mean for host arrays, and the variable is
+    heeded or refused, also once plans are cached."""
+    arguments = tensors(random_inputs(PACK, dtype="bf16"), "cuda")
+    want = misa.select(**arguments, config=CONFIG, scores=True)
+    names = [each.name for each in misa.backends() if each.available]
+    for name in ["cuda", *(each for each in names if each.startswith("cuda"))]:
+        got = misa.select(**arguments, config=CONFIG, scores=True, backend=name)
+        assert torch.equal(got.indices, want.indices)
+        monkeypatch.setenv("MISA_BACKEND", name)
+        assert torch.equal(misa.select(**arguments, config=CONFIG).indices, want.indices)
+    for name in ("cpu", "reference", "abacus"):
+        monkeypatch.delenv("MISA_BACKEND", raising=False)
+        expected = f"expected auto, cuda, .* for arrays in device memory, got '{name}'"
+        with pytest.raises(RuntimeError, match=f"^backend: {expected}"):
+            misa.select(**arguments, config=CONFIG, backend=name)
+        monkeypatch.setenv("MISA_BACKEND", name)
+        with pytest.raises(RuntimeError, match=f"^MISA_BACKEND: {expected}"):
+            misa.select(**arguments, config=CONFIG)
+        misa.select(**arguments, config=CONFIG, backend="cuda")
+    monkeypatch.setenv("MISA_BACKEND", "cuda")
+    plan = misa.Plan(CONFIG, tokens=4, heads=8, dim=64, max_keys=400, q_dtype="f32", k_dtype="f32",
+                     device="cuda")  # fmt: skip
+    assert plan.backend.startswith("cuda-")
+
+
+@cuda
+def test_device_head_major() -> None:
+    arguments = tensors(random_inputs(PACK, dtype="bf16"), "cuda")
+    want = misa.select(**arguments, config=CONFIG, scores=True)
+    arguments["q"] = arguments["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    got = misa.select(**arguments, config=CONFIG, scores=True)
+    assert torch.equal(got.indices, want.indices) and torch.equal(got.scores, want.scores)
