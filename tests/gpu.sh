@@ -60,7 +60,6 @@ for stage in "${stages[@]}"; do
       run_beside "tests/indexers" misa_tests_indexers --gtest_brief=1 --gtest_filter='*cuda_*'
       run_beside "tests/gpu" misa_tests_gpu --gtest_brief=1
       run_beside "tests/api" misa_tests_api --gtest_brief=1
-      run "fat binaries" misa_tests_fatbin --gtest_brief=1
       wait
       ;;
     sanitize)

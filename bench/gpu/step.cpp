@@ -40,7 +40,7 @@ struct Options {
   std::int64_t queries = 2048;
   std::int64_t heads = 64;
   int top_k = 2048;
-  std::size_t workspace = std::size_t{1} << 30;
+  std::size_t workspace = misa::kDefaultWorkspaceCap;
   std::uint64_t seed = std::random_device()();
   bool json = false;
   bool stages = false;
