@@ -60,6 +60,8 @@ for stage in "${stages[@]}"; do
       run_beside "tests/indexers" misa_tests_indexers --gtest_brief=1 --gtest_filter='*cuda_*'
       run_beside "tests/gpu" misa_tests_gpu --gtest_brief=1
       run_beside "tests/api" misa_tests_api --gtest_brief=1
+      MISA_GOLDEN=tests/golden run_beside "tests/golden" misa_tests_golden --gtest_brief=1 \
+        --gtest_filter='*cuda_*'
       wait
       ;;
     sanitize)
