@@ -26,6 +26,7 @@
 #include "options.hpp"
 #include "progress.hpp"
 #include "step.hpp"
+#include "streams.hpp"
 #include "table.hpp"
 #include "variant.hpp"
 
@@ -271,7 +272,7 @@ void run(const Options& options) {
   if (options.json) {
     print_json(to_json(results, selection, context, options));
   } else {
-    fmt::print("{}", to_text(results, selection, context, options));
+    write_out(to_text(results, selection, context, options));
   }
 }
 

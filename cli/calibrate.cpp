@@ -22,6 +22,7 @@
 #include "output_file.hpp"
 #include "progress.hpp"
 #include "select/reference.hpp"
+#include "streams.hpp"
 #include "trace.hpp"
 
 namespace misa::cli {
@@ -118,8 +119,8 @@ void run(const Options& options) {
     return;
   }
   for (const Layer& layer : layers) {
-    fmt::print("{}: --indexer misa --router static --heads {} --static-heads {}\n",
-               one_line(layer.file), options.heads, fmt::join(layer.heads, ","));
+    print_out("{}: --indexer misa --router static --heads {} --static-heads {}\n",
+              one_line(layer.file), options.heads, fmt::join(layer.heads, ","));
   }
 }
 

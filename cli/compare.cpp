@@ -19,6 +19,7 @@
 #include "progress.hpp"
 #include "report.hpp"
 #include "step.hpp"
+#include "streams.hpp"
 #include "trace.hpp"
 #include "variant.hpp"
 
@@ -291,9 +292,9 @@ void run(const Options& options) {
     print_json(to_json(comparison));
     return;
   }
-  fmt::print("{}", to_text(comparison));
+  write_out(to_text(comparison));
   if (page) {
-    fmt::print("\nReport: {}\n", options.html);
+    print_out("\nReport: {}\n", one_line(options.html));
   }
 }
 

@@ -11,6 +11,7 @@
 #include "commands.hpp"
 #include "options.hpp"
 #include "safetensors.hpp"
+#include "streams.hpp"
 
 namespace misa::cli {
 namespace {
@@ -26,11 +27,11 @@ void print_text(const SafetensorsReader& file) {
     width = std::max(width, one_line(tensor.name).size());
   }
   for (const TensorInfo& tensor : file.tensors()) {
-    fmt::print("{:{}}  {:7}  {:>13} bytes  [{}]\n", one_line(tensor.name), width, tensor.dtype,
-               tensor.bytes, fmt::join(tensor.shape, ", "));
+    print_out("{:{}}  {:7}  {:>13} bytes  [{}]\n", one_line(tensor.name), width, tensor.dtype,
+              tensor.bytes, fmt::join(tensor.shape, ", "));
   }
   for (const auto& [key, value] : file.metadata()) {
-    fmt::print("{}: {}\n", one_line(key), one_line(value));
+    print_out("{}: {}\n", one_line(key), one_line(value));
   }
 }
 

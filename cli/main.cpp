@@ -1,25 +1,26 @@
 // The misa program. Exit code 0: done; 2: what the user gave is wrong, told in one line on stderr;
-// 1: a defect of the program.
+// 1: a defect of the program. What was given includes the machine's limits and stdout: one that is
+// closed, full or a pipe that nobody reads is an error like a full disk. Where stderr cannot be
+// written the line is lost and the code stays.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
-#include <cerrno>
 #include <csignal>
-#include <cstdio>
 #include <exception>
 #include <new>
+#include <sstream>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <vector>
 
 #include "commands.hpp"
 #include "misa/context.hpp"
 #include "misa/error.hpp"
 #include "options.hpp"
+#include "streams.hpp"
 
 namespace {
 
@@ -29,16 +30,13 @@ using misa::ErrorCode;
 constexpr int kInternal = 1;
 constexpr int kUserError = 2;
 
-int fail(int code, std::string_view message) {
-  fmt::print(stderr, "misa: {}\n", misa::cli::one_line(message));
-  return code;
-}
-
-void flush_output() {
-  if (std::fflush(stdout) != 0) {
-    throw Error(ErrorCode::io, fmt::format("stdout: cannot be written: {}",
-                                           std::generic_category().message(errno)));
+// Called where an exception has been caught and none may follow.
+int fail(int code, std::string_view message) noexcept {
+  try {
+    misa::cli::write_err(fmt::format("misa: {}\n", misa::cli::one_line(message)));
+  } catch (const std::exception&) {  // the message is lost, as where stderr is closed
   }
+  return code;
 }
 
 std::string no_command(const CLI::App& app) {
@@ -76,22 +74,27 @@ int run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) {
-      app.exit(error);  // prints help or the version
+      std::ostringstream text;  // help or the version
+      app.exit(error, text, text);
+      misa::cli::write_out(text.str());
     } else if (app.get_subcommands().empty()) {
       return fail(kUserError, no_command(app));
     } else {
       return fail(kUserError, error.what());
     }
   }
-  flush_output();
+  misa::cli::flush_out();
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  // A file that grows beyond its limit is then an error of write, told like a full disk.
+  misa::cli::hold_standard_descriptors();
+  // A file that grows beyond its limit and a pipe that nobody reads are then errors of write, told
+  // like a full disk.
   std::signal(SIGXFSZ, SIG_IGN);
+  std::signal(SIGPIPE, SIG_IGN);
   try {
     return run(argc, argv);
   } catch (const Error& error) {

@@ -9,6 +9,8 @@
 #include <limits>
 #include <vector>
 
+#include "streams.hpp"
+
 namespace misa::cli {
 
 void add_run_options(CLI::App& command, RunOptions& options) {
@@ -64,7 +66,7 @@ CLI::Validator one_of(std::span<const std::string_view> words) {
 void print_json(const nlohmann::ordered_json& json) {
   // A file name need not be UTF-8.
   constexpr auto kReplace = nlohmann::ordered_json::error_handler_t::replace;
-  fmt::print("{}\n", json.dump(2, ' ', false, kReplace));
+  write_out(json.dump(2, ' ', false, kReplace) + '\n');
 }
 
 std::string one_line(std::string_view text) {

@@ -3,8 +3,9 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <utility>
+
+#include "streams.hpp"
 
 namespace misa::cli {
 
@@ -13,7 +14,7 @@ Progress::Progress(std::string what, std::int64_t total)
 
 Progress::~Progress() {
   if (terminal_ && drawn_ != start_) {
-    fmt::print(stderr, "\r\x1b[K");  // back to the first column, and clear
+    write_err("\r\x1b[K");  // back to the first column, and clear
   }
 }
 
@@ -27,9 +28,8 @@ void Progress::add(std::int64_t done) {
   drawn_ = now;
   const double share = static_cast<double>(done_) / static_cast<double>(total_);
   const std::chrono::duration<double> spent = now - start_;
-  fmt::print(stderr, "\r\x1b[K{} {:3.0f} %, {:.0f} s left", what_, 100 * share,
-             spent.count() * (1 / share - 1));
-  std::fflush(stderr);
+  write_err(fmt::format("\r\x1b[K{} {:3.0f} %, {:.0f} s left", what_, 100 * share,
+                        spent.count() * (1 / share - 1)));
 }
 
 }  // namespace misa::cli

@@ -24,6 +24,7 @@
 #include "output_file.hpp"
 #include "progress.hpp"
 #include "safetensors.hpp"
+#include "streams.hpp"
 #include "trace.hpp"
 
 namespace misa::cli {
@@ -205,7 +206,7 @@ void report(const Options& options, const Context& context, const Plan& plan,
   const auto rows = static_cast<double>(std::max<std::int64_t>(1, inputs.q.tokens));
   const double microseconds = 1e6 * seconds / rows;
   if (!options.json) {
-    fmt::print(
+    print_out(
         "{}: top {} of up to {} keys for {} queries with {} on {}: {:.3g} s, {:.4g} µs a "
         "query\n",
         one_line(options.output), options.top_k, plan.shape().max_keys, inputs.q.tokens,

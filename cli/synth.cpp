@@ -26,6 +26,7 @@
 #include "options.hpp"
 #include "progress.hpp"
 #include "safetensors.hpp"
+#include "streams.hpp"
 
 namespace misa::cli {
 namespace {
@@ -335,7 +336,7 @@ void run(const Options& options) {
   if (options.json) {
     print_json({{"out", options.output}, {"out_bytes", bytes}});
   } else {
-    fmt::print("{}: {} bytes\n", one_line(options.output), bytes);
+    print_out("{}: {} bytes\n", one_line(options.output), bytes);
   }
 }
 

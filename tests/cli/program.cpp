@@ -2,11 +2,19 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <cstddef>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
@@ -17,9 +25,55 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Forks and becomes misa; stdout and stderr go to these files.
-pid_t spawn(std::vector<std::string> arguments, const std::string& out, const std::string& err,
-            std::optional<std::uint64_t> file_limit) {
+// The functions below run between fork and exec.
+
+void place(int opened, int descriptor) {
+  if (opened < 0 || ::dup2(opened, descriptor) < 0) {
+    ::_exit(127);
+  }
+}
+
+// `given` and `flags`: what is opened for a stream that is given.
+void set_stream(int descriptor, Stream stream, const char* given, int flags) {
+  const bool reads = descriptor == STDIN_FILENO;
+  std::array<int, 2> pipe{};
+  switch (stream) {
+    case Stream::given: place(::open(given, flags | O_CLOEXEC | O_NOCTTY, 0600), descriptor); break;
+    case Stream::closed: ::close(descriptor); break;
+    case Stream::full: place(::open("/dev/full", O_RDWR | O_CLOEXEC), descriptor); break;
+    case Stream::broken:
+      ::pipe2(pipe.data(), O_CLOEXEC);
+      place(pipe[reads ? 0 : 1], descriptor);
+      ::close(pipe[reads ? 1 : 0]);
+      break;
+  }
+}
+
+// The kernel makes no thread or process from here on, as at a limit on their number.
+void refuse_threads() {
+  std::array<sock_filter, 5> filter{{
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 2, 0),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone3, 1, 0),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAGAIN),
+  }};
+  const sock_fprog program{filter.size(), filter.data()};
+  if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
+      ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0) {
+    ::_exit(127);
+  }
+}
+
+void limit(int resource, rlim_t most) {
+  const rlimit limit{most, most};
+  ::setrlimit(resource, &limit);
+}
+
+// Forks and becomes misa; stdout and stderr go to these files unless the surroundings say
+// otherwise.
+pid_t spawn(std::vector<std::string> arguments, const Surroundings& surroundings,
+            const std::string& out, const std::string& err) {
   arguments.insert(arguments.begin(), MISA_PROGRAM);
   std::vector<char*> argv;
   for (std::string& argument : arguments) {
@@ -28,11 +82,19 @@ pid_t spawn(std::vector<std::string> arguments, const std::string& out, const st
   argv.push_back(nullptr);
   const pid_t child = ::fork();
   if (child == 0) {
-    ::dup2(::open(out.c_str(), O_WRONLY | O_CREAT, 0600), STDOUT_FILENO);
-    ::dup2(::open(err.c_str(), O_WRONLY | O_CREAT, 0600), STDERR_FILENO);
-    if (file_limit) {
-      const rlimit limit{*file_limit, *file_limit};
-      ::setrlimit(RLIMIT_FSIZE, &limit);
+    constexpr int kWrite = O_WRONLY | O_CREAT;
+    set_stream(STDIN_FILENO, surroundings.in, "/dev/null", O_RDONLY);
+    set_stream(STDOUT_FILENO, surroundings.out, out.c_str(), kWrite);
+    set_stream(STDERR_FILENO, surroundings.err, err.c_str(), kWrite);
+    limit(RLIMIT_CORE, 0);
+    if (surroundings.file_limit) {
+      limit(RLIMIT_FSIZE, *surroundings.file_limit);
+    }
+    for (const int signal : surroundings.ignored) {
+      std::signal(signal, SIG_IGN);
+    }
+    if (surroundings.no_threads) {
+      refuse_threads();
     }
     ::execv(argv.front(), argv.data());
     ::_exit(127);
@@ -66,17 +128,29 @@ std::vector<std::string> Folder::names() const {
   return names;
 }
 
-Outcome run_misa(std::vector<std::string> arguments, std::optional<std::uint64_t> file_limit) {
+Outcome run_misa(std::vector<std::string> arguments, const Surroundings& surroundings) {
   const Folder folder;
   const std::string out = folder / "out";
   const std::string err = folder / "err";
-  int status = 0;
-  ::waitpid(spawn(std::move(arguments), out, err, file_limit), &status, 0);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_bytes(out), read_bytes(err)};
+  Outcome outcome = wait_for(spawn(std::move(arguments), surroundings, out, err));
+  outcome.out = read_bytes(out);
+  outcome.err = read_bytes(err);
+  return outcome;
 }
 
-pid_t start_misa(std::vector<std::string> arguments) {
-  return spawn(std::move(arguments), "/dev/null", "/dev/null", std::nullopt);
+pid_t start_misa(std::vector<std::string> arguments, const Surroundings& surroundings) {
+  const std::string& terminal = surroundings.terminal;
+  return spawn(std::move(arguments), surroundings, "/dev/null",
+               terminal.empty() ? "/dev/null" : terminal);
+}
+
+Outcome wait_for(pid_t child) {
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1,
+          WIFSIGNALED(status) ? WTERMSIG(status) : 0,
+          {},
+          {}};
 }
 
 void write_tensors(const std::string& path, const Tensors& tensors) {

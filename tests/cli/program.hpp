@@ -30,18 +30,36 @@ class Folder {
   std::filesystem::path path_;
 };
 
+// What a standard stream of the program leads to: what the tests give it, nothing at all, a disk
+// without room, or a pipe whose other end is closed.
+enum class Stream { given, closed, full, broken };
+
+// What the program finds around itself.
+struct Surroundings {
+  Stream in = Stream::given;
+  Stream out = Stream::given;
+  Stream err = Stream::given;
+  std::string terminal{};                     // stderr in place of a file, if there is one
+  std::vector<int> ignored{};                 // signals that whoever starts it ignores
+  std::optional<std::uint64_t> file_limit{};  // beyond which no file may grow
+  bool no_threads = false;                    // none but its first can be made
+};
+
 struct Outcome {
-  int code;  // of the exit, or -1 if a signal ended it
+  int code;    // of the exit, or -1 if a signal ended it
+  int signal;  // that ended it, or 0
   std::string out;
   std::string err;
 };
 
-// Runs misa with these arguments; no file may grow beyond the limit, if there is one.
-Outcome run_misa(std::vector<std::string> arguments,
-                 std::optional<std::uint64_t> file_limit = std::nullopt);
+// Runs misa with these arguments.
+Outcome run_misa(std::vector<std::string> arguments, const Surroundings& surroundings = {});
 
 // Starts misa without waiting for it; its output is dropped.
-pid_t start_misa(std::vector<std::string> arguments);
+pid_t start_misa(std::vector<std::string> arguments, const Surroundings& surroundings = {});
+
+// Waits for it to end.
+Outcome wait_for(pid_t child);
 
 // A tensor as a file holds it, and files made of them.
 struct Tensor {

@@ -1,17 +1,13 @@
 // The program from the outside: what it writes, what it prints, and how it refuses bad input.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include <algorithm>
-#include <chrono>
-#include <csignal>
 #include <filesystem>
 #include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -28,7 +24,6 @@ using ::testing::ContainsRegex;
 using ::testing::ElementsAre;
 using ::testing::EndsWith;
 using ::testing::HasSubstr;
-using ::testing::IsEmpty;
 using ::testing::StartsWith;
 
 using Arguments = std::vector<std::string>;
@@ -532,29 +527,14 @@ TEST(SmokeProgram, LeavesNothingOnAFullDisk) {
   const Folder folder;
   write_tensors(folder / "in", ragged_input());
   write_bytes(folder / "old", "old");
-  const std::uint64_t room = 10000;  // less than 3 rows of 2048 indices take
+  const Surroundings full{.file_limit = 10000};  // less than 3 rows of 2048 indices take
   for (const char* name : {"new", "old"}) {
-    EXPECT_THAT(refused(run_misa({"select", folder / "in", "-o", folder / name}, room)),
+    EXPECT_THAT(refused(run_misa({"select", folder / "in", "-o", folder / name}, full)),
                 EndsWith("cannot be written: File too large"));
   }
-  EXPECT_THAT(refused(run_misa({"synth", "-o", folder / "new"}, room)), EndsWith("File too large"));
+  EXPECT_THAT(refused(run_misa({"synth", "-o", folder / "new"}, full)), EndsWith("File too large"));
   EXPECT_THAT(folder.names(), ElementsAre("in", "old"));
   EXPECT_EQ(read_bytes(folder / "old"), "old");
-}
-
-TEST(Program, LeavesNothingWhenInterrupted) {
-  const Folder folder;
-  // Far more than is written before the signal comes, and little for a disk.
-  const pid_t child = start_misa(
-      {"synth", "-o", folder / "out", "--keys", "10000000", "--dim", "64", "--dtype", "F8_E4M3"});
-  while (folder.names().empty()) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  ::kill(child, SIGTERM);
-  int status = 0;
-  ::waitpid(child, &status, 0);
-  EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM);
-  EXPECT_THAT(folder.names(), IsEmpty());
 }
 
 }  // namespace

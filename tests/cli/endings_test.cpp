@@ -1,0 +1,220 @@
+// How the program ends: with the exit code that it documents whatever its standard streams are, by
+// the signal that it was sent, and without what it had begun to write.
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <csignal>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "output_file.hpp"
+#include "program.hpp"
+
+namespace misa::cli {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::EndsWith;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::SizeIs;
+
+using Arguments = std::vector<std::string>;
+
+// Where a command finds its inputs and writes its output.
+struct Place {
+  Folder folder;
+  std::string in = folder / "in";
+  std::string many = folder / "many";  // more tensors than a buffer of output holds
+  std::string bad = folder / "bad";
+  std::string out = folder / "out";
+
+  Place() {
+    write_tensors(in, ragged_input());
+    Tensors tensors;
+    for (int i = 0; i < 1000; ++i) {
+      tensors[std::to_string(i)] = tensor<std::uint8_t>("U8", {1}, {0});
+    }
+    write_tensors(many, tensors);
+    write_bytes(bad, "bad");
+  }
+};
+
+struct Command {
+  std::string name;
+  int code;  // with the streams given
+  std::function<Arguments(const Place&)> arguments;
+};
+
+std::vector<Command> commands() {
+  const auto fixed = [](const Arguments& arguments) {
+    return [=](const Place&) { return arguments; };
+  };
+  const Arguments tiny{"bench",  "--queries",  "2",        "--heads", "1",
+                       "--keys", "64",         "--top-k",  "4",       "--runs",
+                       "1",      "--indexers", "dsa,hisa", "--dim",   "64"};
+  Arguments tiny_json = tiny;
+  tiny_json.emplace_back("--json");
+  std::vector<Command> list{
+      {"version", 0, fixed({"--version"})},
+      {"help", 0, fixed({"--help"})},
+      {"info", 0, fixed({"info"})},
+      {"info_json", 0, fixed({"info", "--json"})},
+      {"inspect", 0,
+       [](const Place& at) {
+         return Arguments{"inspect", at.in};
+       }},
+      {"inspect_many", 0,
+       [](const Place& at) {
+         return Arguments{"inspect", at.many};
+       }},
+      {"inspect_json", 0,
+       [](const Place& at) {
+         return Arguments{"inspect", at.many, "--json"};
+       }},
+      {"select", 0,
+       [](const Place& at) {
+         return Arguments{"select", at.in, "-o", at.out};
+       }},
+      {"select_json", 0,
+       [](const Place& at) {
+         return Arguments{"select", at.in, "-o", at.out, "--json"};
+       }},
+      {"synth", 0,
+       [](const Place& at) {
+         return Arguments{"synth", "-o", at.out, "--keys", "99"};
+       }},
+      {"synth_json", 0,
+       [](const Place& at) { return Arguments{"synth", "-o", at.out, "--keys", "99", "--json"}; }},
+      {"compare", 0,
+       [](const Place& at) {
+         return Arguments{"compare", at.in, "--html", at.out, "--indexers", "dsa", "--runs", "1"};
+       }},
+      {"compare_json", 0,
+       [](const Place& at) {
+         return Arguments{"compare", at.in, "--json", "--indexers", "dsa", "--runs", "1"};
+       }},
+      {"calibrate", 0,
+       [](const Place& at) { return Arguments{"calibrate", at.in, "-o", at.out, "--heads", "2"}; }},
+      {"calibrate_json", 0,
+       [](const Place& at) {
+         return Arguments{"calibrate", at.in, "--json", "--heads", "2"};
+       }},
+      {"bench", 0, fixed(tiny)},
+      {"bench_json", 0, fixed(tiny_json)},
+      {"no_command", 2, fixed({})},
+      {"unknown_command", 2, fixed({"choose"})},
+      {"unknown_option", 2, fixed({"info", "--fast"})},
+      {"bad_number", 2, fixed({"bench", "--keys", "many"})},
+      {"bad_combination", 2, fixed({"bench", "--queries", "9", "--keys", "8"})},
+      {"no_file", 2,
+       [](const Place& at) {
+         return Arguments{"inspect", at.folder / "none"};
+       }},
+      {"bad_file", 2,
+       [](const Place& at) {
+         return Arguments{"compare", at.bad};
+       }},
+      {"no_output", 2,
+       [](const Place& at) {
+         return Arguments{"select", at.in, "-o", at.folder / "none/out"};
+       }},
+      {"no_memory", 2, fixed({"bench", "--queries", "2147483647", "--keys", "2147483647"})},
+  };
+  for (const char* name : {"select", "compare", "bench", "calibrate", "inspect", "synth", "info"}) {
+    list.push_back({std::string("help_") + name, 0, fixed({name, "--help"})});
+  }
+  return list;
+}
+
+std::string reason(Stream stream) {
+  return stream == Stream::closed ? "Bad file descriptor"
+         : stream == Stream::full ? "No space left on device"
+                                  : "Broken pipe";
+}
+
+class Endings : public ::testing::TestWithParam<Command> {};
+
+TEST_P(Endings, AreTheDocumentedCodeWhateverTheStreamsAre) {
+  const Place place;
+  const Arguments arguments = GetParam().arguments(place);
+  const auto run = [&](const Surroundings& surroundings) {
+    const Outcome outcome = run_misa(arguments, surroundings);
+    EXPECT_EQ(outcome.signal, 0);
+    for (const std::string& name : place.folder.names()) {
+      EXPECT_FALSE(name.starts_with(".")) << name;
+    }
+    return outcome;
+  };
+  const Outcome given = run({});
+  ASSERT_EQ(given.code, GetParam().code) << given.err;
+  ASSERT_EQ(given.out.empty(), given.code != 0);
+  ASSERT_EQ(given.err.empty(), given.code == 0);
+  for (const Stream stream : {Stream::closed, Stream::full, Stream::broken}) {
+    SCOPED_TRACE(reason(stream));
+    const Outcome no_in = run({.in = stream});
+    EXPECT_EQ(no_in.code, given.code);
+    EXPECT_EQ(no_in.err, given.err);
+    const Outcome no_err = run({.err = stream});
+    EXPECT_EQ(no_err.code, given.code);
+    EXPECT_EQ(no_err.out.empty(), given.out.empty());
+    for (const std::vector<int>& ignored : {std::vector<int>{}, {SIGPIPE}}) {
+      const Outcome no_out = run({.out = stream, .ignored = ignored});
+      EXPECT_EQ(no_out.code, 2);
+      EXPECT_EQ(no_out.err, given.code != 0
+                                ? given.err
+                                : "misa: stdout: cannot be written: " + reason(stream) + "\n");
+      EXPECT_EQ(run({.in = stream, .out = stream, .err = stream, .ignored = ignored}).code, 2);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, Endings, ::testing::ValuesIn(commands()),
+                         [](const auto& param) { return param.param.name; });
+
+// Without standard descriptors of its own, the program opens its files under other numbers.
+TEST(SmokeProgram, PrintsNothingIntoItsOutput) {
+  const Place place;
+  const Arguments arguments{"select", place.in, "-o", place.out, "--top-k", "7"};
+  ASSERT_EQ(run_misa(arguments).code, 0);
+  const std::string bytes = read_bytes(place.out);
+  for (const Surroundings& surroundings :
+       {Surroundings{.in = Stream::closed},
+        {.out = Stream::closed},
+        {.err = Stream::closed},
+        {.in = Stream::closed, .out = Stream::closed, .err = Stream::closed}}) {
+    std::filesystem::remove(place.out);
+    EXPECT_EQ(run_misa(arguments, surroundings).signal, 0);
+    EXPECT_EQ(read_bytes(place.out), bytes);
+  }
+}
+
+// Progress is drawn on a terminal, which may be closed meanwhile.
+TEST(Program, OutlivesTheTerminalThatShowsItsProgress) {
+  const Folder folder;
+  const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+  ASSERT_GE(terminal, 0);
+  ASSERT_EQ(::grantpt(terminal), 0);
+  ASSERT_EQ(::unlockpt(terminal), 0);
+  const pid_t child = start_misa({"synth", "-o", folder / "out", "--keys", "200000", "--dim", "64"},
+                                 {.terminal = ::ptsname(terminal)});
+  std::array<char, 256> drawn{};
+  const ssize_t length = ::read(terminal, drawn.data(), drawn.size());
+  ASSERT_GT(length, 0);
+  EXPECT_THAT(std::string(drawn.data(), static_cast<std::size_t>(length)),
+              HasSubstr("synthesizing"));
+  ::close(terminal);
+  EXPECT_EQ(wait_for(child).code, 0);
+  EXPECT_THAT(folder.names(), ElementsAre("out"));
+}
+
+}  // namespace
+}  // namespace misa::cli
