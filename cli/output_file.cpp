@@ -5,11 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
-#include <climits>
-#include <csignal>
-#include <cstring>
 #include <filesystem>
 #include <limits>
 #include <system_error>
@@ -20,29 +16,6 @@ namespace misa::cli {
 namespace {
 
 namespace fs = std::filesystem;
-
-// What an interrupted process has to remove; a signal handler can reach nothing else.
-std::array<char, PATH_MAX> interrupted_name;
-
-extern "C" void remove_and_end(int signal) {
-  ::unlink(interrupted_name.data());
-  std::signal(signal, SIG_DFL);
-  std::raise(signal);
-}
-
-void remove_if_interrupted(const std::string& name) {
-  if (name.size() >= interrupted_name.size()) {
-    return;  // open has refused it
-  }
-  std::memcpy(interrupted_name.data(), name.c_str(), name.size() + 1);
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
-    if (std::signal(signal, remove_and_end) == SIG_IGN) {
-      std::signal(signal, SIG_IGN);  // as nohup wants it
-    }
-  }
-}
-
-void end_removal() { interrupted_name[0] = '\0'; }
 
 std::string error_text(int error) { return std::generic_category().message(error); }
 
@@ -65,9 +38,11 @@ OutputFile::OutputFile(std::string path) : path_(std::move(path)), target_(path_
   const fs::path folder = fs::path(target_).parent_path();
   for (int attempt = 0; descriptor_ < 0; ++attempt) {
     temporary_ = folder / fmt::format(".misa-{}-{}", ::getpid(), attempt);
-    remove_if_interrupted(temporary_);
+    Interruption::Section section;
     descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (descriptor_ < 0 && errno != EEXIST) {
+    if (descriptor_ >= 0) {
+      section.remember(temporary_);  // shorter than PATH_MAX, or open had refused it
+    } else if (errno != EEXIST) {
       fail(error_text(errno));
     }
   }
@@ -76,8 +51,9 @@ OutputFile::OutputFile(std::string path) : path_(std::move(path)), target_(path_
 OutputFile::~OutputFile() {
   if (descriptor_ >= 0) {
     ::close(descriptor_);
+    Interruption::Section section;
     ::unlink(temporary_.c_str());
-    end_removal();
+    section.forget();
   }
 }
 
@@ -110,12 +86,18 @@ void OutputFile::write_at(std::uint64_t offset, std::span<const std::byte> bytes
 }
 
 void OutputFile::commit() {
-  if (::fsync(descriptor_) != 0 || ::rename(temporary_.c_str(), target_.c_str()) != 0) {
+  if (::fsync(descriptor_) != 0) {
     fail(error_text(errno));
+  }
+  {
+    Interruption::Section section;
+    if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
+      fail(error_text(errno));
+    }
+    section.forget();
   }
   ::close(descriptor_);
   descriptor_ = -1;
-  end_removal();
 }
 
 void OutputFile::fail(const std::string& what) const {

@@ -6,10 +6,12 @@
 #include <span>
 #include <string>
 
+#include "interruption.hpp"
+
 namespace misa::cli {
 
 // Written under another name in the same folder, which is removed if commit is not reached, also
-// when the process is interrupted. One at a time.
+// when a signal ends the process that a handler can catch. One at a time.
 class OutputFile {
  public:
   // Throws Error if a file of this name cannot be made.
@@ -30,6 +32,7 @@ class OutputFile {
  private:
   [[noreturn]] void fail(const std::string& what) const;
 
+  Interruption interruption_;
   std::string path_;  // as the user wrote it
   std::string target_;
   std::string temporary_;

@@ -197,6 +197,121 @@ TEST(SmokeProgram, PrintsNothingIntoItsOutput) {
   }
 }
 
+// Starts a command that writes for long, and waits until its file has been made.
+pid_t start_writing(const Folder& folder, Surroundings surroundings = {}) {
+  const pid_t child = start_misa(
+      {"synth", "-o", folder / "out", "--keys", "10000000", "--dim", "64", "--dtype", "F8_E4M3"},
+      surroundings);
+  while (folder.names().empty()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return child;
+}
+
+// Those that end a process which does nothing about them, but SIGKILL, SIGPIPE and SIGXFSZ.
+std::vector<int> ending_signals() {
+  return {SIGHUP,  SIGINT,  SIGQUIT, SIGILL,    SIGTRAP,  SIGABRT,      SIGBUS,  SIGFPE,
+          SIGUSR1, SIGSEGV, SIGUSR2, SIGALRM,   SIGTERM,  SIGSTKFLT,    SIGXCPU, SIGPROF,
+          SIGIO,   SIGPWR,  SIGSYS,  SIGVTALRM, SIGRTMIN, SIGRTMIN + 1, SIGRTMAX};
+}
+
+class Signals : public ::testing::TestWithParam<int> {};
+
+TEST_P(Signals, LeaveNothingAndEndTheProgram) {
+  const Folder folder;
+  const pid_t child = start_writing(folder);
+  ::kill(child, GetParam());
+  EXPECT_EQ(wait_for(child).signal, GetParam());
+  EXPECT_THAT(folder.names(), IsEmpty());
+}
+
+TEST_P(Signals, StayIgnoredWhereTheyWere) {
+  const Folder folder;
+  const pid_t child = start_writing(folder, {.ignored = {GetParam()}});
+  ::kill(child, GetParam());
+  const int other = GetParam() == SIGTERM ? SIGINT : SIGTERM;
+  ::kill(child, other);
+  EXPECT_EQ(wait_for(child).signal, other);
+  EXPECT_THAT(folder.names(), IsEmpty());
+}
+
+INSTANTIATE_TEST_SUITE_P(, Signals, ::testing::ValuesIn(ending_signals()),
+                         [](const auto& param) { return "Signal" + std::to_string(param.param); });
+
+TEST(Program, OutlivesSignalsOfPipesAndFileSizes) {
+  const Folder folder;
+  const pid_t child = start_writing(folder);
+  ::kill(child, SIGPIPE);
+  ::kill(child, SIGXFSZ);
+  ::kill(child, SIGTERM);
+  EXPECT_EQ(wait_for(child).signal, SIGTERM);
+  EXPECT_THAT(folder.names(), IsEmpty());
+}
+
+// Whichever of the program's threads gets them, and however many come.
+TEST(Program, LeavesNothingWhenSignalsComeTogether) {
+  const Place place;
+  const std::size_t before = place.folder.names().size();
+  for (int i = 0; i < 10; ++i) {
+    const pid_t child =
+        start_misa({"compare", place.in, "--html", place.out, "--runs", "2147483647"});
+    while (place.folder.names().size() == before) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    const std::array<int, 4> signals{SIGTERM, SIGINT, SIGTERM, SIGHUP};
+    for (const int signal : signals) {
+      ::kill(child, signal);
+    }
+    EXPECT_THAT(signals, ::testing::Contains(wait_for(child).signal));
+    EXPECT_THAT(place.folder.names(), SizeIs(before));
+  }
+}
+
+// Before, while and after a file is made and named: it is there whole or not at all.
+TEST(Program, LeavesAWholeFileOrNoneWheneverASignalComes) {
+  const Folder folder;
+  const Arguments arguments{"synth", "-o", folder / "out", "--keys", "1", "--queries", "1"};
+  ASSERT_EQ(run_misa(arguments).code, 0);
+  const std::string bytes = read_bytes(folder / "out");
+  for (int i = 0; i < 200; ++i) {
+    std::filesystem::remove(folder / "out");
+    const pid_t child = start_misa(arguments);
+    std::this_thread::sleep_for(std::chrono::microseconds(50 * i));
+    ::kill(child, SIGTERM);
+    const Outcome outcome = wait_for(child);
+    EXPECT_TRUE(outcome.signal == SIGTERM || outcome.code == 0);
+    for (const std::string& name : folder.names()) {
+      EXPECT_EQ(name, "out");
+      EXPECT_EQ(read_bytes(folder / name), bytes);
+    }
+  }
+}
+
+TEST(SmokeOutputFile, LeavesSignalsAsTheyWere) {
+  const auto handler_of = [](int signal) {
+    struct sigaction action {};
+    ::sigaction(signal, nullptr, &action);
+    return action.sa_handler;
+  };
+  const Folder folder;
+  const auto handler = [](int) {};
+  std::signal(SIGUSR1, handler);
+  std::signal(SIGUSR2, SIG_IGN);
+  {
+    OutputFile file(folder / "f");
+    EXPECT_NE(handler_of(SIGTERM), SIG_DFL);
+    EXPECT_EQ(handler_of(SIGUSR1), +handler);
+    EXPECT_EQ(handler_of(SIGUSR2), SIG_IGN);
+    EXPECT_EQ(handler_of(SIGCHLD), SIG_DFL);
+    file.commit();
+  }
+  EXPECT_EQ(handler_of(SIGTERM), SIG_DFL);
+  EXPECT_EQ(handler_of(SIGUSR1), +handler);
+  EXPECT_EQ(handler_of(SIGUSR2), SIG_IGN);
+  std::signal(SIGUSR1, SIG_DFL);
+  std::signal(SIGUSR2, SIG_DFL);
+}
+
 // Progress is drawn on a terminal, which may be closed meanwhile.
 TEST(Program, OutlivesTheTerminalThatShowsItsProgress) {
   const Folder folder;
