@@ -27,7 +27,7 @@ void print_text(const SafetensorsReader& file) {
     width = std::max(width, one_line(tensor.name).size());
   }
   for (const TensorInfo& tensor : file.tensors()) {
-    print_out("{:{}}  {:7}  {:>13} bytes  [{}]\n", one_line(tensor.name), width, tensor.dtype,
+    print_out("{:{}}  {:11}  {:>13} bytes  [{}]\n", one_line(tensor.name), width, tensor.dtype,
               tensor.bytes, fmt::join(tensor.shape, ", "));
   }
   for (const auto& [key, value] : file.metadata()) {

@@ -12,6 +12,30 @@
 #include "streams.hpp"
 
 namespace misa::cli {
+namespace {
+
+// Bytes of the character that the text begins with if that is a control character, breaks the line
+// or turns the direction of what follows, as UTF-8; otherwise 0.
+std::size_t control_bytes(std::string_view text) {
+  const auto at = [&](std::size_t i) {
+    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U;
+  };
+  const auto within = [](unsigned value, unsigned first, unsigned last) {
+    return value >= first && value <= last;
+  };
+  if (at(0) < 0x20 || at(0) == 0x7f) {
+    return 1;
+  }
+  if (at(0) == 0xc2 && within(at(1), 0x80, 0x9f)) {  // U+0080 to U+009F
+    return 2;
+  }
+  const bool breaks_or_turns =  // U+2028 to U+202E, U+2066 to U+2069
+      at(0) == 0xe2 && ((at(1) == 0x80 && within(at(2), 0xa8, 0xae)) ||
+                        (at(1) == 0x81 && within(at(2), 0xa6, 0xa9)));
+  return breaks_or_turns ? 3 : 0;
+}
+
+}  // namespace
 
 void add_run_options(CLI::App& command, RunOptions& options) {
   command
@@ -71,14 +95,15 @@ void print_json(const nlohmann::ordered_json& json) {
 
 std::string one_line(std::string_view text) {
   std::string line;
-  for (const char c : text) {
-    const auto code = static_cast<unsigned char>(c);
-    constexpr unsigned char kDelete = 0x7f;
-    if (code < ' ' || code == kDelete) {
-      line += fmt::format("\\x{:02x}", code);
-    } else {
-      line += c;
+  while (!text.empty()) {
+    const std::size_t control = control_bytes(text);
+    for (const char c : text.substr(0, control)) {
+      line += fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
     }
+    if (control == 0) {
+      line += text.front();
+    }
+    text.remove_prefix(std::max<std::size_t>(1, control));
   }
   return line;
 }

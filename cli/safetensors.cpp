@@ -29,60 +29,98 @@ constexpr std::uint64_t kLengthBytes = 8;
 
 struct Dtype {
   std::string_view name;
-  std::uint64_t bytes;
+  std::uint64_t bits;  // of an element; elements are packed
 };
-constexpr Dtype kDtypes[] = {{"BOOL", 1},    {"U8", 1},      {"I8", 1},  {"F8_E4M3", 1},
-                             {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
-                             {"F16", 2},     {"BF16", 2},    {"U32", 4}, {"I32", 4},
-                             {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8}};
+constexpr Dtype kDtypes[] = {{"BOOL", 8},    {"F4", 4},          {"F6_E2M3", 6},     {"F6_E3M2", 6},
+                             {"U8", 8},      {"I8", 8},          {"F8_E5M2", 8},     {"F8_E4M3", 8},
+                             {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"I16", 16},
+                             {"U16", 16},    {"F16", 16},        {"BF16", 16},       {"I32", 32},
+                             {"U32", 32},    {"F32", 32},        {"C64", 64},        {"F64", 64},
+                             {"I64", 64},    {"U64", 64}};
 
-// Bytes of an element; 0 for a name that is none.
-std::uint64_t dtype_bytes(std::string_view name) {
+// Bits of an element; 0 for a name that is none.
+std::uint64_t dtype_bits(std::string_view name) {
   for (const Dtype& dtype : kDtypes) {
     if (dtype.name == name) {
-      return dtype.bytes;
+      return dtype.bits;
     }
   }
   return 0;
 }
 
-// Refuses while parsing what could not be seen afterwards, a name that comes twice, and what the
-// format has no use for, deep nesting.
-class HeaderGuard {
+constexpr std::string_view kMetadata = "__metadata__";
+constexpr std::array<std::string_view, 3> kMembers{"dtype", "shape", "data_offsets"};
+
+// Refuses what could not be seen in the parsed header, a name of a tensor or of its members that
+// comes twice, and nesting so deep that it is meant to harm.
+class HeaderGuard : public nlohmann::json_sax<json> {
  public:
-  bool operator()(int depth, json::parse_event_t event, const json& parsed) {
-    constexpr int kDeepest = 2;  // header, tensor, shape
-    if (event == json::parse_event_t::object_start || event == json::parse_event_t::array_start) {
-      if (depth > kDeepest) {
-        fail("header: expected nesting of {} levels at most, got more", kDeepest + 1);
-      }
-      names_[depth].clear();
-    } else if (event == json::parse_event_t::key) {
-      const auto& name = parsed.get_ref<const std::string&>();
-      if (!names_[depth - 1].insert(name).second) {
-        fail("header: expected each name once, got '{}' again", name);
-      }
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool start_object(std::size_t) override { return open(); }
+  bool end_object() override { return close(); }
+  bool start_array(std::size_t) override { return open(); }
+  bool end_array() override { return close(); }
+
+  bool key(string_t& name) override {
+    if (depth_ == 1) {
+      in_metadata_ = name == kMetadata;
+      check_new(names_, name);
+      members_.clear();
+    } else if (depth_ == 2 && !in_metadata_ &&
+               std::find(kMembers.begin(), kMembers.end(), name) != kMembers.end()) {
+      check_new(members_, name);
     }
     return true;
   }
 
+  bool parse_error(std::size_t, const std::string&, const json::exception& error) override {
+    const std::string_view what = error.what();  // "[json.exception.parse_error.101] parse error …"
+    fail("header: {}", what.substr(what.find("] ") + 2));
+  }
+
  private:
-  std::array<std::set<std::string>, 3> names_;  // of the object open at each depth
+  bool open() {
+    constexpr int kDeepest = 127;  // as the format's own reader has it
+    if (++depth_ > kDeepest) {
+      fail("header: expected nesting of {} levels at most, got more", kDeepest);
+    }
+    return true;
+  }
+
+  bool close() {
+    --depth_;
+    return true;
+  }
+
+  static void check_new(std::set<std::string>& seen, const std::string& name) {
+    if (!seen.insert(name).second) {
+      fail("header: expected each name once, got '{}' again", name);
+    }
+  }
+
+  int depth_ = 0;
+  bool in_metadata_ = false;
+  std::set<std::string> names_;    // of the header
+  std::set<std::string> members_;  // of the tensor that is being read
 };
 
 json parse_header(const std::string& text) {
   if (text.empty() || text.front() != '{') {
     fail("header: expected a JSON object that starts with '{{'");
   }
-  try {
-    return json::parse(
-        text, [guard = HeaderGuard()](int depth, json::parse_event_t event, json& parsed) mutable {
-          return guard(depth, event, parsed);
-        });
-  } catch (const json::exception& error) {
-    const std::string_view what = error.what();  // "[json.exception.parse_error.101] parse error …"
-    fail("header: {}", what.substr(what.find("] ") + 2));
+  // The parser would take it for the end.
+  if (text.find('\0') != std::string::npos) {
+    fail("header: expected a JSON object, got a zero byte");
   }
+  HeaderGuard guard;
+  json::sax_parse(text, &guard);
+  return json::parse(text);
 }
 
 const json& member(const json& object, std::string_view name, const char* key) {
@@ -103,14 +141,14 @@ std::uint64_t size_from(const json& value, std::string_view name, std::string_vi
 }
 
 TensorInfo parse_tensor(const std::string& name, const json& entry) {
-  if (!entry.is_object() || entry.size() > 3) {
+  if (!entry.is_object()) {
     fail("tensor '{}': expected an object of dtype, shape and data_offsets, got {}", name,
-         entry.is_object() ? fmt::format("{} members", entry.size()) : entry.type_name());
+         entry.type_name());
   }
   const json& dtype = member(entry, name, "dtype");
   const json& shape = member(entry, name, "shape");
   const json& offsets = member(entry, name, "data_offsets");
-  if (!dtype.is_string() || dtype_bytes(dtype.get_ref<const std::string&>()) == 0) {
+  if (!dtype.is_string() || dtype_bits(dtype.get_ref<const std::string&>()) == 0) {
     std::vector<std::string_view> names;
     for (const Dtype& known : kDtypes) {
       names.push_back(known.name);
@@ -137,6 +175,9 @@ TensorInfo parse_tensor(const std::string& name, const json& entry) {
 
 Metadata parse_metadata(const json& entry) {
   Metadata metadata;
+  if (entry.is_null()) {
+    return metadata;
+  }
   if (!entry.is_object()) {
     fail("__metadata__: expected an object of strings, got {}", entry.type_name());
   }
@@ -185,11 +226,23 @@ std::string describe(std::string_view dtype, std::span<const std::int64_t> shape
 }
 
 TensorInfo tensor_info(std::string name, std::string dtype, std::vector<std::int64_t> shape) {
-  std::uint64_t bytes = dtype_bytes(dtype);
+  std::uint64_t elements = 1;
+  bool overflow = false;
   for (const std::int64_t size : shape) {
-    if (__builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size), &bytes)) {
-      fail("tensor '{}': expected a size below 2^64 bytes, got {}", name, describe(dtype, shape));
-    }
+    overflow |= __builtin_mul_overflow(elements, static_cast<std::uint64_t>(size), &elements);
+  }
+  // Eight elements take as many bytes as one takes bits.
+  const std::uint64_t bits = dtype_bits(dtype);
+  const std::uint64_t rest = elements % 8 * bits;
+  std::uint64_t bytes = 0;
+  overflow |= __builtin_mul_overflow(elements / 8, bits, &bytes);
+  overflow |= __builtin_add_overflow(bytes, rest / 8, &bytes);
+  if (overflow) {
+    fail("tensor '{}': expected a size below 2^64 bytes, got {}", name, describe(dtype, shape));
+  }
+  if (rest % 8 != 0) {
+    fail("tensor '{}': expected whole bytes, got {} of {} bits an element", name,
+         describe(dtype, shape), bits);
   }
   return {std::move(name), std::move(dtype), std::move(shape), 0, bytes};
 }
@@ -232,7 +285,7 @@ void SafetensorsReader::read_header() {
   read_at(kLengthBytes, std::as_writable_bytes(std::span(text)));
   const json header = parse_header(text);
   for (const auto& [name, entry] : header.items()) {
-    if (name == "__metadata__") {
+    if (name == kMetadata) {
       metadata_ = parse_metadata(entry);
     } else {
       tensors_.push_back(parse_tensor(name, entry));
@@ -279,11 +332,11 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Tensor
     : file_(path) {
   // The largest elements first, so that each tensor is aligned to its own.
   std::stable_sort(tensors.begin(), tensors.end(), [](const TensorInfo& a, const TensorInfo& b) {
-    return dtype_bytes(a.dtype) > dtype_bytes(b.dtype);
+    return dtype_bits(a.dtype) > dtype_bits(b.dtype);
   });
   nlohmann::ordered_json header;
   if (!metadata.empty()) {
-    header["__metadata__"] = metadata;
+    header[std::string(kMetadata)] = metadata;
   }
   std::uint64_t end = 0;
   for (TensorInfo& tensor : tensors) {

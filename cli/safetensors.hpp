@@ -1,5 +1,6 @@
 // Reading and writing safetensors files: an 8-byte header length, a JSON header that names each
-// tensor's dtype, shape and place, then the tensors' bytes.
+// tensor's dtype, shape and place, then the tensors' bytes. Members of a tensor's entry that the
+// format does not know are passed over.
 #pragma once
 
 #include <cstddef>

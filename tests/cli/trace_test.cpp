@@ -69,6 +69,25 @@ TEST(SmokeTrace, ReadsPagedKeys) {
   EXPECT_THAT(keys.context_lens, ElementsAre(100, 64));
 }
 
+// What else a file holds is its own affair, in whichever dtype.
+TEST(SmokeTrace, OtherTensorsMayStandBeside) {
+  const Folder folder;
+  for (const auto& input : {ragged_input, paged_input}) {
+    Tensors tensors = input();
+    write_tensors(folder / "alone", tensors);
+    tensors["indices"] = tensor<std::int32_t>("I32", {2}, {1, 2});
+    tensors["a"] = tensor<std::uint8_t>("F4", {3, 2}, {1, 2, 3});
+    tensors["model.rope\n"] = tensor<double>("C64", {}, {0});
+    tensors["z"] = tensor<std::uint8_t>("F8_E4M3FNUZ", {0, 5}, {});
+    write_tensors(folder / "t", tensors);
+    const Trace alone(folder / "alone");
+    const Trace trace(folder / "t");
+    EXPECT_EQ(trace.inputs().q.tokens, alone.inputs().q.tokens);
+    EXPECT_EQ(trace.inputs().w.data[11], alone.inputs().w.data[11]);
+    EXPECT_EQ(trace.inputs().shape().max_keys, alone.inputs().shape().max_keys);
+  }
+}
+
 TEST(SmokeTrace, AttentionIsOfWhatTheQuerySees) {
   const Folder folder;
   // 33 queries over 40 keys; column s of row i holds s + i, and query 32 sees the keys 30 to 32.
