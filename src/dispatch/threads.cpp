@@ -1,4 +1,5 @@
 // Parallel loops over oneTBB.
+#include <fmt/format.h>
 #include <oneapi/tbb/global_control.h>
 #include <oneapi/tbb/info.h>
 #include <oneapi/tbb/parallel_for.h>
@@ -6,14 +7,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "dispatch/backend.hpp"
 #include "dispatch/cpu_quota.hpp"
 #include "float_mode.hpp"
+#include "misa/error.hpp"
 
 namespace misa {
 namespace {
@@ -63,6 +68,28 @@ IdleArenas& idle_arenas() {
   return *arenas;
 }
 
+// oneTBB ends the process where one of its threads cannot start the next. So as many threads as it
+// may start are started before, all at once, and ended: a limit that they meet is an error then.
+void require_threads(int count) {
+  static std::atomic<int> most{1};  // that have been started so
+  if (count <= most.load(std::memory_order_relaxed)) {
+    return;
+  }
+  std::mutex gate;
+  std::vector<std::jthread> started;
+  try {
+    const std::lock_guard closed(gate);
+    while (std::ssize(started) < count - 1) {
+      started.emplace_back([&gate] { const std::lock_guard passed(gate); });
+    }
+  } catch (const std::system_error& error) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("threads: expected {} that the system can run at once, got {}: {}",
+                            count, started.size() + 1, error.code().message()));
+  }
+  most.store(count, std::memory_order_relaxed);
+}
+
 }  // namespace
 
 // The arena that a context holds while it lives.
@@ -95,6 +122,7 @@ void Threads::run(std::int64_t count, void (*call)(const void*, std::int64_t, in
     }
     return;
   }
+  require_threads(arena_->threads);
   // The scheduler orders the start before every task and every task before the end; the atomic says
   // the same where a tool can see it, since the scheduler's library is not built for one.
   std::atomic<std::int64_t> order{0};

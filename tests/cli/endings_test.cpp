@@ -331,5 +331,39 @@ TEST(Program, OutlivesTheTerminalThatShowsItsProgress) {
   EXPECT_THAT(folder.names(), ElementsAre("out"));
 }
 
+// A limit on processes, or on memory where it leaves no room for a stack.
+TEST(Program, TellsOfThreadsThatCannotBeMade) {
+  const Place place;
+  const Arguments select{"select", place.in, "-o", place.out, "--threads"};
+  const auto run = [&](Arguments arguments, const char* threads) {
+    arguments.emplace_back(threads);
+    return run_misa(arguments, {.no_threads = true});
+  };
+  // A machine of one processor needs none.
+  const int code = std::thread::hardware_concurrency() > 1 ? 2 : 0;
+  for (const Arguments& arguments :
+       {select,
+        {"compare", place.in, "--html", place.out, "--indexers", "dsa", "--threads"},
+        {"bench", "--queries", "2", "--keys", "64", "--indexers", "dsa", "--threads"}}) {
+    for (const char* threads : {"0", "2", "64"}) {
+      const Outcome outcome = run(arguments, threads);
+      EXPECT_EQ(outcome.code, code);
+      if (code == 2) {
+        EXPECT_THAT(outcome.err, AllOf(HasSubstr("misa: threads: expected "), EndsWith("\n")));
+        EXPECT_THAT(place.folder.names(), ElementsAre("bad", "in", "many"));
+      }
+    }
+    EXPECT_EQ(run(arguments, "1").code, 0);
+    std::filesystem::remove(place.out);
+  }
+  const Arguments calm[] = {{"info"},
+                            {"inspect", place.in},
+                            {"synth", "-o", place.out, "--keys", "99"},
+                            {"calibrate", place.in, "--heads", "2"}};
+  for (const Arguments& arguments : calm) {
+    EXPECT_EQ(run_misa(arguments, {.no_threads = true}).code, 0);
+  }
+}
+
 }  // namespace
 }  // namespace misa::cli
