@@ -8,6 +8,7 @@
 #include "commands.hpp"
 #include "misa/context.hpp"
 #include "options.hpp"
+#include "streams.hpp"
 
 namespace misa::cli {
 namespace {
@@ -15,14 +16,14 @@ namespace {
 void run(bool json) {
   const Context context;
   if (!json) {
-    fmt::print("misa {}\nthreads {}\n\n{:18} {:13} {}\n", version(), context.threads(), "backend",
-               "ISA", "");
+    print_out("misa {}\nthreads {}\n\n{:18} {:13} {}\n", version(), context.threads(), "backend",
+              "ISA", "");
     for (const BackendInfo& backend : backends()) {
       const char* state = backend.name == context.backend() ? "used by default"
                           : backend.available               ? "available"
                                                             : "not available: needs ";
-      fmt::print("{:18} {:13} {}{}\n", backend.name, backend.isa, state,
-                 backend.available ? "" : backend.requirement);
+      print_out("{:18} {:13} {}{}\n", backend.name, backend.isa, state,
+                backend.available ? "" : backend.requirement);
     }
     return;
   }

@@ -200,6 +200,11 @@ TEST(SmokeProgram, TellsJson) {
   const json info = json::parse(done({"info", "--json"}));
   EXPECT_EQ(info.at("version"), version());
   EXPECT_EQ(info.at("backends").size(), backends().size());
+  // What a report of a fault needs is told, and known where it can be.
+  for (const char* fact : {"compiler", "build type", "highway", "onetbb", "fmt", "system",
+                           "processors online", "processors allowed", "cpu quota", "cuda"}) {
+    EXPECT_NE(info["facts"].value(fact, ""), "") << fact;
+  }
 }
 
 TEST(SmokeProgram, InspectsForPeople) {
