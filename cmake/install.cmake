@@ -1,10 +1,9 @@
-# The C structs may change with the minor version as long as the major one is 0, so the soname holds
-# both.
-set_target_properties(misa PROPERTIES
-  VERSION ${PROJECT_VERSION}
-  SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+# What `cmake --install` installs: the library, the program, and a package for CMake and one for
+# pkg-config. All of it may be moved to another prefix.
+include(GNUInstallDirs)
+include(CMakePackageConfigHelpers)
 
-install(TARGETS misa EXPORT misa_targets)
+install(TARGETS misa EXPORT misa_targets INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(DIRECTORY include/misa TYPE INCLUDE)
 if(TARGET misa_program)
   set_target_properties(misa_program PROPERTIES
@@ -12,7 +11,6 @@ if(TARGET misa_program)
   install(TARGETS misa_program)
 endif()
 
-include(CMakePackageConfigHelpers)
 set(MISA_CONFIG_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/misa)
 configure_package_config_file(cmake/misa-config.cmake.in misa-config.cmake
   INSTALL_DESTINATION ${MISA_CONFIG_DIR})
@@ -23,3 +21,22 @@ install(FILES
   DESTINATION ${MISA_CONFIG_DIR})
 install(EXPORT misa_targets NAMESPACE misa:: FILE misa-targets.cmake
   DESTINATION ${MISA_CONFIG_DIR})
+
+# For pkg-config a static library states what it leaves to be linked, so that `--static` is not needed.
+set(MISA_PC_REQUIRES "")
+set(MISA_PC_LIBS "")
+get_target_property(type misa TYPE)
+if(type STREQUAL STATIC_LIBRARY)
+  set(MISA_PC_REQUIRES "fmt, libhwy, tbb")
+  list(TRANSFORM MISA_CXX_RUNTIME PREPEND " -l" OUTPUT_VARIABLE MISA_PC_LIBS)
+  if(MISA_BUILD_CUDA)
+    list(APPEND MISA_PC_LIBS " ${CUDA_cudart_static_LIBRARY} -lrt -lpthread -ldl")
+  endif()
+  list(JOIN MISA_PC_LIBS "" MISA_PC_LIBS)
+endif()
+set(MISA_PC_PREFIX ${CMAKE_INSTALL_PREFIX})
+cmake_path(RELATIVE_PATH MISA_PC_PREFIX BASE_DIRECTORY ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig)
+cmake_path(APPEND MISA_PC_LIBDIR "\${prefix}" ${CMAKE_INSTALL_LIBDIR})
+cmake_path(APPEND MISA_PC_INCLUDEDIR "\${prefix}" ${CMAKE_INSTALL_INCLUDEDIR})
+configure_file(cmake/misa.pc.in misa.pc @ONLY)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/misa.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
