@@ -5,6 +5,7 @@ include(CMakePackageConfigHelpers)
 
 install(TARGETS misa EXPORT misa_targets INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(DIRECTORY include/misa TYPE INCLUDE)
+install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DATAROOTDIR}/doc/misa)
 if(TARGET misa_program)
   set_target_properties(misa_program PROPERTIES
     INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")  # finds a shared library in any prefix
