@@ -1,5 +1,5 @@
 # One line a target over CMake presets; every target installs what it misses (Debian 12).
-.PHONY: demo test cuda bench format check-format sanitize fuzz clean
+.PHONY: demo test cuda bench format check sanitize fuzz clean
 
 TRACES := $(wildcard data/*.safetensors)
 
@@ -30,21 +30,24 @@ bench:
 	@python3 -c 'import torch' 2>/dev/null && python3 bench/torch_peer.py || echo 'torch is not installed: its peer was left out'
 
 format:
-	@scripts/install-deps.sh check
-	@git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
+	@scripts/install-deps.sh check python
+	@git ls-files '*.cpp' '*.hpp' '*.h' '*.c' '*.cu' '*.cuh' | xargs clang-format -i
+	@scripts/venv.sh && git ls-files '*.py' | xargs build/venv/bin/ruff format --quiet
 
-check-format:
-	@scripts/install-deps.sh check
-	@git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
+# Licences, formats, linters and types: what can be said without running anything.
+check:
+	@scripts/install-deps.sh check python
+	@scripts/check.sh
 
-# A subset of the tests under the address and undefined sanitizers, then under the thread one.
+# A subset of the tests under the address and undefined sanitizers, by clang, then under the thread
+# one.
 sanitize:
-	@scripts/install-deps.sh check
+	@scripts/install-deps.sh check python
 	@scripts/sanitize.sh
 
 # Every fuzzer for a short while, from its corpus.
 fuzz:
-	@scripts/install-deps.sh check
+	@scripts/install-deps.sh check python
 	@scripts/fuzz.sh
 
 clean:

@@ -5,12 +5,13 @@ fuzzers=()
 for source in tests/fuzz/*.cpp; do
   fuzzers+=("$(basename "$source" .cpp)")
 done
-cmake --preset fuzz >/dev/null
-cmake --build --preset fuzz --target "${fuzzers[@]/#/misa_fuzz_}"
+scripts/venv.sh
+cmake --preset asan >/dev/null
+cmake --build --preset asan --target "${fuzzers[@]/#/misa_fuzz_}"
 for name in "${fuzzers[@]}"; do
-  found=build/fuzz/found/$name
+  found=build/asan/found/$name
   mkdir -p "$found"
-  "build/fuzz/tests/fuzz/misa_fuzz_$name" -max_total_time="${FUZZ_SECONDS:-30}" -verbosity=0 \
+  "build/asan/tests/fuzz/misa_fuzz_$name" -max_total_time="${FUZZ_SECONDS:-30}" -verbosity=0 \
     -artifact_prefix="$found/" "$found" "tests/fuzz/corpus/$name"
   echo "fuzz $name: no finding in ${FUZZ_SECONDS:-30} s"
 done

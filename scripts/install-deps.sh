@@ -2,7 +2,7 @@
 # Installs what is missing to build, test and check MISA on Debian 12, as root or through sudo.
 #   scripts/install-deps.sh            what `make demo` and `make test` need
 #   scripts/install-deps.sh bench      and Google Benchmark and oneDNN
-#   scripts/install-deps.sh check      and the formatter, clang and its sanitizer runtimes
+#   scripts/install-deps.sh check      and the formatter, the linter, clang and its sanitizer runtimes
 #   scripts/install-deps.sh python     and what builds the Python package
 set -euo pipefail
 
@@ -14,7 +14,7 @@ for group in "$@"; do
   case "$group" in
     # oneDNN's CMake package asks for OpenCL, which its Debian package only recommends.
     bench) packages+=(libbenchmark-dev libdnnl-dev ocl-icd-opencl-dev) ;;
-    check) packages+=(clang clang-format libclang-rt-dev) ;;
+    check) packages+=(clang clang-format clang-tidy libclang-rt-dev) ;;
     python) packages+=(python3-dev python3-venv) ;;
     *) echo "install-deps.sh: expected bench, check or python, got '$group'" >&2; exit 2 ;;
   esac

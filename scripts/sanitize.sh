@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Builds the tests with sanitizers and runs the subset whose names hold Smoke.
+# Builds everything with sanitizers and runs the tests whose names hold Smoke. The address and undefined
+# sanitizers' build is clang's, the one that clang-tidy and the fuzzers take too; the others are GCC's.
 set -euo pipefail
 export TSAN_OPTIONS="suppressions=$PWD/tests/tsan.supp"
+scripts/venv.sh
 for preset in asan tsan; do
   cmake --preset "$preset" >/dev/null
   cmake --build --preset "$preset"

@@ -4,10 +4,9 @@
 #   scripts/test-python.sh [EXTRAS]    extras of pyproject.toml, by default `test`
 set -euo pipefail
 cd "$(dirname "$0")/.."
+scripts/venv.sh
 cmake --preset release >/dev/null
 python=build/venv/bin/python
-[ -x "$python" ] || /usr/bin/python3 -m venv --system-site-packages build/venv
-"$python" -m pip install -q --disable-pip-version-check scikit-build-core nanobind
 "$python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps \
   --force-reinstall --config-settings build-dir=build/release \
   --config-settings cmake.define.MISA_BUILD_TESTS=ON .

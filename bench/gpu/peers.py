@@ -2,6 +2,7 @@
 """Times the dense step of others on the shapes of misa_bench_step: DeepGEMM's FP8 MQA logits (the
 package sgl-deep-gemm), then the faster of torch.topk and, where flashinfer-python is installed,
 FlashInfer's top-k. Medians of 20 runs between CUDA events, after 5 that are not counted."""
+
 import argparse
 import itertools
 import json
@@ -50,7 +51,8 @@ def step(queries, heads, keys, top_k):
     selectors = {"torch.topk": lambda: torch.topk(scores, top_k, dim=-1, sorted=False)}
     if flashinfer is not None:
         selectors["FlashInfer"] = lambda: flashinfer.top_k_ragged_transform(
-            scores, starts, ends, top_k)
+            scores, starts, ends, top_k
+        )
 
     return microseconds(logits), {name: microseconds(run) for name, run in selectors.items()}
 
@@ -69,13 +71,23 @@ def main():
             logits, selectors = step(options.queries, heads, keys, options.top_k)
             fastest = min(selectors, key=selectors.get)
             dense = logits + selectors[fastest]
-            results.append({"queries": options.queries, "heads": heads, "keys": keys,
-                            "top_k": options.top_k, "logits_us": logits,
-                            "selectors_us": selectors, "dense_us": dense})
+            results.append(
+                {
+                    "queries": options.queries,
+                    "heads": heads,
+                    "keys": keys,
+                    "top_k": options.top_k,
+                    "logits_us": logits,
+                    "selectors_us": selectors,
+                    "dense_us": dense,
+                }
+            )
             if not options.json:
                 each = ", ".join(f"{name} {us:.1f} us" for name, us in selectors.items())
-                print(f"{heads} heads, {keys} keys: logits {logits:.1f} us, {each}, "
-                      f"with {fastest} {dense:.1f} us")
+                print(
+                    f"{heads} heads, {keys} keys: logits {logits:.1f} us, {each}, "
+                    f"with {fastest} {dense:.1f} us"
+                )
     if options.json:
         print(json.dumps(results, indent=2))
 

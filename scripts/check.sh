@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# What can be said of the sources without running them; `make check` is all of it.
+#   scripts/check.sh [STEP [FILE...]]    by default every step; on the files given or all tracked ones
+#
+#   spdx     every source names its licence
+#   format   clang-format and ruff's formatter have nothing to change
+#   python   ruff's linter
+#   types    mypy, on the package as a whole
+#   tidy     clang-tidy, on what clang compiles of src/, cli/ and python/; the tests are left out,
+#            since what GoogleTest's macros expand to takes longer than all the rest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+step=${1:-all}
+given=("${@:2}")
+
+# The tracked files of these patterns; of them those given, if any are.
+tracked() {
+  if [ ${#given[@]} -eq 0 ]; then
+    git ls-files "$@"
+  else
+    git ls-files "$@" | grep -Fxf <(printf '%s\n' "${given[@]}") || true
+  fi
+}
+
+# What holds comments, other than documents and the page that reports are made from.
+sources() {
+  tracked ':!*.md' ':!*.html' ':!*.json' ':!*.safetensors' ':!*/py.typed' ':!LICENSE' \
+    ':!.gitignore' ':!tests/fuzz/corpus' ':!tests/golden/*.txt'
+}
+
+spdx() {
+  local lacking
+  lacking=$(sources | while read -r path; do
+    head -n 2 "$path" | grep -q 'SPDX-License-Identifier: Apache-2\.0' || echo "$path"
+  done)
+  if [ -n "$lacking" ]; then
+    printf 'expected SPDX-License-Identifier: Apache-2.0 in the first two lines of\n%s\n' "$lacking" >&2
+    return 1
+  fi
+}
+
+format() {
+  tracked '*.cpp' '*.hpp' '*.h' '*.c' '*.cu' '*.cuh' | xargs -r clang-format --dry-run -Werror
+  scripts/venv.sh
+  tracked '*.py' | xargs -r build/venv/bin/ruff format --quiet --diff
+}
+
+python() {
+  scripts/venv.sh
+  tracked '*.py' | xargs -r build/venv/bin/ruff check --quiet
+}
+
+types() {
+  scripts/venv.sh
+  build/venv/bin/mypy
+}
+
+tidy() {
+  scripts/venv.sh
+  cmake --preset asan >/dev/null
+  tracked 'src/*.cpp' 'cli/*.cpp' 'python/*.cpp' | while read -r path; do
+    if grep -qF "\"file\": \"$PWD/$path\"" build/asan/compile_commands.json; then echo "$path"; fi
+  done | xargs -r -P"$(nproc)" -n1 clang-tidy --quiet -p build/asan 2>&1 |
+    sed '/ warnings* generated\.$/d'  # of other projects' headers; not shown
+}
+
+case "$step" in
+  all) for each in spdx format python types tidy; do echo "check: $each"; "$each"; done ;;
+  spdx | format | python | types | tidy) "$step" ;;
+  sources) sources ;;
+  *) echo "check.sh: expected spdx, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
+esac
