@@ -9,7 +9,7 @@ PyTorch or CuPy. docs/python.md describes the interface, docs/formats.md the lay
 
 from __future__ import annotations
 
-from . import _core
+from . import _core  # type: ignore[attr-defined]  # compiled
 from ._api import (
     Cache,
     Plan,

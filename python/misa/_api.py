@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _arrays, _core
+from . import _arrays, _core  # type: ignore[attr-defined]  # compiled
 from ._arrays import Array
 from ._config import Config, boolean, integer, text
 
@@ -153,8 +153,8 @@ def select_into(
     """Like :func:`select`, into the arrays of ``out``, which is returned."""
     device = _arrays.cuda_device("q", q)
     if device is None:
-        inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
-        inputs = [_arrays.readable(name, array) for name, array in inputs.items()]
+        named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+        inputs = [_arrays.readable(name, array) for name, array in named.items()]
         _core.select(config, *inputs, *out, backend, threads, workspace_cap)
         return out
     tokens, heads, dim = q.shape
@@ -230,9 +230,9 @@ def select_paged_into(
     workspace_cap: int,
 ) -> Selected:
     """Like :func:`select_paged` in host memory, into the arrays of ``out``, which is returned."""
-    inputs = {"q": q, "w": w, "cache": cache, "block_table": block_table,
-              "context_lens": context_lens}  # fmt: skip
-    inputs = [_arrays.readable(name, array) for name, array in inputs.items()]
+    named = {"q": q, "w": w, "cache": cache, "block_table": block_table,
+             "context_lens": context_lens}  # fmt: skip
+    inputs = [_arrays.readable(name, array) for name, array in named.items()]
     page_sums = _arrays.readable("page_sums", page_sums)
     _core.select_paged(config, *inputs, next_n, page_sums, *out, backend, threads, workspace_cap)
     return out
@@ -437,8 +437,8 @@ def run_on_device(
 ) -> Selected:
     if workspace is None:
         workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
-    inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
-    inputs = [_arrays.on_stream(name, array) for name, array in inputs.items()]
+    named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+    inputs = [_arrays.on_stream(name, array) for name, array in named.items()]
     workspace = _arrays.writable("workspace", workspace)
     plan.run(*inputs, *_outputs(out), workspace, _arrays.stream_of(q))
     return out
@@ -464,7 +464,7 @@ def compare(
     the rows that are not empty (NaN if all are); with ``scores`` also ``score_mass``, the sum over
     those rows of the baseline's scores of the positions found, as a share of the sum of all.
     """
-    call = {"k_scale": k_scale, "backend": backend}
+    call: dict[str, Any] = {"k_scale": k_scale, "backend": backend}
     wanted = select(q, w, k, ks, ke, config=baseline, scores=scores, **call)
     positions = _arrays.to_numpy("q", wanted.indices)
     counts = (positions >= 0).sum(1)

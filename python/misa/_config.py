@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from functools import partial
 from typing import Any
 
-from . import _core
+from . import _core  # type: ignore[attr-defined]  # compiled
 
 
 def integer(name: str, value: Any, bits: int = 32) -> int:
@@ -37,6 +37,9 @@ def _integers(name: str, values: Any) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: expected a list of integers, got {values!r}")
     return tuple(integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+_INDEXERS_OWN: Any = None  # until __post_init__ has put the named indexer's value there
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,16 @@ class Config:
     indexer: str = "misa"
     _: KW_ONLY
     top_k: int = 2048
-    router: str | None = None
-    heads: int | None = None
-    block: int | None = None
-    residual: bool | None = None
-    filter_block: int | None = None
-    filter_blocks: int | None = None
-    candidates: int | None = None
-    dense_work: int | None = None
-    ordered: bool | None = None
-    static_heads: tuple[int, ...] | None = None
+    router: str = _INDEXERS_OWN
+    heads: int = _INDEXERS_OWN
+    block: int = _INDEXERS_OWN
+    residual: bool = _INDEXERS_OWN
+    filter_block: int = _INDEXERS_OWN
+    filter_blocks: int = _INDEXERS_OWN
+    candidates: int = _INDEXERS_OWN
+    dense_work: int = _INDEXERS_OWN
+    ordered: bool = _INDEXERS_OWN
+    static_heads: tuple[int, ...] = _INDEXERS_OWN
 
     def __post_init__(self) -> None:
         # The dataclasses module reads the fields to copy from the instance, which has those given.

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -140,7 +140,7 @@ def _run(peers: _Peers, steps: Steps[T]) -> T:
             error = raised
         peers.agree(error)
         if collective is None:
-            return result
+            return cast(T, result)
         received = collective()
 
 
@@ -173,7 +173,7 @@ class _Call:
         keys: tuple[torch.Tensor, torch.Tensor | None],
         spans: tuple[torch.Tensor, torch.Tensor],
         config: misa.Config,
-        **wanted: bool,
+        **wanted: Any,
     ) -> misa.Selected:
         """`misa.select` on this rank, for keys and their scales and for ks and ke."""
         (k, k_scale), (ks, ke) = keys, (span.int() for span in spans)

@@ -276,9 +276,10 @@ def select(of: list[Row], config: Config) -> Selected:
     """What :func:`misa.select` returns with every optional output, rows ascending; computed in
     float64 from :func:`rows` or :func:`paged_rows`."""
     tokens, dim = len(of), of[0].q.shape[1] if of else 0
+    out_scores = np.full((tokens, config.top_k), -np.inf, np.float32)
     out = Selected(
         np.full((tokens, config.top_k), -1, np.int32),
-        np.full((tokens, config.top_k), -np.inf, np.float32),
+        out_scores,
         np.full((tokens, config.heads), -1, np.int32) if config.router != "all" else None,
         np.zeros((tokens, dim), np.float32) if config.residual else None,
     )
@@ -294,5 +295,5 @@ def select(of: list[Row], config: Config) -> Selected:
                 residual = out.residual[t] = residual_row(row, heads)
         positions, found = select_row(row, config, heads, residual)
         out.indices[t, : len(positions)] = positions
-        out.scores[t, : len(positions)] = found
+        out_scores[t, : len(positions)] = found
     return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ Tensors = Mapping[str, Tensor | None]
 
 
 @lru_cache(maxsize=256)
-def _config(*fields: object) -> Config:
+def _config(*fields: Any) -> Config:
     (top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
      ordered, static_heads) = fields  # fmt: skip
     config = Config(
@@ -200,7 +201,7 @@ _PAGED = {
 
 
 def _require_layouts(tensors: Tensors, layouts: Mapping[str, tuple]) -> None:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -233,7 +234,8 @@ def _fake(
         require_one_device(tensors)
         _require_layouts(tensors, layouts)
         _require(top_k >= 1, f"top_k: expected 1 or more, got {top_k}")
-    q, device = tensors["q"], _common_device(tensors)
+    q: Any = tensors["q"]
+    device = _common_device(tensors)
     tokens, dim = q.shape[:1] or (0,), q.shape[2:3]
     routed, linear = want_heads and router != "all", want_residual and residual
 

@@ -218,7 +218,7 @@ class _Intercepting:
         return positions
 
     def extra_repr(self) -> str:
-        own = super().extra_repr()
+        own = super().extra_repr()  # type: ignore[misc]  # the other class has it
         if self.usage is None:
             return own
         return f"{own}{', ' if own else ''}selects with {self.usage.config}"
@@ -226,13 +226,14 @@ class _Intercepting:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # No module holds this class under a name that a pickle could refer to. What is recorded is
         # the module's, not its copies'.
-        _, _, state, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
         kept = {name: value for name, value in state.items() if name != "recorders"}
         return _blank, (_own_class(self),), kept, *rest
 
 
 @functools.cache
-def _intercepting(own: type) -> type:
+def _intercepting(own: type) -> Any:
     """The class of an intercepted indexer of the class `own`.
 
     It has the same name, because device maps and hooks find modules by the names of their classes.
@@ -261,7 +262,7 @@ def _intercept(modules: dict[str, Any]) -> None:
             )
     for module in modules.values():
         if not isinstance(module, _Intercepting):
-            _change_class(module, _intercepting(type(module)))
+            _change_class(module, _intercepting(module.__class__))
 
 
 def _release(modules: Iterable[Any]) -> None:
@@ -286,7 +287,7 @@ def _innermost(module: torch.nn.Module) -> Any:
     return forward
 
 
-def _change_class(module: torch.nn.Module, cls: type) -> None:
+def _change_class(module: torch.nn.Module, cls: Any) -> None:
     """Makes `module` one of `cls`, and so the `forward` of its class where accelerate stored it."""
     old = MethodType(type(module).forward, module)
     module.__class__ = cls
@@ -302,7 +303,7 @@ _ROTATE: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 }
 
 
-def _own_class(module: torch.nn.Module) -> type | None:
+def _own_class(module: torch.nn.Module) -> Any:
     """The model's class of an indexer, intercepted or not; None for any other module."""
     for cls in type(module).__mro__:
         if issubclass(cls, tuple(_ROTATE)) and not issubclass(cls, _Intercepting):
