@@ -100,9 +100,9 @@ struct Selection {
 ///
 /// The CUDA backends are the exception, because the arrays of this class are in host memory: a run
 /// there takes device memory for copies of its arrays and for what it computes in, and host memory
-/// to pack them; workspace_bytes() is 0. The context's cap bounds what it computes in, but is raised
-/// where the keys that a call brings need more for a single query. misa::cuda::Plan, for arrays in
-/// device memory, allocates nothing.
+/// to pack them; workspace_bytes() is 0. The context's cap bounds what it computes in, but is
+/// raised where the keys that a call brings need more for a single query. misa::cuda::Plan, for
+/// arrays in device memory, allocates nothing.
 class Plan {
  public:
   Plan(Context context, IndexerConfig config, const Shape& shape);

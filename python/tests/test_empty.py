@@ -77,15 +77,11 @@ def _logits() -> dict[str, np.ndarray]:
 
 
 def _run(**arguments: Any) -> misa.Selected:
-    plan = misa.Plan(
-        CONFIG, tokens=T, heads=H, dim=D, max_keys=L, q_dtype="f32", k_dtype="e4m3"
-    )
+    plan = misa.Plan(CONFIG, tokens=T, heads=H, dim=D, max_keys=L, q_dtype="f32", k_dtype="e4m3")
     return plan.run(**arguments)
 
 
-def _fp8_mqa_logits(
-    q: Any, k: Any, k_scale: Any, weights: Any, starts: Any, ends: Any
-) -> Any:
+def _fp8_mqa_logits(q: Any, k: Any, k_scale: Any, weights: Any, starts: Any, ends: Any) -> Any:
     return deep_gemm.fp8_mqa_logits(q, (k, k_scale), weights, starts, ends)
 
 
@@ -177,8 +173,7 @@ def test_layout_of_nothing(entry: str, what: str, framework: str) -> None:
             continue
         for other in _layouts(array):
             changed = {
-                each: convert(other if each == name else entry)
-                for each, entry in arguments.items()
+                each: convert(other if each == name else entry) for each, entry in arguments.items()
             }
             assert _outcome(call, changed) == expected, (name, other.strides)
 
