@@ -222,7 +222,7 @@ void Trace::read_paged(const SafetensorsReader& file) {
 
 std::string Trace::layer() const {
   constexpr std::string_view kWord = "layer";
-  const std::string name = std::filesystem::path(path_).stem();
+  std::string name = std::filesystem::path(path_).stem();
   const std::size_t word = name.rfind(kWord);
   if (word == std::string::npos) {
     return name;

@@ -37,6 +37,7 @@ std::string_view version() { return MISA_VERSION; }
 const Backend& choose_backend(std::span<const Backend* const> from, std::string_view place,
                               std::string_view name) {
   std::string_view argument = "backend";
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): we set no variable
   if (const char* wanted = std::getenv("MISA_BACKEND");
       name == "auto" && wanted != nullptr && *wanted != '\0') {
     argument = "MISA_BACKEND";

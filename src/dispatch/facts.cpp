@@ -49,7 +49,7 @@ std::string line_of(const char* file, std::string_view start) {
 }
 
 std::string variable(const char* name) {
-  const char* value = std::getenv(name);
+  const char* value = std::getenv(name);  // NOLINT(concurrency-mt-unsafe): we set no variable
   return value != nullptr ? value : "";
 }
 

@@ -367,6 +367,7 @@ class Run {
     }
     const std::int64_t queries = t - wave_first_;
     const std::int64_t threads = needs_.threads;
+    // NOLINTNEXTLINE(clang-analyzer-core.DivideZero): a wave takes one query at least
     parts_ = std::clamp<std::int64_t>(needs_.slots / queries, 1, threads);
     const std::int64_t block =
         std::clamp<std::int64_t>(ceil_div(queries, 2 * threads), 1, kQueryBlock);
