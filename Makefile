@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # One line a target over CMake presets; every target installs what it misses (Debian 12).
 .PHONY: demo test cuda bench format check sanitize fuzz clean
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Benchmarks of the CPU backend, each beside its floating-point and byte model, and of the peer in
 // the same run: oneDNN's bf16 matrix product of the same size as dense scoring.
 //

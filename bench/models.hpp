@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a stage has to do, counted: the floating-point operations and the bytes that no
 // implementation can avoid. Times are read against these.
 #pragma once

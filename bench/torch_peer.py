@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyTorch on the CPU as a peer: the same dense step and the same routed step, written plainly.
 
 Run beside misa_bench, on the same machine; prints medians. Needs torch; nothing else uses it.

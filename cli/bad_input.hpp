@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How bad input is refused: one line that names it, what was expected and what came.
 #pragma once
 

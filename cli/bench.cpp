@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa bench: the time of each indexer's first stage and whole step on random data.
 #include <fmt/format.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Memory that starts on a cache line and is not initialised.
 #pragma once
 

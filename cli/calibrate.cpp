@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa calibrate: one list of heads a layer, for `misa select --router static`.
 #include <fmt/format.h>
 #include <fmt/ranges.h>

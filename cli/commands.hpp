@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The subcommands of the misa program. Each adds itself to the program with its options, its help
 // and the callback that runs it; what goes wrong is thrown.
 #pragma once

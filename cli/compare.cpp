@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa compare: how much of DSA's set each indexer finds, and what it costs.
 #include <fmt/format.h>
 

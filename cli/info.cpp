@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa info: what this build can run here.
 #include <fmt/format.h>
 

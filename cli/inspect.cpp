@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa inspect: what a safetensors file holds.
 #include <fmt/format.h>
 #include <fmt/ranges.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is removed if a signal ends the process.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The misa program. Exit code 0: done; 2: what the user gave is wrong, told in one line on stderr;
 // 1: a defect of the program. What was given includes the machine's limits and stdout: one that is
 // closed, full or a pipe that nobody reads is an error like a full disk. Where stderr cannot be

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a selection is worth and what it costs: recall, attention mass, counted work and time.
 #pragma once
 

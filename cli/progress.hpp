@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How far long work has come, on stderr if that is a terminal.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What `compare` found, and the three ways it is told: a table, JSON, a page.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reading and writing safetensors files: an 8-byte header length, a JSON header that names each
 // tensor's dtype, shape and place, then the tensors' bytes. Members of a tensor's entry that the
 // format does not know are passed over.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa select: the positions that each query of a file attends to.
 #include <fmt/format.h>
 #include <fmt/ranges.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One step of an indexer over the tensors of a file or of memory: run, or timed.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Standard output and standard error, each of which may be closed, full or a pipe that nobody
 // reads.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa synth: traces of any size, made up. Everything is a function of the seed and of where a
 // value stands, so that values are written as they are made and both layouts hold the same ones.
 #include <fmt/format.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The input of the indexers as a file holds it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Indexers as `compare` and `bench` are told them: a name and what differs from its published
 // setting, e.g. misa-r:h=3:m=2k.
 #pragma once

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # The CUDA side: built where this project is the top level and there is a compiler for it.
 set(MISA_HAVE_NVCC OFF)
 if(PROJECT_IS_TOP_LEVEL AND NOT MISA_SANITIZE)  # the sanitizers' runtimes and CUDA's do not mix

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # What the library is built on: the targets of a parent project that has them, otherwise the system's
 # packages; scripts/install-deps.sh names them for Debian.
 if(NOT TARGET TBB::tbb)

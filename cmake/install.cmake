@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # What `cmake --install` installs: the library, the program, and a package for CMake and one for
 # pkg-config. All of it may be moved to another prefix.
 include(GNUInstallDirs)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Flags that every target of this project is built with; never exported to users.
 add_library(misa_flags INTERFACE)
 target_compile_options(misa_flags INTERFACE

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // MISA on device memory, as a serving engine runs it: plan once, then enqueue steps on a stream.
 #include <cuda_runtime_api.h>
 

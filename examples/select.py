@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which positions the last queries of a sequence attend to, from PyTorch tensors."""
 
 import torch

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Checks the plugin in the engine of this environment, which has misa, the engine and pytest.
 
     check-engine.py vllm | sglang

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # What can be said of the sources without running them; `make check` is all of it.
 #   scripts/check.sh [STEP [FILE...]]    by default every step; on the files given or all tracked ones
 #

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Runs every fuzzer for FUZZ_SECONDS (default 30), starting from its corpus.
 set -euo pipefail
 fuzzers=()

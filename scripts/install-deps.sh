@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Installs what is missing to build, test and check MISA on Debian 12, as root or through sudo.
 #   scripts/install-deps.sh            what `make demo` and `make test` need
 #   scripts/install-deps.sh bench      and Google Benchmark and oneDNN

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds everything with sanitizers and runs the tests whose names hold Smoke. The address and undefined
 # sanitizers' build is clang's, the one that clang-tidy and the fuzzers take too; the others are GCC's.
 set -euo pipefail

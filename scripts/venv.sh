@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Makes build/venv, where the package is built, tested and checked, as pyproject.toml says.
 set -euo pipefail
 cd "$(dirname "$0")/.."

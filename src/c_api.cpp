@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The C interface over the C++ one: structs are translated field by field, exceptions become
 // statuses.
 #include <algorithm>

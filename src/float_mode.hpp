@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The floating-point mode that every result is computed in, whatever mode the calling thread is in.
 #pragma once
 

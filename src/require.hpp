@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How arguments are refused: one line that names the argument, what was expected and what came.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Memory for a plan's workspace, for calls that bring none.
 #pragma once
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds, tests, sanitises and benchmarks the CUDA backends on a machine with a device.
 #   tests/gpu.sh                          all of it, in build/cuda
 #   tests/gpu.sh FOLDER [STAGE...]        with the programs found under FOLDER, nothing is built;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arrays in device memory, for the benchmarks.
 #pragma once
 

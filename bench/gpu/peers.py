@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Times the dense step of others on the shapes of misa_bench_step: DeepGEMM's FP8 MQA logits (the
 package sgl-deep-gemm), then the faster of torch.topk and, where flashinfer-python is installed,
 FlashInfer's top-k. Medians of 20 runs between CUDA events, after 5 that are not counted."""

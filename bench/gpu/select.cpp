@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Times selection on the device: the stand-alone selector, and the two stages around fused scoring.
 //
 // A figure is the median of 30 samples of 10 launches in a row, and their spread from the 10th to

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Times whole steps of the device plan: routing, scoring and selection of the last T queries of a
 // context of L keys. Run beside peers.py, which times the dense step of others on the same shapes.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// \file
 /// Writing and reading the paged key cache, and the page sums beside it.
 ///

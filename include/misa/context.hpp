@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// \file
 /// The backend, its threads and its memory cap.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// \file
 /// The CUDA side. This header needs no toolkit: a stream is the `void*` that a cudaStream_t is.
 #pragma once

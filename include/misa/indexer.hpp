@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// \file
 /// The indexers: which positions of its context each query attends to.
 ///

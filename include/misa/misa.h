@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /**
  * \file
  * The C interface: what the C++ headers of this folder offer, through opaque handles and plain

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// \file
 /// Element types, their conversions and the constants that every other header builds on.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// \file
 /// Non-owning views of the tensors that callers bring. Strides count elements unless they say
 /// bytes; the innermost dimension is always contiguous.

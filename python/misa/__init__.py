@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Indexers for sparse attention: which positions of its context each query attends to.
 
     score(t, s, J) = sum over j in J of w[t, j] * max(0, q[t, j] . k[s])

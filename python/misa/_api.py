@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What users call: thin over misa._core, which checks every argument."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is particular to a framework: element types, bits, empty arrays, streams.
 
 NumPy, PyTorch, CuPy and, in host memory, JAX are known.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepGEMM-shaped scoring functions for A/B tests, in NumPy.
 
 They materialise the logits, which the indexers of this package never do, and copy their arguments

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selection over keys that are sharded across the ranks of a torch.distributed group.
 
 Every rank holds a contiguous part of the keys and all queries. The ranks agree on each query's

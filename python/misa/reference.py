@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The specification as executable NumPy: every indexer and router in float64, a query at a time.
 
 Independent of the C++ library, slow, and meant to be read. A query and the keys that it sees are a

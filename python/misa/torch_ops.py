@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyTorch operators ``misa::select`` and ``misa::select_paged``.
 
 Both are opaque to torch.compile and have fake implementations; on CUDA tensors both run on the

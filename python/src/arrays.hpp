@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arrays that Python brings, seen without a copy, as the views of the C++ interface.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The parts of the module, each bound in the file of its name.
 #pragma once
 

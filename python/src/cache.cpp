@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Writing the paged key cache.
 #include <nanobind/stl/string_view.h>
 

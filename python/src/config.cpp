@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Names, and the fields of misa.Config.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>

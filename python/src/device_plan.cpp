@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selecting in device memory: misa::cuda::Plan on the device that its arrays lie on.
 #include <cuda_runtime_api.h>
 #include <nanobind/stl/string.h>

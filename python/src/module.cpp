@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // misa._core: the C++ interface over arrays of any framework. The package around it has the names
 // that users see.
 #include <nanobind/nanobind.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selecting in host memory: plans, and calls that plan for themselves.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>

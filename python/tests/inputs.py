@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs that the tests share, and how far two results may be apart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Python interface: arrays in and out, errors, plans, caches, comparison."""
 
 from __future__ import annotations

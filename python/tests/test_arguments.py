@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is no argument of a call is refused by a message that names it, what was expected and what
 came: every argument of every entry point, times every kind of object."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays of CuPy, where there is a device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The DeepGEMM-shaped functions against the selection and a plain loop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selection over sharded keys against the same selection on one rank."""
 
 from __future__ import annotations

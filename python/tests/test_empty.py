@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays of no elements: a size of 0 in any dimension of any argument, whatever its strides say.
 
 Strides of an array without elements lead nowhere. What a call does may depend on its sizes alone:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ backends against the specification in NumPy (misa/reference.py)."""
 
 from __future__ import annotations

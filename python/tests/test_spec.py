@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/spec.md: every numbered rule names the tests that hold it, and each of those exists."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors of PyTorch: the operators, torch.compile, and the device where there is one."""
 
 from __future__ import annotations

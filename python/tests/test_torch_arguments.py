@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that are no argument of a call: refused by a message that names the argument, what was
 expected and what came, eager and compiled; and no gradient of those that are."""
 

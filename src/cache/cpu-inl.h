@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reading keys on the CPU: elements to f32 or bf16, and 64 rows to a tile with one key a lane.
 
 #if defined(MISA_CACHE_CPU_INL_H_) == defined(HWY_TARGET_TOGGLE)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reading keys and query heads for the CPU backend.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One page of the key cache: where its parts lie, and the sum of its keys.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which devices the compiled kernels run on. CMake's list of architectures is the only one there
 // is: what a build says that it can run follows from it.
 #pragma once

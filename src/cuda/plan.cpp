@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The public plan on a device: checks what can be checked without reading device memory.
 #include <algorithm>
 #include <initializer_list>

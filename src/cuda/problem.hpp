@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A call in device memory, as every CUDA stage sees it. Host code validated the shapes; what the
 // arrays hold is unknown, so kernels clamp whatever they use as an index.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which keys a query sees and which of them a column of its scores stands for, safe whatever the
 // arrays hold.
 #pragma once

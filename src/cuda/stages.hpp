@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The stages of a call, in the order in which they are enqueued: as ranges of a profile (NVTX), and
 // to whoever listens, as the benchmark of steps does to stand events between them.
 #pragma once

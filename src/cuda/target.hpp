@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The ways of running the indexers on a CUDA device.
 #pragma once
 

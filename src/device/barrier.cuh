@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Barriers among some of a block's threads, by number: 0 is __syncthreads's.
 #pragma once
 

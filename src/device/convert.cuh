@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Elements of every dtype as bf16, fp16 or fp32. e4m3 is exact in each.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs of consecutive elements of a row, taken as fp32 or as the bf16 parts that the tensor cores
 // multiply. Rows start on 16 bytes: the public plan requires it, the host's copies see to it.
 #pragma once

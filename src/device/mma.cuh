@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The matrix product of a warp (compute capability 8.0 and above), and the maximum that keeps NaN.
 #pragma once
 

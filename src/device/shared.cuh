@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Shared memory: asynchronous copies into it, and fragments of the matrix product out of it.
 #pragma once
 

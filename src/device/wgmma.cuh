@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Warpgroup matrix products of Hopper: D[64, N] += A[64, 32] B[N, 32]^T in e4m3 with fp32 sums,
 // both operands in shared memory.
 //

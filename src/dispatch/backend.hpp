@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a backend is: a name, a requirement, a priority, and the two halves of a plan.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The table of one instruction set: every stage's inner loops in one namespace.
 
 #if defined(MISA_DISPATCH_CPU_KERNELS_INL_H_) == defined(HWY_TARGET_TOGGLE)

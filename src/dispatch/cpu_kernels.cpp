@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every instruction set's kernels and which of them this machine can run.
 #include "dispatch/cpu_kernels.hpp"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CPU backend's inner loops, one table an instruction set. Each stage's loops stand in its
 // folder's cpu-inl.h; this is the seam between them and the code that is compiled once.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels for AVX-512 with BF16 products, which Highway 1.0 has no target for: the AVX-512
 // target with one primitive more. This file alone is compiled with those instructions enabled, so
 // it must not instantiate anything of the standard library that other files share.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How much processor time the process's control groups allow.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA devices as backends like every other: a call in host memory is copied to the device, paged
 // keys as ragged ones, and its results are copied back.
 #include <cuda_runtime_api.h>

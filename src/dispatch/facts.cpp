@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a report of a fault should say of a build and of the machine that it runs on.
 #include <fmt/format.h>
 #include <hwy/highway.h>

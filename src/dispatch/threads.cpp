@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Parallel loops over oneTBB.
 #include <fmt/format.h>
 #include <oneapi/tbb/global_control.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a slab of queries is cut for fused scoring: host code, from shapes alone.
 #pragma once
 

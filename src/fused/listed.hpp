@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of listed keys (candidates, or the keys of kept blocks) for Hopper, with the bits that the
 // fused kernels give them (fused/sm90.hpp), for the same tensors.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the fused kernels share: how rows of queries are laid out for a product, and how a product
 // becomes scores. The bits of a score are a function of the query's rows, the weights, the key and
 // its scale: an element of a product does not depend on its place in the tile.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of a slab of queries against all keys that they see, gated on the spot: no score is
 // written unless it is above its query's bound.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scoring fused with the gate of selection, for Hopper: e4m3 queries and keys whose rows start on
 // 16 bytes, D = 128, at most kMaxRows rows a query and kMaxKeys keys. In order on a stream:
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sizes of the fused scoring kernels and their shared memory: the launchers take them from here.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of listed keys, a query a block; blocks share a query's tiles of 128 keys where there are
 // few queries.
 //

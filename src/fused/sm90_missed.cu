@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The exact top k of queries whose bound let through too few scores, or more than their lists hold.
 // Such a query depends on no bound: all its scores are written and selected from.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The named points of the space of indexers.
 #include <fmt/format.h>
 #include <fmt/ranges.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The indexers on the CPU. Queries are taken in waves that fit the workspace; in a wave each stage
 // is one parallel loop:
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The indexers on a CUDA device. Queries are taken in slabs whose scores fit the workspace:
 //
 //  1. route   active heads and the residual row

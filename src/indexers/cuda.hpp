@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The indexers on a CUDA device: what a call needs, and the call, all of it in device memory.
 #pragma once
 

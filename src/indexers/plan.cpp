@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A plan: everything that depends on shapes alone, then runs that only check and compute.
 #include <algorithm>
 #include <numeric>

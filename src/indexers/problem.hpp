@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One validated call, as every backend sees it: strides resolved, contiguous and paged keys alike.
 #pragma once
 

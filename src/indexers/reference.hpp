@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The indexers in double precision, a row at a time. A row can also be selected for heads and a
 // residual row that are given: backends whose near-ties fell differently are compared that way.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One query and the keys that it sees, in double: what the stages of the reference compute on.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What callers bring, checked once at the public interface: whatever passes here may be computed
 // without reading or writing out of bounds.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums of keys on the CPU. The order is fixed: tokens inside a page in order, then pages in order,
 // one rounding for scale * element and one for the addition.
 

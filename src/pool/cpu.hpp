@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Page sums and prefix means of key blocks for the CPU backend.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Block means, so that each key is read once for all queries that see it. Blocks of threads in y
 // share the columns. In x there are two kinds.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The sums behind block means. Every sum has one order, whoever computes it: scale * element is
 // added with one rounding, tokens in order inside a page, then pages in order.
 #pragma once

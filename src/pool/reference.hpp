@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Block means: mean[b] is the mean of the keys of block b that the query sees.
 #pragma once
 

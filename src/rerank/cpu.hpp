@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Re-ranking for the CPU backend.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Between two selections: how long the rows of scores are, and which positions their columns are.
 #pragma once
 

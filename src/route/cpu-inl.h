@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a head is worth to a query, on the CPU. Sums over keys run lane by lane and are reduced
 // once, so their order is a function of the number of keys alone.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Choosing the heads, the residual row and the blocks of one query, for the CPU backend. The keys
 // that a router looks at come as tiles; here is only what is done with them.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The block filter (HISA): which blocks of its keys a query keeps. A warp serves a query.
 //
 //  1. Up to `filter_blocks` blocks are all kept.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The data flow of routing: block means where the router asks for them, heads, residual row.
 #include "pool/generic.hpp"
 #include "route/generic.hpp"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Routing and the block filter for every CUDA device of compute capability 8.0 and above.
 #pragma once
 

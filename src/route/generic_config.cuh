@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sizes of the router's kernels, and their shared memory: the launchers take its size from here.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Heads of a query: as operands of the matrix product, and the choice of the best.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Heads (the pooled router) and blocks (HISA's filter) judged by block means: a warp has 32 heads
 // of a query, a block of threads as many queries as its 8 warps hold.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Heads and blocks judged by block means.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The mean of the block that a query stands in, of what it sees of it, as an operand.
 #pragma once
 

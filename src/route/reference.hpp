@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Routing: what each head is worth to a query, and the linear row that stands for the heads that
 // are not routed.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Routing by the sample grid (MISA-R): a block of threads serves up to 16 consecutive queries.
 //
 //  1. Queries whose grids start at the same key with the same stride share the sampled keys, at

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What kernels of sampled routing share: the grid, the fit, what a head is worth, the choice and
 // the residual row. The steps are those of sampled.cu.
 #pragma once

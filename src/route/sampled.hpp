@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Heads judged by sampled keys or by themselves, and the row that stands for the others.
 #pragma once
 

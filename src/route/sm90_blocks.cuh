@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Heads of queries times block means or sampled keys on Hopper: e4m3 queries and keys, D = 128, at
 // most 64 heads. A warp has 16 heads of a query in registers, in fp16, and a warpgroup one product:
 // of a query's heads, or, if those are no more than 32, of two queries'. A block of threads, four

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The pooled router on Hopper: e4m3 queries and keys, D = 128, at most 64 heads. A block of threads
 // serves up to 16 consecutive queries, four at a time, a warpgroup each, or eight of up to 32
 // heads.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The pooled router on Hopper.
 #pragma once
 

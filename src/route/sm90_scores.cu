@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of block means on Hopper, for the block filter: e4m3 queries and keys, D = 128, at most 64
 // heads. A block of threads serves four queries, a warpgroup each, or eight of up to 32 heads.
 //

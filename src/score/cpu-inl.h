@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scoring on the CPU. The tile's keys lie across the lanes and the query's rows are broadcast, so
 // each dot product is one chain of fused multiply-adds over d: its bits do not depend on which
 // rows or keys are computed beside it.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores on the tensor cores (bf16 operands, fp32 sums) and, where q or k is f32, on the others.
 //
 // rows_kernel, a block a query:

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of queries for every CUDA device of compute capability 8.0 and above.
 //
 //   score = (sum over rows r of weight_r * max(floor_r, row_r . key)) * key scale

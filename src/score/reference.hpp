@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // score = sum over j in J of w_j * max(0, q_j . k) + residual . k
 #pragma once
 

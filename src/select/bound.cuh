@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A bound that scores exceed strictly, from a sample of them as keys (entry.hpp).
 #pragma once
 

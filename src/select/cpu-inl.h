@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selection fused with scoring, on the CPU: a threshold, an append of what passes it, and a
 // compaction when the buffer is full.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selection for the CPU backend: rankings of few values, and what follows the selectors.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The k-th of the entries that a block visits, in the order of selection. "Visiting" is a function
 // that calls its argument with (entry, valid) for every entry, in any order.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the key of a wanted rank lies, by histograms of digits: for a thread block that visits its
 // keys as often as it is asked to. "Visiting" is a function that calls its argument with
 // (key, valid) for every key, in any order.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Writes a row of output: all entries from a cut on, in ascending order of position.
 //
 //  1. A window of positions becomes a bitmap of those selected.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores and positions as one integer whose order is the order of selection: larger score first,
 // of equal scores the lower position, NaN last.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selection where scoring is fused with it: a bound from a sample before scoring, the exact top k
 // of what passed it after.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Top-k of rows of scores: one thread block a row (row.cuh; short.cu for short ones).
 #include <cuda_runtime.h>
 

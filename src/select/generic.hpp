@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The selector for every CUDA device of compute capability 8.0 and above.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sizes of the selection kernels, and their shared memory: launchers take it from here too.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Top-k: the k largest values; of equal values the lower index wins; NaN ranks below every number.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Top-k of a row of scores in global memory, by one thread block: one read of the row.
 //
 //  1. A row of no more than k positions selects all of them.

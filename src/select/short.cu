@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Top-k of short rows of scores: one thread block a row, which it holds in registers.
 //
 //  1. A row of no more than k columns selects all of them.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Exact top-k of the candidates that passed a row's bound: one thread block a row.
 //
 //  1. A row of no more than k keys selects all of them; without scores that needs no candidates.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A bound for each row from a sample of its scores: one small thread block a row, the sample in
 // registers.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Running a plan allocates nothing. This program replaces the global operator new with one that
 // counts.
 #include <gtest/gtest.h>

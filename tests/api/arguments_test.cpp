@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every wrong argument is refused with a line that names it, and nothing is written.
 #include <gmock/gmock.h>
 

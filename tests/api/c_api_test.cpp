@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The C interface: equal to the C++ one, and nothing but a status and a message on failure.
 #include <gmock/gmock.h>
 

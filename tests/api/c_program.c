@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The C interface as a C99 program uses it: two one-head queries over three keys that lie along
  * three axes. Returns 0, or the line that failed. */
 #include <string.h>

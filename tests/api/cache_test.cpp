@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The paged key cache: quantising, appending, copying, gathering, and the page sums beside it.
 #include "misa/cache.hpp"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The named indexers and the names of things.
 #include <gmock/gmock.h>
 

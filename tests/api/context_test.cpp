@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Contexts: what they cost, how many threads they take, which backend a name stands for.
 #include <gmock/gmock.h>
 #include <unistd.h>

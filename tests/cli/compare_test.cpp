@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The commands that measure, run as the program runs them, on a trace written here.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

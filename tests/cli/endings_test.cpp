@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How the program ends: with the exit code that it documents whatever its standard streams are, by
 // the signal that it was sent, and without what it had begun to write.
 #include <fcntl.h>

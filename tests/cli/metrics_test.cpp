@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The figures of `compare`, on cases small enough to work out by hand.
 #include "metrics.hpp"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Running the built program, and the files that it is given.
 #pragma once
 

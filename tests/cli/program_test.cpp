@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The program from the outside: what it writes, what it prints, and how it refuses bad input.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

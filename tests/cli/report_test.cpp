@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The three ways a comparison is told, from one made by hand.
 #include "report.hpp"
 

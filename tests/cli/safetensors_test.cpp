@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The reader takes what the format allows and nothing else; the writer's files appear whole.
 #include "safetensors.hpp"
 

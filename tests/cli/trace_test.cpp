@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Inputs as files hold them.
 #include "trace.hpp"
 

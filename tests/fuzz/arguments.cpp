@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Calls with arguments made from the fuzzer's bytes, backed by heap buffers of exactly the size
 // that the views claim. Whatever the library accepts must stay inside of them (the sanitizers
 // watch) and select positions that the query sees; everything else must come back as an Error.

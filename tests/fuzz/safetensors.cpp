@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Files made of the fuzzer's bytes. The reader must refuse them or stay inside of them (the
 // sanitizers watch); an input that is accepted must be one that the indexers accept as well.
 #include "safetensors.hpp"

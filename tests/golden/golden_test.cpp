@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every bit of every result stays what it is: hashes of what each backend returns, recorded once in
 // <backend>.txt beside this file, a line a case. A change that is meant to move nothing leaves them
 // equal; one that mends a fault records them anew and says why:

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What this build says that it can run is what its fat binaries hold. Needs no device.
 //
 // The linker puts the fat binary of every compiled .cu file into the section .nv_fatbin of the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the tests of devices share: every test runs for every CUDA backend of this build, and is
 // skipped where no device can run it.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Fused scoring on a device: e4m3 at D = 128, around its tiles of keys and blocks of queries, and
 // rows whose bound, taken from a sample, misleads. Where its kernels are not to be had, the generic
 // ones pass the same tests.

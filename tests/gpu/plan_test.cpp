@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The plan on a device: what it computes is what the backend of the same name computes from host
 // memory (the tests of the indexers judge that), from inputs and a workspace between red zones.
 #include <cuda_runtime_api.h>

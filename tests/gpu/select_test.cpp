@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selection on the device against a sort of entries on the host. All results must be equal bit for
 // bit: selection rounds nothing.
 #include <cuda_runtime_api.h>

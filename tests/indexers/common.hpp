@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the tests of the indexers share: every test runs for every backend of this machine.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Block filter x routing x residual x re-rank, and the identities between them.
 #include <gmock/gmock.h>
 

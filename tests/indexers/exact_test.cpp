@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Small integers, for which fp32 is exact: every backend equals the reference bit for bit, ties
 // included.
 #include "common.hpp"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A query's result depends on its own q, w and keys alone, bit for bit: never on later keys, the
 // chunk, the batch, paging, threads or memory.
 #include <initializer_list>

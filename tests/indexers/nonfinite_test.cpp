@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // NaN and infinities in q, k, w and scales: rows that hold them stay valid, others do not change.
 #include <cmath>
 #include <functional>

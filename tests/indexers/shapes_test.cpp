@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every indexer of every backend against the reference over generated shapes.
 #include <algorithm>
 #include <tuple>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selection on rows under which other selectors broke. Scores are exact (adversarial.hpp), so the
 // expected row is too.
 #include <algorithm>

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # C and C++ programs are built against an installation by what pkg-config says of it, after it was
 # moved to another prefix.
 #   pkg_config.sh INSTALLED WORK_DIR C_COMPILER CXX_COMPILER [FLAGS]

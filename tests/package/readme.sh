@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The README's commands and its C++ example, which names its licence besides, work as printed.
 #   readme.sh SOURCE_DIR MISA_PROGRAM EXAMPLE_PROGRAM
 set -euo pipefail

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The checker itself: it must reject what a defective backend would return.
 #include "support/check.hpp"
 

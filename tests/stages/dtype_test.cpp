@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The element conversions, exhaustively.
 #include <gtest/gtest.h>
 

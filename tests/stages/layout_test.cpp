@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How fused scoring cuts a slab: host code, judged without a device.
 #include "fused/layout.hpp"
 

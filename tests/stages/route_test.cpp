@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The routers of the reference against formulas written another way.
 #include "route/reference.hpp"
 

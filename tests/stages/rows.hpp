@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows for the tests of the reference's stages.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of scores under which selectors break, and inputs whose scores are exactly those.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The environment variable MISA_BACKEND in a test.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Running indexers on generated inputs and judging what comes back.
 #pragma once
 

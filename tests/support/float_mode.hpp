@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A floating-point mode that a framework may have left a thread in.
 #pragma once
 

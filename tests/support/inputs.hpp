@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Generated inputs: a pack of sequences, encoded once and laid out ragged or paged. Padding of
 // every kind is filled with NaN, so that reading it shows.
 #pragma once

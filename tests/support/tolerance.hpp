@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How far an fp32 backend may be from the reference, from norms and the number of roundings.
 //
 // A sum of n products of magnitude sum |a_i b_i| = A, in any order and with or without fused

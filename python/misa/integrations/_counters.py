@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which path a serving engine's rows took, and why."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a serving engine is told through MISA_* variables or the model's own config."""
 
 from __future__ import annotations

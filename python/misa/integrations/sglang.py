@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MISA in SGLang: the plugin of the entry point group `sglang.srt.plugins`.
 
 SGLang selects the tokens of DSA models in two methods of its `Indexer`: `_get_topk_ragged` for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This library's indexers inside the sparse-attention models of Hugging Face transformers.
 
 `enable` replaces how a model's indexers score and select; projections, norm, rotary embedding and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MISA in vLLM: the plugin of the entry point group `vllm.general_plugins`.
 
 vLLM selects the tokens of DSA models with one operator, `sparse_attn_indexer`, which it calls in

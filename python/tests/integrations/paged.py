@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences in a paged key cache, as serving engines hold them, and what they have to select."""
 
 from __future__ import annotations

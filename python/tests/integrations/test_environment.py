@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MISA_* variables and model configs."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The SGLang plugin, against stand-ins for SGLang and, where it is installed, against SGLang.
 
 Without a GPU SGLang's kernel that gathers keys is not there. It is replaced by a loop that does

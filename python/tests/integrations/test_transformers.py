@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of Hugging Face transformers with this library's indexers, small and random."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vLLM plugin, first against stand-ins for vLLM, then in vLLM itself where it is installed.
 
 Without a GPU vLLM's CUDA kernels are not there. They are replaced by loops that do what they say,

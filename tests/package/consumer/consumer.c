@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The C interface from C: a cache is filled, a context made, and a mistake comes back as a
  * message. */
 #include <misa/misa.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Two queries over three keys that lie along three axes: each selects its two best positions.
 #include <cstdint>
 #include <vector>
