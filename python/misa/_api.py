@@ -321,6 +321,8 @@ class Cache:
 class Plan:
     """An indexer for a bounded shape on one backend: made once, run often, without allocating more
     than outputs and workspace that are not given.
+    On a CUDA backend, arrays in host memory (device "cpu") are copied to the device, which takes
+    memory there for the time of a run.
 
     tokens, heads, dim, max_keys: the most queries T that a run brings, H, D, and the most keys that
         one query sees.
