@@ -16,8 +16,8 @@
 #include <string>
 #include <vector>
 
-#include "cache/cpu.hpp"
-#include "dispatch/backend.hpp"
+#include "cpu/load.hpp"
+#include "indexers/backend.hpp"
 #include "misa/indexer.hpp"
 #include "models.hpp"
 

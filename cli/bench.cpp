@@ -20,8 +20,8 @@
 #include <vector>
 
 #include "commands.hpp"
-#include "dispatch/backend.hpp"
-#include "dispatch/cpu_kernels.hpp"
+#include "indexers/backend.hpp"
+#include "cpu/kernels.hpp"
 #include "metrics.hpp"
 #include "misa/error.hpp"
 #include "options.hpp"

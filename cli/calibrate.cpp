@@ -17,7 +17,7 @@
 
 #include "commands.hpp"
 #include "indexers/reference.hpp"
-#include "indexers/validate.hpp"
+#include "api/validate.hpp"
 #include "misa/error.hpp"
 #include "options.hpp"
 #include "output_file.hpp"

@@ -4,6 +4,7 @@
 #   scripts/check.sh [STEP [FILE...]]    by default every step; on the files given or all tracked ones
 #
 #   spdx     every source names its licence
+#   floors   folders include what CONTRIBUTING.md says, and its grid of stages is the tree's
 #   format   clang-format and ruff's formatter have nothing to change
 #   python   ruff's linter
 #   types    mypy, on the package as a whole
@@ -40,6 +41,10 @@ spdx() {
   fi
 }
 
+floors() {
+  scripts/floors.py
+}
+
 format() {
   tracked '*.cpp' '*.hpp' '*.h' '*.c' '*.cu' '*.cuh' | xargs -r clang-format --dry-run -Werror
   scripts/venv.sh
@@ -66,8 +71,8 @@ tidy() {
 }
 
 case "$step" in
-  all) for each in spdx format python types tidy; do echo "check: $each"; "$each"; done ;;
-  spdx | format | python | types | tidy) "$step" ;;
+  all) for each in spdx floors format python types tidy; do echo "check: $each"; "$each"; done ;;
+  spdx | floors | format | python | types | tidy) "$step" ;;
   sources) sources ;;
-  *) echo "check.sh: expected spdx, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
+  *) echo "check.sh: expected spdx, floors, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
 esac

@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include "misa/misa.hpp"
-#include "require.hpp"
+#include "core/require.hpp"
 
 namespace misa::python {
 

@@ -7,7 +7,7 @@
 
 #include "arrays.hpp"
 #include "bindings.hpp"
-#include "workspace.hpp"
+#include "core/workspace.hpp"
 
 namespace misa::python {
 namespace {

@@ -5,9 +5,10 @@
 #include <cmath>
 #include <vector>
 
-#include "cache/page.hpp"
-#include "float_mode.hpp"
-#include "require.hpp"
+#include "cache/cache.hpp"
+#include "core/float_mode.hpp"
+#include "core/page.hpp"
+#include "core/require.hpp"
 
 namespace misa {
 
@@ -27,6 +28,10 @@ std::int64_t validated_page_stride(const CacheView& cache) {
   return stride;
 }
 
+namespace {
+
+// sum[D] = the first `tokens` keys of a page. The order is fixed: scale * element is rounded once,
+// then added, tokens in order.
 void sum_page(const std::uint8_t* page, int dim, int tokens, float* sum) {
   const DefaultFloatMode mode;
   std::fill_n(sum, dim, 0.0F);
@@ -37,8 +42,6 @@ void sum_page(const std::uint8_t* page, int dim, int tokens, float* sum) {
     }
   }
 }
-
-namespace {
 
 // A validated cache: its pages by number.
 class Pages {

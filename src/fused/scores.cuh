@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "cuda/problem.hpp"
-#include "device/mma.cuh"
+#include "cuda/ptx/mma.cuh"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"
 

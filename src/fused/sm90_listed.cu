@@ -18,8 +18,8 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "device/shared.cuh"
-#include "device/wgmma.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/wgmma.cuh"
 #include "fused/listed.hpp"
 #include "fused/scores.cuh"
 #include "fused/sm90_config.cuh"

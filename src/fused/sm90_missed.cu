@@ -21,7 +21,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "device/wgmma.cuh"
+#include "cuda/ptx/wgmma.cuh"
 #include "fused/scores.cuh"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"

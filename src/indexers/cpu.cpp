@@ -20,9 +20,10 @@
 #include <numeric>
 #include <vector>
 
-#include "cache/cpu.hpp"
-#include "dispatch/backend.hpp"
+#include "cpu/load.hpp"
+#include "indexers/backend.hpp"
 #include "misa/error.hpp"
+#include "filter/cpu.hpp"
 #include "pool/cpu.hpp"
 #include "rerank/cpu.hpp"
 #include "route/cpu.hpp"
@@ -488,16 +489,9 @@ class Run {
         block_means(t, in, in.filter, config_.filter_block, scratch, scratch.partial_filter);
     block_scores(kernels_, heads, means, scratch.block_scores);
     const std::int64_t blocks = ceil_div(state.n, config_.filter_block);
-    const std::int64_t between = config_.filter_blocks - 2;  // the first and the last always stay
-    top_indices({scratch.block_scores + 1, static_cast<std::size_t>(blocks - 2)}, between,
-                scratch.ranking, scratch.indices);
-    std::fill_n(state.kept, needs_.filter_words, 0);
-    const auto keep = [&](std::int64_t b) { state.kept[b / 64] |= std::uint64_t{1} << (b % 64); };
-    keep(0);
-    keep(blocks - 1);
-    for (std::int64_t i = 0; i < between; ++i) {
-      keep(scratch.indices[i] + 1);
-    }
+    cpu::keep_blocks({scratch.block_scores, static_cast<std::size_t>(blocks)}, config_.filter_blocks,
+                     scratch.ranking, scratch.indices,
+                     {state.kept, static_cast<std::size_t>(needs_.filter_words)});
   }
 
   // The sampled keys that query t sees; the tiles serve all queries of a block with the same grid.

@@ -23,14 +23,16 @@
 #include <limits>
 #include <numeric>
 
+#include "core/problem.hpp"
 #include "cuda/check.cuh"
 #include "cuda/stages.hpp"
+#include "filter/generic.hpp"
 #include "fused/listed.hpp"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"
-#include "indexers/problem.hpp"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
+#include "pool/generic.hpp"
 #include "rerank/generic.hpp"
 #include "route/generic.hpp"
 #include "score/generic.hpp"
@@ -160,8 +162,9 @@ struct FusedMemory {
 struct Memory {
   Routing routing{};
   std::int32_t* blocks = nullptr;
-  std::span<std::byte> route;
+  std::span<std::byte> route_means;
   std::span<std::byte> filter;
+  std::span<std::byte> filter_means;
   float* scales = nullptr;  // of all keys of a call, as the kernels of src/fused want them
   FusedMemory fused;
   score::Rows rows{};
@@ -185,11 +188,16 @@ struct Memory {
         routing.rounded = bump.take<std::uint8_t>(queries * slab.dim);
         routing.rounded_scale = bump.take<float>(queries);
       }
-      route = bump.take_bytes(route::workspace_bytes(config, slab, total_keys));
+      route_means =
+          bump.take_bytes(config.router == Router::pooled
+                              ? pool::workspace_bytes(slab, total_keys, config.block, true)
+                              : 0);
     }
     if (needs.filtered) {
       blocks = bump.take<std::int32_t>(queries * config.filter_blocks);
-      filter = bump.take_bytes(filter::workspace_bytes(config, slab, total_keys));
+      filter = bump.take_bytes(filter::workspace_bytes(config, slab));
+      filter_means =
+          bump.take_bytes(pool::workspace_bytes(slab, total_keys, config.filter_block, false));
     }
     if (needs.fp8 || needs.rerank_fp8) {
       scales = bump.take<float>(fused::scales(total_keys));
@@ -285,12 +293,14 @@ class Slab {
     const bool reported = heads != nullptr || residual != nullptr;
     if (needs_.routed || (config_.router != Router::all && reported)) {
       stages_.enter("route");
-      route::launch(problem_, config_, device_, memory_.routing, memory_.route, stream_);
+      route();
     }
     Columns columns{nullptr, 0, 1};
     if (needs_.filtered) {
       stages_.enter("filter");
-      filter::launch(problem_, config_, device_, memory_.blocks, memory_.filter, stream_);
+      const BlockMeans means =
+          pool::launch(problem_, config_.filter_block, false, memory_.filter_means, stream_);
+      filter::launch(problem_, config_, device_, means, memory_.blocks, memory_.filter, stream_);
       columns = {memory_.blocks, config_.filter_blocks, config_.filter_block};
     }
     // A row that is selected whole is scored only to report its scores.
@@ -334,6 +344,17 @@ class Slab {
   }
 
  private:
+  // Step 1, from block means where the router looks at them.
+  void route() const {
+    if (config_.router != Router::pooled) {
+      route::launch(problem_, config_, device_, nullptr, memory_.routing, stream_);
+      return;
+    }
+    const BlockMeans means =
+        pool::launch(problem_, config_.block, true, memory_.route_means, stream_);
+    route::launch(problem_, config_, device_, &means, memory_.routing, stream_);
+  }
+
   // Steps 3 and 4: a bound from sampled scores, the scores above it, the best of them; then, from
   // all their scores, the rows whose bound misled.
   void fused(const fused::Rows& rows, const TopK& out) const {

@@ -6,8 +6,9 @@
 #include <memory>
 #include <numeric>
 
-#include "dispatch/backend.hpp"
+#include "indexers/backend.hpp"
 #include "misa/error.hpp"
+#include "filter/reference.hpp"
 #include "pool/reference.hpp"
 #include "route/reference.hpp"
 #include "score/reference.hpp"
@@ -74,29 +75,18 @@ std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config) {
     std::iota(positions.begin(), positions.end(), 0);
     return positions;
   }
-  // The first and the last block are always kept; the others compete for the rest.
   std::vector<double> block_scores;
   for (const std::vector<double>& mean : block_means(row, config.filter_block)) {
     block_scores.push_back(score(row, mean, all_heads(row)));
   }
-  const auto blocks = static_cast<std::int64_t>(block_scores.size());
-  std::vector<std::int64_t> kept{0};
-  if (blocks > 2) {
+  std::vector<std::int64_t> best;
+  if (block_scores.size() > 2) {
     const auto between = std::span(block_scores).subspan(1, block_scores.size() - 2);
     for (const std::int64_t i : top_k(between, config.filter_blocks - 2)) {
-      kept.push_back(1 + i);
+      best.push_back(1 + i);
     }
   }
-  if (blocks > 1) {
-    kept.push_back(blocks - 1);
-  }
-  for (const std::int64_t b : kept) {
-    const std::int64_t last = std::min((b + 1) * config.filter_block, row.length);
-    for (std::int64_t position = b * config.filter_block; position < last; ++position) {
-      positions.push_back(position);
-    }
-  }
-  return positions;
+  return positions_of_blocks(std::ssize(block_scores), config.filter_block, row.length, best);
 }
 
 std::vector<double> first_scores(const Row& row, const IndexerConfig& config, DType k_dtype,

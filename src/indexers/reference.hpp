@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "indexers/reference_row.hpp"
+#include "core/row.hpp"
 
 namespace misa::reference {
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "dispatch/cpu_kernels.hpp"
-#include "indexers/problem.hpp"
+#include "cpu/kernels.hpp"
+#include "core/problem.hpp"
 
 namespace misa::cpu {
 

@@ -15,11 +15,11 @@
 //  4. Half a warp a query adds the two and divides.
 #include <cuda_runtime.h>
 
+#include "cuda/block_means.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "pool/generic.hpp"
 #include "pool/generic_config.cuh"
-#include "pool/means.cuh"
 
 namespace misa::cuda::pool {
 namespace {
@@ -47,9 +47,9 @@ __device__ Sequence sequence(Range range) {
 // The largest that a lane of the warp has.
 __device__ Sequence largest_of_warp(Sequence own) {
   const auto high = static_cast<std::uint32_t>(own >> 32);
-  const std::uint32_t most = __reduce_max_sync(kWarp, high);
+  const std::uint32_t most = __reduce_max_sync(kFullMask, high);
   const auto low = high == most ? static_cast<std::uint32_t>(own) : 0;
-  return Sequence{most} << 32 | __reduce_max_sync(kWarp, low);
+  return Sequence{most} << 32 | __reduce_max_sync(kFullMask, low);
 }
 
 struct Shared {
@@ -68,7 +68,7 @@ struct Shared {
 // Step 1 of blocks. The owner of a row is the largest sequence that starts there or before it. Few
 // blocks of threads see one start behind their first row: they look at the queries once more.
 __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t tokens,
-                            const Means& means, std::int64_t first_row) {
+                            const BlockMeans& means, std::int64_t first_row) {
   constexpr int kInFlight = 8;
   const int rows = rows_of(means.block);
   const int thread = static_cast<int>(threadIdx.x);
@@ -130,18 +130,19 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
 // Sums the pages of which each half of a warp names one by its first token, or -1, and its count of
 // keys, unless all are `whole`. With `running`, one a half, sums after every token are kept there.
 template <DType type, bool whole>
-__device__ void sum_pages(Shared& shared, const Keys& keys, const Means& means, std::int64_t token,
-                          int count, int first_column, float (*running)[kColumns]) {
+__device__ void sum_pages(Shared& shared, const Keys& keys, const BlockMeans& means,
+                          std::int64_t token, int count, int first_column,
+                          float (*running)[kColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kLanes;
   const int column = static_cast<int>(threadIdx.x) % kLanes * kLaneElements;
-  if (!__any_sync(kWarp, token >= 0)) {
+  if (!__any_sync(kFullMask, token >= 0)) {
     return;
   }
   const auto store = [&](float* row, const float(&sum)[kLaneElements]) {
     *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   };
   if constexpr (whole) {  // a half without a page goes along with the other one
-    const std::int64_t other = __shfl_xor_sync(kWarp, token, kLanes);
+    const std::int64_t other = __shfl_xor_sync(kFullMask, token, kLanes);
     token = token >= 0 ? token : other;
   }
   const PageSum page = sum_page<type, kInFlight, whole>(
@@ -159,7 +160,7 @@ __device__ void sum_pages(Shared& shared, const Keys& keys, const Means& means, 
 
 template <DType type>
 __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t tokens,
-                                const Means& means, std::int64_t first_row, int first_column) {
+                                const BlockMeans& means, std::int64_t first_row, int first_column) {
   find_blocks(shared, keys, tokens, means, first_row);
   const std::int32_t pages = means.block / kPage;
   const int rows = rows_of(means.block);
@@ -212,8 +213,8 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
 
 // Step 4 for those of queries first … end - 1 that stand in `hosts` pages from `host` on; the sums
 // of pages start with page0's.
-__device__ void write_means(const Shared& shared, const Means& means, std::int64_t t0, int first,
-                            int end, std::int32_t page0, std::int32_t host, int hosts,
+__device__ void write_means(const Shared& shared, const BlockMeans& means, std::int64_t t0,
+                            int first, int end, std::int32_t page0, std::int32_t host, int hosts,
                             int first_column) {
   const int column = static_cast<int>(threadIdx.x) % kLanes * kLaneElements;
   for (int i = first + static_cast<int>(threadIdx.x) / kLanes; i < end; i += kPages) {
@@ -237,7 +238,7 @@ __device__ void write_means(const Shared& shared, const Means& means, std::int64
 
 template <DType type>
 __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t tokens,
-                                 const Means& means, std::int64_t t0, int first_column) {
+                                 const BlockMeans& means, std::int64_t t0, int first_column) {
   const int thread = static_cast<int>(threadIdx.x);
   const int queries = static_cast<int>(min(std::int64_t{kOwnQueries}, tokens - t0));
   if (thread < queries) {
@@ -252,7 +253,7 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
         thread < queries && (thread == 0 || shared.starts[thread] != shared.starts[thread - 1] ||
                              shared.blocks[thread] != shared.blocks[thread - 1] ||
                              shared.positions[thread] < shared.positions[thread - 1]);
-    const std::uint32_t mask = __ballot_sync(kWarp, begins);
+    const std::uint32_t mask = __ballot_sync(kFullMask, begins);
     if (thread % 32 == 0) {
       shared.begins[thread / 32] = mask;
     }
@@ -305,7 +306,8 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
 
 template <DType type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
-    means_kernel(const Keys keys, std::int64_t tokens, const Means means, std::int32_t own_blocks) {
+    means_kernel(const Keys keys, std::int64_t tokens, const BlockMeans means,
+                 std::int32_t own_blocks) {
   begin_kernel();
   __shared__ Shared shared;
   const auto block = static_cast<std::int32_t>(blockIdx.x);
@@ -330,7 +332,7 @@ std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
 }
 
 template <DType type>
-void launch(const Keys& keys, std::int64_t tokens, const Means& means, cudaStream_t stream) {
+void launch(const Keys& keys, std::int64_t tokens, const BlockMeans& means, cudaStream_t stream) {
   const std::int64_t rows = rows_of(means.block);
   const std::int64_t own = means.own == nullptr ? 0 : (tokens + kOwnQueries - 1) / kOwnQueries;
   const dim3 grid(static_cast<unsigned>(own + (means.capacity + rows - 1) / rows),
@@ -348,8 +350,8 @@ std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::in
   return own_bytes(shape.tokens, shape.dim, own) + table_bytes(total_keys / block, shape.dim);
 }
 
-Means launch(const Problem& problem, std::int32_t block, bool own, std::span<std::byte> workspace,
-             cudaStream_t stream) {
+BlockMeans launch(const Problem& problem, std::int32_t block, bool own,
+                  std::span<std::byte> workspace, cudaStream_t stream) {
   const std::int64_t tokens = problem.q.tokens;
   const std::int64_t dim = problem.q.dim;
   const std::size_t own_size = own_bytes(tokens, dim, own);
@@ -373,7 +375,7 @@ Means launch(const Problem& problem, std::int32_t block, bool own, std::span<std
     return taken;
   };
   const auto rows = static_cast<std::size_t>(capacity);
-  Means means{};
+  BlockMeans means{};
   means.own = own ? reinterpret_cast<float*>(take(own_size)) : nullptr;
   means.starts = reinterpret_cast<std::int32_t*>(take(rows * sizeof(std::int32_t)));
   means.factors = reinterpret_cast<float*>(take(rows * sizeof(float)));

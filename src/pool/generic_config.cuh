@@ -4,17 +4,14 @@
 
 #include <cstdint>
 
-#include "device/elements.cuh"
+#include "cuda/block_means.cuh"
 #include "misa/types.hpp"
 
 namespace misa::cuda::pool {
 
-// Half a warp sums a page in 64 columns, four a lane. A block of threads has 16 of them: the pages
-// of one block of 1024 positions, so that 64K keys are 128 blocks of threads where D = 128.
+// Half a warp sums a page. A block of threads has 16 of them: the pages of one block of 1024
+// positions, so that 64K keys are 128 blocks of threads where D = 128.
 inline constexpr int kThreads = 256;
-inline constexpr int kLaneElements = 4;
-inline constexpr int kColumns = 64;
-inline constexpr int kLanes = kColumns / kLaneElements;
 inline constexpr int kPages = kThreads / kLanes;
 
 // So that 320 blocks of threads, 128K keys and 2048 queries, are one wave of 132 SMs; fp32 keys in
@@ -25,9 +22,6 @@ inline constexpr int kBlocksPerSm = type == DType::f32 ? 2 : 3;
 // Keys in flight a lane. A page unrolled whole is 30 KB of instructions, for which warps waited
 // more than for keys.
 inline constexpr int kInFlight = 16;
-
-// Registers of keys in flight where others hold the registers.
-inline constexpr int kFewWords = 16;
 
 // Queries whose own means a block of threads computes: consecutive ones stand in one or two pages.
 inline constexpr int kOwnQueries = 64;

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "indexers/reference_row.hpp"
+#include "core/row.hpp"
 
 namespace misa::reference {
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "cache/cpu.hpp"
-#include "select/cpu.hpp"
+#include "cpu/load.hpp"
+#include "cpu/ranking.hpp"
 
 namespace misa::cpu {
 

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <span>
 
-#include "dispatch/cpu_kernels.hpp"
-#include "indexers/problem.hpp"
+#include "cpu/kernels.hpp"
+#include "core/problem.hpp"
 
 namespace misa::cpu {
 

@@ -9,8 +9,8 @@
 #define MISA_ROUTE_CPU_INL_H_
 #endif
 
-#include "cache/cpu-inl.h"
-#include "dispatch/cpu_kernels.hpp"
+#include "cpu/load-inl.h"
+#include "cpu/kernels.hpp"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();

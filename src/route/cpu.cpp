@@ -5,19 +5,6 @@
 #include <cmath>
 
 namespace misa::cpu {
-namespace {
-
-// max(0, x) in every row.
-constexpr float kRelu[kMaxHeads] = {};
-
-// Keys of tile `i` that count, of `total` in tiles of 64.
-int valid_in_tile(std::size_t i, std::int64_t total) {
-  return static_cast<int>(
-      std::min<std::int64_t>(kPageSize, total - static_cast<std::int64_t>(i) * kPageSize));
-}
-
-}  // namespace
-
 void pooled_values(const Kernels& kernels, const Heads& heads, const BlockMeans& means, float* dots,
                    float* values) {
   std::fill_n(values, heads.count, 0.0F);
@@ -118,23 +105,6 @@ int split_residual(std::span<const float> row, DType k_dtype, Operand operand, v
     }
   }
   return kMaxResidualRows;
-}
-
-void block_scores(const Kernels& kernels, const Heads& heads, const BlockMeans& means,
-                  float* scores) {
-  const QueryRows rows{heads.rows_f32, heads.weight, kRelu, heads.count};
-  alignas(64) float tile_scores[kPageSize];
-  const auto write = [&](const Tile& tile, int valid, std::int64_t first) {
-    kernels.score(Operand::f32, rows, tile, valid, tile_scores);
-    std::copy_n(tile_scores, valid, scores + first);
-  };
-  for (std::size_t i = 0; i < means.whole.size(); ++i) {
-    write(means.whole[i], valid_in_tile(i, means.whole_count),
-          static_cast<std::int64_t>(i) * kPageSize);
-  }
-  if (means.partial != nullptr) {
-    write(*means.partial, 1, means.whole_count);
-  }
 }
 
 }  // namespace misa::cpu

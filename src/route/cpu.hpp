@@ -1,32 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Choosing the heads, the residual row and the blocks of one query, for the CPU backend. The keys
+// Choosing the heads and the residual row of one query, for the CPU backend. The keys
 // that a router looks at come as tiles; here is only what is done with them.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
-#include "dispatch/cpu_kernels.hpp"
-#include "indexers/problem.hpp"
+#include "core/problem.hpp"
+#include "cpu/heads.hpp"
+#include "cpu/kernels.hpp"
 
 namespace misa::cpu {
-
-// All heads of one query.
-struct Heads {
-  const void* rows;       // [H][D] operands
-  const float* rows_f32;  // [H][D]; only where block means are met
-  const float* weight;    // [H]
-  int count;              // H
-  Operand operand;
-};
-
-// Blocks that a query sees: tiles of the means of whole blocks, and the mean of the block it
-// stands in (null if it ends with one).
-struct BlockMeans {
-  std::span<const Tile> whole;
-  std::int64_t whole_count;
-  const Tile* partial;
-};
 
 // The sampled keys that a query sees.
 struct Samples {
@@ -55,9 +39,5 @@ void residual_row(const Kernels& kernels, const Problem& problem, std::int64_t t
 inline constexpr int kMaxResidualRows = 3;
 int split_residual(std::span<const float> row, DType k_dtype, Operand operand, void* rows,
                    float& weight);
-
-// scores[blocks] of the block filter: score over all heads of each block mean.
-void block_scores(const Kernels& kernels, const Heads& heads, const BlockMeans& means,
-                  float* scores);
 
 }  // namespace misa::cpu

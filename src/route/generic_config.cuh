@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes of the router's kernels, and their shared memory: the launchers take its size from here.
+// Sizes of the sampled router's kernels, and their shared memory: the launchers take its size from
+// here.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
-#include "device/elements.cuh"
-#include "indexers/problem.hpp"
+#include "core/problem.hpp"
+#include "cuda/elements.cuh"
 #include "misa/types.hpp"
 
 namespace misa::cuda::route {
@@ -19,42 +20,6 @@ inline constexpr int kBlocksPerSm = 2;
 // fp32 queries are three operands where others are one, in registers; one block an SM leaves room.
 template <DType type>
 inline constexpr int kBlocksPerSmOf = type == DType::f32 ? 1 : kBlocksPerSm;
-
-// Rows of a tile of the matrix product: heads. Columns: keys or block means.
-inline constexpr int kTileHeads = 16;
-inline constexpr int kTileKeys = 8;
-
-// Steps of the matrix product along D, and how many one load from shared memory serves.
-inline constexpr int kStep = 16;
-inline constexpr int kStepsPerLoad = 2;
-
-// Judging by means, a warp has two tiles of heads of a query: D / 2 registers of operands a part.
-inline constexpr int kTiles = 2;
-inline constexpr int kWarpHeads = kTiles * kTileHeads;
-
-// Block means in shared memory at a time, twice for copies run ahead: two blocks an SM of 228 KB,
-// and one in the 99 KB that a block may have on the smaller devices.
-template <int parts>
-inline constexpr int kMeans = parts == 2 ? 64 : 48;
-
-template <int dim, int parts>
-struct MeansTile {
-  alignas(16) std::uint16_t rows[parts][kMeans<parts>][operand_pitch(dim)];
-  float factors[kMeans<parts>];
-};
-
-template <int dim, int parts>
-struct MeansShared {
-  MeansTile<dim, parts> tiles[2];
-  float scores[2][kWarps][kMeans<parts>];  // of a tile's blocks by a warp's heads
-  float energies[kWarps][kWarpHeads];
-  float weights[kWarps][kWarpHeads];
-  alignas(16) std::uint16_t own[kWarps][parts][dim];  // the mean of a query's own block
-};
-
-static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 3>) + 1024) <= 228 * 1024);
-static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 2>) + 1024) <= 228 * 1024);
-static_assert(sizeof(MeansShared<128, 3>) <= 99 * 1024);
 
 // A block serves up to 16 consecutive queries, fewer where there are not enough for the blocks that
 // the device holds at a time. 2048 queries are one wave on 132 SMs.

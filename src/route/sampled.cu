@@ -22,14 +22,14 @@
 
 #include <algorithm>
 
+#include "cuda/heads.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
+#include "cuda/sm90.hpp"
 #include "route/generic_config.cuh"
-#include "route/heads.cuh"
 #include "route/sampled.cuh"
 #include "route/sampled.hpp"
 #include "route/sm90_sampled.hpp"
-#include "route/sm90_scores.hpp"
 
 namespace misa::cuda::route {
 namespace {
@@ -221,7 +221,7 @@ void launch_sampled(const Problem& problem, const IndexerConfig& config, const D
                    config.router == Router::dispersion;
   std::copy(config.static_heads.begin(), config.static_heads.end(), arguments.fixed);
   std::sort(arguments.fixed, arguments.fixed + config.static_heads.size());
-  if (arguments.fits && takes_sm90(problem, device)) {
+  if (arguments.fits && sm90_can_implement(problem, device)) {
     launch_sampled_sm90(arguments, device.processors, stream);
     return;
   }

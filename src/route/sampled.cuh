@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
+#include "cuda/heads.cuh"
 #include "cuda/range.cuh"
 #include "route/generic_config.cuh"
-#include "route/heads.cuh"
 #include "route/sampled.hpp"
 
 namespace misa::cuda::route {
@@ -333,8 +333,8 @@ __device__ void write_residual(const SampleShared& shared, const SampledArgument
     finite = finite && isfinite(element);
   }
   // Floats of one sign have the order of their bits.
-  largest = __uint_as_float(__reduce_max_sync(kWarp, __float_as_uint(largest)));
-  finite = __all_sync(kWarp, finite);
+  largest = __uint_as_float(__reduce_max_sync(kFullMask, __float_as_uint(largest)));
+  finite = __all_sync(kFullMask, finite);
   const float scale = finite ? largest / kE4m3Max : 1;
   if (d < dim) {
 #pragma unroll

@@ -20,13 +20,14 @@
 
 #include <cuda/ptx>
 
+#include "cuda/heads.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/own_mean.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/range.cuh"
-#include "device/mma.cuh"
-#include "device/shared.cuh"
-#include "route/heads.cuh"
-#include "route/own.cuh"
-#include "route/sm90_blocks.cuh"
+#include "cuda/sm90_blocks.cuh"
+#include "route/generic_config.cuh"
 #include "route/sm90_pooled.hpp"
 
 namespace misa::cuda::route {
@@ -38,7 +39,7 @@ namespace ptx = ::cuda::ptx;
 constexpr int kBlocks = 64;
 
 static_assert(kQueries <= kGroupsWarps);  // steps 1 and 5
-static_assert(pool::kFp16Parts == 2);     // step 4: a lane has two columns
+static_assert(kFp16Parts == 2);           // step 4: a lane has two columns
 
 constexpr int kOwnPitch = operand_pitch(kDim);
 
@@ -46,14 +47,14 @@ struct Shared {
   BlockTiles<kBlocks> tiles;
   // Parts of own means. Those of a query are columns of one product, whose other columns, what
   // stands behind, nobody reads.
-  alignas(16) std::uint16_t own[(kQueries - 1) * pool::kFp16Parts + kTileKeys][kOwnPitch];
+  alignas(16) std::uint16_t own[(kQueries - 1) * kFp16Parts + kTileKeys][kOwnPitch];
   float own_factors[kQueries];  // 0: the query stands in no block
   float energies[kQueries][kMaxRows];
 };
 
 struct Arguments {
   Problem problem;
-  pool::Means means;
+  BlockMeans means;
   int queries;          // of a block of threads
   std::int32_t count;   // heads wanted
   std::int32_t* heads;  // [T, count]
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Problem& problem = arguments.problem;
-  const pool::Means& means = arguments.means;
+  const BlockMeans& means = arguments.means;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
   const Own place;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   }
   const Range range = range_of_lane(problem.k, t0, queries);  // step 1
   const std::int32_t blocks = range.length / means.block;
-  const std::uint32_t standing = __ballot_sync(kWarp, range.length != blocks * means.block);
+  const std::uint32_t standing = __ballot_sync(kFullMask, range.length != blocks * means.block);
   float weights[2] = {};  // of heads `lane` and `lane` + 32
   if (warp < queries) {
 #pragma unroll
@@ -122,11 +123,11 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
     for (int round = first; round < end; round += Own::kAtOnce) {
       const bool loading = passing || round == first;
       const int slot = round + query;
-      const std::int32_t length = __shfl_sync(kWarp, range.length, slot);
-      const std::int32_t own_whole = __shfl_sync(kWarp, blocks, slot);
+      const std::int32_t length = __shfl_sync(kFullMask, range.length, slot);
+      const std::int32_t own_whole = __shfl_sync(kFullMask, blocks, slot);
       const bool working = slot < end && length > 0;
       const std::int32_t product_whole =  // of the longest query in the warp's product
-          __reduce_max_sync(kWarp, lane < end && place.shares(lane - round) ? blocks : 0);
+          __reduce_max_sync(kFullMask, lane < end && place.shares(lane - round) ? blocks : 0);
       if (loading && whole > 0) {
         load_tile(shared.tiles, 0, problem.k, means, sharers.start, 0, min(kBlocks, whole));
       }
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       }
       if (round == 0) {  // step 1
         const float factor =
-            stands ? store_own<true, kDim>(own, shared.own[pool::kFp16Parts * warp], kOwnPitch) : 0;
+            stands ? store_own<true, kDim>(own, shared.own[kFp16Parts * warp], kOwnPitch) : 0;
         if (lane == 0) {
           shared.own_factors[warp] = factor;
         }
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
         const float factor = shared.own_factors[slot];
         float x[1][1][4] = {};
         if (factor != 0) {
-          add_products<1>(heads, shared.own[pool::kFp16Parts * slot], kOwnPitch, 0, x);
+          add_products<1>(heads, shared.own[kFp16Parts * slot], kOwnPitch, 0, x);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
   if (warp < queries) {  // step 5
     std::int32_t* out = arguments.heads + (t0 + warp) * arguments.count;
-    if (__shfl_sync(kWarp, range.length, warp) > 0) {
+    if (__shfl_sync(kFullMask, range.length, warp) > 0) {
       choose_heads<kMaxRows>(
           static_cast<int>(problem.q.heads), arguments.count,
           [&](int j) { return fabsf(j < 32 ? weights[0] : weights[1]) * shared.energies[warp][j]; },
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
 }  // namespace
 
-void launch_pooled_sm90(const Problem& problem, const pool::Means& means, std::int32_t count,
+void launch_pooled_sm90(const Problem& problem, const BlockMeans& means, std::int32_t count,
                         std::int32_t* heads, int processors, cudaStream_t stream) {
   const int queries = queries_of_block(problem.q.tokens, processors);
   const auto blocks = static_cast<unsigned>((problem.q.tokens + queries - 1) / queries);

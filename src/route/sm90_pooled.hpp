@@ -6,13 +6,13 @@
 
 #include <cstdint>
 
+#include "cuda/block_means.hpp"
 #include "cuda/problem.hpp"
-#include "pool/generic.hpp"
 
 namespace misa::cuda::route {
 
-// As launch_pooled, for what takes_sm90; `processors`: of the device.
-void launch_pooled_sm90(const Problem& problem, const pool::Means& means, std::int32_t count,
+// As launch_pooled, for what sm90_can_implement; `processors`: of the device.
+void launch_pooled_sm90(const Problem& problem, const BlockMeans& means, std::int32_t count,
                         std::int32_t* heads, int processors, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

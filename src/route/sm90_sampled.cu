@@ -12,11 +12,11 @@
 
 #include <cuda/ptx>
 
+#include "cuda/heads.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "route/heads.cuh"
+#include "cuda/sm90_blocks.cuh"
 #include "route/sampled.cuh"
-#include "route/sm90_blocks.cuh"
 #include "route/sm90_sampled.hpp"
 
 namespace misa::cuda::route {
@@ -103,21 +103,21 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   const Range range = range_of_lane(problem.k, t0, queries);
   const Grid grid(range);
   for (int first = 0, end = 0; first < queries; first = end) {
-    const std::int32_t start = __shfl_sync(kWarp, grid.start, first);
-    const int shift = __shfl_sync(kWarp, grid.shift, first);
+    const std::int32_t start = __shfl_sync(kFullMask, grid.start, first);
+    const int shift = __shfl_sync(kFullMask, grid.shift, first);
     end = end_of_run(first, grid.start != start || grid.shift != shift);
     const bool listed = first <= lane && lane < end;
     load_samples(shared, problem.k, start, shift,
-                 __reduce_max_sync(kWarp, listed ? grid.count : 0));
+                 __reduce_max_sync(kFullMask, listed ? grid.count : 0));
     ptx::fence_proxy_async(ptx::space_shared);
     __syncthreads();
     for (int round = first; round < end; round += Own::kAtOnce) {
       const int slot = round + query;
-      const int count = __shfl_sync(kWarp, grid.count, slot);
-      const Range own_range{start, __shfl_sync(kWarp, range.length, slot)};
+      const int count = __shfl_sync(kFullMask, grid.count, slot);
+      const Range own_range{start, __shfl_sync(kFullMask, range.length, slot)};
       const bool working = slot < end && count > 0;
       const bool multiplying =
-          __any_sync(kWarp, lane < end && place.shares(lane - round) && grid.count > 0) != 0;
+          __any_sync(kFullMask, lane < end && place.shares(lane - round) && grid.count > 0) != 0;
       Heads heads;
       heads.take(next);
       float own[2] = {};

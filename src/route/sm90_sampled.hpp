@@ -8,7 +8,8 @@ namespace misa::cuda::route {
 
 struct SampledArguments;
 
-// As launch_sampled, for what takes_sm90 where fits are asked for; `processors`: of the device.
+// As launch_sampled, for what sm90_can_implement where fits are asked for; `processors`: of the
+// device.
 void launch_sampled_sm90(SampledArguments arguments, int processors, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

@@ -16,7 +16,7 @@
 
 #include <cstring>
 
-#include "dispatch/cpu_kernels.hpp"
+#include "cpu/kernels.hpp"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();

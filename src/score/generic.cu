@@ -23,8 +23,8 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "device/convert.cuh"
-#include "device/mma.cuh"
+#include "cuda/convert.cuh"
+#include "cuda/ptx/mma.cuh"
 #include "score/generic.hpp"
 
 namespace misa::cuda::score {

@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "select/digits.cuh"
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 
 namespace misa::cuda::select {
 

@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "select/digits.cuh"
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 #include "select/generic_config.cuh"
 
 namespace misa::cuda::select {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 
 namespace misa::cuda::select {
 

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 #include "select/generic_config.cuh"
 #include "select/output.cuh"
 

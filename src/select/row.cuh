@@ -25,7 +25,7 @@
 #include "select/bound.cuh"
 #include "select/cut.cuh"
 #include "select/emit.cuh"
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 #include "select/generic_config.cuh"
 
 namespace misa::cuda::select {

@@ -22,7 +22,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "select/digits.cuh"
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 #include "select/generic.hpp"
 #include "select/generic_config.cuh"
 #include "select/output.cuh"

@@ -26,7 +26,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "select/digits.cuh"
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 #include "select/fused.hpp"
 #include "select/output.cuh"
 

@@ -18,7 +18,7 @@
 #include "cuda/range.cuh"
 #include "select/bound.cuh"
 #include "select/digits.cuh"
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 #include "select/fused.hpp"
 
 namespace misa::cuda::select {

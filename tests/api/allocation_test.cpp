@@ -11,7 +11,7 @@
 #include "misa/misa.hpp"
 #include "support/check.hpp"
 #include "support/inputs.hpp"
-#include "workspace.hpp"
+#include "core/workspace.hpp"
 
 namespace {
 

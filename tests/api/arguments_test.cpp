@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "indexers/validate.hpp"
+#include "api/validate.hpp"
 #include "misa/misa.hpp"
-#include "workspace.hpp"
+#include "core/workspace.hpp"
 
 namespace misa {
 namespace {

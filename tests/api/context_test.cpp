@@ -7,7 +7,7 @@
 #include <fstream>
 #include <string>
 
-#include "dispatch/cpu_quota.hpp"
+#include "cpu/quota.hpp"
 #include "misa/error.hpp"
 #include "misa/misa.h"
 #include "misa/misa.hpp"

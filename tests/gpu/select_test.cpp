@@ -20,7 +20,7 @@
 
 #include "cuda/check.cuh"
 #include "misa/cuda.hpp"
-#include "select/entry.hpp"
+#include "core/entry.hpp"
 #include "select/fused.hpp"
 #include "select/generic.hpp"
 #include "support/adversarial.hpp"

@@ -2,7 +2,7 @@
 // Rows for the tests of the reference's stages.
 #pragma once
 
-#include "indexers/reference_row.hpp"
+#include "core/row.hpp"
 #include "support/inputs.hpp"
 
 namespace misa::test {

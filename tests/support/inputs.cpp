@@ -8,7 +8,7 @@
 #include <numeric>
 #include <random>
 
-#include "indexers/problem.hpp"
+#include "core/problem.hpp"
 
 namespace misa::test {
 namespace {

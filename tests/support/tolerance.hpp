@@ -26,7 +26,7 @@
 #include <string_view>
 #include <vector>
 
-#include "indexers/problem.hpp"
+#include "core/problem.hpp"
 #include "indexers/reference.hpp"
 
 namespace misa::test {

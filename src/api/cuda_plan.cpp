@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// The public plan on a device: checks what can be checked without reading device memory.
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+
+#include "cuda/target.hpp"
+#include "api/backends.hpp"
+#include "indexers/cuda.hpp"
+#include "api/validate.hpp"
+#include "misa/cuda.hpp"
+#include "core/require.hpp"
+
+namespace misa::cuda {
+namespace {
+
+// Keys and queries are read 16 bytes at a time.
+constexpr std::int64_t kRowAlignment = 16;
+
+// Pieces of a workspace are aligned to this, counted from its start.
+constexpr std::size_t kWorkspaceAlignment = 256;
+
+const Target& target_for(std::string_view backend) {
+  const std::string name = choose_backend(cuda_backends(), "device memory", backend).info().name;
+  return *std::ranges::find(targets(), name, &Target::name);
+}
+
+void require_rows(std::string_view name, const void* data, DType dtype,
+                  std::initializer_list<std::int64_t> strides) {
+  require(reinterpret_cast<std::uintptr_t>(data) % kRowAlignment == 0,
+          "{}: expected data aligned to {} bytes, got {}", name, kRowAlignment, data);
+  for (const std::int64_t stride : strides) {
+    require(stride * static_cast<std::int64_t>(size_of(dtype)) % kRowAlignment == 0,
+            "{}: expected rows a multiple of {} bytes apart, got {} elements of {}", name,
+            kRowAlignment, stride, name_of(dtype));
+  }
+}
+
+void validate_plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options) {
+  validate(config, shape);
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  require(options.total_keys >= 0 && options.total_keys <= kMost,
+          "total_keys: expected 0 to {}, got {}", kMost, options.total_keys);
+}
+
+}  // namespace
+
+struct Plan::State {
+  State(const IndexerConfig& chosen, const Shape& bounds, const PlanOptions& options)
+      : config(chosen),
+        shape(bounds),
+        total_keys(options.total_keys),
+        target(target_for(options.backend)),
+        step(chosen, bounds, options.total_keys, options.workspace_cap, device_of(target)) {}
+
+  IndexerConfig config;
+  Shape shape;
+  std::int64_t total_keys;
+  const Target& target;
+  Step step;
+};
+
+Plan::Plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options) {
+  validate_plan(config, shape, options);
+  state_ = std::make_unique<State>(config, shape, options);
+}
+Plan::~Plan() = default;
+Plan::Plan(Plan&&) noexcept = default;
+Plan& Plan::operator=(Plan&&) noexcept = default;
+
+std::size_t Plan::workspace_bytes() const { return state_->step.workspace_bytes(); }
+std::string_view Plan::backend() const { return state_->target.name; }
+
+void Plan::run(const Queries& queries, const Weights& weights, const RaggedKeys& keys,
+               const Selection& out, std::span<std::byte> workspace, void* stream) const {
+  const Queries q = validated(queries);
+  const Weights w = validated(weights, q);
+  const RaggedKeys k = validated_layout(keys, q);
+  const Shape& planned = state_->shape;
+  validate_planned({q.tokens, q.heads, q.dim, planned.max_keys, q.dtype, k.dtype}, planned);
+  require(k.tokens <= state_->total_keys, "k: expected L = {} at most, as planned, got {}",
+          state_->total_keys, k.tokens);
+  require_rows("q", q.data, q.dtype, {q.token_stride, q.head_stride});
+  require_rows("k", k.data, k.dtype, {k.token_stride});
+  validate(out, state_->config, q);
+  validate_workspace(workspace, workspace_bytes());
+  require_data("workspace", workspace.data(), 0, kWorkspaceAlignment);
+  state_->step.run({q,
+                    w,
+                    {k.data, k.dtype, k.tokens, k.token_stride, k.scale, k.starts.data(),
+                     k.ends.data(), static_cast<std::int32_t>(planned.max_keys)}},
+                   out, workspace.data(), stream);
+}
+
+}  // namespace misa::cuda

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "api/validate.hpp"
+
+#include <algorithm>
+#include <bitset>
+#include <limits>
+
+#include "cache/cache.hpp"
+#include "core/require.hpp"
+#include "core/workspace.hpp"
+
+namespace misa {
+namespace {
+
+constexpr std::int64_t kMaxKeys = std::numeric_limits<std::int32_t>::max();  // positions are int32
+
+void validate_dtype(std::string_view name, DType dtype) {
+  require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::e4m3,
+          "{}: expected f32, bf16 or e4m3, got dtype {}", name, static_cast<int>(dtype));
+}
+
+void validate_dim(std::string_view name, std::int64_t dim) {
+  require(dim == 64 || dim == 128, "{}: expected D = 64 or 128, got {}", name, dim);
+}
+
+void validate_heads(std::string_view name, std::int64_t heads) {
+  require(heads >= 1 && heads <= kMaxHeads, "{}: expected H = 1 to {}, got {}", name, kMaxHeads,
+          heads);
+}
+
+void validate_count(std::string_view name, std::string_view what, std::int64_t count) {
+  require(count >= 0, "{}: expected {} = 0 or more, got {}", name, what, count);
+}
+
+// The stride of `count` entries that take `least` elements each; 0 is the dense one. Nothing is
+// ever read through the stride of fewer than two entries, so any is taken there.
+std::int64_t resolved_stride(std::string_view name, std::string_view what, std::int64_t stride,
+                             std::int64_t least, std::int64_t count) {
+  if (stride == 0 || count < 2) {
+    return least;
+  }
+  require(stride >= least, "{}: expected a {} stride of at least {}, got {}", name, what, least,
+          stride);
+  return stride;
+}
+
+// That the bytes of `count` rows can be counted, and that there is something to read.
+void validate_rows(std::string_view name, const void* data, std::int64_t count, std::int64_t stride,
+                   std::size_t element) {
+  const std::int64_t elements = checked_multiply_add(name, count, stride);
+  checked_multiply_add(name, elements, static_cast<std::int64_t>(element));
+  require_data(name, data, count, element);
+}
+
+void validate_static_heads(const IndexerConfig& config, std::int64_t heads) {
+  const std::vector<std::int32_t>& list = config.static_heads;
+  require(std::ssize(list) == config.heads, "static_heads: expected {} (heads), got {}",
+          config.heads, list.size());
+  std::bitset<kMaxHeads> seen;
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    require(list[i] >= 0 && list[i] < heads, "static_heads[{}]: expected 0 to {}, got {}", i,
+            heads - 1, list[i]);
+    require(!seen[list[i]], "static_heads[{}]: expected distinct heads, got {} again", i, list[i]);
+    seen[list[i]] = true;
+  }
+}
+
+void validate_routing(const IndexerConfig& config, std::int64_t heads) {
+  require(config.router <= Router::fixed, "router: expected one of 0 to {}, got {}",
+          static_cast<int>(Router::fixed), static_cast<int>(config.router));
+  if (config.router == Router::all) {
+    require(!config.residual, "residual: expected a router that leaves heads out, got 'all'");
+  } else {
+    const int least = config.residual ? 0 : 1;
+    require(config.heads >= least && config.heads <= heads, "heads: expected {} to H = {}, got {}",
+            least, heads, config.heads);
+  }
+  require(config.block >= kPageSize && config.block % kPageSize == 0,
+          "block: expected a multiple of {}, got {}", kPageSize, config.block);
+  if (config.router == Router::fixed) {
+    validate_static_heads(config, heads);
+  } else {
+    require(config.static_heads.empty(), "static_heads: expected none with router '{}', got {}",
+            name_of(config.router), config.static_heads.size());
+  }
+}
+
+void validate_filter(const IndexerConfig& config) {
+  if (config.filter_block == 0) {
+    return;
+  }
+  require(config.filter_block >= kPageSize && config.filter_block % kPageSize == 0,
+          "filter_block: expected a multiple of {} or 0 (none), got {}", kPageSize,
+          config.filter_block);
+  // The first and the last block are always kept, and of the last one a single position may be
+  // visible.
+  require(config.filter_blocks >= 2, "filter_blocks: expected 2 or more, got {}",
+          config.filter_blocks);
+  const std::int64_t least = (std::int64_t{config.filter_blocks} - 1) * config.filter_block + 1;
+  require(least >= config.top_k,
+          "filter_blocks: expected enough for top_k = {} positions, got {}, which may keep only {}",
+          config.top_k, config.filter_blocks, least);
+}
+
+template <class T>
+void validate_output(std::string_view name, std::span<T> out, bool exists, std::string_view because,
+                     std::int64_t rows, std::int64_t columns) {
+  if (out.empty()) {
+    return;
+  }
+  require(exists, "{}: expected none {}, got {} elements", name, because, out.size());
+  require(std::ssize(out) == checked_multiply_add(name, rows, columns),
+          "{}: expected {} * {} elements, got {}", name, rows, columns, out.size());
+  require_data(name, out.data(), std::ssize(out), alignof(T));
+}
+
+}  // namespace
+
+void validate(const IndexerConfig& config, const Shape& shape) {
+  validate_count("shape", "T", shape.tokens);
+  validate_heads("shape", shape.heads);
+  validate_dim("shape", shape.dim);
+  require(shape.max_keys >= 0 && shape.max_keys <= kMaxKeys,
+          "shape: expected max_keys = 0 to {}, got {}", kMaxKeys, shape.max_keys);
+  validate_dtype("shape.q_dtype", shape.q_dtype);
+  validate_dtype("shape.k_dtype", shape.k_dtype);
+
+  require(config.top_k >= 1, "top_k: expected 1 or more, got {}", config.top_k);
+  checked_multiply_add("top_k", shape.tokens, config.top_k);
+  validate_routing(config, shape.heads);
+  validate_filter(config);
+  require(config.candidates == 0 || config.candidates >= config.top_k,
+          "candidates: expected 0 (no re-rank) or at least top_k = {}, got {}", config.top_k,
+          config.candidates);
+  require(config.dense_work >= 0, "dense_work: expected 0 (none) or more, got {}",
+          config.dense_work);
+}
+
+Queries validated(const Queries& q) {
+  validate_dtype("q", q.dtype);
+  validate_count("q", "T", q.tokens);
+  validate_heads("q", q.heads);
+  validate_dim("q", q.dim);
+  Queries resolved = q;
+  // Tokens may stand outside heads, or heads outside tokens: the outer ones are farther apart than
+  // the inner ones reach.
+  const auto reach = [&](std::int64_t count, std::int64_t stride) {
+    return checked_multiply_add("q", std::max<std::int64_t>(count - 1, 0), stride, q.dim);
+  };
+  if (q.token_stride > 0 && q.tokens > 1 && q.head_stride > q.token_stride) {
+    resolved.token_stride = resolved_stride("q", "token", q.token_stride, q.dim, q.tokens);
+    resolved.head_stride = resolved_stride("q", "head", q.head_stride,
+                                           reach(q.tokens, resolved.token_stride), q.heads);
+  } else {
+    resolved.head_stride =
+        resolved_stride("q", "head", q.head_stride, q.dim, q.tokens > 0 ? q.heads : 0);
+    // The dense stride keeps the padding of the last head.
+    const std::int64_t padded = checked_multiply_add("q", q.heads, resolved.head_stride);
+    resolved.token_stride = q.token_stride == 0
+                                ? padded
+                                : resolved_stride("q", "token", q.token_stride,
+                                                  reach(q.heads, resolved.head_stride), q.tokens);
+  }
+  const std::int64_t elements =
+      checked_multiply_add("q", std::max<std::int64_t>(q.tokens - 1, 0), resolved.token_stride,
+                           reach(q.heads, resolved.head_stride));
+  checked_multiply_add("q", elements, static_cast<std::int64_t>(size_of(q.dtype)));
+  require_data("q", q.data, q.tokens, size_of(q.dtype));
+  return resolved;
+}
+
+Weights validated(const Weights& w, const Queries& q) {
+  require(w.tokens == q.tokens, "w: expected T = {} as q has, got {}", q.tokens, w.tokens);
+  require(w.heads == q.heads, "w: expected H = {} as q has, got {}", q.heads, w.heads);
+  Weights resolved = w;
+  resolved.token_stride = resolved_stride("w", "token", w.token_stride, w.heads, w.tokens);
+  validate_rows("w", w.data, w.tokens, resolved.token_stride, sizeof(float));
+  return resolved;
+}
+
+RaggedKeys validated_layout(const RaggedKeys& k, const Queries& q) {
+  validate_dtype("k", k.dtype);
+  require(k.tokens >= 0 && k.tokens <= kMaxKeys, "k: expected L = 0 to {}, got {}", kMaxKeys,
+          k.tokens);
+  require(k.dim == q.dim, "k: expected D = {} as q has, got {}", q.dim, k.dim);
+  RaggedKeys resolved = k;
+  resolved.token_stride = resolved_stride("k", "token", k.token_stride, k.dim, k.tokens);
+  validate_rows("k", k.data, k.tokens, resolved.token_stride, size_of(k.dtype));
+  if (k.dtype == DType::e4m3) {
+    require_data("k_scale", k.scale, k.tokens, alignof(float));
+  } else {
+    require(k.scale == nullptr, "k_scale: expected none with {} keys, got an array",
+            name_of(k.dtype));
+  }
+  require(std::ssize(k.starts) == q.tokens, "ks: expected {} entries (T), got {}", q.tokens,
+          k.starts.size());
+  require(std::ssize(k.ends) == q.tokens, "ke: expected {} entries (T), got {}", q.tokens,
+          k.ends.size());
+  require_data("ks", k.starts.data(), q.tokens, alignof(std::int32_t));
+  require_data("ke", k.ends.data(), q.tokens, alignof(std::int32_t));
+  return resolved;
+}
+
+RaggedKeys validated(const RaggedKeys& k, const Queries& q) {
+  const RaggedKeys resolved = validated_layout(k, q);
+  for (std::size_t t = 0; t < k.starts.size(); ++t) {
+    require(k.starts[t] >= 0 && k.starts[t] <= k.tokens, "ks[{}]: expected 0 to L = {}, got {}", t,
+            k.tokens, k.starts[t]);
+    require(k.ends[t] >= 0 && k.ends[t] <= k.tokens, "ke[{}]: expected 0 to L = {}, got {}", t,
+            k.tokens, k.ends[t]);
+  }
+  return resolved;
+}
+
+PagedKeys validated(const PagedKeys& k, const Queries& q) {
+  PagedKeys resolved = k;
+  resolved.cache.page_stride = validated_page_stride(k.cache);
+  require(k.cache.dim == q.dim, "cache: expected D = {} as q has, got {}", q.dim, k.cache.dim);
+  require(k.next_n >= 1, "next_n: expected 1 or more, got {}", k.next_n);
+  const std::int64_t batch = std::ssize(k.context_lens);
+  require(checked_multiply_add("next_n", batch, k.next_n) == q.tokens,
+          "q: expected T = batch * next_n = {} * {}, got {}", batch, k.next_n, q.tokens);
+  require_data("context_lens", k.context_lens.data(), batch, alignof(std::int32_t));
+  validate_count("block_table", "max_pages", k.max_pages);
+  resolved.block_table_stride = resolved_stride("block_table", "row", k.block_table_stride,
+                                                k.max_pages, k.max_pages == 0 ? 0 : batch);
+  validate_rows("block_table", k.block_table, k.max_pages == 0 ? 0 : batch,
+                resolved.block_table_stride, sizeof(std::int32_t));
+
+  const std::int64_t capacity = checked_multiply_add("block_table", k.max_pages, kPageSize);
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const std::int64_t length = k.context_lens[b];
+    require(length <= capacity, "context_lens[{}]: expected at most max_pages * {} = {}, got {}", b,
+            kPageSize, capacity, length);
+    for (std::int64_t i = 0; i * kPageSize < length; ++i) {
+      const std::int32_t page = k.block_table[b * resolved.block_table_stride + i];
+      require(page >= 0 && page < k.cache.pages,
+              "block_table[{}, {}]: expected a page from 0 to {}, got {}", b, i, k.cache.pages - 1,
+              page);
+    }
+  }
+  return resolved;
+}
+
+Shape shape_of(const Queries& q, const RaggedKeys& k) {
+  std::int64_t longest = 0;
+  for (std::size_t t = 0; t < k.starts.size(); ++t) {
+    longest = std::max(longest, std::int64_t{k.ends[t]} - k.starts[t]);
+  }
+  return {q.tokens, q.heads, q.dim, longest, q.dtype, k.dtype};
+}
+
+Shape shape_of(const Queries& q, const PagedKeys& k) {
+  std::int64_t longest = 0;
+  for (const std::int32_t length : k.context_lens) {
+    longest = std::max<std::int64_t>(longest, length);
+  }
+  return {q.tokens, q.heads, q.dim, longest, q.dtype, DType::e4m3};
+}
+
+void validate_planned(const Shape& call, const Shape& planned) {
+  require(call.tokens <= planned.tokens, "q: expected T = {} at most, as planned, got {}",
+          planned.tokens, call.tokens);
+  require(call.heads == planned.heads, "q: expected H = {} as planned, got {}", planned.heads,
+          call.heads);
+  require(call.dim == planned.dim, "q: expected D = {} as planned, got {}", planned.dim, call.dim);
+  require(call.q_dtype == planned.q_dtype, "q: expected {} as planned, got {}",
+          name_of(planned.q_dtype), name_of(call.q_dtype));
+  require(call.k_dtype == planned.k_dtype, "k: expected {} as planned, got {}",
+          name_of(planned.k_dtype), name_of(call.k_dtype));
+  require(call.max_keys <= planned.max_keys,
+          "k: expected {} keys a query at most, as planned, got {}", planned.max_keys,
+          call.max_keys);
+}
+
+void validate(const Selection& out, const IndexerConfig& config, const Queries& q) {
+  validate_output("indices", out.indices, true, "", q.tokens, config.top_k);
+  validate_output("scores", out.scores, true, "", q.tokens, config.top_k);
+  validate_output("heads", out.heads, config.router != Router::all, "with router 'all'", q.tokens,
+                  config.heads);
+  validate_output("residual", out.residual, config.residual, "without a residual row", q.tokens,
+                  q.dim);
+}
+
+void validate_workspace(std::span<const std::byte> workspace, std::size_t bytes) {
+  if (workspace.size() < bytes) {
+    throw Error(ErrorCode::workspace,
+                fmt::format("workspace: expected {} bytes, got {}", bytes, workspace.size()));
+  }
+  if (bytes > 0) {
+    require_data("workspace", workspace.data(), std::ssize(workspace), kWorkspaceAlignment);
+  }
+}
+
+}  // namespace misa

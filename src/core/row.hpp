@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// One query and the keys that it sees, in double: what the stages of the reference compute on.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/problem.hpp"
+
+namespace misa::reference {
+
+struct Row {
+  std::int64_t heads = 0;   // H
+  std::int64_t dim = 0;     // D
+  std::int64_t length = 0;  // n
+  std::vector<double> q;    // [H, D]
+  std::vector<double> w;    // [H]
+  std::vector<double> k;    // [n, D]
+
+  [[nodiscard]] std::span<const double> query(std::int64_t j) const {
+    return std::span(q).subspan(static_cast<std::size_t>(j * dim), static_cast<std::size_t>(dim));
+  }
+  [[nodiscard]] std::span<const double> key(std::int64_t position) const {
+    return std::span(k).subspan(static_cast<std::size_t>(position * dim),
+                                static_cast<std::size_t>(dim));
+  }
+};
+
+inline Row load_row(const Problem& problem, std::int64_t t) {
+  Row row;
+  row.heads = problem.q.heads;
+  row.dim = problem.q.dim;
+  row.length = problem.visible(t);
+  for (std::int64_t j = 0; j < row.heads; ++j) {
+    for (std::int64_t d = 0; d < row.dim; ++d) {
+      row.q.push_back(element(problem.query(t, j), problem.q.dtype, d));
+    }
+    row.w.push_back(problem.weight(t, j));
+  }
+  row.k.reserve(static_cast<std::size_t>(row.length * row.dim));
+  for (std::int64_t position = 0; position < row.length; ++position) {
+    const Key key = problem.key(t, position);
+    for (std::int64_t d = 0; d < row.dim; ++d) {
+      row.k.push_back(double{key.scale} * element(key.data, problem.k_dtype(), d));
+    }
+  }
+  return row;
+}
+
+inline double dot(std::span<const double> a, std::span<const double> b) {
+  double sum = 0;
+  for (std::size_t d = 0; d < a.size(); ++d) {
+    sum += a[d] * b[d];
+  }
+  return sum;
+}
+
+// max(0, x); NaN stays NaN.
+inline double relu(double x) { return x < 0 ? 0 : x; }
+
+}  // namespace misa::reference

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "filter/block_scores.hpp"
+
+#include "cuda/judged_by_means.cuh"
+#include "cuda/sm90.hpp"
+#include "filter/sm90_block_scores.hpp"
+
+namespace misa::cuda::filter {
+
+void launch_block_scores(const Problem& problem, const Device& device, const BlockMeans& means,
+                         float* scores, std::int64_t stride, cudaStream_t stream) {
+  if (sm90_can_implement(problem, device)) {
+    launch_block_scores_sm90(problem, means, scores, stride, stream);
+    return;
+  }
+  using namespace judged_by_means;
+  judged_by_means::launch<Judge::blocks>({problem, means, 0, nullptr, scores, stride}, stream);
+}
+
+}  // namespace misa::cuda::filter

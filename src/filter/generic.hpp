@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The block filter for every CUDA device of compute capability 8.0 and above.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "cuda/block_means.hpp"
+#include "cuda/problem.hpp"
+#include "cuda/target.hpp"
+#include "misa/indexer.hpp"
+
+namespace misa::cuda::filter {
+
+// For slabs of `shape.tokens` queries.
+std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape);
+
+// Writes the kept blocks of every query, [T, filter_blocks] ascending, -1 on the right. `means` are
+// those of blocks of `config.filter_block`.
+void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+            const BlockMeans& means, std::int32_t* blocks, std::span<std::byte> workspace,
+            cudaStream_t stream);
+
+}  // namespace misa::cuda::filter

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA devices as backends like every other: a call in host memory is copied to the device, paged
+// keys as ragged ones, and its results are copied back.
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cuda/check.cuh"
+#include "cuda/target.hpp"
+#include "indexers/backend.hpp"
+#include "indexers/cuda.hpp"
+#include "misa/cache.hpp"
+#include "misa/error.hpp"
+
+namespace misa::cuda {
+namespace {
+
+class Stream {
+ public:
+  Stream() {
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  }
+  ~Stream() { cudaStreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  [[nodiscard]] cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+class DeviceMemory {
+ public:
+  DeviceMemory(std::size_t bytes, const Stream& stream) : stream_(stream) {
+    check(cudaMallocAsync(&data_, bytes, stream.get()), "cudaMallocAsync");
+  }
+  ~DeviceMemory() { cudaFreeAsync(data_, stream_.get()); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+  [[nodiscard]] std::byte* at(std::size_t offset) const {
+    return static_cast<std::byte*>(data_) + offset;
+  }
+
+ private:
+  const Stream& stream_;
+  void* data_ = nullptr;
+};
+
+// Pieces of one allocation, each where device memory would start.
+class Pieces {
+ public:
+  std::size_t add(std::size_t bytes) {
+    constexpr std::size_t kAlign = 256;
+    const std::size_t at = bytes_;
+    bytes_ += (bytes + kAlign - 1) / kAlign * kAlign;
+    return at;
+  }
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::size_t bytes_ = 0;
+};
+
+// The keys of a paged call, sequence after sequence.
+struct RaggedCopy {
+  std::vector<std::uint8_t> k;
+  std::vector<float> scale;
+  std::vector<std::int32_t> starts;
+  std::vector<std::int32_t> ends;
+
+  RaggedCopy(const misa::Problem& problem, const PagedKeys& paged) {
+    std::int64_t tokens = 0;
+    for (const std::int32_t length : paged.context_lens) {
+      tokens += std::max(length, 0);
+    }
+    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+    if (tokens > kMost) {
+      throw Error(
+          ErrorCode::unsupported,
+          fmt::format("context_lens: expected at most {} keys in all on a CUDA backend, got {}",
+                      kMost, tokens));
+    }
+    const std::int64_t dim = paged.cache.dim;
+    k.resize(static_cast<std::size_t>(tokens * dim));
+    scale.resize(static_cast<std::size_t>(tokens));
+    std::int64_t first = 0;
+    for (std::int64_t b = 0; b < std::ssize(paged.context_lens); ++b) {
+      const std::int64_t length = std::max(paged.context_lens[b], 0);
+      gather(paged.cache,
+             {paged.block_table + b * paged.block_table_stride,
+              static_cast<std::size_t>(paged.max_pages)},
+             length, std::span(k).subspan(first * dim, length * dim),
+             std::span(scale).subspan(first, length));
+      for (std::int64_t i = 0; i < paged.next_n; ++i) {
+        starts.push_back(static_cast<std::int32_t>(first));
+        ends.push_back(static_cast<std::int32_t>(first + problem.visible(b * paged.next_n + i)));
+      }
+      first += length;
+    }
+  }
+
+  [[nodiscard]] RaggedKeys view(std::int64_t dim) const {
+    return {k.data(), DType::e4m3, std::ssize(scale), dim, dim, scale.data(), starts, ends};
+  }
+};
+
+// The inputs of a call without padding, as they will lie on the device.
+class Inputs {
+ public:
+  Inputs(const misa::Problem& problem, const RaggedKeys& k) : q_(problem.q), w_(problem.w), k_(k) {
+    const auto element = static_cast<std::int64_t>(size_of(q_.dtype));
+    q_at_ = add(q_.tokens * q_.heads * q_.dim * element);
+    w_at_ = add(q_.tokens * q_.heads * std::int64_t{sizeof(float)});
+    k_at_ = add(k.tokens * k.dim * static_cast<std::int64_t>(size_of(k.dtype)));
+    scale_at_ = add(k.scale != nullptr ? k.tokens * std::int64_t{sizeof(float)} : 0);
+    starts_at_ = add(static_cast<std::int64_t>(k.starts.size_bytes()));
+    ends_at_ = add(static_cast<std::int64_t>(k.ends.size_bytes()));
+    bytes_.resize(pieces_.bytes());
+    const std::int64_t q_row = q_.heads * q_.dim;
+    for (std::int64_t t = 0; t < q_.tokens; ++t) {
+      copy_rows(q_at_ + static_cast<std::size_t>(t * q_row * element), problem.query(t, 0),
+                q_.heads, q_.head_stride * element, q_.dim * element);
+    }
+    copy_rows(w_at_, w_.data, q_.tokens, w_.token_stride * std::int64_t{sizeof(float)},
+              q_.heads * std::int64_t{sizeof(float)});
+    const auto k_element = static_cast<std::int64_t>(size_of(k.dtype));
+    copy_rows(k_at_, k.data, k.tokens, k.token_stride * k_element, k.dim * k_element);
+    copy_rows(scale_at_, k.scale, k.scale != nullptr ? k.tokens : 0, sizeof(float), sizeof(float));
+    copy_rows(starts_at_, k.starts.data(), 1, 0, static_cast<std::int64_t>(k.starts.size_bytes()));
+    copy_rows(ends_at_, k.ends.data(), 1, 0, static_cast<std::int64_t>(k.ends.size_bytes()));
+  }
+
+  [[nodiscard]] const std::vector<std::byte>& bytes() const { return bytes_; }
+
+  // The call, once the bytes lie at the start of `memory`.
+  [[nodiscard]] Problem on_device(const DeviceMemory& memory, std::int64_t max_keys) const {
+    Queries q = q_;
+    q.data = memory.at(q_at_);
+    q.head_stride = q.dim;
+    q.token_stride = q.heads * q.dim;
+    Weights w = w_;
+    w.data = reinterpret_cast<const float*>(memory.at(w_at_));
+    w.token_stride = w.heads;
+    const auto* scale = reinterpret_cast<const float*>(memory.at(scale_at_));
+    return {q,
+            w,
+            {memory.at(k_at_), k_.dtype, k_.tokens, k_.dim, k_.scale != nullptr ? scale : nullptr,
+             reinterpret_cast<const std::int32_t*>(memory.at(starts_at_)),
+             reinterpret_cast<const std::int32_t*>(memory.at(ends_at_)),
+             static_cast<std::int32_t>(max_keys)}};
+  }
+
+ private:
+  std::size_t add(std::int64_t bytes) { return pieces_.add(static_cast<std::size_t>(bytes)); }
+
+  void copy_rows(std::size_t to, const void* from, std::int64_t rows, std::int64_t stride,
+                 std::int64_t bytes) {
+    for (std::int64_t i = 0; bytes > 0 && i < rows; ++i) {
+      std::memcpy(bytes_.data() + to + i * bytes, static_cast<const std::byte*>(from) + i * stride,
+                  static_cast<std::size_t>(bytes));
+    }
+  }
+
+  Queries q_;
+  Weights w_;
+  RaggedKeys k_;
+  Pieces pieces_;
+  std::vector<std::byte> bytes_;
+  std::size_t q_at_;
+  std::size_t w_at_;
+  std::size_t k_at_;
+  std::size_t scale_at_;
+  std::size_t starts_at_;
+  std::size_t ends_at_;
+};
+
+// An output on the device in place of one in host memory.
+template <class T>
+class Output {
+ public:
+  Output(std::span<T> host, Pieces& pieces) : host_(host), at_(pieces.add(host.size_bytes())) {}
+
+  [[nodiscard]] std::span<T> on_device(const DeviceMemory& memory) const {
+    return {host_.empty() ? nullptr : reinterpret_cast<T*>(memory.at(at_)), host_.size()};
+  }
+
+  void fetch(const DeviceMemory& memory, const Stream& stream) const {
+    if (!host_.empty()) {
+      check(cudaMemcpyAsync(host_.data(), memory.at(at_), host_.size_bytes(),
+                            cudaMemcpyDeviceToHost, stream.get()),
+            "cudaMemcpyAsync");
+    }
+  }
+
+ private:
+  std::span<T> host_;
+  std::size_t at_;
+};
+
+class CudaPlan final : public BackendPlan {
+ public:
+  CudaPlan(const IndexerConfig& config, const Shape& shape, std::size_t cap, const Device& device)
+      : config_(config), shape_(shape), cap_(cap), device_(device) {
+    const Step checked(config, shape, shape.max_keys, cap, device);
+  }
+
+  // All of it is on the device, and taken for the time of a run.
+  [[nodiscard]] std::size_t workspace_bytes() const override { return 0; }
+
+  void run(const misa::Problem& problem, std::span<std::byte> /*workspace*/) const override {
+    if (problem.q.tokens == 0) {
+      return;
+    }
+    if (const auto* paged = std::get_if<PagedKeys>(&problem.keys)) {
+      const RaggedCopy copy(problem, *paged);
+      run_ragged(problem, copy.view(problem.q.dim));
+    } else {
+      run_ragged(problem, std::get<RaggedKeys>(problem.keys));
+    }
+  }
+
+ private:
+  void run_ragged(const misa::Problem& problem, const RaggedKeys& k) const {
+    const Inputs inputs(problem, k);
+    Shape shape = shape_;
+    shape.tokens = problem.q.tokens;
+    // How many keys there are in all is known only now; a cap that was enough for one query is kept
+    // to as far as that leaves it possible.
+    const std::size_t cap = std::max(cap_, Step::least_bytes(config_, shape, k.tokens, device_));
+    const Step step(config_, shape, k.tokens, cap, device_);
+
+    Pieces pieces;
+    pieces.add(inputs.bytes().size());
+    const Output indices(problem.out.indices, pieces);
+    const Output scores(problem.out.scores, pieces);
+    const Output heads(problem.out.heads, pieces);
+    const Output residual(problem.out.residual, pieces);
+    const std::size_t workspace = pieces.add(step.workspace_bytes());
+
+    const Stream stream;
+    const DeviceMemory memory(pieces.bytes(), stream);
+    check(cudaMemcpyAsync(memory.at(0), inputs.bytes().data(), inputs.bytes().size(),
+                          cudaMemcpyHostToDevice, stream.get()),
+          "cudaMemcpyAsync");
+    step.run(inputs.on_device(memory, shape_.max_keys),
+             {indices.on_device(memory), scores.on_device(memory), heads.on_device(memory),
+              residual.on_device(memory)},
+             memory.at(workspace), stream.get());
+    indices.fetch(memory, stream);
+    scores.fetch(memory, stream);
+    heads.fetch(memory, stream);
+    residual.fetch(memory, stream);
+    check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+  }
+
+  IndexerConfig config_;
+  Shape shape_;
+  std::size_t cap_;
+  Device device_;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const Target& target) : target_(target) {}
+
+  [[nodiscard]] BackendInfo info() const override {
+    return {std::string(target_.name), std::string(target_.isa), target_.requirement,
+            available(target_), target_.priority};
+  }
+
+  [[nodiscard]] std::unique_ptr<const BackendPlan> plan(
+      const IndexerConfig& config, const Shape& shape,
+      const Context::State& context) const override {
+    return std::make_unique<CudaPlan>(config, shape, context.workspace_cap, device_of(target_));
+  }
+
+ private:
+  const Target& target_;
+};
+
+}  // namespace
+}  // namespace misa::cuda
+
+namespace misa {
+
+std::span<const Backend* const> cuda_backends() {
+  static const std::vector<cuda::CudaBackend> objects(cuda::targets().begin(),
+                                                      cuda::targets().end());
+  static const std::vector<const Backend*> pointers = [] {
+    std::vector<const Backend*> list;
+    for (const cuda::CudaBackend& object : objects) {
+      list.push_back(&object);
+    }
+    return list;
+  }();
+  return pointers;
+}
+
+}  // namespace misa

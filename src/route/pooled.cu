@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "route/pooled.hpp"
+
+#include "cuda/judged_by_means.cuh"
+#include "cuda/sm90.hpp"
+#include "route/sm90_pooled.hpp"
+
+namespace misa::cuda::route {
+
+void launch_pooled(const Problem& problem, const Device& device, const BlockMeans& means,
+                   std::int32_t count, std::int32_t* heads, cudaStream_t stream) {
+  if (sm90_can_implement(problem, device)) {
+    launch_pooled_sm90(problem, means, count, heads, device.processors, stream);
+    return;
+  }
+  using namespace judged_by_means;
+  judged_by_means::launch<Judge::heads>({problem, means, count, heads, nullptr, 0}, stream);
+}
+
+}  // namespace misa::cuda::route

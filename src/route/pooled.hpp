@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pooled router: heads judged by block means.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/block_means.hpp"
+#include "cuda/problem.hpp"
+#include "cuda/target.hpp"
+
+namespace misa::cuda::route {
+
+// Heads [T, count] of the largest energy, ascending; -1 for empty rows.
+void launch_pooled(const Problem& problem, const Device& device, const BlockMeans& means,
+                   std::int32_t count, std::int32_t* heads, cudaStream_t stream);
+
+}  // namespace misa::cuda::route
