@@ -55,6 +55,9 @@ struct Command {
   std::function<Arguments(const Place&)> arguments;
 };
 
+// How a list of the tests shows it.
+void PrintTo(const Command& command, std::ostream* out) { *out << command.name; }
+
 std::vector<Command> commands() {
   const auto fixed = [](const Arguments& arguments) {
     return [=](const Place&) { return arguments; };

@@ -58,6 +58,9 @@ struct Named {
   IndexerConfig config;
 };
 
+// How a list of the tests shows it.
+void PrintTo(const Named& named, std::ostream* out) { *out << named.name; }
+
 std::vector<Named> indexers() {
   IndexerConfig fixed = IndexerConfig::misa(40, 2);
   fixed.router = Router::fixed;
@@ -366,6 +369,9 @@ struct BadInput {
   std::function<void(Tensors&)> spoil;
   std::string message;
 };
+
+// How a list of the tests shows it.
+void PrintTo(const BadInput& input, std::ostream* out) { *out << input.name; }
 
 template <class T>
 std::function<void(Tensors&)> put(std::string name, std::string dtype,

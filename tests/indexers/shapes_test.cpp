@@ -19,10 +19,16 @@ struct ShapeCase {
   DType k_dtype;
 };
 
+std::string name_of(const ShapeCase& shape) {
+  return identifier(shape.backend) + "_H" + std::to_string(shape.heads) + "_D" +
+         std::to_string(shape.dim) + "_" + name_of(shape.q_dtype) + "_" + name_of(shape.k_dtype);
+}
+
+// How a list of the tests shows it.
+void PrintTo(const ShapeCase& shape, std::ostream* out) { *out << name_of(shape); }
+
 std::string shape_name(const ::testing::TestParamInfo<ShapeCase>& info) {
-  return identifier(info.param.backend) + "_H" + std::to_string(info.param.heads) + "_D" +
-         std::to_string(info.param.dim) + "_" + name_of(info.param.q_dtype) + "_" +
-         name_of(info.param.k_dtype);
+  return name_of(info.param);
 }
 
 class Shapes : public ::testing::TestWithParam<ShapeCase> {
