@@ -3,72 +3,26 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from . import _arrays, _core  # type: ignore[attr-defined]  # compiled
 from ._arrays import Array
+from ._call import (
+    PAGE_SIZE,
+    WORKSPACE_CAP,
+    Selected,
+    checked_config,
+    device_plan,
+    empty_selected,
+    outputs,
+    run_on_device,
+    select_into,
+    select_paged_into,
+)
 from ._config import Config, boolean, integer, text
-
-PAGE_SIZE = 64
-"""Tokens in one page of the key cache."""
-
-WORKSPACE_CAP: int = _core.DEFAULT_WORKSPACE_CAP
-"""Bytes that a plan's workspace may take, unless told otherwise."""
-
-
-class Selected(NamedTuple):
-    """A selection; arrays of the framework and on the device of the queries.
-
-    indices: int32 [T, top_k], positions relative to the query's sequence, -1 on the right.
-    scores: float32 [T, top_k], the scores that ranked them, -inf where padded; or None.
-    heads: int32 [T, h], active heads, ascending, -1 for empty rows; None unless asked for and
-        routed.
-    residual: float32 [T, D], the residual row before rounding, 0 for empty rows; None unless asked
-        for and the config has one.
-    """
-
-    indices: Array
-    scores: Array | None = None
-    heads: Array | None = None
-    residual: Array | None = None
-
-
-def empty_selected(
-    like: Array, config: Config, scores: bool, heads: bool, residual: bool
-) -> Selected:
-    """Uninitialised outputs for the queries ``like`` [T, H, D]."""
-    tokens, _, dim = _checked_shape("q", like, "[T, H, D]")
-    return Selected(
-        _arrays.empty(like, (tokens, config.top_k), "int32"),
-        _arrays.empty(like, (tokens, config.top_k), "float32") if scores else None,
-        _arrays.empty(like, (tokens, config.heads), "int32")
-        if heads and config.router != "all"
-        else None,
-        _arrays.empty(like, (tokens, dim), "float32") if residual and config.residual else None,
-    )
-
-
-def _checked_shape(name: str, array: Array, layout: str) -> tuple[int, ...]:
-    shape = _arrays.checked(name, array).shape
-    if len(shape) != layout.count(",") + 1:
-        raise ValueError(f"{name}: expected {layout}, got {len(shape)} dimensions")
-    return shape
-
-
-def checked_config(config: Config) -> Config:
-    if not isinstance(config, Config):
-        raise ValueError(f"config: expected a misa.Config, got {config!r}")
-    if config.top_k < 1:
-        raise ValueError(f"top_k: expected 1 or more, got {config.top_k}")
-    if config.router != "all" and config.heads < 0:
-        raise ValueError(f"heads: expected 0 or more, got {config.heads}")
-    return config
 
 
 def _checked_wanted(scores: bool, heads: bool, residual: bool) -> tuple[bool, bool, bool]:
@@ -138,35 +92,6 @@ def select(
     return _returned(q, out)
 
 
-def select_into(
-    out: Selected,
-    q: Array,
-    w: Array,
-    k: Array,
-    ks: Array,
-    ke: Array,
-    k_scale: Array | None,
-    config: Config,
-    backend: str,
-    threads: int,
-    workspace_cap: int,
-) -> Selected:
-    """Like :func:`select`, into the arrays of ``out``, which is returned."""
-    device = _arrays.cuda_device("q", q)
-    if device is None:
-        named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
-        inputs = [_arrays.readable(name, array) for name, array in named.items()]
-        _core.select(config, *inputs, *out, backend, threads, workspace_cap)
-        return out
-    tokens, heads, dim = q.shape
-    keys, _ = _checked_shape("k", k, "[L, D]")
-    dtypes = _arrays.dtype_name("q", q.dtype), _arrays.dtype_name("k", k.dtype)
-    plan = device_plan(
-        config, tokens, heads, dim, keys, *dtypes, keys, device, backend, workspace_cap
-    )
-    return run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
-
-
 def select_paged(
     q: Array,
     w: Array,
@@ -214,29 +139,6 @@ def select_paged(
     out = empty_selected(q, config, *wanted)
     select_paged_into(out, *arrays, page_sums, next_n, config, *execution)
     return _returned(q, out)
-
-
-def select_paged_into(
-    out: Selected,
-    q: Array,
-    w: Array,
-    cache: Array,
-    block_table: Array,
-    context_lens: Array,
-    page_sums: Array | None,
-    next_n: int,
-    config: Config,
-    backend: str,
-    threads: int,
-    workspace_cap: int,
-) -> Selected:
-    """Like :func:`select_paged` in host memory, into the arrays of ``out``, which is returned."""
-    named = {"q": q, "w": w, "cache": cache, "block_table": block_table,
-             "context_lens": context_lens}  # fmt: skip
-    inputs = [_arrays.readable(name, array) for name, array in named.items()]
-    page_sums = _arrays.readable("page_sums", page_sums)
-    _core.select_paged(config, *inputs, next_n, page_sums, *out, backend, threads, workspace_cap)
-    return out
 
 
 def append(
@@ -403,48 +305,8 @@ class Plan:
         if self._on_device:
             return run_on_device(self._plan, q, w, k, ks, ke, k_scale, out, workspace)
         arrays = [_arrays.readable(name, array) for name, array in inputs.items()]
-        self._plan.run(*arrays, *_outputs(out), _arrays.writable("workspace", workspace))
+        self._plan.run(*arrays, *outputs(out), _arrays.writable("workspace", workspace))
         return _returned(q, out) if made else out
-
-
-def _outputs(out: Selected) -> list[Array]:
-    return [_arrays.writable(name, array) for name, array in out._asdict().items()]
-
-
-def device_plan(*arguments: Any) -> _core.DevicePlan:
-    if not hasattr(_core, "DevicePlan"):
-        raise RuntimeError("device: this build of misa has no CUDA backends")
-    # What the backend "auto" is may change with the variable.
-    return _cached_plan(os.environ.get("MISA_BACKEND", ""), *arguments)
-
-
-@lru_cache(maxsize=256)
-def _cached_plan(_variable: str, *arguments: Any) -> _core.DevicePlan:
-    return _core.DevicePlan(*arguments)
-
-
-# Plans that outlive the interpreter would be reported as leaked.
-atexit.register(_cached_plan.cache_clear)
-
-
-def run_on_device(
-    plan: Any,
-    q: Array,
-    w: Array,
-    k: Array,
-    ks: Array,
-    ke: Array,
-    k_scale: Array | None,
-    out: Selected,
-    workspace: Array | None,
-) -> Selected:
-    if workspace is None:
-        workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
-    named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
-    inputs = [_arrays.on_stream(name, array) for name, array in named.items()]
-    workspace = _arrays.writable("workspace", workspace)
-    plan.run(*inputs, *_outputs(out), workspace, _arrays.stream_of(q))
-    return out
 
 
 def compare(

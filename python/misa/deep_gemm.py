@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._api import PAGE_SIZE
 from ._arrays import Array, host_array, is_torch
+from ._call import PAGE_SIZE
 from .reference import values
 
 SPLIT = 256

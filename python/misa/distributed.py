@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 import misa
 
-from ._api import WORKSPACE_CAP
 from ._arrays import cuda_device
+from ._call import WORKSPACE_CAP
 from .torch_ops import require_one_device, require_tensors
 
 T = TypeVar("T")

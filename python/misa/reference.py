@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._api import PAGE_SIZE, Selected
+from ._call import PAGE_SIZE, Selected
 from ._config import Config
 
 MAX_SAMPLES = 128

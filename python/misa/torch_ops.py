@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._api import (
+from ._arrays import cuda_device, dtype_name
+from ._call import (
     PAGE_SIZE,
     Selected,
     checked_config,
@@ -26,7 +27,6 @@ from ._api import (
     select_into,
     select_paged_into,
 )
-from ._arrays import cuda_device, dtype_name
 from ._config import Config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
