@@ -5,8 +5,9 @@
 //   MISA_GOLDEN_RECORD=tests/golden build/release/tests/misa_tests_golden
 //
 // A hash covers the indices sorted by position with their scores, every NaN as one NaN, the heads
-// and the residual row. Bits belong to a backend, on a device to its compute capability, and to one
-// compiler: the first line of a file names them, and others are not compared.
+// and the residual row. Bits belong to a backend, on a device to its compute capability, elsewhere
+// to one compiler and architecture: the first line of a file names them, and others are not
+// compared.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
@@ -160,7 +161,11 @@ std::string owner(const std::string& backend) {
   const std::string compiler = fmt::format("GCC {}", __GNUC__);
 #endif
   if (!backend.starts_with("cuda-")) {
-    return compiler;
+#if defined(__x86_64__)
+    return compiler + ", x86-64";
+#else
+    return compiler + ", another architecture";
+#endif
   }
   for (const Fact& fact : facts()) {
     const std::size_t at = fact.value.find("compute capability");
