@@ -20,8 +20,8 @@
 #include <vector>
 
 #include "commands.hpp"
-#include "indexers/backend.hpp"
 #include "cpu/kernels.hpp"
+#include "indexers/backend.hpp"
 #include "metrics.hpp"
 #include "misa/error.hpp"
 #include "options.hpp"

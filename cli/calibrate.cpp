@@ -15,9 +15,9 @@
 #include <variant>
 #include <vector>
 
+#include "api/validate.hpp"
 #include "commands.hpp"
 #include "indexers/reference.hpp"
-#include "api/validate.hpp"
 #include "misa/error.hpp"
 #include "options.hpp"
 #include "output_file.hpp"

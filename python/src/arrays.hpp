@@ -11,8 +11,8 @@
 #include <span>
 #include <string_view>
 
-#include "misa/misa.hpp"
 #include "core/require.hpp"
+#include "misa/misa.hpp"
 
 namespace misa::python {
 

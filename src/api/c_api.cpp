@@ -7,9 +7,9 @@
 #include <string_view>
 #include <vector>
 
+#include "core/require.hpp"
 #include "misa/misa.h"
 #include "misa/misa.hpp"
-#include "core/require.hpp"
 
 struct misa_context {
   misa::Context context;

@@ -4,12 +4,12 @@
 #include <initializer_list>
 #include <limits>
 
-#include "cuda/target.hpp"
 #include "api/backends.hpp"
-#include "indexers/cuda.hpp"
 #include "api/validate.hpp"
-#include "misa/cuda.hpp"
 #include "core/require.hpp"
+#include "cuda/target.hpp"
+#include "indexers/cuda.hpp"
+#include "misa/cuda.hpp"
 
 namespace misa::cuda {
 namespace {

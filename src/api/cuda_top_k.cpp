@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <limits>
 
-#include "misa/cuda.hpp"
 #include "core/require.hpp"
+#include "misa/cuda.hpp"
 #include "select/generic.hpp"
 
 namespace misa::cuda {

@@ -4,10 +4,10 @@
 #include <numeric>
 #include <utility>
 
-#include "indexers/backend.hpp"
 #include "api/validate.hpp"
-#include "misa/indexer.hpp"
 #include "core/workspace.hpp"
+#include "indexers/backend.hpp"
+#include "misa/indexer.hpp"
 
 namespace misa {
 namespace {

@@ -31,10 +31,10 @@
 
 #include "cuda/check.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/range.cuh"
 #include "fused/scores.cuh"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"

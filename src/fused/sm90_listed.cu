@@ -17,9 +17,9 @@
 #include <cuda/ptx>
 
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/range.cuh"
 #include "fused/listed.hpp"
 #include "fused/scores.cuh"
 #include "fused/sm90_config.cuh"

@@ -20,8 +20,8 @@
 #include <type_traits>
 
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/range.cuh"
 #include "fused/scores.cuh"
 #include "fused/sm90.hpp"
 #include "fused/sm90_config.cuh"

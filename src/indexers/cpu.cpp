@@ -21,9 +21,9 @@
 #include <vector>
 
 #include "cpu/load.hpp"
+#include "filter/cpu.hpp"
 #include "indexers/backend.hpp"
 #include "misa/error.hpp"
-#include "filter/cpu.hpp"
 #include "pool/cpu.hpp"
 #include "rerank/cpu.hpp"
 #include "route/cpu.hpp"
@@ -489,8 +489,8 @@ class Run {
         block_means(t, in, in.filter, config_.filter_block, scratch, scratch.partial_filter);
     block_scores(kernels_, heads, means, scratch.block_scores);
     const std::int64_t blocks = ceil_div(state.n, config_.filter_block);
-    cpu::keep_blocks({scratch.block_scores, static_cast<std::size_t>(blocks)}, config_.filter_blocks,
-                     scratch.ranking, scratch.indices,
+    cpu::keep_blocks({scratch.block_scores, static_cast<std::size_t>(blocks)},
+                     config_.filter_blocks, scratch.ranking, scratch.indices,
                      {state.kept, static_cast<std::size_t>(needs_.filter_words)});
   }
 

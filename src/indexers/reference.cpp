@@ -6,9 +6,9 @@
 #include <memory>
 #include <numeric>
 
+#include "filter/reference.hpp"
 #include "indexers/backend.hpp"
 #include "misa/error.hpp"
-#include "filter/reference.hpp"
 #include "pool/reference.hpp"
 #include "route/reference.hpp"
 #include "score/reference.hpp"

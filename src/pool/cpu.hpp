@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "cpu/kernels.hpp"
 #include "core/problem.hpp"
+#include "cpu/kernels.hpp"
 
 namespace misa::cpu {
 

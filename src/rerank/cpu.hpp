@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <span>
 
-#include "cpu/kernels.hpp"
 #include "core/problem.hpp"
+#include "cpu/kernels.hpp"
 
 namespace misa::cpu {
 

@@ -9,8 +9,8 @@
 #define MISA_ROUTE_CPU_INL_H_
 #endif
 
-#include "cpu/load-inl.h"
 #include "cpu/kernels.hpp"
+#include "cpu/load-inl.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();

@@ -21,10 +21,10 @@
 #include <cstdint>
 #include <limits>
 
-#include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "cuda/convert.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/range.cuh"
 #include "score/generic.hpp"
 
 namespace misa::cuda::score {

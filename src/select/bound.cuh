@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "select/digits.cuh"
 #include "core/entry.hpp"
+#include "select/digits.cuh"
 
 namespace misa::cuda::select {
 

@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
-#include "select/digits.cuh"
 #include "core/entry.hpp"
+#include "select/digits.cuh"
 #include "select/generic_config.cuh"
 
 namespace misa::cuda::select {

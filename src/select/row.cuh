@@ -22,10 +22,10 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/entry.hpp"
 #include "select/bound.cuh"
 #include "select/cut.cuh"
 #include "select/emit.cuh"
-#include "core/entry.hpp"
 #include "select/generic_config.cuh"
 
 namespace misa::cuda::select {

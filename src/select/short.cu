@@ -19,10 +19,10 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/entry.hpp"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "select/digits.cuh"
-#include "core/entry.hpp"
 #include "select/generic.hpp"
 #include "select/generic_config.cuh"
 #include "select/output.cuh"

@@ -23,10 +23,10 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/entry.hpp"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "select/digits.cuh"
-#include "core/entry.hpp"
 #include "select/fused.hpp"
 #include "select/output.cuh"
 

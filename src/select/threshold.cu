@@ -14,11 +14,11 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/entry.hpp"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
 #include "select/bound.cuh"
 #include "select/digits.cuh"
-#include "core/entry.hpp"
 #include "select/fused.hpp"
 
 namespace misa::cuda::select {

@@ -8,10 +8,10 @@
 #include <new>
 #include <vector>
 
+#include "core/workspace.hpp"
 #include "misa/misa.hpp"
 #include "support/check.hpp"
 #include "support/inputs.hpp"
-#include "core/workspace.hpp"
 
 namespace {
 

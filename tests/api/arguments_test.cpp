@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "api/validate.hpp"
-#include "misa/misa.hpp"
 #include "core/workspace.hpp"
+#include "misa/misa.hpp"
 
 namespace misa {
 namespace {

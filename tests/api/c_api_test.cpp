@@ -7,11 +7,11 @@
 #include <thread>
 #include <vector>
 
+#include "core/workspace.hpp"
 #include "misa/misa.h"
 #include "misa/misa.hpp"
 #include "support/check.hpp"
 #include "support/inputs.hpp"
-#include "core/workspace.hpp"
 
 extern "C" int misa_c_program();
 

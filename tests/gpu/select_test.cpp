@@ -18,9 +18,9 @@
 #include <string>
 #include <vector>
 
+#include "core/entry.hpp"
 #include "cuda/check.cuh"
 #include "misa/cuda.hpp"
-#include "core/entry.hpp"
 #include "select/fused.hpp"
 #include "select/generic.hpp"
 #include "support/adversarial.hpp"
