@@ -152,9 +152,12 @@ Queries validated(const Queries& q) {
     resolved.head_stride = resolved_stride("q", "head", q.head_stride,
                                            reach(q.tokens, resolved.token_stride), q.heads);
   } else {
+    // The dense token stride keeps the padding of the last head, so that the head stride of a
+    // single head leads to the next token.
+    const bool leads_on = q.token_stride == 0 && q.tokens > 1;
+    const std::int64_t led = leads_on ? q.heads + 1 : q.heads;
     resolved.head_stride =
-        resolved_stride("q", "head", q.head_stride, q.dim, q.tokens > 0 ? q.heads : 0);
-    // The dense stride keeps the padding of the last head.
+        resolved_stride("q", "head", q.head_stride, q.dim, q.tokens > 0 ? led : 0);
     const std::int64_t padded = checked_multiply_add("q", q.heads, resolved.head_stride);
     resolved.token_stride = q.token_stride == 0
                                 ? padded

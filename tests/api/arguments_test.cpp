@@ -413,6 +413,29 @@ TEST(Arguments, StridesOfNothingDoNotMatter) {
   }
 }
 
+// The dense token stride is the heads' times their number, also of one head.
+TEST(Arguments, PaddedQueriesOfOneHead) {
+  constexpr std::int64_t kPadded = kDim + 16;
+  std::vector<float> q(kTokens * kPadded, std::numeric_limits<float>::quiet_NaN());
+  for (std::int64_t t = 0; t < kTokens; ++t) {
+    std::fill_n(&q[t * kPadded], kDim, static_cast<float>(t + 1));
+  }
+  Buffers b;
+  std::fill(b.w.begin(), b.w.end(), 1.0F);
+  const std::vector<float> k(kKeys * kDim, 1.0F);
+  const RaggedKeys keys{k.data(), DType::f32, kKeys, kDim, 0, nullptr, b.ks, b.ke};
+  const Weights w{b.w.data(), kTokens, 1};
+  const Context context({.backend = "cpu", .threads = 1});
+  const IndexerConfig config = IndexerConfig::dsa(1);
+  Queries queries{q.data(), DType::f32, kTokens, 1, kDim, 0, kPadded};
+  const Selected selected = select(context, config, queries, w, keys, {.scores = true});
+  for (std::int64_t t = 0; t < kTokens; ++t) {
+    EXPECT_EQ(selected.scores[t], static_cast<float>(kDim * (t + 1)));
+  }
+  queries.head_stride = 3;
+  EXPECT_THROW(select(context, config, queries, w, keys), Error);
+}
+
 // Queries may lie head by head, [H, T, D].
 TEST(Arguments, HeadMajorQueries) {
   Buffers b;
