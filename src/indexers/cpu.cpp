@@ -539,9 +539,7 @@ class Run {
     if (config_.residual) {
       residual_row(kernels_, problem_, t, active, scratch.fit.slope, scratch.residual);
       std::copy_n(scratch.residual, residual_out(t).size(), residual_out(t).begin());
-      if (config_.heads < needs_.heads) {
-        residual = {scratch.residual, static_cast<std::size_t>(needs_.dim)};
-      }
+      residual = {scratch.residual, static_cast<std::size_t>(needs_.dim)};
     }
     set_rows(query(t), heads, active, residual);
   }
