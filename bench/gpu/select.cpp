@@ -137,28 +137,28 @@ void time_top_k(Report& report, const std::vector<float>& normals, std::int64_t 
 
 constexpr std::int64_t kRows = 2048;
 
-// The last kRows queries of a sequence see `columns` keys each: their ranges, and the misses.
+// The last kRows queries of a sequence see `columns` keys each: their ranges, and the fallback.
 struct Queries {
   explicit Queries(std::int64_t columns)
       : starts(std::vector<std::int32_t>(kRows, 0)),
         ends(std::vector<std::int32_t>(kRows, static_cast<std::int32_t>(columns))),
-        missed(kRows),
-        miss_count(std::vector<std::uint32_t>{0}),
+        fallback_rows(kRows),
+        fallback_count(std::vector<std::uint32_t>{0}),
         parts(kRows) {
     keys.tokens = columns;
     keys.starts = starts.data();
     keys.ends = ends.data();
     keys.max_keys = std::numeric_limits<std::int32_t>::max();
-    misses = {missed.data(), miss_count.data(), parts.data()};
+    fallback = {fallback_rows.data(), fallback_count.data(), parts.data()};
   }
 
   Device<std::int32_t> starts;
   Device<std::int32_t> ends;
-  Device<std::int32_t> missed;
-  Device<std::uint32_t> miss_count;
+  Device<std::int32_t> fallback_rows;
+  Device<std::uint32_t> fallback_count;
   Device<std::uint32_t> parts;
   misa::cuda::Keys keys{};
-  misa::cuda::select::Misses misses{};
+  misa::cuda::select::FallbackRows fallback{};
 };
 
 void time_threshold(Report& report, const std::vector<float>& normals, std::int64_t columns,
@@ -166,17 +166,17 @@ void time_threshold(Report& report, const std::vector<float>& normals, std::int6
   const Queries queries(columns);
   Device<float> scores(kRows * samples);
   scores.fill(normals);
-  const Device<float> bounds(kRows);
+  const Device<float> thresholds(kRows);
   const Time time = measure([&] {
     misa::cuda::select::launch_threshold({scores.data(), samples, samples}, queries.keys, kRows,
-                                         top_k, bounds.data(), queries.misses, nullptr);
+                                         top_k, thresholds.data(), queries.fallback, nullptr);
   });
   report.add(fmt::format("threshold {} x {}, n {}, k {}", kRows, samples, columns, top_k),
-             static_cast<double>(scores.bytes() + bounds.bytes()), time);
+             static_cast<double>(scores.bytes() + thresholds.bytes()), time);
 }
 
-// As many survivors as the bound lets through, in lists that each own 64 positions in 64 * lists
-// and are in no order.
+// As many survivors as the threshold lets through, in lists that each own 64 positions in 64 *
+// lists and are in no order.
 void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_t lists,
                     std::int64_t capacity) {
   const Queries queries(columns);
@@ -204,7 +204,8 @@ void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_
                                           static_cast<std::uint32_t>(capacity)};
   const Time time = measure([&] {
     misa::cuda::select::launch_survivors(candidates, queries.keys, kRows, top_k,
-                                         {indices.data(), nullptr}, true, queries.misses, nullptr);
+                                         {indices.data(), nullptr}, true, queries.fallback,
+                                         nullptr);
   });
   const double read = static_cast<double>(kRows * lists) * static_cast<double>(each * 8 + 4);
   report.add(fmt::format("survivors {} x {}, n {}, k {}", kRows, lists * each, columns, top_k),

@@ -113,14 +113,14 @@ __device__ inline int end_of_run(int first, bool another) {
 }
 
 // Queries first … end - 1, whose keys start at the same one: they share means of whole blocks.
-struct Sharers {
+struct QueryRun {
   int end;
   std::int32_t start;
   std::int32_t own;    // whole blocks that the lane's query sees; 0 if it is none of them
   std::int32_t whole;  // that the longest of them sees
 
   // From what queries see, a lane each, in keys and in whole blocks.
-  __device__ Sharers(int first, const Range& range, std::int32_t blocks)
+  __device__ QueryRun(int first, const Range& range, std::int32_t blocks)
       : start(__shfl_sync(kFullMask, range.start, first)) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     end = end_of_run(first, range.start != start);

@@ -23,7 +23,7 @@
 #include "cuda/block_means.cuh"
 #include "cuda/heads.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/own_mean.cuh"
+#include "cuda/partial_mean.cuh"
 #include "cuda/range.cuh"
 
 namespace misa::cuda::judged_by_means {
@@ -194,13 +194,13 @@ __device__ inline void load_weights(float (&weights)[kWarpHeads], const Weights&
 
 // Step 4's end: the query's own block, the sums over lanes and the weights.
 template <int parts, DType type, bool fp16, int dim>
-__device__ void write_energies(const std::uint16_t (&own)[parts][dim], float own_factor,
+__device__ void write_energies(const std::uint16_t (&own)[parts][dim], float partial_factor,
                                const float (&weights)[kWarpHeads],
                                const HeadRows<type, fp16, dim, kTiles>& heads,
                                const float (&energy)[kTiles][2], float (&energies)[kWarpHeads]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float x[1][kTiles][4] = {};
-  if (own_factor != 0) {
+  if (partial_factor != 0) {
     add_products<parts>(heads, own[0], 0, dim, x);  // all columns are the one row
   }
 #pragma unroll
@@ -208,7 +208,7 @@ __device__ void write_energies(const std::uint16_t (&own)[parts][dim], float own
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum =
-          __fmaf_rn(max_nan(x[0][m][2 * half], 0), own_factor, sum_of_four(energy[m][half]));
+          __fmaf_rn(max_nan(x[0][m][2 * half], 0), partial_factor, sum_of_four(energy[m][half]));
       if (lane % 4 == 0) {
         const int head = m * kTileHeads + half * 8 + lane / 4;
         energies[head] = fabsf(weights[head]) * sum;
@@ -243,14 +243,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   [[maybe_unused]] float weight[kTiles][2] = {};
   [[maybe_unused]] bool exists[kTiles][2] = {};
   [[maybe_unused]] float energy[kTiles][2] = {};
-  [[maybe_unused]] float own_factor = 0;  // 0: the query stands in no block
+  [[maybe_unused]] float partial_factor = 0;  // 0: the query stands in no block
   if (slot < queries) {
     rows.load(problem.q, task.t, task.first_head);
     if constexpr (judge == Judge::heads) {
       load_weights(shared.weights[warp], problem.w, heads, task);
       if (task.length % arguments.means.block != 0) {
-        own_factor =
-            store_own<fp16, dim>(load_own<dim>(arguments.means, task.t), shared.own[warp][0], dim);
+        partial_factor = store_partial_mean<fp16, dim>(
+            load_partial_mean<dim>(arguments.means, task.t), shared.own[warp][0], dim);
       }
     } else {
 #pragma unroll
@@ -264,14 +264,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const Sharers sharers(first, range, blocks);
-    const std::int32_t whole = sharers.whole;
-    const std::int32_t own_whole = __shfl_sync(kFullMask, sharers.own, slot);
-    end = sharers.end;
+    const QueryRun run(first, range, blocks);
+    const std::int32_t whole = run.whole;
+    const std::int32_t own_whole = __shfl_sync(kFullMask, run.own, slot);
+    end = run.end;
     for (std::int32_t tile = -kRows; tile < whole; tile += kRows) {
       const std::int32_t next = tile + kRows;
       if (next < whole) {
-        load_tile(shared.tiles[next / kRows % 2], arguments, sharers.start, next,
+        load_tile(shared.tiles[next / kRows % 2], arguments, run.start, next,
                   min(kRows, whole - next));
       }
       commit_copies();
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     wait_for_copies<0>();
     __syncwarp();
     if (task.length > 0) {
-      write_energies(shared.own[warp], own_factor, shared.weights[warp], rows, energy,
+      write_energies(shared.own[warp], partial_factor, shared.weights[warp], rows, energy,
                      shared.energies[warp]);
     }
     __syncthreads();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of sm90* for block means and sampled keys are for.
+// What the kernels for Hopper (sm90_*) can implement.
 #pragma once
 
 #include "cuda/problem.hpp"
@@ -7,11 +7,14 @@
 
 namespace misa::cuda {
 
-// Whether the device and the problem are theirs: Hopper, e4m3 queries and keys, D = 128 and at most
-// 64 heads.
+inline constexpr int kDim = 128;     // D, so that an e4m3 row is the 128 bytes of one swizzle
+inline constexpr int kMaxRows = 64;  // of a query in one product: heads and a residual row
+
+// Whether the kernels that multiply all heads of a query can: e4m3 queries and keys, D = 128 and at
+// most 64 heads, on Hopper.
 inline bool sm90_can_implement(const Problem& problem, const Device& device) {
   return device.hopper && problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3 &&
-         problem.q.dim == 128 && problem.q.heads <= 64;
+         problem.q.dim == kDim && problem.q.heads <= kMaxRows;
 }
 
 }  // namespace misa::cuda

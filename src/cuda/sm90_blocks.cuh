@@ -12,11 +12,9 @@
 #include "cuda/problem.hpp"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90.hpp"
 
 namespace misa::cuda {
-
-inline constexpr int kDim = 128;
-inline constexpr int kMaxRows = 64;  // rows of a product
 
 // Warps of a warpgroup, and of the four that a block of threads has: as an SM's registers allow,
 // for a thread has 32 of operands and up to 64 of sums.
@@ -35,8 +33,8 @@ using Heads = HeadRows<DType::e4m3, true, kDim, 1>;
 // What a thread is in a block that serves several queries at a time, `query_warps` warps each.
 template <int query_warps>
 struct Place {
-  static constexpr int kAtOnce = kGroupsWarps / query_warps;  // queries
-  static constexpr int kSharers = kGroupWarps / query_warps;  // of them in one product
+  static constexpr int kAtOnce = kGroupsWarps / query_warps;         // queries
+  static constexpr int kProductQueries = kGroupWarps / query_warps;  // of them in one product
 
   int warp;  // the same for a whole warp, and the compiler is to know it
   int lane;
@@ -52,7 +50,7 @@ struct Place {
   // Whether the query of this lane, which is number `slot` of those at a time, is in the product of
   // this warp. Warps of a warpgroup have to agree on whether they multiply.
   [[nodiscard]] __device__ bool shares(int slot) const {
-    return slot >= 0 && slot / kSharers == query / kSharers;
+    return slot >= 0 && slot / kProductQueries == query / kProductQueries;
   }
 };
 

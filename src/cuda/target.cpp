@@ -104,7 +104,7 @@ std::vector<Fact> facts() {
     if (cudaGetDeviceProperties(&device, i) == cudaSuccess) {
       all.push_back(
           {fmt::format("cuda device {}", i),
-           fmt::format("{}, compute capability {}.{}, {} processors, {:.1f} GiB", device.name,
+           fmt::format("{}, compute capability {}.{}, {} num_sms, {:.1f} GiB", device.name,
                        device.major, device.minor, device.multiProcessorCount,
                        static_cast<double>(device.totalGlobalMem) / (1 << 30))});
     }
@@ -115,11 +115,11 @@ std::vector<Fact> facts() {
 
 Device device_of(const Target& target) {
   int device = 0;
-  int processors = 0;
+  int num_sms = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+  check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
-  return {target.hopper, processors};
+  return {target.hopper, num_sms};
 }
 
 }  // namespace misa::cuda

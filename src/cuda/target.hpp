@@ -31,7 +31,7 @@ bool available(const Target& target);
 // What a plan has to know of a device.
 struct Device {
   bool hopper;
-  int processors;
+  int num_sms;
 };
 
 // What a report of a fault should say of the CUDA side.

@@ -79,16 +79,16 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   const std::int32_t blocks = range.length / arguments.means.block;
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const Sharers sharers(first, range, blocks);
-    const std::int32_t whole = sharers.whole;
-    const std::int32_t own_whole = __shfl_sync(kFullMask, sharers.own, query);
-    end = sharers.end;
+    const QueryRun run(first, range, blocks);
+    const std::int32_t whole = run.whole;
+    const std::int32_t own_whole = __shfl_sync(kFullMask, run.own, query);
+    end = run.end;
     const std::int32_t product_whole =  // of the longest query in the warp's product
-        __reduce_max_sync(kFullMask, place.shares(lane) ? sharers.own : 0);
+        __reduce_max_sync(kFullMask, place.shares(lane) ? run.own : 0);
     for (std::int32_t tile = -kBlocks; tile < whole; tile += kBlocks) {
       const std::int32_t next = tile + kBlocks;
       if (next < whole) {
-        load_tile(shared.tiles, next / kBlocks % 2, problem.k, arguments.means, sharers.start, next,
+        load_tile(shared.tiles, next / kBlocks % 2, problem.k, arguments.means, run.start, next,
                   min(kBlocks, whole - next));
       }
       commit_copies();

@@ -7,7 +7,7 @@
 #include <limits>
 #include <numeric>
 
-#include "fused/sm90_config.cuh"
+#include "fused/sm90_fp8_config.cuh"
 #include "select/fused.hpp"
 
 namespace misa::cuda::fused {
@@ -15,10 +15,10 @@ namespace {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// With 2048 samples of 64K keys and k = 2048 a query's top k holds 64 of them; the bound, five
+// With 2048 samples of 64K keys and k = 2048 a query's top k holds 64 of them; the threshold, five
 // standard deviations beyond (select/threshold.cu), then lets through 1.6 times k. Twice as many
 // samples would let through 1.4 times k, which does not make up for scoring them. Of longer
-// contexts about every 128th key is one, as far as the bounds' kernel takes them: with 2048 of
+// contexts about every 128th key is one, as far as the thresholds' kernel takes them: with 2048 of
 // 1M the top k would hold 4, and 4.3 times k pass.
 constexpr std::int64_t kSamples = 2048;
 constexpr std::int64_t kMostStride = 128;
@@ -56,12 +56,12 @@ int lists(int parts, int share) {
 // The deal that is done first: in waves of thread blocks with a part each, or in one wave of those
 // with up to max_share parts, of which two belong to every block of queries or more (or its one
 // list more would be too many).
-Deal fastest(std::int64_t blocks, std::int64_t keys, int tile_keys, int max_share, int processors) {
+Deal fastest(std::int64_t blocks, std::int64_t keys, int tile_keys, int max_share, int num_sms) {
   const std::int64_t tiles = ceil_div(keys, tile_keys);
   Deal best{};
   double least = std::numeric_limits<double>::infinity();
   const auto consider = [&](int parts, int share) {
-    const std::int64_t waves = ceil_div(ceil_div(blocks * parts, share), processors);
+    const std::int64_t waves = ceil_div(ceil_div(blocks * parts, share), num_sms);
     const std::int64_t most = ceil_div(tiles * share, parts) * tile_keys;
     const double begins = share > 1 ? 2 : 1;
     const double time =
@@ -75,7 +75,7 @@ Deal fastest(std::int64_t blocks, std::int64_t keys, int tile_keys, int max_shar
     consider(parts, 1);
   }
   for (int share = 2; share <= max_share; ++share) {
-    const auto parts = static_cast<int>(processors * std::int64_t{share} / blocks);
+    const auto parts = static_cast<int>(num_sms * std::int64_t{share} / blocks);
     if (parts >= 2 * share) {
       consider(parts, share);
     }
@@ -84,8 +84,8 @@ Deal fastest(std::int64_t blocks, std::int64_t keys, int tile_keys, int max_shar
 }
 
 // Entries that a list of tiles with `share` of a query's keys must hold so that none is lost with a
-// probability that matters: five standard deviations of the rank at which the bound was taken, six
-// of the list's share.
+// probability that matters: five standard deviations of the rank at which the threshold was taken,
+// six of the list's share.
 double room(const Shape& shape, std::int64_t samples, double share) {
   const auto keys = static_cast<double>(std::max<std::int64_t>(shape.max_keys, 1));
   const double seen = static_cast<double>(samples) * keys / static_cast<double>(shape.total_keys);
@@ -111,8 +111,6 @@ std::int64_t capacity(const Shape& shape, const Layout& layout, std::int64_t til
 
 }  // namespace
 
-std::int64_t scales(std::int64_t keys) { return ceil_div(keys, kTileKeys) * kTileKeys; }
-
 Layout layout(const Shape& shape) {
   // As kernels are built for (for_rows).
   const auto rows =
@@ -125,9 +123,8 @@ Layout layout(const Shape& shape) {
       std::clamp(shape.total_keys / kMostStride, kSamples, select::kMaxSamples);
   layout.sample_stride = std::max<std::int64_t>(ceil_div(shape.total_keys, samples), 1);
   layout.samples = ceil_div(shape.total_keys, layout.sample_stride);
-  layout.sampled = fastest(blocks, layout.samples, kSampleTileKeys, 1, shape.processors);
-  layout.all =
-      fastest(blocks, keys, kTileKeys, takes_pieces(rows) ? kMaxShare : 1, shape.processors);
+  layout.sampled = fastest(blocks, layout.samples, kSampleTileKeys, 1, shape.num_sms);
+  layout.all = fastest(blocks, keys, kTileKeys, takes_pieces(rows) ? kMaxShare : 1, shape.num_sms);
   layout.lists = lists(layout.all.parts, layout.all.share);
   layout.capacity = static_cast<std::uint32_t>(capacity(shape, layout, ceil_div(keys, kTileKeys)));
   return layout;

@@ -6,16 +6,13 @@
 
 namespace misa::cuda::fused {
 
-// The most rows (heads and the residual row) that a query may score with.
-inline constexpr int kMaxRows = 64;
-
 struct Shape {
   std::int64_t tokens;      // queries of a slab
   std::int64_t total_keys;  // L
   std::int64_t max_keys;    // that one query sees
   int rows;                 // heads and the residual row of a query, 1 to kMaxRows
   int top_k;
-  int processors;  // of the device
+  int num_sms;  // of the device
 };
 
 // How tiles of keys are dealt out to thread blocks. A kernel takes queries in blocks; each of these
@@ -38,8 +35,5 @@ struct Layout {
 };
 
 Layout layout(const Shape& shape);
-
-// Elements of the scales of this many keys: whole tiles (launch_scales).
-std::int64_t scales(std::int64_t keys);
 
 }  // namespace misa::cuda::fused

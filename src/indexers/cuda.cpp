@@ -25,17 +25,18 @@
 
 #include "core/problem.hpp"
 #include "cuda/check.cuh"
+#include "cuda/sm90.hpp"
 #include "cuda/stages.hpp"
 #include "filter/generic.hpp"
-#include "fused/listed.hpp"
-#include "fused/sm90.hpp"
-#include "fused/sm90_config.cuh"
+#include "fused/sm90_fp8.hpp"
+#include "fused/sm90_fp8_config.cuh"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
 #include "pool/generic.hpp"
 #include "rerank/generic.hpp"
 #include "route/generic.hpp"
 #include "score/generic.hpp"
+#include "score/sm90_fp8.hpp"
 #include "select/fused.hpp"
 #include "select/generic.hpp"
 
@@ -99,10 +100,10 @@ struct Needs {
     keep = reranked ? config.candidates : config.top_k;
     // Those kernels have bits of their own: whether they score must not hang on lengths.
     const bool takes = device.hopper && shape.q_dtype == DType::e4m3 &&
-                       shape.k_dtype == DType::e4m3 && shape.dim == fused::kDim;
-    fp8 = takes && heads + linear <= fused::kMaxRows;
+                       shape.k_dtype == DType::e4m3 && shape.dim == kDim;
+    fp8 = takes && heads + linear <= kMaxRows;
     fused = fp8 && !filtered;
-    rerank_fp8 = takes && reranked && all <= fused::kMaxRows;
+    rerank_fp8 = takes && reranked && all <= kMaxRows;
   }
 };
 
@@ -110,12 +111,12 @@ struct Needs {
 struct FusedMemory {
   fused::Layout layout{};
   std::span<float> samples;
-  float* bounds = nullptr;
+  float* thresholds = nullptr;
   Candidates candidates{};
   std::span<std::uint32_t> counts;
-  select::Misses misses{};
-  // The candidates' memory once the survivors among them are chosen: what missed scores there.
-  std::span<float> missed_scores;
+  select::FallbackRows fallback{};
+  // The candidates' memory once the survivors among them are chosen: what fallback scores there.
+  std::span<float> fallback_scores;
 
   FusedMemory() = default;
   FusedMemory(const Needs& needs, const Shape& slab, std::int64_t total_keys, const Device& device,
@@ -125,12 +126,12 @@ struct FusedMemory {
       return std::span(bump.take<float>(count), static_cast<std::size_t>(count));
     };
     samples = take_floats(slab.tokens * layout.samples);
-    bounds = bump.take<float>(slab.tokens);
+    thresholds = bump.take<float>(slab.tokens);
     const std::int64_t lists = slab.tokens * layout.lists;
-    missed_scores = take_floats(std::max(lists * layout.capacity * kFloats, slab.max_keys));
+    fallback_scores = take_floats(std::max(lists * layout.capacity * kFloats, slab.max_keys));
     counts = {bump.take<std::uint32_t>(lists), static_cast<std::size_t>(lists)};
-    misses = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1),
-              bump.take<std::uint32_t>(slab.tokens)};
+    fallback = {bump.take<std::int32_t>(slab.tokens), bump.take<std::uint32_t>(1),
+                bump.take<std::uint32_t>(slab.tokens)};
   }
 
   // Cuts a slab of a call with `total_keys` keys: as suits it if there is room, else as was
@@ -140,11 +141,11 @@ struct FusedMemory {
     const fused::Layout own = layout_for(needs, slab, total_keys, device);
     const std::int64_t lists = slab.tokens * own.lists;
     if (slab.tokens * own.samples <= std::ssize(samples) && lists <= std::ssize(counts) &&
-        lists * own.capacity * kFloats <= std::ssize(missed_scores)) {
+        lists * own.capacity * kFloats <= std::ssize(fallback_scores)) {
       layout = own;
     }
     layout.samples = (total_keys + layout.sample_stride - 1) / layout.sample_stride;
-    candidates = {reinterpret_cast<Candidate*>(missed_scores.data()), counts.data(),
+    candidates = {reinterpret_cast<Candidate*>(fallback_scores.data()), counts.data(),
                   static_cast<std::uint32_t>(layout.lists), layout.capacity};
   }
 
@@ -154,7 +155,7 @@ struct FusedMemory {
   static fused::Layout layout_for(const Needs& needs, const Shape& slab, std::int64_t total_keys,
                                   const Device& device) {
     return fused::layout({slab.tokens, std::max<std::int64_t>(total_keys, 1), slab.max_keys,
-                          needs.heads + needs.linear, needs.keep, device.processors});
+                          needs.heads + needs.linear, needs.keep, device.num_sms});
   }
 };
 
@@ -200,7 +201,7 @@ struct Memory {
           bump.take_bytes(pool::workspace_bytes(slab, total_keys, config.filter_block, false));
     }
     if (needs.fp8 || needs.rerank_fp8) {
-      scales = bump.take<float>(fused::scales(total_keys));
+      scales = bump.take<float>(score::scale_count(total_keys));
     }
     if (!needs.fp8) {
       rows = score::rows_for(slab, needs.heads, needs.linear);
@@ -306,9 +307,9 @@ class Slab {
     // A row that is selected whole is scored only to report its scores.
     const std::int32_t whole = out.scores == nullptr ? config_.top_k : 0;
     const TopK first = needs_.reranked ? TopK{memory_.candidates, nullptr} : out;
-    const fused::Rows rows{needs_.routed ? memory_.routing.heads : nullptr, needs_.heads,
-                           needs_.linear ? memory_.routing.rounded : nullptr,
-                           memory_.routing.rounded_scale};
+    const score::ScoredRows rows{needs_.routed ? memory_.routing.heads : nullptr, needs_.heads,
+                                 needs_.linear ? memory_.routing.rounded : nullptr,
+                                 memory_.routing.rounded_scale};
     if (needs_.fused) {
       fused(rows, first);
     } else {
@@ -317,8 +318,8 @@ class Slab {
                              stream_);
       const std::int32_t unscored = needs_.reranked ? needs_.keep : whole;
       if (needs_.fp8) {
-        fused::launch_listed(problem_, rows, columns, memory_.lengths, unscored, memory_.scales,
-                             memory_.scores, device_.processors, stream_);
+        score::launch_gathered(problem_, rows, columns, memory_.lengths, unscored, memory_.scales,
+                               memory_.scores, device_.num_sms, stream_);
       } else {
         score(needs_.routed ? &memory_.routing : nullptr, memory_.rows, columns, unscored,
               memory_.scores);
@@ -333,10 +334,10 @@ class Slab {
     rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, needs_.keep,
                            memory_.candidate_lengths, stream_);
     if (needs_.rerank_fp8) {
-      fused::launch_listed(problem_,
-                           {nullptr, static_cast<int>(problem_.q.heads), nullptr, nullptr}, kept,
-                           memory_.candidate_lengths, whole, memory_.scales,
-                           memory_.candidate_scores, device_.processors, stream_);
+      score::launch_gathered(problem_,
+                             {nullptr, static_cast<int>(problem_.q.heads), nullptr, nullptr}, kept,
+                             memory_.candidate_lengths, whole, memory_.scales,
+                             memory_.candidate_scores, device_.num_sms, stream_);
     } else {
       score(nullptr, memory_.all_rows, kept, whole, memory_.candidate_scores);
     }
@@ -355,9 +356,9 @@ class Slab {
     route::launch(problem_, config_, device_, &means, memory_.routing, stream_);
   }
 
-  // Steps 3 and 4: a bound from sampled scores, the scores above it, the best of them; then, from
-  // all their scores, the rows whose bound misled.
-  void fused(const fused::Rows& rows, const TopK& out) const {
+  // Steps 3 and 4: a threshold from sampled scores, the scores above it, the best of them; then,
+  // from all their scores, the rows whose threshold misled.
+  void fused(const score::ScoredRows& rows, const TopK& out) const {
     const FusedMemory& memory = memory_.fused;
     const Keys& keys = problem_.k;
     const std::int64_t queries = problem_.q.tokens;
@@ -366,16 +367,16 @@ class Slab {
     fused::launch_samples(problem_, rows, layout, memory_.scales, memory.samples.data(), stream_);
     stages_.enter("threshold");
     select::launch_threshold({memory.samples.data(), layout.samples, layout.samples}, keys, queries,
-                             needs_.keep, memory.bounds, memory.misses, stream_);
+                             needs_.keep, memory.thresholds, memory.fallback, stream_);
     stages_.enter("candidates");
-    fused::launch_candidates(problem_, rows, layout, memory_.scales, memory.bounds,
+    fused::launch_candidates(problem_, rows, layout, memory_.scales, memory.thresholds,
                              memory.candidates, stream_);
     stages_.enter("survivors");
     select::launch_survivors(memory.candidates, keys, queries, needs_.keep, out, empty_,
-                             memory.misses, stream_);
-    stages_.enter("missed");
-    fused::launch_missed(problem_, rows, memory_.scales, memory.misses, needs_.keep, out,
-                         memory.missed_scores, device_.processors, stream_);
+                             memory.fallback, stream_);
+    stages_.enter("fallback");
+    fused::launch_fallback(problem_, rows, memory_.scales, memory.fallback, needs_.keep, out,
+                           memory.fallback_scores, device_.num_sms, stream_);
   }
 
   void score(const Routing* routing, const score::Rows& rows, const Columns& columns,
@@ -506,7 +507,7 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
     own.k.most_keys = pass.most;
     if (needs.fp8 || needs.rerank_fp8) {
       stages.enter("scales");
-      fused::launch_scales(own.k, memory.scales, on);
+      score::launch_scales(own.k, memory.scales, on);
     }
     const bool first_pass = &pass == &passes_.front();
     for (std::int64_t first = 0; first < own.q.tokens; first += pass.slab.tokens) {

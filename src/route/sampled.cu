@@ -222,10 +222,10 @@ void launch_sampled(const Problem& problem, const IndexerConfig& config, const D
   std::copy(config.static_heads.begin(), config.static_heads.end(), arguments.fixed);
   std::sort(arguments.fixed, arguments.fixed + config.static_heads.size());
   if (arguments.fits && sm90_can_implement(problem, device)) {
-    launch_sampled_sm90(arguments, device.processors, stream);
+    launch_sampled_sm90(arguments, device.num_sms, stream);
     return;
   }
-  arguments.queries = queries_of_block(problem.q.tokens, device.processors * kBlocksPerSm);
+  arguments.queries = queries_of_block(problem.q.tokens, device.num_sms * kBlocksPerSm);
   switch (problem.q.dtype) {
     case DType::f32: return launch<DType::f32>(arguments, stream);
     case DType::bf16: return launch<DType::bf16>(arguments, stream);

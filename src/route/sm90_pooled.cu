@@ -22,7 +22,7 @@
 
 #include "cuda/heads.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/own_mean.cuh"
+#include "cuda/partial_mean.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/range.cuh"
@@ -113,12 +113,12 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
   }
   begin_kernel();  // so far nothing was read that the pool writes
   const bool stands = (standing >> warp & 1) != 0;
-  const float4 own = stands ? load_own<kDim>(means, t0 + warp) : float4{};
+  const float4 own = stands ? load_partial_mean<kDim>(means, t0 + warp) : float4{};
 
   for (int first = 0, end = 0; first < queries; first = end) {
-    const Sharers sharers(first, range, blocks);
-    const std::int32_t whole = sharers.whole;
-    end = sharers.end;
+    const QueryRun run(first, range, blocks);
+    const std::int32_t whole = run.whole;
+    end = run.end;
     const bool passing = whole > 2 * kBlocks;
     for (int round = first; round < end; round += Own::kAtOnce) {
       const bool loading = passing || round == first;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       const std::int32_t product_whole =  // of the longest query in the warp's product
           __reduce_max_sync(kFullMask, lane < end && place.shares(lane - round) ? blocks : 0);
       if (loading && whole > 0) {
-        load_tile(shared.tiles, 0, problem.k, means, sharers.start, 0, min(kBlocks, whole));
+        load_tile(shared.tiles, 0, problem.k, means, run.start, 0, min(kBlocks, whole));
       }
       commit_copies();
       Heads heads;  // step 3
@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       }
       if (round == 0) {  // step 1
         const float factor =
-            stands ? store_own<true, kDim>(own, shared.own[kFp16Parts * warp], kOwnPitch) : 0;
+            stands ? store_partial_mean<true, kDim>(own, shared.own[kFp16Parts * warp], kOwnPitch)
+                   : 0;
         if (lane == 0) {
           shared.own_factors[warp] = factor;
         }
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
         if (loading) {
           const std::int32_t behind = tile + kBlocks;
           if (behind < whole) {
-            load_tile(shared.tiles, behind / kBlocks % 2, problem.k, means, sharers.start, behind,
+            load_tile(shared.tiles, behind / kBlocks % 2, problem.k, means, run.start, behind,
                       min(kBlocks, whole - behind));
           }
           commit_copies();
@@ -208,8 +209,8 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 }  // namespace
 
 void launch_pooled_sm90(const Problem& problem, const BlockMeans& means, std::int32_t count,
-                        std::int32_t* heads, int processors, cudaStream_t stream) {
-  const int queries = queries_of_block(problem.q.tokens, processors);
+                        std::int32_t* heads, int num_sms, cudaStream_t stream) {
+  const int queries = queries_of_block(problem.q.tokens, num_sms);
   const auto blocks = static_cast<unsigned>((problem.q.tokens + queries - 1) / queries);
   launch_kernel("pooled routing",
                 warps_of_query(problem.q.heads) == 2 ? pooled_kernel<2> : pooled_kernel<4>,

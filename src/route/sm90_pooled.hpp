@@ -11,8 +11,8 @@
 
 namespace misa::cuda::route {
 
-// As launch_pooled, for what sm90_can_implement; `processors`: of the device.
+// As launch_pooled, for what sm90_can_implement; `num_sms`: of the device.
 void launch_pooled_sm90(const Problem& problem, const BlockMeans& means, std::int32_t count,
-                        std::int32_t* heads, int processors, cudaStream_t stream);
+                        std::int32_t* heads, int num_sms, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

@@ -153,9 +153,9 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
 }  // namespace
 
-void launch_sampled_sm90(SampledArguments arguments, int processors, cudaStream_t stream) {
+void launch_sampled_sm90(SampledArguments arguments, int num_sms, cudaStream_t stream) {
   const std::int64_t tokens = arguments.problem.q.tokens;
-  arguments.queries = queries_of_block(tokens, processors);
+  arguments.queries = queries_of_block(tokens, num_sms);
   const auto blocks = static_cast<unsigned>((tokens + arguments.queries - 1) / arguments.queries);
   launch_kernel(
       "sampled routing",

@@ -182,8 +182,8 @@ __device__ void fold(KeyPart<kDim>& part, float scale) {
 // The sums of weight * max(floor, row . key) of query t for the four keys of a lane: rows
 // 8 g + 2 c and 8 g + 2 c + 1 of every group g.
 template <int kDim>
-__device__ void weigh(const Rows& rows, std::int64_t t, const KeyPart<kDim> (&keys)[4], int lane,
-                      float (&sums)[4]) {
+__device__ void weighted_relu_sum(const Rows& rows, std::int64_t t, const KeyPart<kDim> (&keys)[4],
+                                  int lane, float (&sums)[4]) {
   const std::int32_t count = rows.heads + rows.linear;
   const std::int32_t padded = rows.padded();
   const auto* data =
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     const int source = __ffs(static_cast<int>(queries)) - 1;
     const std::int64_t t = base + source;
     float sums[4] = {};
-    weigh(arguments.rows, t, parts, lane, sums);  // step 3
+    weighted_relu_sum(arguments.rows, t, parts, lane, sums);  // step 3
 #pragma unroll
     for (float& sum : sums) {  // step 4
       sum += __shfl_xor_sync(kWarp, sum, 1);
@@ -405,7 +405,7 @@ void launch(Kernel kernel, const Arguments& arguments, bool listed, int keys, in
 }
 
 template <bool kListed>
-void launch_listed(const Arguments& arguments, void* stream) {
+void launch_gathered(const Arguments& arguments, void* stream) {
   const auto tensor = [&](auto kernel) {
     launch(kernel, arguments, kListed, kTensorKeys, kWarps * 32, stream);
   };
@@ -443,8 +443,8 @@ void launch_rows(const Problem& problem, const Routing* routing, const Rows& row
 void launch_generic(const Problem& problem, const Rows& rows, const Columns& columns,
                     std::int32_t unscored, const Scores& scores, void* stream) {
   const Arguments arguments{problem.k, rows, columns, scores, problem.q.tokens, unscored};
-  columns.list != nullptr ? launch_listed<true>(arguments, stream)
-                          : launch_listed<false>(arguments, stream);
+  columns.list != nullptr ? launch_gathered<true>(arguments, stream)
+                          : launch_gathered<false>(arguments, stream);
 }
 
 }  // namespace misa::cuda::score

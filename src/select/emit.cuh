@@ -42,7 +42,7 @@ __device__ void emit(Shared& shared, std::uint16_t* staged, const Source& source
         }
       });
     };
-    for (int i = threadIdx.x; i < Radix::kBins; i += kThreads) {
+    for (int i = threadIdx.x; i < Radix::kBuckets; i += kThreads) {
       shared.radix.words[i] = 0;
     }
     __syncthreads();

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "misa/cuda.hpp"
-#include "select/digits.cuh"
+#include "select/radix_histogram.cuh"
 
 namespace misa::cuda::select {
 
@@ -17,7 +17,7 @@ namespace misa::cuda::select {
 inline constexpr int kThreads = 512;
 
 // 2048 bins, four a thread.
-using Radix = Digits<kThreads, 11>;
+using Radix = RadixHistogram<kThreads, 11>;
 
 // So few entries are ranked directly. One digit of a few thousand scores in a narrow range leaves
 // 5 to 70.
@@ -25,7 +25,7 @@ inline constexpr int kFew = 128;
 
 // Positions that one pass of the output covers: a bitmap in the histogram's place. Offsets into it
 // fit 16 bits.
-inline constexpr int kWindow = Radix::kBins * 32;
+inline constexpr int kWindow = Radix::kBuckets * 32;
 
 // A candidate (cuda/problem.hpp) as shared memory holds it: moved as one word of 8 bytes.
 struct alignas(8) Held {
@@ -38,7 +38,7 @@ struct Shared {
   Radix::Shared radix;  // its histogram is a bitmap too
   std::uint64_t few[kFew];
   std::uint64_t cut;
-  std::uint16_t ranks[Radix::kBins];  // of each word's first position
+  std::uint16_t ranks[Radix::kBuckets];  // of each word's first position
   std::uint32_t few_count;
   std::uint32_t appended;  // candidates, also those beyond the capacity
 };
@@ -80,20 +80,20 @@ inline constexpr int kRowBlocksPerSm = 2;
 inline constexpr int kLoads = 4;
 
 // Sampled scores, in segments of 32 bytes (one sector of DRAM traffic). With 4096 of 256K positions
-// and k = 2048 the bound sits at rank 62 of the sample, which holds 32 +- 6 of the top k: five
+// and k = 2048 the threshold sits at rank 62 of the sample, which holds 32 +- 6 of the top k: five
 // standard deviations; at 64K it is nearly twelve.
 inline constexpr int kSampleVectors = 2;  // of 4 scores, a thread
 inline constexpr int kSample = kThreads * kSampleVectors * 4;
 inline constexpr int kSegments = kSample / 8;
 
 struct RowPlan : Plan {
-  std::uint32_t target;  // how many scores the bound should let through
+  std::uint32_t target;  // how many scores the threshold should let through
 };
 
-// The bound wants room between k and the capacity: 7680 candidates, and for a larger k as many more
-// than k. A capacity below k is no error: such rows are selected from global memory. The target is
-// halfway as ratios go: equally far, in standard deviations of the sample, from letting through too
-// few and too many.
+// The threshold wants room between k and the capacity: 7680 candidates, and for a larger k as many
+// more than k. A capacity below k is no error: such rows are selected from global memory. The
+// target is halfway as ratios go: equally far, in standard deviations of the sample, from letting
+// through too few and too many.
 inline constexpr int kRowRoom = 7680;
 inline RowPlan plan_row(int top_k, std::size_t limit) {
   const Plan plan = plan_within(top_k, top_k <= 2048 ? kRowRoom : top_k + kRowRoom, limit);
@@ -106,7 +106,7 @@ constexpr bool fit_an_sm(int blocks, std::size_t candidates) {
   return blocks * (sizeof(Shared) + candidates * sizeof(Held) + 2048 * 2 + 1024) <= 228 * 1024;
 }
 static_assert(fit_an_sm(kRowBlocksPerSm, kRowRoom));
-static_assert(Radix::kBins == 4 * kThreads);  // each thread reads its words as one uint4
+static_assert(Radix::kBuckets == 4 * kThreads);  // each thread reads its words as one uint4
 static_assert(sizeof(Shared) % sizeof(Held) == 0);
 
 }  // namespace misa::cuda::select

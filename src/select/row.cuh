@@ -2,14 +2,14 @@
 // Top-k of a row of scores in global memory, by one thread block: one read of the row.
 //
 //  1. A row of no more than k positions selects all of them.
-//  2. A sample, spread evenly over the row, gives a bound that should let through more than k
+//  2. A sample, spread evenly over the row, gives a threshold that should let through more than k
 //     scores and fewer than shared memory holds.
 //  3. The row is streamed once, the next vectors under way while these are looked at. Scores above
-//     the bound become candidates in shared memory. (A row that fits is taken whole, without a
-//     bound.)
+//     the threshold become candidates in shared memory. (A row that fits is taken whole, without a
+//     threshold.)
 //  4. The cut, the entry (entry.hpp) of rank k, comes
 //       a. from the candidates, if there are at least k and they fit;
-//       b. from the bound, if it is a plateau: fewer than k above it, at least k with it. The
+//       b. from the threshold, if it is a plateau: fewer than k above it, at least k with it. The
 //          lowest of the equals, read from global memory, fill up;
 //       c. else, where the sample misled, from the row in global memory.
 //  5. All entries from the cut on are written (emit.cuh).
@@ -23,10 +23,10 @@
 #include <limits>
 
 #include "core/entry.hpp"
-#include "select/bound.cuh"
-#include "select/cut.cuh"
 #include "select/emit.cuh"
+#include "select/gate_threshold.cuh"
 #include "select/generic_config.cuh"
+#include "select/kth.cuh"
 
 namespace misa::cuda::select {
 
@@ -103,7 +103,7 @@ struct Vectors {
 };
 
 // Step 2.
-__device__ inline float sample_bound(Shared& shared, const RowPlan& plan, const Row& row) {
+__device__ inline float sample_threshold(Shared& shared, const RowPlan& plan, const Row& row) {
   Radix::clear(shared.radix);
   std::uint32_t keys[kSampleVectors * 4];
 #pragma unroll
@@ -121,61 +121,61 @@ __device__ inline float sample_bound(Shared& shared, const RowPlan& plan, const 
     smallest = min(smallest, key);
     largest = max(largest, key);
   }
-  const Bracket all = Radix::bracket_all(shared.radix, smallest, largest, kSampleVectors * 4);
+  const Bucket all = Radix::bracket_all(shared.radix, smallest, largest, kSampleVectors * 4);
   const auto rank = [&](std::uint32_t scores) {
     return static_cast<std::uint32_t>(std::uint64_t{scores} * kSample / row.length);
   };
-  // All of a bracket may pass if that should fill no more than three quarters of the capacity; one
+  // All of a bucket may pass if that should fill no more than three quarters of the capacity; one
   // key that is too many is a plateau.
   const std::uint32_t most = rank(plan.capacity / 4 * 3);
-  const float bound = find_bound<Radix>(shared.radix, all, max(1U, rank(plan.target)), most, most,
-                                        [&](const auto& visitor) {
+  const float threshold = find_gate_threshold<Radix>(shared.radix, all, max(1U, rank(plan.target)),
+                                                     most, most, [&](const auto& visitor) {
 #pragma unroll
-                                          for (const std::uint32_t key : keys) {
-                                            visitor(key, true);
-                                          }
-                                        });
-  return fmaxf(bound, -std::numeric_limits<float>::infinity());  // a plateau of NaN
+                                                       for (const std::uint32_t key : keys) {
+                                                         visitor(key, true);
+                                                       }
+                                                     });
+  return fmaxf(threshold, -std::numeric_limits<float>::infinity());  // a plateau of NaN
 }
 
 // Step 3 for N scores a thread; position_of says where they stand.
 template <int N, class PositionOf>
-__device__ void append(Shared& shared, Held* held, std::uint32_t capacity, float bound,
+__device__ void append(Shared& shared, Held* held, std::uint32_t capacity, float threshold,
                        const float (&scores)[N], const PositionOf& position_of) {
   std::uint32_t own = 0;
 #pragma unroll
   for (const float score : scores) {
-    own += score > bound ? 1 : 0;
+    own += score > threshold ? 1 : 0;
   }
-  if (!__any_sync(kWarp, own != 0)) {
+  if (!__any_sync(kFullMask, own != 0)) {
     return;
   }
   const unsigned lane = threadIdx.x % 32;
   std::uint32_t end = own;
 #pragma unroll
   for (unsigned step = 1; step < 32; step *= 2) {
-    const std::uint32_t before = __shfl_up_sync(kWarp, end, step);
+    const std::uint32_t before = __shfl_up_sync(kFullMask, end, step);
     end += lane >= step ? before : 0;
   }
   std::uint32_t base = 0;
   if (lane == 31) {
     base = atomicAdd(&shared.appended, end);
   }
-  base = __shfl_sync(kWarp, base, 31);
-  if (base + __shfl_sync(kWarp, end, 31) > capacity) {
+  base = __shfl_sync(kFullMask, base, 31);
+  if (base + __shfl_sync(kFullMask, end, 31) > capacity) {
     return;  // too many: none of them will be looked at
   }
   Held* place = held + base + end - own;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (scores[i] > bound) {
+    if (scores[i] > threshold) {
       *place++ = {scores[i], position_of(i)};
     }
   }
 }
 
 // `next`: the first vectors, loaded.
-__device__ inline void stream(Shared& shared, Held* held, std::uint32_t capacity, float bound,
+__device__ inline void stream(Shared& shared, Held* held, std::uint32_t capacity, float threshold,
                               const Row& row, Vectors& next) {
   constexpr std::uint32_t kStep = kThreads * kLoads;
 #pragma unroll 2
@@ -190,7 +190,7 @@ __device__ inline void stream(Shared& shared, Held* held, std::uint32_t capacity
       scores[4 * i + 2] = now.own[i].z;
       scores[4 * i + 3] = now.own[i].w;
     }
-    append(shared, held, capacity, bound, scores,
+    append(shared, held, capacity, threshold, scores,
            [&](int i) { return row.head + 4 * (first + i / 4 * kThreads + threadIdx.x) + i % 4; });
   }
   // At most three scores before the vectors and three behind them.
@@ -198,19 +198,19 @@ __device__ inline void stream(Shared& shared, Held* held, std::uint32_t capacity
   const std::uint32_t position = threadIdx.x < row.head ? threadIdx.x : threadIdx.x + body;
   const float edge[1] = {position < row.length ? row.scores[position]
                                                : std::numeric_limits<float>::quiet_NaN()};
-  append(shared, held, capacity, bound, edge, [&](int) { return position; });
+  append(shared, held, capacity, threshold, edge, [&](int) { return position; });
 }
 
-// Step 4b: the entry of the wanted-th (from 1) of the scores equal to a bound, lowest first; 0 if
-// there are not so many.
-__device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float bound,
+// Step 4b: the entry of the wanted-th (from 1) of the scores equal to a threshold, lowest first; 0
+// if there are not so many.
+__device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float threshold,
                                           std::uint32_t wanted) {
   for (std::uint32_t first = 0; first < row.length; first += kWindow) {
 #pragma unroll 4
     for (std::uint32_t i = threadIdx.x; i < kWindow; i += kThreads) {
       const std::uint32_t position = first + i;
-      const bool equal = position < row.length && row.scores[position] == bound;
-      const std::uint32_t word = __ballot_sync(kWarp, equal);
+      const bool equal = position < row.length && row.scores[position] == threshold;
+      const std::uint32_t word = __ballot_sync(kFullMask, equal);
       if (threadIdx.x % 32 == 0) {
         shared.radix.words[i / 32] = word;
       }
@@ -228,7 +228,7 @@ __device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float 
         for (std::uint32_t bits = shared.radix.words[word]; bits != 0; bits &= bits - 1) {
           if (++before == wanted) {
             const std::uint32_t bit = __ffs(static_cast<int>(bits)) - 1;
-            shared.cut = make_entry(bound, first + word * 32 + bit);
+            shared.cut = make_entry(threshold, first + word * 32 + bit);
             break;
           }
         }
@@ -266,7 +266,7 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
   }
 
   std::uint32_t count = length;
-  float bound = 0;
+  float threshold = 0;
   if (length <= plan.capacity) {
 #pragma unroll 4
     for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
@@ -279,8 +279,8 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
     }
     Vectors first;
     first.load(row, 0);
-    bound = sample_bound(shared, plan, row);  // has barriers
-    stream(shared, held, plan.capacity, bound, row, first);
+    threshold = sample_threshold(shared, plan, row);  // has barriers
+    stream(shared, held, plan.capacity, threshold, row, first);
     __syncthreads();
     count = shared.appended;
   }
@@ -289,7 +289,7 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
   std::uint64_t cut = 0;
   const bool fits = count <= plan.capacity;
   if (fits && count < top_k) {  // step 4b
-    cut = nth_equal(shared, row, bound, top_k - count);
+    cut = nth_equal(shared, row, threshold, top_k - count);
     source.length = min(entry_position(cut) + 1, length);
     source.ceiling = static_cast<std::uint32_t>(cut >> 32);
   }
@@ -297,7 +297,7 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
     if (!fits || count < top_k) {  // step 4c
       source = {held, 0, row.scores, length, kWarp};
     }
-    cut = find_cut(shared, max(source.count, source.length), top_k, length,
+    cut = find_kth(shared, max(source.count, source.length), top_k, length,
                    [&](const auto& visitor) { source.visit(0, source.length, visitor); });
   }
   emit(shared, staged, source, cut, length, top_k, out);

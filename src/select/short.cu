@@ -4,7 +4,8 @@
 //  1. A row of no more than k columns selects all of them.
 //  2. The row is loaded, 32 scores a thread, as integers that have their order. Each warp holds a
 //     stretch of it.
-//  3. Digits narrow down where the key of rank k lies (digits.cuh), until all keys of the bin are
+//  3. RadixHistogram narrow down where the key of rank k lies (digits.cuh), until all keys of the
+//  bin are
 //     wanted, or it is one key.
 //  4. On such a plateau the lower columns win: digits of the columns say up to which one. The keys
 //     of those are raised above the others.
@@ -22,10 +23,10 @@
 #include "core/entry.hpp"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "select/digits.cuh"
 #include "select/generic.hpp"
 #include "select/generic_config.cuh"
 #include "select/output.cuh"
+#include "select/radix_histogram.cuh"
 
 namespace misa::cuda::select {
 namespace {
@@ -41,7 +42,7 @@ template <int threads>
 struct ShortShared {
   // Four bins a thread. One digit of some thousand scores in a narrow range leaves a few, a second
   // one rarely more than one.
-  using Radix = Digits<threads, std::countr_zero(4U * threads)>;
+  using Radix = RadixHistogram<threads, std::countr_zero(4U * threads)>;
 
   typename Radix::Shared radix;
   std::uint32_t selected[threads / 32];  // by each warp
@@ -98,7 +99,7 @@ struct Held {
 
 // Steps 3 and 4: the smallest key that is selected.
 template <int threads>
-__device__ std::uint32_t find_cut(ShortShared<threads>& shared, Held& held, std::uint32_t wanted,
+__device__ std::uint32_t find_kth(ShortShared<threads>& shared, Held& held, std::uint32_t wanted,
                                   std::uint32_t length) {
   using Radix = typename ShortShared<threads>::Radix;
   std::uint32_t below = kWarp;  // the smallest key but 0, less 1
@@ -108,7 +109,7 @@ __device__ std::uint32_t find_cut(ShortShared<threads>& shared, Held& held, std:
     below = min(below, key - 1);
     largest = max(largest, key);
   }
-  Bracket keys = Radix::bracket_all(shared.radix, below + 1, largest, 0);
+  Bucket keys = Radix::bracket_all(shared.radix, below + 1, largest, 0);
   do {
     keys = Radix::narrow(shared.radix, keys, wanted, [&](const auto& visitor) {
 #pragma unroll
@@ -122,7 +123,7 @@ __device__ std::uint32_t find_cut(ShortShared<threads>& shared, Held& held, std:
   }
   const std::uint32_t plateau = keys.count != 0 ? keys.low : 0;  // NaN, where numbers are too few
   // Columns differ, so in the end a bin's are all wanted.
-  Bracket places{~(length - 1), length - 1, keys.above, length};
+  Bucket places{~(length - 1), length - 1, keys.above, length};
   do {
     places = Radix::narrow(shared.radix, places, wanted, [&](const auto& visitor) {
 #pragma unroll
@@ -165,18 +166,18 @@ __device__ void stage(ShortShared<threads>& shared, std::uint16_t* staged, const
     std::uint32_t end = own;
 #pragma unroll
     for (unsigned step = 1; step < 32; step *= 2) {
-      const std::uint32_t lower = __shfl_up_sync(kWarp, end, step);
+      const std::uint32_t lower = __shfl_up_sync(kFullMask, end, step);
       end += lane >= step ? lower : 0;
     }
     before[word] = end - own;
-    all[word] = __shfl_sync(kWarp, end, 31);
+    all[word] = __shfl_sync(kFullMask, end, 31);
     selected = __dp4a(all[word], kOnes, selected);
   }
   if (lane == 0) {
     shared.selected[warp] = selected;
   }
   __syncthreads();
-  std::uint32_t start = __reduce_add_sync(kWarp, lane < warp ? shared.selected[lane] : 0);
+  std::uint32_t start = __reduce_add_sync(kFullMask, lane < warp ? shared.selected[lane] : 0);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     std::uint16_t* place = staged + start + of_vector(before, i);
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(threads, 1024 / threads)
   if (!all) {
     ShortShared<threads>::Radix::clear(shared.radix);
     Held held(row, length);
-    const std::uint32_t cut = find_cut(shared, held, top_k, length);
+    const std::uint32_t cut = find_kth(shared, held, top_k, length);
     stage(shared, staged, held, cut);
   }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Exact top-k of the candidates that passed a row's bound: one thread block a row.
+// Exact top-k of the candidates that passed a row's threshold: one thread block a row.
 //
 //  1. A row of no more than k keys selects all of them; without scores that needs no candidates.
 //  2. The lists are cut into chunks that warps share out. A row that lost candidates, or has too
 //     few, is a miss. Entries (entry.hpp) are held in registers and, where those do not suffice, in
 //     shared memory; those of a row with more than fit are read from its lists again by every step,
 //     as many as registers hold at a time.
-//  3. Digits of the scores narrow down where the entry of rank k lies until few are left
+//  3. RadixHistogram of the scores narrow down where the entry of rank k lies until few are left
 //     (digits.cuh). If more have the same score, digits of their positions do.
 //  4. What is above them is selected for certain: marked in a bitmap of positions. The few are
 //     ranked directly, and marked if their rank is good enough. Of a row longer than a bitmap the
@@ -26,9 +26,9 @@
 #include "core/entry.hpp"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "select/digits.cuh"
 #include "select/fused.hpp"
 #include "select/output.cuh"
+#include "select/radix_histogram.cuh"
 
 namespace misa::cuda::select {
 namespace {
@@ -66,7 +66,7 @@ struct Config {
   static constexpr std::uint32_t kStep = 32 * 4 * threads_;  // a bitmap of four words a thread
   // Four bins a thread: digits of 10 or 11 bits leave 5 to 70 of a few thousand scores in a narrow
   // range.
-  using Radix = Digits<threads_, std::bit_width(4U * threads_) - 1>;
+  using Radix = RadixHistogram<threads_, std::bit_width(4U * threads_) - 1>;
 
   struct Shared {
     typename Radix::Shared radix;
@@ -92,17 +92,17 @@ class Chunks {
     const std::uint32_t lane = threadIdx.x % 32;
     const std::uint32_t count =
         lane < candidates.lists ? candidates.counts[t * candidates.lists + lane] : 0;
-    lost = __any_sync(kWarp, count > candidates.capacity);
+    lost = __any_sync(kFullMask, count > candidates.capacity);
     const std::uint32_t filled = min(count, candidates.capacity);
-    total = __reduce_add_sync(kWarp, filled);
+    total = __reduce_add_sync(kFullMask, filled);
     const std::uint32_t own = filled / kChunk + (filled % kChunk != 0 ? 1 : 0);
     end_ = own;
 #pragma unroll
     for (unsigned step = 1; step < 32; step *= 2) {
-      const std::uint32_t before = __shfl_up_sync(kWarp, end_, step);
+      const std::uint32_t before = __shfl_up_sync(kFullMask, end_, step);
       end_ += lane >= step ? before : 0;
     }
-    this->count = __shfl_sync(kWarp, end_, 31);
+    this->count = __shfl_sync(kFullMask, end_, 31);
     const std::uint32_t first = lane * candidates.capacity;
     limit_ = first + filled;
     offset_ = first - (end_ - own) * kChunk;
@@ -114,18 +114,18 @@ class Chunks {
     int list = 0;
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-      list += __shfl_sync(kWarp, end_, list + step - 1) <= chunk ? step : 0;
+      list += __shfl_sync(kFullMask, end_, list + step - 1) <= chunk ? step : 0;
     }
-    const std::uint32_t first = __shfl_sync(kWarp, offset_, list) + chunk * kChunk;
-    const std::uint32_t limit = __shfl_sync(kWarp, limit_, list);
+    const std::uint32_t first = __shfl_sync(kFullMask, offset_, list) + chunk * kChunk;
+    const std::uint32_t limit = __shfl_sync(kFullMask, limit_, list);
     return {first, chunk < count ? limit - first : 0};
   }
 
   // The lane's two entries of the chunk that lane `from` found: x and y, z and w. Where there is
   // none, its key is kWarp. All lanes call.
   __device__ uint4 load(const uint2& found, int from) const {
-    const uint2* entries = entries_ + __shfl_sync(kWarp, found.x, from);
-    const std::uint32_t left = __shfl_sync(kWarp, found.y, from);
+    const uint2* entries = entries_ + __shfl_sync(kFullMask, found.x, from);
+    const std::uint32_t left = __shfl_sync(kFullMask, found.y, from);
     const std::uint32_t lane = threadIdx.x % 32;
     uint2 first{0, kWarp};
     uint2 second{0, kWarp};
@@ -322,7 +322,7 @@ struct Cut {
 };
 
 template <class Own, class Source>
-__device__ Cut find_cut(typename Own::Shared& shared, Source& source, std::uint32_t count,
+__device__ Cut find_kth(typename Own::Shared& shared, Source& source, std::uint32_t count,
                         std::uint32_t wanted, std::uint32_t length) {
   using Radix = typename Own::Radix;
   std::uint32_t smallest = kWarp;
@@ -331,7 +331,7 @@ __device__ Cut find_cut(typename Own::Shared& shared, Source& source, std::uint3
     smallest = key != 0 ? min(smallest, key) : smallest;
     largest = max(largest, key);
   });
-  Bracket keys = Radix::bracket_all(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
+  Bucket keys = Radix::bracket_all(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
   bool settled = false;
   while (keys.count > Own::kThreads && keys.above + keys.count != wanted &&
          (keys.reach != 0 || !settled)) {
@@ -485,7 +485,7 @@ __device__ std::uint32_t fill(typename Own::Shared& shared, const Stage& stage,
 template <class Own, bool scores>
 __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
     survivors_kernel(const Candidates candidates, const Keys keys, const SurvivorPlan plan,
-                     const TopK out, const Misses misses) {
+                     const TopK out, const FallbackRows fallback) {
   begin_kernel();
   constexpr int kThreads = Own::kThreads;
   extern __shared__ __align__(16) std::byte memory[];
@@ -521,7 +521,7 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   }
   if (chunks.lost || chunks.total < wanted) {
     if (threadIdx.x == 0) {
-      misses.rows[atomicAdd(misses.count, 1U)] = static_cast<std::int32_t>(t);
+      fallback.rows[atomicAdd(fallback.count, 1U)] = static_cast<std::int32_t>(t);
     }
     return;
   }
@@ -535,7 +535,7 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
   const auto listed = [&] { return Listed<Own>(Chunks(candidates, t), range); };
   std::uint32_t placed = 0;
   const auto select = [&](auto source) {
-    const Cut cut = find_cut<Own>(shared, source, chunks.total, wanted, length);
+    const Cut cut = find_kth<Own>(shared, source, chunks.total, wanted, length);
     placed = fill<Own, scores>(shared, stage, source, cut, length, listed);
   };
   // Rows that are held stand first in the code: behind the others they took up to a tenth longer.
@@ -556,8 +556,8 @@ __global__ void __launch_bounds__(Own::kThreads, Own::kBlocks)
 
 template <class Own>
 void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t rows,
-                 std::int64_t most, int top_k, const TopK& out, bool empty, const Misses& misses,
-                 void* stream) {
+                 std::int64_t most, int top_k, const TopK& out, bool empty,
+                 const FallbackRows& fallback, void* stream) {
   const std::int64_t positions = std::min<std::int64_t>(most, kMostPositions);
   const auto steps = static_cast<std::uint32_t>((positions + Own::kStep - 1) / Own::kStep);
   const SurvivorPlan plan{static_cast<std::uint32_t>(top_k),
@@ -567,7 +567,7 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
   launch_kernel("survivors",
                 out.scores != nullptr ? survivors_kernel<Own, true> : survivors_kernel<Own, false>,
                 dim3(static_cast<unsigned>(rows)), Own::kThreads, bytes, stream, candidates, keys,
-                plan, out, misses);
+                plan, out, fallback);
 }
 
 }  // namespace
@@ -579,10 +579,10 @@ void launch_rows(const Candidates& candidates, const Keys& keys, std::int64_t ro
 // read from its lists. A block has at most 190 KB of shared memory, which every device of fused
 // scoring has.
 void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
-                      const TopK& out, bool empty, const Misses& misses, void* stream) {
+                      const TopK& out, bool empty, const FallbackRows& fallback, void* stream) {
   const std::int64_t most = std::min<std::int64_t>(keys.tokens, keys.max_keys);
   const auto launch = [&]<class Own>(Own) {
-    launch_rows<Own>(candidates, keys, rows, most, top_k, out, empty, misses, stream);
+    launch_rows<Own>(candidates, keys, rows, most, top_k, out, empty, fallback, stream);
   };
   if (most <= 1 << 16) {
     if (top_k <= 2048) {

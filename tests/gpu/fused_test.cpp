@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fused scoring on a device: e4m3 at D = 128, around its tiles of keys and blocks of queries, and
-// rows whose bound, taken from a sample, misleads. Where its kernels are not to be had, the generic
-// ones pass the same tests.
+// rows whose threshold, taken from a sample, misleads. Where its kernels are not to be had, the
+// generic ones pass the same tests.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -19,7 +19,7 @@ namespace {
 constexpr int kTopK = 48;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Long enough that a bound comes from samples, every tenth key or so of them.
+// Long enough that a threshold comes from samples, every tenth key or so of them.
 constexpr std::int64_t kLong = 20000;
 
 PackSpec spec_of(std::vector<SequenceSpec> sequences, std::int64_t heads) {
@@ -135,14 +135,14 @@ TEST_P(Fused, EveryHeadRoutedIsDsa) {
 // Rows of 700 keys that are candidates as a whole, or whose blocks are all kept, beside a longer
 // one; queries enough for thread blocks to have one, and several, of a query's tiles of listed
 // keys. With and without a few negative scales.
-struct ListedPack {
+struct GatheredPack {
   std::string name;
   RaggedInputs inputs;
   Rows shorter;
 };
 
-std::vector<ListedPack> listed_packs(int heads) {
-  std::vector<ListedPack> packs;
+std::vector<GatheredPack> gathered_packs(int heads) {
+  std::vector<GatheredPack> packs;
   for (const std::int64_t queries : {65, 200}) {
     Pack pack = make_pack(spec_of({{3000, 2}, {130, 2}, {700, queries}}, heads));
     const std::string name =
@@ -161,7 +161,7 @@ std::vector<ListedPack> listed_packs(int heads) {
 
 TEST_P(Fused, SmokeEveryPositionReRankedIsDsa) {
   for (const int heads : {5, 64}) {
-    for (const ListedPack& pack : listed_packs(heads)) {
+    for (const GatheredPack& pack : gathered_packs(heads)) {
       const Selected dsa = run(context(), IndexerConfig::dsa(kTopK), pack.inputs);
       const Selected ranked = run(context(), IndexerConfig::misa_r(kTopK, 3, 700), pack.inputs);
       EXPECT_EQ(slice(ranked, pack.shorter).indices, slice(dsa, pack.shorter).indices) << pack.name;
@@ -172,7 +172,7 @@ TEST_P(Fused, SmokeEveryPositionReRankedIsDsa) {
 
 TEST_P(Fused, SmokeEveryBlockKeptIsNoFilter) {
   for (const int heads : {5, 64}) {
-    for (const ListedPack& pack : listed_packs(heads)) {
+    for (const GatheredPack& pack : gathered_packs(heads)) {
       for (const NamedConfig& named : {NamedConfig{"dsa", IndexerConfig::dsa(kTopK)},
                                        NamedConfig{"misa", IndexerConfig::misa(kTopK, 3)},
                                        NamedConfig{"misa-r", IndexerConfig::misa_r(kTopK, 3)}}) {
@@ -219,7 +219,7 @@ TEST_P(Fused, SmokePartsOfSeveralBlocksChangeNothing) {
         cuda::fused::layout({inputs.tokens(), kLong + 900, kLong, rows, kTopK, 132});
     const cuda::fused::Layout chunk =
         cuda::fused::layout({block, kLong + 900, kLong, rows, kTopK, 132});
-    ASSERT_GT(whole.all.share, 1) << rows << " rows";  // on a device with so many processors
+    ASSERT_GT(whole.all.share, 1) << rows << " rows";  // on a device with so many num_sms
     ASSERT_EQ(chunk.all.share, 1);
     for (const NamedConfig& named : configs(kTopK, rows - 1)) {
       if (named.config.filter_blocks > 0 || named.config.candidates > 0) {
@@ -331,7 +331,7 @@ TEST_P(Fused, NaNRanksLast) {
   expect_valid(query, "NaN in a query and a weight");
 }
 
-// The same for sanitizers: no more than a few rows that are missed.
+// The same for sanitizers: no more than a few rows that are fallback.
 TEST_P(Fused, SmokeMissedRows) {
   Pack pack = make_pack(spec_of({{3000, 2}, {500, 2}}, 4));
   for (std::int64_t i = 0; i < 3000; ++i) {

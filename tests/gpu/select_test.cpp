@@ -338,7 +338,7 @@ TEST_F(CudaTopK, PlateausAtTheBound) {
   }
 }
 
-// Few zeros at the sampled rank: the bound lies at zero, where -0 and +0 are one.
+// Few zeros at the sampled rank: the threshold lies at zero, where -0 and +0 are one.
 TEST_F(CudaTopK, ZerosOfBothSignsAtTheBound) {
   std::vector<float> row = normal_row(65536, 13);
   for (std::int64_t i = 0; i < std::ssize(row); ++i) {
@@ -433,8 +433,8 @@ TEST_F(CudaTopK, CanBeCaptured) {
 
 // --- The fused path ---
 
-// Rows of scores as scoring would hand them on: all that exceed a bound, each to the list that its
-// position names. The rows' keys stand one after the other (Sequences).
+// Rows of scores as scoring would hand them on: all that exceed a threshold, each to the list that
+// its position names. The rows' keys stand one after the other (Sequences).
 struct Survivors {
   std::int64_t lists;
   std::int64_t capacity;
@@ -442,7 +442,7 @@ struct Survivors {
   std::vector<std::uint32_t> counts;     // [T, lists]
 };
 
-Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& bounds,
+Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& thresholds,
                        std::int64_t lists, std::int64_t capacity) {
   const std::int64_t count = std::ssize(rows);
   Survivors survivors{
@@ -454,7 +454,7 @@ Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& bound
   for (std::int64_t t = 0; t < count; ++t) {
     std::vector<std::uint32_t> positions;
     for (std::size_t i = 0; i < rows[t].size(); ++i) {
-      if (rows[t][i] > bounds[t]) {
+      if (rows[t][i] > thresholds[t]) {
         positions.push_back(static_cast<std::uint32_t>(i));
       }
     }
@@ -589,7 +589,7 @@ TEST_F(CudaTopK, WritesThePositionsOfListedColumns) {
   }
 }
 
-// Runs launch_survivors with and without scores; returns the rows that missed, sorted.
+// Runs launch_survivors with and without scores; returns the rows that fallback, sorted.
 std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Survivors& survivors,
                                           int top_k, const std::string& what,
                                           bool with_scores = true) {
@@ -600,20 +600,21 @@ std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Surviv
   const cuda::Candidates candidates{entries.data(), counts.data(),
                                     static_cast<std::uint32_t>(survivors.lists),
                                     static_cast<std::uint32_t>(survivors.capacity)};
-  const Device<std::int32_t> missed(std::vector<std::int32_t>(count, kPoison), kPoison);
-  const Device<std::uint32_t> miss_count(std::vector<std::uint32_t>{0}, 0x5A5A5A5AU);
+  const Device<std::int32_t> fallback_rows(std::vector<std::int32_t>(count, kPoison), kPoison);
+  const Device<std::uint32_t> fallback_count(std::vector<std::uint32_t>{0}, 0x5A5A5A5AU);
   const Outputs out(count, top_k);
   cuda::select::launch_survivors(candidates, sequences.keys(), count, top_k,
                                  {out.indices.data(), with_scores ? out.scores.data() : nullptr},
-                                 true, {missed.data(), miss_count.data(), nullptr}, nullptr);
+                                 true, {fallback_rows.data(), fallback_count.data(), nullptr},
+                                 nullptr);
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  std::vector<std::int32_t> misses = missed.values();
-  misses.resize(miss_count.values()[0]);
-  std::sort(misses.begin(), misses.end());
+  std::vector<std::int32_t> fallback = fallback_rows.values();
+  fallback.resize(fallback_count.values()[0]);
+  std::sort(fallback.begin(), fallback.end());
   const std::vector<std::int32_t> indices = out.indices.values();
   const std::vector<float> scores = out.scores.values();
   for (std::int64_t t = 0; t < count; ++t) {
-    if (std::binary_search(misses.begin(), misses.end(), t)) {
+    if (std::binary_search(fallback.begin(), fallback.end(), t)) {
       continue;
     }
     Selected want = expected(rows[t], top_k);
@@ -623,11 +624,11 @@ std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Surviv
     }
     expect_equal(got, want, what + ", k " + std::to_string(top_k) + ", row " + std::to_string(t));
   }
-  return misses;
+  return fallback;
 }
 
-// A bound that lets through as many scores as wanted, or a few more.
-float bound_for(const std::vector<float>& row, std::int64_t wanted) {
+// A threshold that lets through as many scores as wanted, or a few more.
+float threshold_for(const std::vector<float>& row, std::int64_t wanted) {
   std::vector<float> sorted = row;
   if (wanted >= std::ssize(sorted)) {
     return -kInfinity;
@@ -638,12 +639,12 @@ float bound_for(const std::vector<float>& row, std::int64_t wanted) {
 
 TEST_F(SmokeCudaSurvivors, SelectsExactly) {
   RowsOfScores rows;
-  std::vector<float> bounds;
+  std::vector<float> thresholds;
   for (const std::int64_t n : {5000, 3000, 2048, 100, 0}) {
     rows.push_back(normal_row(n, static_cast<std::uint64_t>(n)));
-    bounds.push_back(bound_for(rows.back(), 3000));
+    thresholds.push_back(threshold_for(rows.back(), 3000));
   }
-  const Survivors survivors = survivors_of(rows, bounds, 24, 256);
+  const Survivors survivors = survivors_of(rows, thresholds, 24, 256);
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "with scores").empty());
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "without scores", false).empty());
 }
@@ -652,7 +653,7 @@ TEST_F(SmokeCudaSurvivors, SelectsExactly) {
 TEST_F(SmokeCudaSurvivors, LongRow) {
   const RowsOfScores rows{normal_row(300000, 5), normal_row(300000, 6)};
   const Survivors survivors =
-      survivors_of(rows, {bound_for(rows[0], 3000), bound_for(rows[1], 14000)}, 16, 2000);
+      survivors_of(rows, {threshold_for(rows[0], 3000), threshold_for(rows[1], 14000)}, 16, 2000);
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
 }
 
@@ -674,7 +675,7 @@ TEST_F(SmokeCudaSurvivors, Plateaus) {
                                                                           : score;
       }
       for (const std::int64_t count : {end, end + 500, std::int64_t{13000}}) {
-        const Survivors survivors = survivors_of(rows, {bound_for(rows[0], count)}, 16, 1000);
+        const Survivors survivors = survivors_of(rows, {threshold_for(rows[0], count)}, 16, 1000);
         for (const std::int64_t top_k :
              {plateau.above, plateau.above + 1, plateau.above + 1048, end - 1, end, end + 1}) {
           if (top_k == 0 || top_k > count) {
@@ -692,9 +693,9 @@ TEST_F(SmokeCudaSurvivors, Plateaus) {
 TEST_F(SmokeCudaSurvivors, ReportsMisses) {
   const RowsOfScores rows{normal_row(5000, 1), normal_row(5000, 2), normal_row(5000, 3),
                           normal_row(50, 4)};
-  const std::vector<float> bounds{bound_for(rows[0], 99), bound_for(rows[1], 100),
-                                  bound_for(rows[2], 2000), 0.0F};
-  const Survivors survivors = survivors_of(rows, bounds, 16, 64);
+  const std::vector<float> thresholds{threshold_for(rows[0], 99), threshold_for(rows[1], 100),
+                                      threshold_for(rows[2], 2000), 0.0F};
+  const Survivors survivors = survivors_of(rows, thresholds, 16, 64);
   // Too few; just enough; lists that overflow; a short row with candidates missing.
   EXPECT_EQ(check_survivors(rows, survivors, 100, "with scores"),
             (std::vector<std::int32_t>{0, 2, 3}));
@@ -710,7 +711,7 @@ TEST_F(CudaSurvivors, GeneratedShapes) {
   for (int i = 0; i < 100; ++i) {
     const int top_k = static_cast<int>(1 + below(std::int64_t{1} << (1 + below(14))));
     RowsOfScores rows;
-    std::vector<float> bounds;
+    std::vector<float> thresholds;
     for (int t = 0; t < 4; ++t) {
       rows.push_back(normal_row(below(std::int64_t{1} << (1 + below(17))), random()));
       if (t % 2 == 1) {
@@ -718,11 +719,11 @@ TEST_F(CudaSurvivors, GeneratedShapes) {
           score = std::round(score * 64);
         }
       }
-      bounds.push_back(bound_for(rows.back(), top_k + below(top_k) + 4));
+      thresholds.push_back(threshold_for(rows.back(), top_k + below(top_k) + 4));
     }
     const std::int64_t lists = 1 + below(cuda::select::kMaxLists);
     const std::int64_t capacity = 2 * top_k / lists + 200;
-    const Survivors survivors = survivors_of(rows, bounds, lists, capacity);
+    const Survivors survivors = survivors_of(rows, thresholds, lists, capacity);
     check_survivors(rows, survivors, top_k, "generated " + std::to_string(i), i % 3 != 0);
   }
 }
@@ -735,7 +736,7 @@ TEST_F(CudaSurvivors, FewLongLists) {
       for (const std::int64_t count : {100, 2048, 2049, 3300, 3969, 4032, 4095, 4096, 4097, 5000}) {
         const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
         const Survivors survivors =
-            survivors_of(rows, {bound_for(rows[0], count)}, lists, 2 * count / lists + 200);
+            survivors_of(rows, {threshold_for(rows[0], count)}, lists, 2 * count / lists + 200);
         for (const int top_k : {100, 2048}) {
           EXPECT_EQ(check_survivors(rows, survivors, top_k,
                                     std::to_string(count) + " in " + std::to_string(lists))
@@ -765,9 +766,9 @@ TEST_F(CudaSurvivors, MoreThanRegistersHold) {
     for (const std::int64_t count :
          {4608, 4609, 5632, 5633, 8192, 8193, 9216, 9217, 13312, 13313, 60000}) {
       const RowsOfScores rows{normal_row(length, static_cast<std::uint64_t>(count))};
-      const std::vector<float> bounds{bound_for(rows[0], count)};
+      const std::vector<float> thresholds{threshold_for(rows[0], count)};
       for (const std::int64_t lists : {1, 32}) {
-        const Survivors survivors = survivors_of(rows, bounds, lists, 2 * count / lists);
+        const Survivors survivors = survivors_of(rows, thresholds, lists, 2 * count / lists);
         for (const int top_k : {2048, 4096, 8192}) {
           EXPECT_EQ(check_survivors(rows, survivors, top_k, std::to_string(count)).empty(),
                     count >= top_k);
@@ -804,17 +805,17 @@ TEST_F(CudaSurvivors, LongRows) {
       score = std::round(score * 16);
     }
     for (const std::int64_t count : {3000, 8192, 8193, 12288, 12289, 30000}) {
-      const Survivors survivors =
-          survivors_of(rows, {bound_for(rows[0], count), bound_for(rows[1], count)}, 32, count / 8);
+      const Survivors survivors = survivors_of(
+          rows, {threshold_for(rows[0], count), threshold_for(rows[1], count)}, 32, count / 8);
       for (const int top_k : {2048, 2999, 8192}) {
-        const std::vector<std::int32_t> misses = check_survivors(
+        const std::vector<std::int32_t> fallback = check_survivors(
             rows, survivors, top_k, std::to_string(count) + " of " + std::to_string(length));
-        EXPECT_EQ(std::count(misses.begin(), misses.end(), 0), count < top_k ? 1 : 0);
+        EXPECT_EQ(std::count(fallback.begin(), fallback.end(), 0), count < top_k ? 1 : 0);
       }
     }
   }
   const RowsOfScores rows{normal_row(3000000, 41)};
-  const Survivors survivors = survivors_of(rows, {bound_for(rows[0], 3000)}, 16, 512);
+  const Survivors survivors = survivors_of(rows, {threshold_for(rows[0], 3000)}, 16, 512);
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
 }
 
@@ -834,37 +835,38 @@ std::vector<float> sample(const RowsOfScores& rows, std::int64_t stride, std::in
   return samples;
 }
 
-std::vector<float> bounds_of(const RowsOfScores& rows, const std::vector<float>& samples,
-                             std::int64_t columns, int top_k) {
+std::vector<float> thresholds_of(const RowsOfScores& rows, const std::vector<float>& samples,
+                                 std::int64_t columns, int top_k) {
   const std::int64_t count = std::ssize(rows);
   const Sequences sequences(rows);
   const Device<float> device_samples(samples, kInfinity);
-  const Device<float> bounds(std::vector<float>(count, kPoisonScore), kPoisonScore);
-  const Device<std::uint32_t> miss_count(std::vector<std::uint32_t>{5}, 0x5A5A5A5AU);
+  const Device<float> thresholds(std::vector<float>(count, kPoisonScore), kPoisonScore);
+  const Device<std::uint32_t> fallback_count(std::vector<std::uint32_t>{5}, 0x5A5A5A5AU);
   const Device<std::uint32_t> parts(std::vector<std::uint32_t>(count, 5), 0x5A5A5A5AU);
   cuda::select::launch_threshold({device_samples.data(), columns, columns}, sequences.keys(), count,
-                                 top_k, bounds.data(), {nullptr, miss_count.data(), parts.data()},
-                                 nullptr);
+                                 top_k, thresholds.data(),
+                                 {nullptr, fallback_count.data(), parts.data()}, nullptr);
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  EXPECT_EQ(miss_count.values()[0], 0U);
+  EXPECT_EQ(fallback_count.values()[0], 0U);
   EXPECT_EQ(parts.values(), std::vector<std::uint32_t>(count, 0));
-  return bounds.values();
+  return thresholds.values();
 }
 
 TEST_F(SmokeCudaThreshold, LetsEverythingThroughWhereItCannotSay) {
   const RowsOfScores rows{normal_row(100, 1), normal_row(101, 2), normal_row(0, 3),
                           normal_row(150, 4)};
   // One sample in 64: too few for k = 100 of up to 150.
-  EXPECT_EQ(bounds_of(rows, sample(rows, 64, 33), 33, 100), std::vector<float>(4, -kInfinity));
+  EXPECT_EQ(thresholds_of(rows, sample(rows, 64, 33), 33, 100), std::vector<float>(4, -kInfinity));
 }
 
-// With all scores sampled there is no doubt: exactly k exceed the bound, but for a sixteenth more.
+// With all scores sampled there is no doubt: exactly k exceed the threshold, but for a sixteenth
+// more.
 TEST_F(SmokeCudaThreshold, IsExactWithoutSampling) {
   const RowsOfScores rows{normal_row(1000, 1), normal_row(800, 2)};
-  const std::vector<float> bounds = bounds_of(rows, sample(rows, 1, 1800), 1800, 100);
+  const std::vector<float> thresholds = thresholds_of(rows, sample(rows, 1, 1800), 1800, 100);
   for (std::size_t t = 0; t < rows.size(); ++t) {
     const auto above = std::count_if(rows[t].begin(), rows[t].end(),
-                                     [&](float score) { return score > bounds[t]; });
+                                     [&](float score) { return score > thresholds[t]; });
     EXPECT_GE(above, 100);
     EXPECT_LE(above, 101 + 101 / 16);
   }
@@ -889,10 +891,10 @@ TEST_F(CudaThreshold, BoundsTheSurvivorsOfNormalRows) {
       if (columns > padded) {
         continue;
       }
-      const float bound =
-          bounds_of({row}, sample({row}, shape.stride, padded), padded, shape.top_k)[0];
+      const float threshold =
+          thresholds_of({row}, sample({row}, shape.stride, padded), padded, shape.top_k)[0];
       const auto above = static_cast<double>(
-          std::count_if(row.begin(), row.end(), [&](float score) { return score > bound; }));
+          std::count_if(row.begin(), row.end(), [&](float score) { return score > threshold; }));
       // The rank that the sample was cut at, a sixteenth more, and five deviations either way.
       const double mean = static_cast<double>(shape.top_k) / static_cast<double>(shape.stride);
       const double rank = (mean + 4.5 * std::sqrt(mean) + 2) * 17 / 16;
@@ -903,13 +905,13 @@ TEST_F(CudaThreshold, BoundsTheSurvivorsOfNormalRows) {
   }
 }
 
-// The bound lies on a plateau of zeros: what exceeds it are the scores above zero.
+// The threshold lies on a plateau of zeros: what exceeds it are the scores above zero.
 TEST_F(CudaThreshold, LeavesWidePlateausOut) {
   std::vector<float> row = normal_row(65536, 43);
   for (float& score : row) {
     score = std::max(0.0F, score - 1.75F);  // about 2600 above zero
   }
-  EXPECT_EQ(bounds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{0.0F});
+  EXPECT_EQ(thresholds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{0.0F});
 }
 
 // Ranks around a sixteenth of the largest score, 1, where the search goes on in wider bins. The
@@ -924,15 +926,16 @@ TEST_F(CudaThreshold, CountsNoSampleTwice) {
   row[kStride] = -1.25F;
   const std::vector<float> samples = sample({row}, kStride, 2048);
   for (int top_k = 4000; top_k <= 6000; top_k += 100) {  // about 5040 exceed 1
-    const float bound = bounds_of({row}, samples, 2048, top_k)[0];
-    EXPECT_GT(std::count_if(row.begin(), row.end(), [&](float score) { return score > bound; }),
+    const float threshold = thresholds_of({row}, samples, 2048, top_k)[0];
+    EXPECT_GT(std::count_if(row.begin(), row.end(), [&](float score) { return score > threshold; }),
               top_k);
   }
 }
 
 TEST_F(CudaThreshold, TakesNaNForNoSample) {
   std::vector<float> row(65536, kNaN);
-  EXPECT_EQ(bounds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{-kInfinity});
+  EXPECT_EQ(thresholds_of({row}, sample({row}, 32, 2048), 2048, 2048),
+            std::vector<float>{-kInfinity});
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How fused scoring cuts a slab: host code, judged without a device.
 #include "fused/layout.hpp"
+#include "score/sm90_fp8.hpp"
 
 #include <gtest/gtest.h>
 
@@ -37,7 +38,7 @@ TEST(FusedLayout, SamplesCoverTheKeys) {
   for_each_shape([](const Shape& shape, const Layout& cut) {
     ASSERT_GE(cut.sample_stride, 1);
     ASSERT_EQ(cut.samples, (shape.total_keys + cut.sample_stride - 1) / cut.sample_stride);
-    // 2048, or of long contexts about every 128th key, as far as the bounds' kernel takes them
+    // 2048, or of long contexts about every 128th key, as far as the thresholds' kernel takes them
     // (src/select/fused.hpp).
     ASSERT_LE(cut.samples, std::clamp<std::int64_t>(shape.total_keys / 128, 2048, 4096));
     ASSERT_LE(cut.sample_stride, std::max<std::int64_t>(129, (shape.total_keys + 4095) / 4096));
@@ -82,7 +83,7 @@ TEST(FusedLayout, TilesAreDealtOut) {
   });
 }
 
-// Parts exist to occupy processors: more than one only where blocks do not fill them evenly, and
+// Parts exist to occupy num_sms: more than one only where blocks do not fill them evenly, and
 // several a thread block only where that pays for beginning twice.
 TEST(FusedLayout, PartsOccupyTheProcessors) {
   const Layout one_query = layout({1, 65536, 65536, 8, 2048, kProcessors});
@@ -107,9 +108,9 @@ TEST(FusedLayout, ASlabOfTwoThousandQueriesIsSmall) {
 
 TEST(FusedLayout, ScalesAreWholeTiles) {
   for (const std::int64_t keys : {0, 1, 255, 256, 257, 65536}) {
-    EXPECT_GE(scales(keys), keys);
-    EXPECT_LT(scales(keys), keys + 256);
-    EXPECT_EQ(scales(keys) % 256, 0);
+    EXPECT_GE(score::scale_count(keys), keys);
+    EXPECT_LT(score::scale_count(keys), keys + 256);
+    EXPECT_EQ(score::scale_count(keys) % 256, 0);
   }
 }
 

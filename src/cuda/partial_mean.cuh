@@ -12,19 +12,19 @@ namespace misa::cuda {
 
 // A lane's elements. Where D = 64 both halves of a warp hold the same.
 template <int dim>
-__device__ inline int own_place() {
+__device__ inline int partial_place() {
   return static_cast<int>(threadIdx.x) % 32 * 4 % dim;
 }
 
 template <int dim>
-__device__ inline float4 load_own(const BlockMeans& means, std::int64_t t) {
-  return *reinterpret_cast<const float4*>(means.own + t * dim + own_place<dim>());
+__device__ inline float4 load_partial_mean(const BlockMeans& means, std::int64_t t) {
+  return *reinterpret_cast<const float4*>(means.own + t * dim + partial_place<dim>());
 }
 
 // Stores what a warp's lanes loaded as an operand row, `stride` elements from part to part; returns
 // its factor, which is not 0.
 template <bool fp16, int dim>
-__device__ float store_own(float4 four, std::uint16_t* row, int stride) {
+__device__ float store_partial_mean(float4 four, std::uint16_t* row, int stride) {
   const float mean[4] = {four.x, four.y, four.z, four.w};
   float scale = 1;
   if constexpr (fp16) {
@@ -38,7 +38,7 @@ __device__ float store_own(float4 four, std::uint16_t* row, int stride) {
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    store_mean<fp16>(mean[e], scale, own_place<dim>() + e, dim, row, stride);
+    store_mean<fp16>(mean[e], scale, partial_place<dim>() + e, dim, row, stride);
   }
   return 1 / scale;
 }

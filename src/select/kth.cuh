@@ -2,7 +2,8 @@
 // The k-th of the entries that a block visits, in the order of selection. "Visiting" is a function
 // that calls its argument with (entry, valid) for every entry, in any order.
 //
-//  1. Digits of the scores (digits.cuh) narrow down where it lies, until the bin is wanted whole,
+//  1. RadixHistogram of the scores (digits.cuh) narrow down where it lies, until the bin is wanted
+//  whole,
 //     holds few, or has one score.
 //  2. On such a plateau the lower positions win: digits of the positions.
 //  3. The few left are ranked directly.
@@ -11,20 +12,20 @@
 #include <cstdint>
 
 #include "core/entry.hpp"
-#include "select/digits.cuh"
 #include "select/generic_config.cuh"
+#include "select/radix_histogram.cuh"
 
 namespace misa::cuda::select {
 
 // The entry (entry.hpp) of rank `wanted` of `count` entries, 1 <= wanted <= count, of positions
 // below `length`. Entries that repeat, or change between visits, give some entry; nothing worse.
 template <class Visit>
-__device__ std::uint64_t find_cut(Shared& shared, std::uint32_t count, std::uint32_t wanted,
+__device__ std::uint64_t find_kth(Shared& shared, std::uint32_t count, std::uint32_t wanted,
                                   std::uint32_t length, const Visit& visit) {
   const auto key_of = [](std::uint64_t entry) { return static_cast<std::uint32_t>(entry >> 32); };
   const auto place_of = [](std::uint64_t entry) { return static_cast<std::uint32_t>(entry); };
-  const auto narrowing = [&](const Bracket& bracket) {
-    return bracket.above + bracket.count != wanted && bracket.count > kFew && bracket.reach != 0;
+  const auto narrowing = [&](const Bucket& bucket) {
+    return bucket.above + bucket.count != wanted && bucket.count > kFew && bucket.reach != 0;
   };
 
   Radix::clear(shared.radix);
@@ -34,7 +35,7 @@ __device__ std::uint64_t find_cut(Shared& shared, std::uint32_t count, std::uint
     smallest = valid ? min(smallest, key_of(entry)) : smallest;
     largest = valid ? max(largest, key_of(entry)) : largest;
   });
-  Bracket keys = Radix::bracket_all(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
+  Bucket keys = Radix::bracket_all(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
   while (narrowing(keys)) {  // step 1
     keys = Radix::narrow(shared.radix, keys, wanted, [&](const auto& visitor) {
       visit([&](std::uint64_t entry, bool valid) { visitor(key_of(entry), valid); });
@@ -42,7 +43,7 @@ __device__ std::uint64_t find_cut(Shared& shared, std::uint32_t count, std::uint
   }
   std::uint64_t first = std::uint64_t{keys.low} << 32;
   std::uint64_t reach = std::uint64_t{keys.reach} << 32 | kWarp;
-  Bracket last = keys;
+  Bucket last = keys;
   if (keys.above + keys.count != wanted && keys.count > kFew) {  // step 2
     last = {~(length - 1), length - 1, keys.above, keys.count};
     while (narrowing(last)) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fused kernels share: how rows of queries are laid out for a product, and how a product
+// What the scoring kernels share: how rows of queries are laid out for a product, and how a product
 // becomes scores. The bits of a score are a function of the query's rows, the weights, the key and
 // its scale: an element of a product does not depend on its place in the tile.
 #pragma once
@@ -8,18 +8,17 @@
 
 #include "cuda/problem.hpp"
 #include "cuda/ptx/mma.cuh"
-#include "fused/sm90.hpp"
-#include "fused/sm90_config.cuh"
+#include "cuda/warp.cuh"
+#include "score/sm90_fp8.hpp"
+#include "score/sm90_fp8_config.cuh"
 
-namespace misa::cuda::fused {
+namespace misa::cuda::score {
 
-inline constexpr unsigned kWarp = 0xFFFFFFFFU;
-
-// Rows of queries as `columns` rows of a swizzled tile (Columns), with their weights: zero where a
-// query has fewer rows, or query_of says -1. Called by the `threads` threads that have numbers
-// thread = 0, 1 ….
+// Rows of queries as `columns` rows of a swizzled tile (ProductColumns), with their weights: zero
+// where a query has fewer rows, or query_of says -1. Called by the `threads` threads that have
+// numbers thread = 0, 1 ….
 template <int rows, bool residual, int columns, class QueryOf>
-__device__ void load_rows(const Problem& problem, const Rows& scored, int thread, int threads,
+__device__ void load_rows(const Problem& problem, const ScoredRows& scored, int thread, int threads,
                           const QueryOf& query_of, std::uint8_t* tile,
                           float (*weights)[kProductWeights]) {
   const Queries& q = problem.q;
@@ -52,7 +51,7 @@ __device__ void load_rows(const Problem& problem, const Rows& scored, int thread
   }
 }
 
-// A thread's weights of a product's columns, where they stand in shared memory (weigh's
+// A thread's weights of a product's columns, where they stand in shared memory (weighted_relu_sum's
 // weights_from).
 struct SharedWeights {
   const float* own;
@@ -66,7 +65,7 @@ struct SharedWeights {
 
 // Heads whose weighted products are one chain of multiply-adds; the sums of such groups are added
 // in order, and the residual row at last. One thread may have all rows of a query, or each lane of
-// a quad a group (sm90_listed.cu): the bits are the same.
+// a quad a group (score/sm90_fp8_gathered.cu): the bits are the same.
 inline constexpr int kGroupRows = 16;
 
 // Scores of a thread's two keys of a product, from the sums of its locals first_local … and their
@@ -76,8 +75,8 @@ inline constexpr int kGroupRows = 16;
 // thread's query g and its key r.
 template <int rows, bool residual, int first_local, bool plain, int locals, class WeightsFrom,
           class Emit>
-__device__ void weigh(const float (&sums)[2 * locals], const WeightsFrom& weights_from,
-                      const float* scales, float (&partial)[2], const Emit& emit) {
+__device__ void weighted_relu_sum(const float (&sums)[2 * locals], const WeightsFrom& weights_from,
+                                  const float* scales, float (&partial)[2], const Emit& emit) {
   constexpr int kSlots = rows < locals ? rows : locals;          // of a query, in this product
   constexpr int kChain = rows < kGroupRows ? rows : kGroupRows;  // of one group
 #pragma unroll
@@ -149,7 +148,7 @@ void for_rows(int rows, const Body& body) {
 }
 
 template <class Body>
-void for_rows(const Rows& rows, const Body& body) {
+void for_rows(const ScoredRows& rows, const Body& body) {
   if (rows.residual != nullptr) {
     for_rows<true>(rows.count(), body);
   } else {
@@ -157,4 +156,4 @@ void for_rows(const Rows& rows, const Body& body) {
   }
 }
 
-}  // namespace misa::cuda::fused
+}  // namespace misa::cuda::score

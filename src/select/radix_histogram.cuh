@@ -8,6 +8,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include "core/entry.hpp"
+#include "cuda/warp.cuh"
 
 namespace misa::cuda::select {
 
@@ -15,7 +16,7 @@ inline constexpr unsigned kWarp = 0xFFFFFFFFU;
 
 // The key of the wanted rank, if there is one, is one of `count` in [low, low + reach]; `above`
 // keys are larger.
-struct Bracket {
+struct Bucket {
   std::uint32_t low;
   std::uint32_t reach;
   std::uint32_t above;
@@ -23,19 +24,19 @@ struct Bracket {
 };
 
 template <int threads, int bits>
-struct Digits {
+struct RadixHistogram {
   static constexpr int kWarps = threads / 32;
-  static constexpr int kBins = 1 << bits;
-  static constexpr int kOwn = kBins / threads;  // bins of a thread
+  static constexpr int kBuckets = 1 << bits;
+  static constexpr int kOwn = kBuckets / threads;  // bins of a thread
   static_assert(kOwn % 4 == 0);
   using Scan = cub::BlockScan<std::uint32_t, threads, cub::BLOCK_SCAN_WARP_SCANS>;
 
   struct Shared {
-    alignas(16) std::uint32_t words[kBins];
+    alignas(16) std::uint32_t words[kBuckets];
     std::uint32_t smallest[kWarps];
     std::uint32_t largest[kWarps];
     std::uint32_t counts[kWarps];
-    Bracket bin;
+    Bucket bin;
     typename Scan::TempStorage scan;
   };
 
@@ -47,13 +48,13 @@ struct Digits {
     }
   }
 
-  // A bracket of all keys, from each thread's smallest (kWarp if it has none) and largest (0), and
+  // A bucket of all keys, from each thread's smallest (kWarp if it has none) and largest (0), and
   // how many it has.
-  static __device__ Bracket bracket_all(Shared& shared, std::uint32_t smallest,
-                                        std::uint32_t largest, std::uint32_t count) {
-    smallest = __reduce_min_sync(kWarp, smallest);
-    largest = __reduce_max_sync(kWarp, largest);
-    count = __reduce_add_sync(kWarp, count);
+  static __device__ Bucket bracket_all(Shared& shared, std::uint32_t smallest,
+                                       std::uint32_t largest, std::uint32_t count) {
+    smallest = __reduce_min_sync(kFullMask, smallest);
+    largest = __reduce_max_sync(kFullMask, largest);
+    count = __reduce_add_sync(kFullMask, count);
     if (threadIdx.x % 32 == 0) {
       shared.smallest[threadIdx.x / 32] = smallest;
       shared.largest[threadIdx.x / 32] = largest;
@@ -62,29 +63,29 @@ struct Digits {
     __syncthreads();
     const unsigned lane = threadIdx.x % 32;
     const unsigned warp = lane % kWarps;
-    smallest = __reduce_min_sync(kWarp, shared.smallest[warp]);
-    largest = __reduce_max_sync(kWarp, shared.largest[warp]);
-    count = __reduce_add_sync(kWarp, lane < kWarps ? shared.counts[lane] : 0);
+    smallest = __reduce_min_sync(kFullMask, shared.smallest[warp]);
+    largest = __reduce_max_sync(kFullMask, shared.largest[warp]);
+    count = __reduce_add_sync(kFullMask, lane < kWarps ? shared.counts[lane] : 0);
     return {smallest, largest - smallest, 0, count};
   }
 
-  // One digit more: the bin of a bracket that holds rank `wanted` (from 1, the largest first). If
-  // the bracket does not hold it, a bracket of no keys that has all of them above. A bin ends with
-  // its bracket: what lies behind is counted among those above already.
+  // One digit more: the bin of a bucket that holds rank `wanted` (from 1, the largest first). If
+  // the bucket does not hold it, a bucket of no keys that has all of them above. A bin ends with
+  // its bucket: what lies behind is counted among those above already.
   template <class Visit>
-  static __device__ Bracket narrow(Shared& shared, const Bracket& bracket, std::uint32_t wanted,
-                                   const Visit& visit) {
-    const int shift = max(0, 32 - __clz(static_cast<int>(bracket.reach)) - bits);
+  static __device__ Bucket narrow(Shared& shared, const Bucket& bucket, std::uint32_t wanted,
+                                  const Visit& visit) {
+    const int shift = max(0, 32 - __clz(static_cast<int>(bucket.reach)) - bits);
     visit([&](std::uint32_t key, bool valid) {
-      const std::uint32_t offset = key - bracket.low;
-      if (valid && offset <= bracket.reach) {
+      const std::uint32_t offset = key - bucket.low;
+      if (valid && offset <= bucket.reach) {
         atomicAdd(&shared.words[offset >> shift], 1U);
       }
     });
     __syncthreads();
 
     // Thread 0 has the highest bins. They are left zero for the next digit.
-    const std::uint32_t first = kBins - (threadIdx.x + 1) * kOwn;
+    const std::uint32_t first = kBuckets - (threadIdx.x + 1) * kOwn;
     std::uint32_t counts[kOwn];
     std::uint32_t sum = 0;
 #pragma unroll
@@ -100,21 +101,21 @@ struct Digits {
     std::uint32_t above = 0;
     std::uint32_t total = 0;
     Scan(shared.scan).ExclusiveSum(sum, above, total);
-    above += bracket.above;
-    total += bracket.above;
+    above += bucket.above;
+    total += bucket.above;
     if (above < wanted && wanted <= above + sum) {
 #pragma unroll
       for (int i = kOwn - 1; i >= 0; --i) {
         if (above < wanted && wanted <= above + counts[i]) {
           const std::uint32_t begin = (first + i) << shift;
-          shared.bin = {bracket.low + begin, min((1U << shift) - 1, bracket.reach - begin), above,
+          shared.bin = {bucket.low + begin, min((1U << shift) - 1, bucket.reach - begin), above,
                         counts[i]};
         }
         above += counts[i];
       }
     }
     if (threadIdx.x == 0 && total < wanted) {
-      shared.bin = {bracket.low, 0, total, 0};
+      shared.bin = {bucket.low, 0, total, 0};
     }
     __syncthreads();
     return shared.bin;

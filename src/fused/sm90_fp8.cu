@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores of a slab of queries against all keys that they see, gated on the spot: no score is
-// written unless it is above its query's bound.
+// written unless it is above its query's threshold.
 //
 // A block takes 4 x 128 rows of queries (routed heads and residual rows, gathered as they are
 // loaded; 4 x 256 where a query has 64) and a share of the tiles of keys (Deal).
@@ -9,11 +9,13 @@
 //     keys, and for candidates also the rows of queries.
 //  1. A thread has the copy engine bring the next tile of keys.
 //  2. A warpgroup multiplies 64 keys with 128 of its own rows: keys on M, rows on N. The tensor
-//     cores work for one group while the others weigh.
-//  3. The rows of a query stand in columns that one thread holds (Columns), so each thread clips,
+//     cores work for one group while the others weighted_relu_sum.
+//  3. The rows of a query stand in columns that one thread holds (ProductColumns), so each thread
+//  clips,
 //     weighs and sums the scores of its own queries in order of the heads, and no thread needs
 //     another's.
-//  4. A score above its query's bound goes to the thread's own queue in shared memory: no votes, no
+//  4. A score above its query's threshold goes to the thread's own queue in shared memory: no
+//  votes, no
 //     atomics on the way of the tensor cores.
 //  5. When queues fill up, entries go on into the lists of candidates in global memory, one a query
 //     and thread block, while a product is under way. Neighbouring tiles go to different blocks, so
@@ -35,10 +37,10 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/range.cuh"
-#include "fused/scores.cuh"
-#include "fused/sm90.hpp"
-#include "fused/sm90_config.cuh"
+#include "fused/sm90_fp8.hpp"
+#include "fused/sm90_fp8_config.cuh"
 #include "misa/error.hpp"
+#include "score/sm90_fp8_rows.cuh"
 
 namespace misa::cuda::fused {
 namespace {
@@ -62,12 +64,12 @@ struct TileOf {
 
 struct Arguments {
   Problem problem;
-  Rows rows;
+  score::ScoredRows rows;
   Deal deal;
   std::int64_t key_stride;  // key index of tile row r is r * key_stride
   std::int64_t key_rows;    // rows of the key tensor map
-  const float* scales;      // of all keys, a multiple of kTileKeys (scales_kernel)
-  const float* bounds;      // [T]
+  const float* scales;      // of all keys, a multiple of kTileKeys (score::launch_scales)
+  const float* thresholds;  // [T]
   Candidates candidates;
   float* scores;  // [T, key_rows]
 };
@@ -149,7 +151,7 @@ template <int rows, bool residual, Sink sink>
 __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
                             Shared<rows>& shared, int group, const Piece& piece, Tiles tiles,
                             std::int32_t last_tile, std::uint32_t& pass) {
-  using Own = Columns<rows>;
+  using Own = ProductColumns<rows>;
   using Tile = TileOf<sink>;
   const int thread = threadIdx.x % kGroupThreads;
   const int lane = thread % 32;
@@ -179,17 +181,17 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
   if constexpr (sink == Sink::samples) {
     begin_kernel();  // so far nothing was read that routing or launch_scales write
   }
-  load_rows<rows, residual, Own::kCount>(
+  score::load_rows<rows, residual, Own::kCount>(
       arguments.problem, arguments.rows, thread, kGroupThreads,
       [&](int query) { return first + query < tokens ? first + query : std::int64_t{-1}; },
       shared.rows_of[group], shared.weights[group]);
-  float bounds[Own::kOwn];
+  float thresholds[Own::kOwn];
   if constexpr (sink == Sink::candidates) {
-    begin_kernel();  // so far nothing was read that the bounds' kernel writes
+    begin_kernel();  // so far nothing was read that the thresholds' kernel writes
 #pragma unroll
     for (int g = 0; g < Own::kOwn; ++g) {
       const std::int64_t t = first + 4 * g + lane % 4;
-      bounds[g] = t < tokens ? arguments.bounds[t] : std::numeric_limits<float>::infinity();
+      thresholds[g] = t < tokens ? arguments.thresholds[t] : std::numeric_limits<float>::infinity();
     }
   }
   ptx::fence_proxy_async(ptx::space_shared);
@@ -197,7 +199,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
 
   const std::uint64_t row_tile = swizzled_tile(shared.rows_of[group]);
   const std::uint64_t key_tiles = swizzled_tile(shared.keys);
-  const SharedWeights weights(shared.weights[group][0], lane);
+  const score::SharedWeights weights(shared.weights[group][0], lane);
   // The weights of a thread's columns: in registers, where they are those of one product and there
   // are many products.
   constexpr bool kOwnWeights = sink == Sink::candidates && Own::kProducts == 1;
@@ -273,12 +275,12 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       // While the tensor cores work:
       if constexpr (kProduct == 0) {
         if constexpr (sink == Sink::candidates) {
-          while (__any_sync(kWarp, queue.holds_more_than(queue_spare(rows)))) {
+          while (__any_sync(kFullMask, queue.holds_more_than(queue_spare(rows)))) {
             queue.pop(arguments.candidates, lists);
           }
         }
         const std::uint32_t signs = __float_as_uint(own_scales[0]) | __float_as_uint(own_scales[1]);
-        plain = !__any_sync(kWarp, static_cast<std::int32_t>(masked | signs) < 0);
+        plain = !__any_sync(kFullMask, static_cast<std::int32_t>(masked | signs) < 0);
       }
       wgmma_wait<0>();
       wgmma_pin(sums);
@@ -295,7 +297,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
             arguments.scores[t * arguments.key_rows + key] = score;
           }
         } else {
-          if (score > bounds[g]) {
+          if (score > thresholds[g]) {
             queue.push(score, static_cast<std::uint32_t>(key) +
                                   (static_cast<std::uint32_t>(g) << kKeyBits));
           }
@@ -317,11 +319,11 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
       };
       constexpr int kFirst = kProduct * kProductLocals;
       if (plain) {
-        weigh<rows, residual, kFirst, true, kProductLocals>(sums, weights_from, own_scales, partial,
-                                                            emit);
+        score::weighted_relu_sum<rows, residual, kFirst, true, kProductLocals>(
+            sums, weights_from, own_scales, partial, emit);
       } else {
-        weigh<rows, residual, kFirst, false, kProductLocals>(sums, weights_from, own_scales,
-                                                             partial, emit_seen);
+        score::weighted_relu_sum<rows, residual, kFirst, false, kProductLocals>(
+            sums, weights_from, own_scales, partial, emit_seen);
       }
       if constexpr (kProduct == Own::kProducts - 1) {
         if constexpr (kKeys + 2 < Tile::kParts) {
@@ -334,7 +336,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
     take_each(std::make_integer_sequence<int, Tile::kParts * Own::kProducts>{}, take);
   }
   if constexpr (sink == Sink::candidates) {
-    while (__any_sync(kWarp, !queue.empty())) {
+    while (__any_sync(kFullMask, !queue.empty())) {
       queue.pop(arguments.candidates, lists);
     }
     barrier_sync(1 + group, kGroupThreads);
@@ -353,7 +355,7 @@ __device__ void score_group(const CUtensorMap& map, const Arguments& arguments,
 template <int rows, bool residual, Sink sink>
 __device__ void score_piece(const CUtensorMap& map, const Arguments& arguments,
                             Shared<rows>& shared, const Piece& piece, std::uint32_t& pass) {
-  using Own = Columns<rows>;
+  using Own = ProductColumns<rows>;
   using Tile = TileOf<sink>;
   if (threadIdx.x == 0) {
     shared.first = std::numeric_limits<std::int32_t>::max();
@@ -396,7 +398,7 @@ __device__ void score_piece(const CUtensorMap& map, const Arguments& arguments,
   }
 
   // The same for a whole warp, and the compiler is to know it.
-  const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+  const int group = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   score_group<rows, residual, sink>(map, arguments, shared, group, piece,
                                     {arguments.deal, piece, first_tile}, last_tile, pass);
 }
@@ -407,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                  const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<rows>*>(memory);
-  constexpr int kQueries = Columns<rows>::kBlockQueries;
+  constexpr int kQueries = ProductColumns<rows>::kBlockQueries;
   const Deal& deal = arguments.deal;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -439,13 +441,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     part += parts;
     __syncthreads();
   }
-}
-
-__global__ void __launch_bounds__(kScaleThreads) scales_kernel(const Keys keys, float* scales) {
-  begin_kernel();
-  const std::int64_t key = std::int64_t{blockIdx.x} * kScaleThreads + threadIdx.x;
-  const float scale = key < keys.tokens ? __ldg(keys.scale + key) : kNaN;
-  scales[key] = isfinite(scale) ? scale : kNaN;
 }
 
 CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride, int tile) {
@@ -484,10 +479,11 @@ void launch(const Arguments& arguments, void* stream) {
       arguments.key_rows > 0
           ? key_map(k, arguments.key_rows, k.stride * arguments.key_stride, TileOf<sink>::kKeys)
           : CUtensorMap{};
-  for_rows(arguments.rows, [&]<int rows, bool residual>() {
+  score::for_rows(arguments.rows, [&]<int rows, bool residual>() {
     const auto kernel = score_kernel<rows, residual, sink>;
-    const std::int64_t blocks = (arguments.problem.q.tokens + Columns<rows>::kBlockQueries - 1) /
-                                Columns<rows>::kBlockQueries;
+    const std::int64_t blocks =
+        (arguments.problem.q.tokens + ProductColumns<rows>::kBlockQueries - 1) /
+        ProductColumns<rows>::kBlockQueries;
     const Deal& deal = arguments.deal;
     launch_kernel("fused scores", kernel,
                   dim3(static_cast<unsigned>((blocks * deal.parts + deal.share - 1) / deal.share)),
@@ -497,15 +493,7 @@ void launch(const Arguments& arguments, void* stream) {
 
 }  // namespace
 
-void launch_scales(const Keys& keys, float* scales, void* stream) {
-  if (keys.tokens == 0) {
-    return;
-  }
-  const auto blocks = static_cast<unsigned>(fused::scales(keys.tokens) / kScaleThreads);
-  launch_kernel("scales", scales_kernel, dim3(blocks), kScaleThreads, 0, stream, keys, scales);
-}
-
-void launch_samples(const Problem& problem, const Rows& rows, const Layout& layout,
+void launch_samples(const Problem& problem, const score::ScoredRows& rows, const Layout& layout,
                     const float* scales, float* scores, void* stream) {
   launch<Sink::samples>({problem,
                          rows,
@@ -519,11 +507,11 @@ void launch_samples(const Problem& problem, const Rows& rows, const Layout& layo
                         stream);
 }
 
-void launch_candidates(const Problem& problem, const Rows& rows, const Layout& layout,
-                       const float* scales, const float* bounds, const Candidates& out,
+void launch_candidates(const Problem& problem, const score::ScoredRows& rows, const Layout& layout,
+                       const float* scales, const float* thresholds, const Candidates& out,
                        void* stream) {
   launch<Sink::candidates>(
-      {problem, rows, layout.all, 1, problem.k.tokens, scales, bounds, out, nullptr}, stream);
+      {problem, rows, layout.all, 1, problem.k.tokens, scales, thresholds, out, nullptr}, stream);
 }
 
 }  // namespace misa::cuda::fused

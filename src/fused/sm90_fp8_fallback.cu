@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The exact top k of queries whose bound let through too few scores, or more than their lists hold.
-// Such a query depends on no bound: all its scores are written and selected from.
+// The exact top k of queries whose threshold let through too few scores, or more than their lists
+// hold. Such a query depends on no threshold: all its scores are written and selected from.
 //
 //  1. Four queries of the list make a group, one for each lane of a quad. Where there are fewer
 //     groups than blocks, a group's keys are cut into parts, a block each.
 //  2. A block's warpgroups share the keys of its part that some of the four see, in tiles of 64,
 //     and multiply each with the rows of all four.
-//  3. Scores, with the bits that the fused kernel gives them (scores.cuh), go to the group's room
+//  3. Scores, with the bits that the fused kernel gives them (score/sm90_fp8_rows.cuh), go to the
+//  group's room
 //     in global memory.
 //  4. The block that finishes a group's last part selects from each of the four rows
 //     (select/row.cuh).
 //
-// Blocks find no work and end where nothing was missed, which is the rule.
+// Blocks find no work and end where nothing was fallback, which is the rule.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -22,10 +23,10 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/range.cuh"
-#include "fused/scores.cuh"
-#include "fused/sm90.hpp"
-#include "fused/sm90_config.cuh"
+#include "fused/sm90_fp8.hpp"
+#include "fused/sm90_fp8_config.cuh"
 #include "misa/error.hpp"
+#include "score/sm90_fp8_rows.cuh"
 #include "select/row.cuh"
 
 namespace misa::cuda::fused {
@@ -33,19 +34,19 @@ namespace {
 
 namespace ptx = ::cuda::ptx;
 
-static_assert(kMissedThreads == select::kThreads);
+static_assert(kFallbackThreads == select::kThreads);
 
 struct Arguments {
   Problem problem;
-  Rows rows;
+  score::ScoredRows rows;
   const float* scales;  // of all keys
-  select::Misses missed;
+  select::FallbackRows fallback;
   TopK out;
   select::RowPlan plan;
   float* room;  // [rooms, queries, stride] scores
   std::int64_t stride;
   std::int64_t rooms;  // at least as many as blocks
-  int queries;         // of a group: 1 to kMissedQueries
+  int queries;         // of a group: 1 to kFallbackQueries
 };
 
 // Step 2's A operand: 64 keys from `first` on, by the threads of a group; zero beyond the last key.
@@ -64,18 +65,19 @@ __device__ void load_keys(const Keys& keys, std::int64_t first, int thread, std:
 
 // Steps 2 and 3 of one warpgroup.
 template <int rows, bool residual>
-__device__ void score_tiles(const Arguments& arguments, MissedShared& shared, std::int64_t part,
+__device__ void score_tiles(const Arguments& arguments, FallbackShared& shared, std::int64_t part,
                             std::int64_t parts, float* scores) {
-  constexpr int kMissedColumns = std::min(kMissedQueries * rows, kProductColumns);  // of a product
-  constexpr int kProducts = kMissedQueries * rows / kMissedColumns;
-  constexpr int kLocals = kMissedColumns / 4;
+  constexpr int kFallbackColumns =
+      std::min(kFallbackQueries * rows, kProductColumns);  // of a product
+  constexpr int kProducts = kFallbackQueries * rows / kFallbackColumns;
+  constexpr int kLocals = kFallbackColumns / 4;
   const Keys& keys = arguments.problem.k;
-  const int group = __shfl_sync(kWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+  const int group = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   const int thread = threadIdx.x % kGroupThreads;
   const int lane = thread % 32;
   std::int32_t first = std::numeric_limits<std::int32_t>::max();
   std::int32_t last = 0;
-  for (int i = 0; i < kMissedQueries; ++i) {
+  for (int i = 0; i < kFallbackQueries; ++i) {
     if (shared.lengths[i] > 0) {
       first = min(first, shared.starts[i]);
       last = max(last, shared.starts[i] + shared.lengths[i]);
@@ -86,8 +88,8 @@ __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, st
   float* const own = scores + lane % 4 * arguments.stride;
   const std::uint64_t key_tile = swizzled_tile(shared.keys[group]);
   const std::uint64_t row_tile = swizzled_tile(shared.rows);
-  for (std::int64_t tiles = first / kProductKeys + part * kMissedGroups;
-       tiles * kProductKeys < last; tiles += parts * kMissedGroups) {
+  for (std::int64_t tiles = first / kProductKeys + part * kFallbackGroups;
+       tiles * kProductKeys < last; tiles += parts * kFallbackGroups) {
     const std::int64_t tile = tiles + group;  // perhaps behind the last one
     load_keys(keys, tile * kProductKeys, thread, shared.keys[group]);
     ptx::fence_proxy_async(ptx::space_shared);
@@ -106,19 +108,19 @@ __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, st
     };
     float partial[2];
     const auto take = [&]<int product>(std::integral_constant<int, product>) {
-      constexpr int kFirst = product * kMissedColumns;
-      float sums[kMissedColumns / 2];
+      constexpr int kFirst = product * kFallbackColumns;
+      float sums[kFallbackColumns / 2];
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDim / 32; ++k) {
-        wgmma_e4m3<kMissedColumns>(sums, key_tile + 2 * k, row_tile + kFirst * kDim / 16 + 2 * k,
-                                   k > 0);
+        wgmma_e4m3<kFallbackColumns>(sums, key_tile + 2 * k, row_tile + kFirst * kDim / 16 + 2 * k,
+                                     k > 0);
       }
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_pin(sums);
-      weigh<rows, residual, product * kLocals, false, kLocals>(
-          sums, SharedWeights(shared.weights[product], lane), scales, partial, write);
+      score::weighted_relu_sum<rows, residual, product * kLocals, false, kLocals>(
+          sums, score::SharedWeights(shared.weights[product], lane), scales, partial, write);
     };
     take(std::integral_constant<int, 0>{});
     if constexpr (kProducts == 2) {
@@ -129,13 +131,13 @@ __device__ void score_tiles(const Arguments& arguments, MissedShared& shared, st
 }
 
 template <int rows, bool residual>
-__global__ void __launch_bounds__(kMissedThreads, 1)
-    missed_kernel(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(kFallbackThreads, 1)
+    fallback_kernel(const __grid_constant__ Arguments arguments) {
   begin_kernel();
   extern __shared__ __align__(1024) std::byte memory[];
-  MissedShared& shared = *reinterpret_cast<MissedShared*>(memory);
+  FallbackShared& shared = *reinterpret_cast<FallbackShared*>(memory);
   __shared__ bool last_part;
-  const auto count = static_cast<std::int64_t>(*arguments.missed.count);
+  const auto count = static_cast<std::int64_t>(*arguments.fallback.count);
   const std::int64_t groups = (count + arguments.queries - 1) / arguments.queries;
   // A group's parts need a room of its own; where there is not one for each, blocks have one each.
   const bool own_rooms = groups <= arguments.rooms;
@@ -145,18 +147,18 @@ __global__ void __launch_bounds__(kMissedThreads, 1)
     const std::int64_t group = item / parts;
     float* const scores = arguments.room + (own_rooms ? group : std::int64_t{blockIdx.x}) *
                                                arguments.queries * arguments.stride;
-    if (threadIdx.x < kMissedQueries) {  // step 1
+    if (threadIdx.x < kFallbackQueries) {  // step 1
       const std::int64_t i = group * arguments.queries + threadIdx.x;
       const bool taken = static_cast<int>(threadIdx.x) < arguments.queries && i < count;
-      const std::int64_t t = taken ? arguments.missed.rows[i] : -1;
+      const std::int64_t t = taken ? arguments.fallback.rows[i] : -1;
       const Range range = taken ? visible(arguments.problem.k, t) : Range{0, 0};
       shared.queries[threadIdx.x] = t;
       shared.starts[threadIdx.x] = range.start;
       shared.lengths[threadIdx.x] = range.length;
     }
     __syncthreads();
-    load_rows<rows, residual, kMissedQueries * rows>(
-        arguments.problem, arguments.rows, threadIdx.x, kMissedThreads,
+    score::load_rows<rows, residual, kFallbackQueries * rows>(
+        arguments.problem, arguments.rows, threadIdx.x, kFallbackThreads,
         [&](int query) { return shared.queries[query]; }, shared.rows, shared.weights);
     ptx::fence_proxy_async(ptx::space_shared);
     __syncthreads();
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kMissedThreads, 1)
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
-        last_part = atomicAdd(&arguments.missed.parts[group], 1U) == parts - 1;
+        last_part = atomicAdd(&arguments.fallback.parts[group], 1U) == parts - 1;
       }
       __syncthreads();
       if (!last_part) {
@@ -174,14 +176,14 @@ __global__ void __launch_bounds__(kMissedThreads, 1)
       __threadfence();
     }
     // Selection takes the same shared memory.
-    std::int64_t queries[kMissedQueries];
-    std::int32_t lengths[kMissedQueries];
-    for (int i = 0; i < kMissedQueries; ++i) {
+    std::int64_t queries[kFallbackQueries];
+    std::int32_t lengths[kFallbackQueries];
+    for (int i = 0; i < kFallbackQueries; ++i) {
       queries[i] = shared.queries[i];
       lengths[i] = shared.lengths[i];
     }
     __syncthreads();
-    for (int i = 0; i < kMissedQueries; ++i) {
+    for (int i = 0; i < kFallbackQueries; ++i) {
       if (queries[i] >= 0) {
         select::select_row(memory, arguments.plan, scores + i * arguments.stride,
                            static_cast<std::uint32_t>(lengths[i]),
@@ -194,22 +196,22 @@ __global__ void __launch_bounds__(kMissedThreads, 1)
 
 }  // namespace
 
-void launch_missed(const Problem& problem, const Rows& rows, const float* scales,
-                   const select::Misses& missed, int top_k, const TopK& out,
-                   std::span<float> scores, int processors, void* stream) {
+void launch_fallback(const Problem& problem, const score::ScoredRows& rows, const float* scales,
+                     const select::FallbackRows& fallback, int top_k, const TopK& out,
+                     std::span<float> scores, int num_sms, void* stream) {
   const std::int64_t stride = std::max(problem.k.max_keys, 1);
   const std::int64_t room = static_cast<std::int64_t>(scores.size()) / stride;
   if (room < 1) {
-    throw Error(ErrorCode::internal, "missed queries: no room for one query's scores");
+    throw Error(ErrorCode::internal, "fallback queries: no room for one query's scores");
   }
-  const auto queries = static_cast<int>(std::min<std::int64_t>(room, kMissedQueries));
-  const std::int64_t blocks = std::min<std::int64_t>(room / queries, processors);
+  const auto queries = static_cast<int>(std::min<std::int64_t>(room, kFallbackQueries));
+  const std::int64_t blocks = std::min<std::int64_t>(room / queries, num_sms);
   const select::RowPlan plan = select::plan_row(top_k, shared_limit());
-  for_rows(rows, [&]<int padded, bool residual>() {
-    launch_kernel("missed queries", missed_kernel<padded, residual>,
-                  dim3(static_cast<unsigned>(blocks)), kMissedThreads,
-                  std::max(sizeof(MissedShared), plan.bytes()), stream,
-                  Arguments{problem, rows, scales, missed, out, plan, scores.data(), stride,
+  score::for_rows(rows, [&]<int padded, bool residual>() {
+    launch_kernel("fallback queries", fallback_kernel<padded, residual>,
+                  dim3(static_cast<unsigned>(blocks)), kFallbackThreads,
+                  std::max(sizeof(FallbackShared), plan.bytes()), stream,
+                  Arguments{problem, rows, scales, fallback, out, plan, scores.data(), stride,
                             room / queries, queries});
   });
 }

@@ -9,7 +9,8 @@
 //     in which a thread finds the positions of its eight keys beside each other.
 //  3. Two products of 64 keys and 64 rows leave 16 dot products of each of two keys in a thread.
 //     The second is under way while the first is added up.
-//  4. Each lane of a quad clips and sums its 16, a group (scores.cuh); two of the lanes add up the
+//  4. Each lane of a quad clips and sums its 16, a group (score/sm90_fp8_rows.cuh); two of the
+//  lanes add up the
 //     groups of a key each, and the residual row.
 #include <cuda_runtime.h>
 
@@ -20,17 +21,17 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/range.cuh"
-#include "fused/listed.hpp"
-#include "fused/scores.cuh"
-#include "fused/sm90_config.cuh"
+#include "score/sm90_fp8.hpp"
+#include "score/sm90_fp8_config.cuh"
+#include "score/sm90_fp8_rows.cuh"
 
-namespace misa::cuda::fused {
+namespace misa::cuda::score {
 namespace {
 
 namespace ptx = ::cuda::ptx;
 
-constexpr int kProducts = 2;
-constexpr int kTile = kProducts * kProductKeys;
+constexpr int kProducts = kGatheredProducts;
+constexpr int kTile = kGatheredTile;
 constexpr int kQuad = 4;
 constexpr int kOwnRows = kMaxRows / kQuad;
 static_assert(kOwnRows == kGroupRows, "a lane has a group");
@@ -43,24 +44,10 @@ constexpr int kAtOnce = 32 / kChunks;
 constexpr int kCopied = 32 / kAtOnce;
 static_assert(kTile == kGroupThreads, "a thread copies a scale");
 
-// A tile that is scored, and the next one. Four blocks are what registers have room for: while one
-// waits for its tile, others add.
-constexpr int kListedStages = 2;
-constexpr int kListedBlocks = 4;
-
-struct ListedShared {
-  alignas(1024) std::uint8_t keys[kListedStages][kTile * kDim];
-  alignas(1024) std::uint8_t rows[kMaxRows * kDim];
-  float scales[kListedStages][kTile];
-  std::uint32_t positions[kListedStages][kTile];
-  float weights[kMaxRows];
-};
-static_assert(kListedBlocks * (sizeof(ListedShared) + 1024) <= 227 * 1024);
-
 struct Arguments {
   Problem problem;
-  Rows rows;
-  cuda::Columns columns;
+  ScoredRows rows;
+  Columns columns;
   const std::int32_t* lengths;
   std::int32_t unscored;
   const float* scales;
@@ -68,9 +55,9 @@ struct Arguments {
 };
 
 // Step 1.
-__device__ void load_query(const Arguments& arguments, std::int64_t t, ListedShared& shared) {
+__device__ void load_query(const Arguments& arguments, std::int64_t t, GatheredShared& shared) {
   const auto& [q, w, k] = arguments.problem;
-  const Rows& rows = arguments.rows;
+  const ScoredRows& rows = arguments.rows;
   const int column = static_cast<int>(threadIdx.x) / 2;
   const int first_chunk = static_cast<int>(threadIdx.x) % 2 * (kChunks / 2);
   const int slot = column % 8 / 2 * kOwnRows + column / 8 * 2 + column % 2;
@@ -131,7 +118,7 @@ class Gather {
     if constexpr (!blocks) {
 #pragma unroll
       for (unsigned i = 0; i < kCopied; ++i) {
-        positions_[i] = __shfl_sync(kWarp, own_, i * kAtOnce + threadIdx.x % 32 / kChunks);
+        positions_[i] = __shfl_sync(kFullMask, own_, i * kAtOnce + threadIdx.x % 32 / kChunks);
       }
     }
     // Opaque, so that an address is one multiply-add.
@@ -214,7 +201,7 @@ static_assert(kCopied == 8, "two vectors");
 
 // Steps 2 to 4. `plain`: takes every scale for positive; says whether one of them was not.
 template <bool residual, bool blocks, bool plain>
-__device__ bool score_query(const Arguments& arguments, std::int64_t t, ListedShared& shared) {
+__device__ bool score_query(const Arguments& arguments, std::int64_t t, GatheredShared& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   auto tile = static_cast<std::int32_t>(blockIdx.y);
   const auto step = static_cast<std::int32_t>(gridDim.y);
@@ -292,14 +279,14 @@ __device__ bool score_query(const Arguments& arguments, std::int64_t t, ListedSh
       const bool odd = lane % 2 != 0;
       const float own = odd ? groups[1] : groups[0];
       const float other = odd ? groups[0] : groups[1];
-      const float neighbour = __shfl_xor_sync(kWarp, other, 1);
-      const float across = __shfl_xor_sync(kWarp, own, 2);
-      const float opposite = __shfl_xor_sync(kWarp, other, 3);
+      const float neighbour = __shfl_xor_sync(kFullMask, other, 1);
+      const float across = __shfl_xor_sync(kFullMask, own, 2);
+      const float opposite = __shfl_xor_sync(kFullMask, other, 3);
       float total = __fadd_rn(own, neighbour);
       total = __fadd_rn(__fadd_rn(total, odd ? opposite : across), odd ? across : opposite);
       if constexpr (residual) {
-        const float first = __shfl_sync(kWarp, linear[0], kQuad - 1, kQuad);
-        const float second = __shfl_sync(kWarp, linear[1], kQuad - 1, kQuad);
+        const float first = __shfl_sync(kFullMask, linear[0], kQuad - 1, kQuad);
+        const float second = __shfl_sync(kFullMask, linear[1], kQuad - 1, kQuad);
         total = __fmaf_rn(linear_weight, odd ? second : first, total);
       }
       const std::int32_t column = tile * kTile + key + (odd ? 8 : 0);
@@ -320,10 +307,10 @@ __device__ bool score_query(const Arguments& arguments, std::int64_t t, ListedSh
 }
 
 template <bool residual, bool blocks>
-__global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
-    listed_kernel(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(kGroupThreads, kGatheredBlocks)
+    gathered_kernel(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  ListedShared& shared = *reinterpret_cast<ListedShared*>(memory);
+  GatheredShared& shared = *reinterpret_cast<GatheredShared*>(memory);
   const std::int64_t t = blockIdx.x;
   load_query(arguments, t, shared);  // what the kernel just before this one does not write
   begin_kernel();
@@ -335,17 +322,17 @@ __global__ void __launch_bounds__(kGroupThreads, kListedBlocks)
 
 }  // namespace
 
-void launch_listed(const Problem& problem, const Rows& rows, const cuda::Columns& columns,
-                   const std::int32_t* lengths, std::int32_t unscored, const float* scales,
-                   const Scores& scores, int processors, void* stream) {
+void launch_gathered(const Problem& problem, const ScoredRows& rows, const Columns& columns,
+                     const std::int32_t* lengths, std::int32_t unscored, const float* scales,
+                     const Scores& scores, int num_sms, void* stream) {
   const std::int64_t queries = problem.q.tokens;
   const std::int64_t tiles = (scores.columns + kTile - 1) / kTile;
   const std::int64_t shares = std::clamp<std::int64_t>(
-      std::int64_t{kListedBlocks} * processors / queries, 1, std::max<std::int64_t>(tiles, 1));
+      std::int64_t{kGatheredBlocks} * num_sms / queries, 1, std::max<std::int64_t>(tiles, 1));
   const auto launch = [&]<bool residual, bool blocks>() {
-    launch_kernel("listed scores", listed_kernel<residual, blocks>,
+    launch_kernel("listed scores", gathered_kernel<residual, blocks>,
                   dim3(static_cast<unsigned>(queries), static_cast<unsigned>(shares)),
-                  kGroupThreads, sizeof(ListedShared), stream,
+                  kGroupThreads, sizeof(GatheredShared), stream,
                   Arguments{problem, rows, columns, lengths, unscored, scales, scores});
   };
   if (rows.residual != nullptr) {
@@ -357,4 +344,4 @@ void launch_listed(const Problem& problem, const Rows& rows, const cuda::Columns
   }
 }
 
-}  // namespace misa::cuda::fused
+}  // namespace misa::cuda::score

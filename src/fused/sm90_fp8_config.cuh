@@ -7,20 +7,22 @@
 
 #include "cuda/problem.hpp"
 #include "fused/layout.hpp"
+#include "score/sm90_fp8.hpp"
+#include "score/sm90_fp8_config.cuh"
 
 namespace misa::cuda::fused {
 
-inline constexpr int kDim = 128;             // D, so that a row is the 128 bytes of one swizzle
-inline constexpr int kProductKeys = 64;      // keys of a product: wgmma's M
-inline constexpr int kProductColumns = 128;  // rows of queries of a product: wgmma's N
-inline constexpr int kProductLocals = kProductColumns / 4;  // of them a thread's
+using score::kGroupThreads;
+using score::kProductColumns;
+using score::kProductKeys;
+using score::kProductLocals;
+using score::kProductWeights;
 
 // Four warpgroups score, each for its own queries and one product at a time: while a group weighs,
 // the products of others keep the tensor cores busy (docs/kernels/fused.md). 16 warps may have 128
 // registers a thread: 64 sums, and the weights of 32 columns. A 17th warp to feed the others would
 // cost them 32, so a thread of the first group does it.
 inline constexpr int kGroups = 4;
-inline constexpr int kGroupThreads = 128;
 inline constexpr int kThreads = kGroups * kGroupThreads;
 
 // A tile: keys that are fetched and awaited together. What a tile costs besides its products is
@@ -34,11 +36,10 @@ inline constexpr int kSampleTileKeys = 128;
 inline constexpr int kStages = 2;
 
 // Whether a thread block may have parts of several blocks of queries (Deal). Registers do not do
-// with 4 rows, which have the most bounds, and with 64, whose products are two.
+// with 4 rows, which have the most thresholds, and with 64, whose products are two.
 constexpr bool takes_pieces(int rows) { return rows > 4 && rows < 64; }
 
-// A thread a scale, of which there are whole tiles (fused::scales).
-inline constexpr int kScaleThreads = kTileKeys;
+static_assert(kTileKeys == score::kScaleTile, "there are scales for whole tiles");
 
 // A queued entry's key has its index in its lower bits and the number of the thread's query, at
 // most 15, above.
@@ -51,14 +52,15 @@ inline constexpr std::int64_t kMaxKeys = std::int64_t{1} << kKeyBits;
 constexpr int queue_spare(int rows) { return rows < 64 ? 7 : 4; }
 inline constexpr std::uint32_t kQueueStep = kThreads * sizeof(Candidate);  // to the next entry
 
-// Columns of a group whose queries have this many rows: a query stands in each lane of a quad.
+// ProductColumns of a group whose queries have this many rows: a query stands in each lane of a
+// quad.
 constexpr int group_columns(int rows) { return rows < 32 ? kProductColumns : 4 * rows; }
 
 // Which row stands in a column of a product: thread `lane` of a quad holds the columns
 // 8 j + 2 lane + e of a key, local number 2 j + e. Local numbers are the rows of one query, then of
 // the next, so that a thread has all rows of a query and sums them alone.
 template <int rows>
-struct Columns {
+struct ProductColumns {
   static constexpr int kCount = group_columns(rows);
   static constexpr int kProducts = kCount / kProductColumns;  // for all of a key's columns
   static constexpr int kQueries = kCount / rows;              // of a group
@@ -66,11 +68,6 @@ struct Columns {
   static constexpr int kBlockQueries = kGroups * kQueries;
   static_assert(kCount % kProductColumns == 0 && kCount % (4 * rows) == 0);
 };
-
-// The weights of a product's columns, as threads read them: a quad's lane has its own together, and
-// lanes start four banks apart.
-inline constexpr int kLaneWeights = kProductLocals + 4;
-inline constexpr int kProductWeights = 4 * kLaneWeights;
 
 // Tiles from the first one to before the last.
 struct alignas(8) TileRange {
@@ -80,7 +77,7 @@ struct alignas(8) TileRange {
 
 template <int rows>
 struct Shared {
-  using Own = Columns<rows>;
+  using Own = ProductColumns<rows>;
 
   alignas(1024) std::uint8_t keys[kStages][kTileKeys * kDim];
   alignas(1024) std::uint8_t rows_of[kGroups][Own::kCount * kDim];
@@ -97,21 +94,21 @@ struct Shared {
 };
 static_assert(sizeof(Shared<4>) <= 227 * 1024 && sizeof(Shared<64>) <= 227 * 1024);
 
-// --- Queries that the bound misled (sm90_missed.cu) ---
+// --- Queries that the threshold misled (sm90_fp8_fallback.cu) ---
 
 // A block takes four at once, one for each lane of a quad; each of its warpgroups scores tiles of
 // its own.
-inline constexpr int kMissedQueries = 4;
-inline constexpr int kMissedThreads = 512;  // as many as select a row (select/row.cuh)
-inline constexpr int kMissedGroups = kMissedThreads / kGroupThreads;
+inline constexpr int kFallbackQueries = 4;
+inline constexpr int kFallbackThreads = 512;  // as many as select a row (select/row.cuh)
+inline constexpr int kFallbackGroups = kFallbackThreads / kGroupThreads;
 
-struct MissedShared {
-  alignas(1024) std::uint8_t keys[kMissedGroups][kProductKeys * kDim];
-  alignas(1024) std::uint8_t rows[kMissedQueries * kMaxRows * kDim];
-  alignas(16) float weights[kMissedQueries * kMaxRows / kProductColumns][kProductWeights];
-  std::int64_t queries[kMissedQueries];  // -1: none
-  std::int32_t starts[kMissedQueries];
-  std::int32_t lengths[kMissedQueries];
+struct FallbackShared {
+  alignas(1024) std::uint8_t keys[kFallbackGroups][kProductKeys * kDim];
+  alignas(1024) std::uint8_t rows[kFallbackQueries * kMaxRows * kDim];
+  alignas(16) float weights[kFallbackQueries * kMaxRows / kProductColumns][kProductWeights];
+  std::int64_t queries[kFallbackQueries];  // -1: none
+  std::int32_t starts[kFallbackQueries];
+  std::int32_t lengths[kFallbackQueries];
 };
 
 }  // namespace misa::cuda::fused
