@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#include "metrics.hpp"
+#include "core/key_format.hpp"
+#include "core/recipe.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa::bench {
@@ -24,8 +25,8 @@ inline Work score_work(std::int64_t queries, std::int64_t keys, std::int64_t row
   const auto h = static_cast<double>(rows);
   const auto d = static_cast<double>(dim);
   const auto element = static_cast<double>(size_of(dtype));
-  const double scale = dtype == DType::e4m3 ? 4 : 0;
-  return {t * l * h * (2 * d + 3), t * h * (d * element + 4) + l * (d * element + scale)};
+  const auto key = static_cast<double>(format_of(dtype).key_bytes(dim));
+  return {t * l * h * (2 * d + 3), t * h * (d * element + 4) + l * key};
 }
 
 // Selection alone: each score read once, the indices written once.
@@ -33,11 +34,11 @@ inline Work select_work(std::int64_t queries, std::int64_t keys, std::int64_t to
   return {0, 4 * static_cast<double>(queries) * static_cast<double>(keys + top_k)};
 }
 
-// A whole step: what cli::work_of counts, over the queries of a causal tail.
+// A whole step: what cost_of counts, over the queries of a causal tail.
 inline Work step_work(const IndexerConfig& config, const Shape& shape) {
   Work work{0, 0};
   for (std::int64_t t = 0; t < shape.tokens; ++t) {
-    const cli::Work row = cli::work_of(config, shape, shape.max_keys - shape.tokens + t + 1);
+    const Cost row = cost_of(config, shape, shape.max_keys - shape.tokens + t + 1);
     work.flops += row.dots * (2 * static_cast<double>(shape.dim) + 3);
     work.bytes += row.bytes;
   }

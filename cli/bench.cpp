@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "commands.hpp"
+#include "core/recipe.hpp"
 #include "cpu/kernels.hpp"
 #include "indexers/backend.hpp"
 #include "metrics.hpp"
@@ -127,7 +128,7 @@ struct Result {
   Variant variant;
   Timing first_stage;  // routing, scoring and the selection of what is kept for the next stage
   Timing step;
-  Work work;  // a query
+  Cost cost;  // a query
 };
 
 Result measure_variant(const Context& context, const Variant& variant, const StepInputs& inputs,
@@ -135,7 +136,7 @@ Result measure_variant(const Context& context, const Variant& variant, const Ste
   Result result{variant,
                 {},
                 time_step(context, variant.config, inputs, runs).step,
-                mean_work(variant.config, inputs)};
+                mean_cost(variant.config, inputs)};
   result.first_stage = variant.config.candidates > 0
                            ? time_step(context, first_stage(variant.config), inputs, runs).step
                            : result.step;
@@ -182,7 +183,7 @@ std::optional<Timing> time_selection(const Context& context, const Options& opti
 }
 
 double giga_flops(const Result& result, const Options& options) {
-  const double products = result.work.dots * static_cast<double>(options.queries * options.dim);
+  const double products = result.cost.dots * static_cast<double>(options.queries * options.dim);
   return 2e-9 * products / result.step.median;
 }
 
@@ -199,7 +200,7 @@ nlohmann::ordered_json to_json(const std::vector<Result>& results,
                         {"label", result.variant.label},
                         {"seconds_first_stage", to_json(result.first_stage)},
                         {"seconds_step", to_json(result.step)},
-                        {"keys_x_heads", result.work.dots},
+                        {"keys_x_heads", result.cost.dots},
                         {"gflops", giga_flops(result, options)}});
   }
   return {{"backend", context.backend()},

@@ -202,7 +202,7 @@ IndexerResult compare_indexer(const Context& context, const StepInputs& inputs, 
           judge.recall_of(selected),
           judge.attention_of(selected),
           divided(timing.step, static_cast<double>(inputs.q.tokens)),
-          mean_work(variant.config, inputs),
+          mean_cost(variant.config, inputs),
           timing.workspace_bytes};
 }
 

@@ -19,18 +19,6 @@ std::vector<std::int32_t> sorted_positions(std::span<const std::int32_t> row) {
   return positions;
 }
 
-std::int64_t blocks_of(std::int64_t n, std::int64_t block) { return (n + block - 1) / block; }
-
-// How many keys the grid of the sampling routers holds: every s-th, s the smallest power of two
-// with s >= n / 128.
-std::int64_t sampled_keys(std::int64_t n) {
-  std::int64_t stride = 1;
-  while (stride * 128 < n) {
-    stride *= 2;
-  }
-  return blocks_of(n, stride);
-}
-
 }  // namespace
 
 double recall(std::span<const std::int32_t> selected, std::span<const std::int32_t> wanted) {
@@ -75,48 +63,6 @@ double mean(std::span<const double> values) {
 
 Summary summarize(const std::vector<double>& values) {
   return {mean(values), quantile(values, 0.05), quantile(values, 0)};
-}
-
-Work work_of(const IndexerConfig& config, const Shape& shape, std::int64_t n) {
-  Work work;
-  if (n <= config.top_k) {
-    return work;
-  }
-  const double key_bytes =
-      static_cast<double>(shape.dim) * static_cast<double>(size_of(shape.k_dtype)) +
-      (shape.k_dtype == DType::e4m3 ? sizeof(float) : 0);
-  const double mean_bytes = static_cast<double>(shape.dim) * sizeof(float);
-  const auto read = [&](std::int64_t keys, std::int64_t heads, double bytes) {
-    work.dots += static_cast<double>(keys) * static_cast<double>(heads);
-    work.bytes += static_cast<double>(keys) * bytes;
-  };
-
-  const bool all_heads = config.takes_every_head(shape.heads, n);
-  std::int64_t kept = n;
-  if (!all_heads && config.filter_block > 0 &&
-      blocks_of(n, config.filter_block) > config.filter_blocks) {
-    const std::int64_t blocks = blocks_of(n, config.filter_block);
-    read(blocks, shape.heads, mean_bytes);
-    const std::int64_t last = n - (blocks - 1) * config.filter_block;
-    kept = (config.filter_blocks - 1) * std::int64_t{config.filter_block} + last;
-  }
-  const bool dense = all_heads || config.router == Router::all || config.heads == shape.heads;
-  if (dense || config.candidates >= kept) {
-    read(kept, shape.heads, key_bytes);
-    return work;
-  }
-  if (config.router == Router::pooled) {
-    read(blocks_of(n, config.block), shape.heads, mean_bytes);
-  } else if (config.router == Router::self) {
-    read(1, shape.heads, key_bytes);
-  }
-  if (config.residual || config.router == Router::nonlinearity ||
-      config.router == Router::dispersion) {
-    read(sampled_keys(n), shape.heads, key_bytes);
-  }
-  read(kept, config.heads + (config.residual ? 1 : 0), key_bytes);
-  read(config.candidates, shape.heads, key_bytes);
-  return work;
 }
 
 Timing measure(int runs, const std::function<void()>& run) {

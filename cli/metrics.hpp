@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a selection is worth and what it costs: recall, attention mass, counted work and time.
+// What a selection is worth and what it costs: recall, attention mass and time.
 #pragma once
 
 #include <cstdint>
@@ -32,14 +32,6 @@ struct Summary {
 Summary summarize(const std::vector<double>& values);
 
 double mean(std::span<const double> values);
-
-// What an indexer has to do for one query that sees n keys, each stage's share counted: routing,
-// block filter, first stage, re-rank. Rows of n <= top_k cost nothing.
-struct Work {
-  double dots = 0;   // keys x heads: dot products of D
-  double bytes = 0;  // keys, block means and candidates read
-};
-Work work_of(const IndexerConfig& config, const Shape& shape, std::int64_t n);
 
 // Seconds a run takes.
 struct Timing {

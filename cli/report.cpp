@@ -49,8 +49,8 @@ json to_json(const IndexerResult& result) {
             {{"median", result.query.median},
              {"fastest", result.query.fastest},
              {"slowest", result.query.slowest}}},
-           {"keys_x_heads", result.work.dots},
-           {"bytes_read", result.work.bytes},
+           {"keys_x_heads", result.cost.dots},
+           {"bytes_read", result.cost.bytes},
            {"workspace_bytes", result.workspace_bytes}};
   if (result.recall) {
     out["recall"] = {
@@ -111,8 +111,8 @@ Cells cells_of(const IndexerResult& result, const IndexerResult* dense, bool att
   cells.push_back(fmt::format("{:.1f}", 1e6 * result.query.median));
   cells.push_back(
       dense != nullptr ? fmt::format("{:.1f}×", dense->query.median / result.query.median) : "–");
-  cells.push_back(grouped(result.work.dots));
-  cells.push_back(bytes(result.work.bytes));
+  cells.push_back(grouped(result.cost.dots));
+  cells.push_back(bytes(result.cost.bytes));
   cells.push_back(bytes(static_cast<double>(result.workspace_bytes)));
   return cells;
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/recipe.hpp"
 #include "metrics.hpp"
 
 namespace misa::cli {
@@ -26,7 +27,7 @@ struct IndexerResult {
   std::optional<Summary> recall;  // of DSA's set; none where every row is short
   std::optional<AttentionKept> attention;
   Timing query;  // seconds a query
-  Work work;     // a query
+  Cost cost;     // a query
   std::size_t workspace_bytes = 0;
 };
 

@@ -66,13 +66,13 @@ StepTiming time_step(const Context& context, const IndexerConfig& config, const 
   return {step, plan.workspace_bytes()};
 }
 
-Work mean_work(const IndexerConfig& config, const StepInputs& inputs) {
+Cost mean_cost(const IndexerConfig& config, const StepInputs& inputs) {
   const Shape shape = inputs.shape();
-  Work sum;
+  Cost sum;
   for (std::int64_t t = 0; t < shape.tokens; ++t) {
-    const Work work = work_of(config, shape, inputs.visible(t));
-    sum.dots += work.dots;
-    sum.bytes += work.bytes;
+    const Cost cost = cost_of(config, shape, inputs.visible(t));
+    sum.dots += cost.dots;
+    sum.bytes += cost.bytes;
   }
   const double rows = static_cast<double>(std::max<std::int64_t>(1, shape.tokens));
   return {sum.dots / rows, sum.bytes / rows};

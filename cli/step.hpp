@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "core/recipe.hpp"
 #include "metrics.hpp"
 #include "misa/indexer.hpp"
 
@@ -49,6 +50,6 @@ StepTiming time_step(const Context& context, const IndexerConfig& config, const 
                      int runs);
 
 // What the step's queries cost on average.
-Work mean_work(const IndexerConfig& config, const StepInputs& inputs);
+Cost mean_cost(const IndexerConfig& config, const StepInputs& inputs);
 
 }  // namespace misa::cli

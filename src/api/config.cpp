@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "core/recipe.hpp"
 #include "misa/error.hpp"
 #include "misa/indexer.hpp"
 
@@ -17,10 +18,11 @@ namespace {
 constexpr std::array<std::string_view, 6> kIndexers{"dsa",    "misa", "misa-dagger",
                                                     "misa-r", "hisa", "auto"};
 
-// In the order of Router.
-constexpr std::array<std::string_view, 8> kRouters{"all",  "pooled", "nonlinearity", "dispersion",
-                                                   "self", "qnorm",  "weight",       "static"};
-static_assert(kRouters.size() == static_cast<std::size_t>(Router::fixed) + 1);
+constexpr auto kRouterNames = [] {
+  std::array<std::string_view, kRouters.size()> names;
+  std::ranges::transform(kRouters, names.begin(), &RouterTraits::name);
+  return names;
+}();
 
 // Where a name stands in a list.
 std::size_t index_of(std::string_view name, std::string_view kind,
@@ -91,12 +93,12 @@ IndexerConfig indexer_by_name(std::string_view name, int top_k) {
   }
 }
 
-std::span<const std::string_view> router_names() { return kRouters; }
+std::span<const std::string_view> router_names() { return kRouterNames; }
 
 Router router_by_name(std::string_view name) {
-  return static_cast<Router>(index_of(name, "router", kRouters));
+  return static_cast<Router>(index_of(name, "router", kRouterNames));
 }
 
-std::string_view name_of(Router router) { return kRouters[static_cast<std::size_t>(router)]; }
+std::string_view name_of(Router router) { return traits_of(router).name; }
 
 }  // namespace misa

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "api/validate.hpp"
+#include "core/recipe.hpp"
 #include "core/workspace.hpp"
 #include "indexers/backend.hpp"
 #include "misa/indexer.hpp"

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <variant>
 
+#include "core/page.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa {
@@ -16,25 +16,6 @@ struct Sequence {
   std::int64_t first = 0;    // its first query
   std::int64_t queries = 0;  // how many
 };
-
-// Whether a configuration that routes routes every head (h = H). It is DSA behind the same block
-// filter then: nothing is left for a residual row or a re-rank to add, and every head is active.
-inline bool routes_every_head(const IndexerConfig& config, std::int64_t heads) {
-  return config.router != Router::all && config.heads == heads;
-}
-
-// What a configuration computes for H heads: itself, or the same without routing if that would
-// leave no head out.
-inline IndexerConfig effective_config(IndexerConfig config, std::int64_t heads) {
-  if (routes_every_head(config, heads)) {
-    config.router = Router::all;
-    config.heads = 0;
-    config.static_heads.clear();
-    config.residual = false;
-    config.candidates = 0;
-  }
-  return config;
-}
 
 // One key in memory: D elements and the scale that multiplies them (1 unless e4m3).
 struct Key {
@@ -96,9 +77,7 @@ struct Problem {
     const auto& cache = std::get<PagedKeys>(keys).cache;
     const auto* page = cache.data + physical_page(t, position / kPageSize) * cache.page_stride;
     const std::int64_t slot = position % kPageSize;
-    float scale = 0;
-    std::memcpy(&scale, page + kPageSize * cache.dim + 4 * slot, sizeof scale);
-    return {page + slot * cache.dim, scale};
+    return {page + slot * cache.dim, load_scale(page, cache.dim, slot)};
   }
 
   // Query head q[t, j].
@@ -121,20 +100,5 @@ inline float element(const void* row, DType dtype, std::int64_t i) {
   }
   return 0;
 }
-
-// The sample grid of MISA-R and `dispersion`: positions 0, s, 2s, … below n, s the smallest power
-// of two with s >= n / 128. A function of n alone.
-inline constexpr std::int64_t kMaxSamples = 128;
-
-inline std::int64_t sample_stride(std::int64_t n) {
-  std::int64_t stride = 1;
-  while (stride * kMaxSamples < n) {
-    stride *= 2;
-  }
-  return stride;
-}
-
-// gamma of the nonlinearity: the chance kept for heads that the sample never made fire.
-inline constexpr float kFireChance = 0.1F;
 
 }  // namespace misa

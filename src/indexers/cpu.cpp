@@ -20,6 +20,7 @@
 #include <numeric>
 #include <vector>
 
+#include "core/recipe.hpp"
 #include "cpu/load.hpp"
 #include "filter/cpu.hpp"
 #include "indexers/backend.hpp"

@@ -6,6 +6,7 @@
 #include <memory>
 #include <numeric>
 
+#include "core/recipe.hpp"
 #include "filter/reference.hpp"
 #include "indexers/backend.hpp"
 #include "misa/error.hpp"
@@ -24,6 +25,12 @@ std::vector<std::int32_t> all_heads(const Row& row) {
   return heads;
 }
 
+// Positions, ascending, and the scores that ranked them.
+struct Ranked {
+  std::vector<std::int64_t> positions;
+  std::vector<double> scores;
+};
+
 // The k best of positions that have these scores.
 Ranked best(const Ranked& from, std::int64_t k) {
   Ranked kept;
@@ -32,6 +39,48 @@ Ranked best(const Ranked& from, std::int64_t k) {
     kept.scores.push_back(from.scores[i]);
   }
   return kept;
+}
+
+// The positions that are scored: those of kept blocks, or all.
+std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config,
+                                 const Recipe& recipe) {
+  std::vector<std::int64_t> positions;
+  if (!recipe.filtered) {
+    positions.resize(static_cast<std::size_t>(row.length));
+    std::iota(positions.begin(), positions.end(), 0);
+    return positions;
+  }
+  std::vector<double> block_scores;
+  for (const std::vector<double>& mean : block_means(row, config.filter_block)) {
+    block_scores.push_back(score(row, mean, all_heads(row)));
+  }
+  std::vector<std::int64_t> best;
+  if (block_scores.size() > 2) {
+    const auto between = std::span(block_scores).subspan(1, block_scores.size() - 2);
+    for (const std::int64_t i : top_k(between, config.filter_blocks - 2)) {
+      best.push_back(1 + i);
+    }
+  }
+  return positions_of_blocks(std::ssize(block_scores), config.filter_block, row.length, best);
+}
+
+Ranked select_row(const Row& row, const IndexerConfig& config, const Recipe& recipe, DType k_dtype,
+                  const Routed& routed) {
+  const std::vector<std::int32_t> heads = recipe.active ? routed.heads : all_heads(row);
+  const std::vector<double> residual =
+      recipe.residual ? rounded_residual(routed.residual, k_dtype) : std::vector<double>{};
+  Ranked ranked;
+  ranked.positions = filter(row, config, recipe);
+  for (const std::int64_t position : ranked.positions) {
+    ranked.scores.push_back(score(row, row.key(position), heads, residual));
+  }
+  if (recipe.reranked) {
+    ranked = best(ranked, recipe.keep);
+    for (std::size_t i = 0; i < ranked.positions.size(); ++i) {
+      ranked.scores[i] = score(row, row.key(ranked.positions[i]), all_heads(row));
+    }
+  }
+  return best(ranked, config.top_k);
 }
 
 }  // namespace
@@ -68,54 +117,6 @@ Routed route(const Row& row, const IndexerConfig& config) {
   return routed;
 }
 
-std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config) {
-  std::vector<std::int64_t> positions;
-  if (config.filter_block == 0) {
-    positions.resize(static_cast<std::size_t>(row.length));
-    std::iota(positions.begin(), positions.end(), 0);
-    return positions;
-  }
-  std::vector<double> block_scores;
-  for (const std::vector<double>& mean : block_means(row, config.filter_block)) {
-    block_scores.push_back(score(row, mean, all_heads(row)));
-  }
-  std::vector<std::int64_t> best;
-  if (block_scores.size() > 2) {
-    const auto between = std::span(block_scores).subspan(1, block_scores.size() - 2);
-    for (const std::int64_t i : top_k(between, config.filter_blocks - 2)) {
-      best.push_back(1 + i);
-    }
-  }
-  return positions_of_blocks(std::ssize(block_scores), config.filter_block, row.length, best);
-}
-
-std::vector<double> first_scores(const Row& row, const IndexerConfig& config, DType k_dtype,
-                                 const Routed& routed, std::span<const std::int64_t> positions) {
-  // With every head routed there is nothing left for a residual row to stand for.
-  const bool linear = config.residual && std::ssize(routed.heads) < row.heads;
-  const std::vector<double> residual =
-      linear ? rounded_residual(routed.residual, k_dtype) : std::vector<double>{};
-  std::vector<double> scores;
-  for (const std::int64_t position : positions) {
-    scores.push_back(score(row, row.key(position), routed.heads, residual));
-  }
-  return scores;
-}
-
-Ranked select_row(const Row& row, const IndexerConfig& config, DType k_dtype,
-                  const Routed& routed) {
-  Ranked ranked;
-  ranked.positions = filter(row, config);
-  ranked.scores = first_scores(row, config, k_dtype, routed, ranked.positions);
-  if (config.candidates > 0) {
-    ranked = best(ranked, config.candidates);
-    for (std::size_t i = 0; i < ranked.positions.size(); ++i) {
-      ranked.scores[i] = score(row, row.key(ranked.positions[i]), all_heads(row));
-    }
-  }
-  return best(ranked, config.top_k);
-}
-
 }  // namespace reference
 
 namespace {
@@ -139,15 +140,11 @@ void write(std::span<T> row, const Values& values, T padding) {
 void run_row(const Problem& problem, std::int64_t t) {
   const IndexerConfig& config = problem.config;
   const reference::Row row = reference::load_row(problem, t);
-  reference::Routed routed;
-  reference::Ranked ranked;
-  if (config.takes_every_head(row.heads, row.length)) {
-    const IndexerConfig dense = IndexerConfig::dsa(config.top_k);
-    ranked = reference::select_row(row, dense, problem.k_dtype(), reference::route(row, dense));
-  } else {
-    routed = reference::route(row, config);
-    ranked = reference::select_row(row, config, problem.k_dtype(), routed);
-  }
+  const Recipe recipe = recipe_of(config, row.heads, row.length);
+  const reference::Routed routed =
+      recipe.routed ? reference::route(row, config) : reference::Routed{};
+  const reference::Ranked ranked =
+      reference::select_row(row, config, recipe, problem.k_dtype(), routed);
   const Selection& out = problem.out;
   write(output_row(out.indices, t, config.top_k), ranked.positions, -1);
   write(output_row(out.scores, t, config.top_k), ranked.scores,

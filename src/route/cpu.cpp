@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/recipe.hpp"
+
 namespace misa::cpu {
 void pooled_values(const Kernels& kernels, const Heads& heads, const BlockMeans& means, float* dots,
                    float* values) {

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/problem.hpp"
+#include "core/recipe.hpp"
 #include "cuda/elements.cuh"
 #include "misa/types.hpp"
 

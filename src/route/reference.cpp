@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/recipe.hpp"
+
 namespace misa::reference {
 namespace {
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "core/recipe.hpp"
 #include "pool/reference.hpp"
 #include "rows.hpp"
 

@@ -12,6 +12,7 @@
 #include <optional>
 #include <thread>
 
+#include "core/recipe.hpp"
 #include "misa/context.hpp"
 #include "support/tolerance.hpp"
 
@@ -140,7 +141,7 @@ Fault judge_residual(const BoundedRow& row, std::span<const std::int32_t> heads,
 // Positions that the block filter can have kept.
 Membership filtered(const IndexerConfig& config, const BoundedRow& row) {
   const auto n = static_cast<std::size_t>(row.row.length);
-  if (config.filter_block == 0) {
+  if (!recipe_of(config, row.row.heads, row.row.length).filtered) {
     return Membership(n, true);
   }
   const std::vector<Interval> blocks = block_intervals(row, config.filter_block);
@@ -162,8 +163,9 @@ Membership filtered(const IndexerConfig& config, const BoundedRow& row) {
 Fault judge_row(const Problem& problem, std::string_view backend, const Selected& result,
                 std::int64_t t) {
   const std::int64_t n = problem.visible(t);
-  const bool dense = problem.config.takes_every_head(problem.q.heads, n);
-  const IndexerConfig config = dense ? IndexerConfig::dsa(problem.config.top_k) : problem.config;
+  const Recipe recipe = recipe_of(problem.config, problem.q.heads, n);
+  const IndexerConfig config =
+      recipe.dense ? IndexerConfig::dsa(problem.config.top_k) : problem.config;
   const BoundedRow row =
       bounded_row(problem, t, arithmetic_of(backend, config, problem.q, problem.k_dtype()));
   const auto row_of = [&](const auto& output, std::int64_t width) {
@@ -185,7 +187,7 @@ Fault judge_row(const Problem& problem, std::string_view backend, const Selected
                                           : row_of(result.heads, problem.config.heads);
   const auto residual =
       result.residual.empty() ? std::span<const float>{} : row_of(result.residual, row.row.dim);
-  if (dense) {
+  if (recipe.dense) {
     const bool blank = std::all_of(heads.begin(), heads.end(), [](auto j) { return j == -1; }) &&
                        std::all_of(residual.begin(), residual.end(), [](auto x) { return x == 0; });
     if (!blank) {
@@ -203,9 +205,10 @@ Fault judge_row(const Problem& problem, std::string_view backend, const Selected
   }
 
   Membership universe = filtered(config, row);
-  std::vector<Interval> values = score_intervals(row, config, routed);
-  if (config.candidates > 0) {
-    universe = best_of(values, universe, config.candidates);
+  std::vector<Interval> values =
+      recipe.active ? score_intervals(row, config, routed) : all_head_intervals(row);
+  if (recipe.reranked) {
+    universe = best_of(values, universe, recipe.keep);
     values = all_head_intervals(row);
   }
   const std::vector<std::int64_t> chosen(indices.begin(), indices.begin() + count);

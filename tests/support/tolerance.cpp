@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 
+#include "core/recipe.hpp"
 #include "pool/reference.hpp"
 #include "route/reference.hpp"
 
@@ -343,9 +344,9 @@ Arithmetic arithmetic_of(std::string_view backend, const IndexerConfig& config, 
   }
   constexpr Products kBf16{16, 0x1p-23};  // fp32's ulp of the largest
   constexpr Products kFp8{32, 0x1p-13, 0x1p103};
-  const bool linear = config.residual && config.heads < q.heads;
+  const IndexerConfig effective = effective_config(config, q.heads);
   const std::int64_t rows =
-      config.router == Router::all ? q.heads : config.heads + (linear ? 1 : 0);
+      effective.router == Router::all ? q.heads : effective.heads + (effective.residual ? 1 : 0);
   const bool fp8 =
       backend == "cuda-sm90" && q.dtype == DType::e4m3 && k_dtype == DType::e4m3 && q.dim == 128;
   return {fp8 && rows <= 64 ? kFp8 : kBf16, fp8 && q.heads <= 64 ? kFp8 : kBf16, kBf16};
@@ -364,9 +365,10 @@ BoundedRow bounded_row(const Problem& problem, std::int64_t t, const Arithmetic&
 
 std::vector<Interval> score_intervals(const BoundedRow& row, const IndexerConfig& config,
                                       const reference::Routed& routed) {
-  const bool linear = config.residual && std::ssize(routed.heads) < row.row.heads;
   const std::vector<double> residual =
-      linear ? reference::rounded_residual(routed.residual, row.k_dtype) : std::vector<double>{};
+      recipe_of(config, row.row.heads, row.row.length).residual
+          ? reference::rounded_residual(routed.residual, row.k_dtype)
+          : std::vector<double>{};
   std::vector<Interval> intervals;
   for (std::int64_t position = 0; position < row.row.length; ++position) {
     intervals.push_back(
