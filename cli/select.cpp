@@ -131,19 +131,19 @@ std::int64_t rows_at_a_time(const StepInputs& inputs, int top_k) {
   return std::max<std::int64_t>(1, rows / least) * least;
 }
 
-// The arrays of a slab of results, and the file that they are added to.
+// The arrays of a chunk of results, and the file that they are added to.
 class Output {
  public:
   Output(const std::string& path, const IndexerConfig& config, const StepInputs& inputs,
-         bool with_scores, std::int64_t slab_rows)
+         bool with_scores, std::int64_t chunk_rows)
       : file_(path, tensors(config, inputs, with_scores), {}),
         dim_(inputs.q.dim),
         top_k_(config.top_k),
         heads_(config.router == Router::all ? 0 : config.heads) {
-    indices_.resize(slab_rows * top_k_);
-    scores_.resize(with_scores ? slab_rows * top_k_ : 0);
-    head_list_.resize(slab_rows * heads_);
-    residual_.resize(config.residual ? slab_rows * dim_ : 0);
+    indices_.resize(chunk_rows * top_k_);
+    scores_.resize(with_scores ? chunk_rows * top_k_ : 0);
+    head_list_.resize(chunk_rows * heads_);
+    residual_.resize(config.residual ? chunk_rows * dim_ : 0);
   }
 
   // The arrays for as many rows.
@@ -231,15 +231,15 @@ void report(const Options& options, const Context& context, const Plan& plan,
               {"out_bytes", bytes}});
 }
 
-// Selects slab by slab; returns the seconds that the plan ran.
+// Selects chunk by chunk; returns the seconds that the plan ran.
 double select_into(Output& output, const Plan& plan, const StepInputs& inputs) {
   const Buffer workspace(plan.workspace_bytes());
   const std::int64_t total = inputs.q.tokens;
-  const std::int64_t slab = plan.shape().tokens;
+  const std::int64_t chunk = plan.shape().tokens;
   Progress progress("selecting", total);
   std::chrono::duration<double> spent{};
-  for (std::int64_t first = 0; first < total; first += slab) {
-    const StepInputs rows = rows_of(inputs, first, std::min(slab, total - first));
+  for (std::int64_t first = 0; first < total; first += chunk) {
+    const StepInputs rows = rows_of(inputs, first, std::min(chunk, total - first));
     const Selection out = output.rows(rows.q.tokens);
     const auto start = std::chrono::steady_clock::now();
     std::visit([&](const auto& keys) { plan.run(rows.q, rows.w, keys, out, workspace.span()); },

@@ -24,6 +24,7 @@
 #include "cuda/check.cuh"
 #include "cuda/stages.hpp"
 #include "gpu/device.hpp"
+#include "metrics.hpp"
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
 #include "models.hpp"
@@ -129,7 +130,7 @@ std::vector<double> microseconds(const std::function<void()>& enqueue) {
   return times;
 }
 
-// The stages of a step in order; what a stage takes in several slabs is added up.
+// The stages of a step in order; what a stage takes in several chunks is added up.
 std::vector<StageTime> stage_times(const std::function<void()>& enqueue) {
   struct Mark {
     int run;

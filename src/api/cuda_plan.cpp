@@ -51,7 +51,7 @@ struct Plan::State {
         shape(bounds),
         total_keys(options.total_keys),
         target(target_for(options.backend)),
-        step(chosen, bounds, options.total_keys, options.workspace_cap, device_of(target)) {}
+        step(chosen, bounds, options.total_keys, options.workspace_cap, traits_of(target)) {}
 
   IndexerConfig config;
   Shape shape;

@@ -25,8 +25,8 @@ struct Keys {
   std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
 };
 
-// Queries and weights have their strides resolved. A slab of a call is a Problem whose pointers
-// are moved and whose q.tokens is the slab's.
+// Queries and weights have their strides resolved. A chunk of a call is a Problem whose pointers
+// are moved and whose q.tokens is the chunk's.
 struct Problem {
   Queries q;
   Weights w;

@@ -15,7 +15,7 @@ namespace misa::cuda {
 namespace {
 
 // Every compute capability from 8.0 on that has been announced.
-constexpr std::array kKnownCapabilities{80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
+constexpr std::array kKnownArchs{80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
 
 const std::vector<Architecture>& architectures() {
   static const std::vector<Architecture> all = parse_architectures(MISA_CUDA_ARCHITECTURES);
@@ -27,23 +27,23 @@ const std::vector<Architecture>& sm90_architectures() {
   return all;
 }
 
-// Hopper's backend runs the generic kernels too.
-bool serves(int capability, bool hopper) {
-  return any_serves(architectures(), capability) &&
-         (!hopper || any_serves(sm90_architectures(), capability));
+// Every target runs the generic kernels too.
+bool serves(int arch, MatrixInstructions matrix) {
+  return any_serves(architectures(), arch) &&
+         (matrix != MatrixInstructions::wgmma || any_serves(sm90_architectures(), arch));
 }
 
-std::string requirement_of(bool hopper) {
+std::string requirement_of(MatrixInstructions matrix) {
   std::vector<std::string> served;
-  for (const int capability : kKnownCapabilities) {
-    if (serves(capability, hopper)) {
-      served.push_back(fmt::format("{}.{}", capability / 10, capability % 10));
+  for (const int arch : kKnownArchs) {
+    if (serves(arch, matrix)) {
+      served.push_back(fmt::format("{}.{}", arch / 10, arch % 10));
     }
   }
   if (served.empty()) {
     return "a build with code for its architecture";
   }
-  const std::string list = served.size() == kKnownCapabilities.size()
+  const std::string list = served.size() == kKnownArchs.size()
                                ? served.front() + " or above"
                                : fmt::format("{}", fmt::join(served, ", "));
   return "a GPU of compute capability " + list + ", and a driver";
@@ -60,7 +60,7 @@ bool any_device() {
 }
 
 // Of the current device; 0 if it cannot be told.
-int capability() {
+int current_arch() {
   int device = 0;
   int major = 0;
   int minor = 0;
@@ -71,20 +71,30 @@ int capability() {
   return known ? 10 * major + minor : 0;
 }
 
+int attribute(cudaDeviceAttr which) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
 }  // namespace
 
 std::span<const Target> targets() {
   // Priorities above those of the CPU's: where there is a device, it is what the caller wants.
   static const std::array list{
-      Target{"cuda-sm90", "CUDA wgmma", requirement_of(true), 110, true},
-      Target{"cuda-generic", "CUDA mma.sync", requirement_of(false), 100, false},
+      Target{"cuda-sm90", "CUDA wgmma", requirement_of(MatrixInstructions::wgmma), 110,
+             MatrixInstructions::wgmma},
+      Target{"cuda-generic", "CUDA mma.sync", requirement_of(MatrixInstructions::mma), 100,
+             MatrixInstructions::mma},
   };
   return list;
 }
 
-bool runs_on(const Target& target, int capability) { return serves(capability, target.hopper); }
+bool runs_on(const Target& target, int arch) { return serves(arch, target.matrix); }
 
-bool available(const Target& target) { return any_device() && runs_on(target, capability()); }
+bool available(const Target& target) { return any_device() && runs_on(target, current_arch()); }
 
 std::vector<Fact> facts() {
   const auto version_of = [](cudaError_t (*query)(int*)) {
@@ -102,24 +112,20 @@ std::vector<Fact> facts() {
   for (int i = 0; any_device() && cudaGetDeviceCount(&count) == cudaSuccess && i < count; ++i) {
     cudaDeviceProp device{};
     if (cudaGetDeviceProperties(&device, i) == cudaSuccess) {
-      all.push_back(
-          {fmt::format("cuda device {}", i),
-           fmt::format("{}, compute capability {}.{}, {} num_sms, {:.1f} GiB", device.name,
-                       device.major, device.minor, device.multiProcessorCount,
-                       static_cast<double>(device.totalGlobalMem) / (1 << 30))});
+      all.push_back({fmt::format("cuda device {}", i),
+                     fmt::format("{}, compute capability {}.{}, {} SMs, {:.1f} GiB", device.name,
+                                 device.major, device.minor, device.multiProcessorCount,
+                                 static_cast<double>(device.totalGlobalMem) / (1 << 30))});
     }
   }
   cudaGetLastError();  // what could not be told is no error of a later call
   return all;
 }
 
-Device device_of(const Target& target) {
-  int device = 0;
-  int num_sms = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  return {target.hopper, num_sms};
+DeviceTraits traits_of(const Target& target) {
+  return {current_arch(), target.matrix,
+          static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 }  // namespace misa::cuda

@@ -2,6 +2,8 @@
 // The ways of running the indexers on a CUDA device.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -11,33 +13,42 @@
 
 namespace misa::cuda {
 
+// The matrix products that a way of running uses, beyond those that every device has.
+enum class MatrixInstructions : std::uint8_t {
+  mma,    // of a warp, compute capability 8.0 and above
+  wgmma,  // of a warpgroup, Hopper: the kernels of sm90_*
+};
+
+// One way, with what `misa info` says of it.
 struct Target {
   std::string_view name;
   std::string_view isa;
   std::string requirement;
   int priority;
-  bool hopper;  // has the kernels for Hopper (sm90*)
+  MatrixInstructions matrix;
+};
+
+// What plans and launches have to know of a device that a target runs on.
+struct DeviceTraits {
+  int arch;                   // compute capability, 10 * major + minor
+  MatrixInstructions matrix;  // which kernels the target uses on it
+  std::size_t shared_bytes;   // of shared memory that a thread block may have
+  int num_sms;                // multiprocessors
 };
 
 // By falling priority.
 std::span<const Target> targets();
 
-// Whether this build has code of the target's for a compute capability, 10 * major + minor.
-bool runs_on(const Target& target, int capability);
+// Whether this build has code of the target's for an architecture, 10 * major + minor.
+bool runs_on(const Target& target, int arch);
 
 // Whether there is a current device, and it can run the target. Says no where there is no driver.
 bool available(const Target& target);
-
-// What a plan has to know of a device.
-struct Device {
-  bool hopper;
-  int num_sms;
-};
 
 // What a report of a fault should say of the CUDA side.
 std::vector<Fact> facts();
 
 // The current device as a target uses it.
-Device device_of(const Target& target);
+DeviceTraits traits_of(const Target& target);
 
 }  // namespace misa::cuda

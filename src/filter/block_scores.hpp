@@ -13,7 +13,7 @@
 namespace misa::cuda::filter {
 
 // scores[t, b] of every whole block b that query t sees, over all heads.
-void launch_block_scores(const Problem& problem, const Device& device, const BlockMeans& means,
+void launch_block_scores(const Problem& problem, const DeviceTraits& device, const BlockMeans& means,
                          float* scores, std::int64_t stride, cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

@@ -137,7 +137,7 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape) {
   return score_bytes(shape.tokens, score_stride(shape.max_keys, config.filter_block));
 }
 
-void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
             const BlockMeans& means, std::int32_t* blocks, std::span<std::byte> workspace,
             cudaStream_t stream) {
   if (problem.q.tokens == 0) {

@@ -20,7 +20,7 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape);
 
 // Writes the kept blocks of every query, [T, filter_blocks] ascending, -1 on the right. `means` are
 // those of blocks of `config.filter_block`.
-void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
             const BlockMeans& means, std::int32_t* blocks, std::span<std::byte> workspace,
             cudaStream_t stream);
 

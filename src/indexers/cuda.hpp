@@ -15,13 +15,13 @@ namespace misa::cuda {
 class Step {
  public:
   // For calls within a shape, of `total_keys` keys at most. Throws Error if the cap cannot hold the
-  // smallest slab.
+  // smallest chunk of queries.
   Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_keys,
-       std::size_t workspace_cap, const Device& device);
+       std::size_t workspace_cap, const DeviceTraits& device);
 
   // The smallest cap that holds.
   static std::size_t least_bytes(const IndexerConfig& config, const Shape& shape,
-                                 std::int64_t total_keys, const Device& device);
+                                 std::int64_t total_keys, const DeviceTraits& device);
 
   [[nodiscard]] std::size_t workspace_bytes() const;
 
@@ -34,14 +34,14 @@ class Step {
     IndexerConfig config;
     std::int32_t least;
     std::int32_t most;
-    Shape slab;  // the shape of one slab of queries
+    Shape chunk;  // the shape of one chunk of queries
   };
 
   static std::vector<Pass> passes(const IndexerConfig& config, const Shape& shape);
 
   std::vector<Pass> passes_;
   std::int64_t total_keys_;
-  Device device_;
+  DeviceTraits device_;
 };
 
 }  // namespace misa::cuda

@@ -205,7 +205,8 @@ class Output {
 
 class CudaPlan final : public BackendPlan {
  public:
-  CudaPlan(const IndexerConfig& config, const Shape& shape, std::size_t cap, const Device& device)
+  CudaPlan(const IndexerConfig& config, const Shape& shape, std::size_t cap,
+           const DeviceTraits& device)
       : config_(config), shape_(shape), cap_(cap), device_(device) {
     const Step checked(config, shape, shape.max_keys, cap, device);
   }
@@ -262,7 +263,7 @@ class CudaPlan final : public BackendPlan {
   IndexerConfig config_;
   Shape shape_;
   std::size_t cap_;
-  Device device_;
+  DeviceTraits device_;
 };
 
 class CudaBackend final : public Backend {
@@ -277,7 +278,7 @@ class CudaBackend final : public Backend {
   [[nodiscard]] std::unique_ptr<const BackendPlan> plan(
       const IndexerConfig& config, const Shape& shape,
       const Context::State& context) const override {
-    return std::make_unique<CudaPlan>(config, shape, context.workspace_cap, device_of(target_));
+    return std::make_unique<CudaPlan>(config, shape, context.workspace_cap, traits_of(target_));
   }
 
  private:

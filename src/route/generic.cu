@@ -8,7 +8,7 @@
 
 namespace misa::cuda::route {
 
-void launch(const Problem& problem, const IndexerConfig& config, const Device& device,
+void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
             const BlockMeans* means, const Routing& out, cudaStream_t stream) {
   if (problem.q.tokens == 0) {
     return;

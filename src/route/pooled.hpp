@@ -13,7 +13,7 @@
 namespace misa::cuda::route {
 
 // Heads [T, count] of the largest energy, ascending; -1 for empty rows.
-void launch_pooled(const Problem& problem, const Device& device, const BlockMeans& means,
+void launch_pooled(const Problem& problem, const DeviceTraits& device, const BlockMeans& means,
                    std::int32_t count, std::int32_t* heads, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

@@ -209,7 +209,7 @@ void launch(const SampledArguments& arguments, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_sampled(const Problem& problem, const IndexerConfig& config, const Device& device,
+void launch_sampled(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
                     const Routing& out, cudaStream_t stream) {
   SampledArguments arguments{};
   arguments.problem = problem;

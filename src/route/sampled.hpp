@@ -12,7 +12,7 @@ namespace misa::cuda::route {
 
 // Every router but `all` and, where `out` holds the heads already, `pooled`; the residual row with
 // any.
-void launch_sampled(const Problem& problem, const IndexerConfig& config, const Device& device,
+void launch_sampled(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
                     const Routing& out, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

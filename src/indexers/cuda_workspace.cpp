@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "indexers/cuda_workspace.hpp"
+
+#include <algorithm>
+
+#include "cuda/sm90.hpp"
+#include "filter/generic.hpp"
+#include "pool/generic.hpp"
+#include "score/sm90_fp8.hpp"
+
+namespace misa::cuda {
+namespace {
+
+// What device memory is aligned to.
+constexpr std::size_t kAlignment = 256;
+
+constexpr std::int64_t kFloatsPerCandidate = sizeof(Candidate) / sizeof(float);
+
+fused::Layout layout_for(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
+                         const DeviceTraits& device) {
+  return fused::layout({chunk.tokens, std::max<std::int64_t>(total_keys, 1), chunk.max_keys,
+                        spec.rows(), spec.keep, device.num_sms});
+}
+
+score::Rows take_rows(const Shape& chunk, std::int32_t heads, bool residual, Arena& arena) {
+  score::Rows rows = score::rows_for(chunk, heads, residual);
+  const std::int64_t count = chunk.tokens * rows.padded();
+  rows.data =
+      arena.take<std::byte>(count * rows.dim * static_cast<std::int64_t>(size_of(rows.operand)));
+  rows.weight = arena.take<float>(count);
+  return rows;
+}
+
+std::span<std::byte> take_bytes(std::size_t bytes, Arena& arena) {
+  return arena.take_span<std::byte>(static_cast<std::int64_t>(bytes));
+}
+
+}  // namespace
+
+PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, const DeviceTraits& device)
+    : recipe(largest_recipe(config, shape.heads, shape.max_keys)),
+      heads(static_cast<std::int32_t>(recipe.heads)),
+      keep(static_cast<std::int32_t>(recipe.keep)),
+      columns(recipe.scored) {
+  // Hopper's kernels round otherwise than the generic ones: which of them score must not depend on
+  // lengths.
+  const bool sm90 = device.matrix == MatrixInstructions::wgmma && shape.q_dtype == DType::e4m3 &&
+                    shape.k_dtype == DType::e4m3 && shape.dim == kDim;
+  sm90_scores = sm90 && rows() <= kMaxRows;
+  fused = sm90_scores && !recipe.filtered;
+  sm90_rerank = sm90 && recipe.reranked && shape.heads <= kMaxRows;
+}
+
+FusedWorkspace::FusedWorkspace(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
+                               const DeviceTraits& device, Arena& arena)
+    : layout(layout_for(spec, chunk, total_keys, device)) {
+  samples = arena.take_span<float>(chunk.tokens * layout.samples);
+  thresholds = arena.take<float>(chunk.tokens);
+  const std::int64_t lists = chunk.tokens * layout.lists;
+  fallback_scores = arena.take_span<float>(
+      std::max(lists * layout.capacity * kFloatsPerCandidate, chunk.max_keys));
+  counts = arena.take_span<std::uint32_t>(lists);
+  fallback = {arena.take<std::int32_t>(chunk.tokens), arena.take<std::uint32_t>(1),
+              arena.take<std::uint32_t>(chunk.tokens)};
+}
+
+void FusedWorkspace::fit(const PassSpec& spec, Shape chunk, std::int64_t total_keys,
+                         const DeviceTraits& device) {
+  chunk.max_keys = std::min(chunk.max_keys, total_keys);
+  const fused::Layout best = layout_for(spec, chunk, total_keys, device);
+  const std::int64_t lists = chunk.tokens * best.lists;
+  if (chunk.tokens * best.samples <= std::ssize(samples) && lists <= std::ssize(counts) &&
+      lists * best.capacity * kFloatsPerCandidate <= std::ssize(fallback_scores)) {
+    layout = best;
+  }
+  layout.samples = (total_keys + layout.sample_stride - 1) / layout.sample_stride;
+  candidates = {reinterpret_cast<Candidate*>(fallback_scores.data()), counts.data(),
+                static_cast<std::uint32_t>(layout.lists), layout.capacity};
+}
+
+ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
+                               std::int64_t total_keys, const DeviceTraits& device,
+                               std::byte* memory) {
+  const PassSpec spec(config, chunk, device);
+  const std::int64_t queries = chunk.tokens;
+  Arena arena(memory, kAlignment);
+  if (config.router != Router::all) {
+    routing.heads = arena.take<std::int32_t>(queries * config.heads);
+    if (config.residual) {
+      routing.residual = arena.take<float>(queries * chunk.dim);
+      routing.rounded = arena.take<std::uint8_t>(queries * chunk.dim);
+      routing.rounded_scale = arena.take<float>(queries);
+    }
+    if (traits_of(config.router).keys == RouterKeys::block_means) {
+      route_means = take_bytes(pool::workspace_bytes(chunk, total_keys, config.block, true), arena);
+    }
+  }
+  if (spec.recipe.filtered) {
+    blocks = arena.take<std::int32_t>(queries * config.filter_blocks);
+    filter = take_bytes(filter::workspace_bytes(config, chunk), arena);
+    filter_means =
+        take_bytes(pool::workspace_bytes(chunk, total_keys, config.filter_block, false), arena);
+  }
+  if (spec.sm90_scores || spec.sm90_rerank) {
+    scales = arena.take<float>(score::scale_count(total_keys));
+  }
+  if (!spec.sm90_scores) {
+    rows = take_rows(chunk, spec.heads, spec.recipe.residual, arena);
+  }
+  if (spec.fused) {
+    fused = FusedWorkspace(spec, chunk, total_keys, device, arena);
+  } else {
+    scores = {arena.take<float>(queries * spec.columns), spec.columns};
+    lengths = arena.take<std::int32_t>(queries);
+  }
+  indices = arena.take<std::int32_t>(queries * config.top_k);
+  if (spec.recipe.reranked) {
+    if (!spec.sm90_rerank) {
+      all_rows = take_rows(chunk, static_cast<std::int32_t>(chunk.heads), false, arena);
+    }
+    candidates = arena.take<std::int32_t>(queries * spec.keep);
+    candidate_scores = {arena.take<float>(queries * spec.keep), spec.keep};
+    candidate_lengths = arena.take<std::int32_t>(queries);
+  }
+  bytes = arena.used();
+}
+
+}  // namespace misa::cuda
