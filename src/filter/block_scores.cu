@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "filter/block_scores.hpp"
 
-#include "cuda/judged_by_means.cuh"
+#include "cuda/block_mean_products.cuh"
 #include "cuda/sm90.hpp"
-#include "filter/sm90_block_scores.hpp"
+#include "filter/sm90_fp8_block_scores.hpp"
 
 namespace misa::cuda::filter {
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "route/pooled.hpp"
 
-#include "cuda/judged_by_means.cuh"
+#include "cuda/block_mean_products.cuh"
 #include "cuda/sm90.hpp"
-#include "route/sm90_pooled.hpp"
+#include "route/sm90_fp8_pooled.hpp"
 
 namespace misa::cuda::route {
 

@@ -17,7 +17,7 @@
 //     max|row| / 448.
 //
 // So the order of every sum follows from n, H and D. On Hopper fits of e4m3 queries and keys are
-// those of sm90_sampled.cu.
+// those of sm90_fp8_sampled.cu.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -29,7 +29,7 @@
 #include "route/generic_config.cuh"
 #include "route/sampled.cuh"
 #include "route/sampled.hpp"
-#include "route/sm90_sampled.hpp"
+#include "route/sm90_fp8_sampled.hpp"
 
 namespace misa::cuda::route {
 namespace {

@@ -26,9 +26,9 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/range.cuh"
-#include "cuda/sm90_blocks.cuh"
+#include "cuda/sm90_fp8_head_products.cuh"
 #include "route/generic_config.cuh"
-#include "route/sm90_pooled.hpp"
+#include "route/sm90_fp8_pooled.hpp"
 
 namespace misa::cuda::route {
 namespace {

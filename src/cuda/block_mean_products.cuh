@@ -15,7 +15,7 @@
 //  5. |w| multiplies the energies and a warp chooses the query's heads.
 //
 // So the order of every sum follows from the query's own blocks and heads. On Hopper e4m3 heads are
-// judged by route/sm90_pooled.cu and blocks by filter/sm90_block_scores.cu.
+// judged by route/sm90_fp8_pooled.cu and blocks by filter/sm90_fp8_block_scores.cu.
 #pragma once
 
 #include <cuda_runtime.h>

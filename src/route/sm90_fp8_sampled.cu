@@ -15,9 +15,9 @@
 #include "cuda/heads.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
-#include "cuda/sm90_blocks.cuh"
+#include "cuda/sm90_fp8_head_products.cuh"
 #include "route/sampled.cuh"
-#include "route/sm90_sampled.hpp"
+#include "route/sm90_fp8_sampled.hpp"
 
 namespace misa::cuda::route {
 namespace {

@@ -20,8 +20,8 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/range.cuh"
-#include "cuda/sm90_blocks.cuh"
-#include "filter/sm90_block_scores.hpp"
+#include "cuda/sm90_fp8_head_products.cuh"
+#include "filter/sm90_fp8_block_scores.hpp"
 
 namespace misa::cuda::filter {
 namespace {
