@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Heads (the pooled router) and blocks (HISA's filter) judged by block means: a warp has 32 heads
-// of a query, a block of threads as many queries as its 8 warps hold.
+// Products of query heads with block means, for the pooled router (head energies) and for HISA's
+// block filter (block scores). A warp has 32 heads of a query; a thread block has as many queries
+// as its 8 warps can hold.
 //
-//  1. The warp's heads are operands in registers; the mean of the query's own block is one in
-//     shared memory.
-//  2. Queries of one sequence share the means of whole blocks, which pass by in tiles: the next one
-//     is copied while this one is multiplied. A row of the pool's table that holds another
-//     sequence's block is computed here.
-//  3. x = q . mean, from parts that hold 22 bits (fp16) or all 24 (bf16) of the means' fp32.
-//  4. Energies: max(0, x) is summed over blocks, a lane two columns in eight, then over the four
-//     lanes of a head; the query's own block comes last.
-//     Scores: weighted and summed over the lane's heads, over the eight lanes of a block, then over
-//     the query's warps.
-//  5. |w| multiplies the energies and a warp chooses the query's heads.
+//  1. The warp's heads are operands in registers; the query's partial block mean is one in shared
+//     memory.
+//  2. Queries whose keys start at the same key share the means of whole blocks, tile by tile: while
+//     one tile is multiplied the next is copied. Rows that the block-mean table has for another
+//     sequence are computed here.
+//  3. x = q . mean, from parts that hold 22 bits (fp16) or all 24 bits (bf16) of the fp32 mean.
+//  4. Energies: a lane sums max(0, x) over two of every eight blocks, then the quad of a head adds
+//     up; the partial block is added last.
+//     Scores: w max(0, x) is summed over the lane's heads, over the eight lanes that hold a block,
+//     then over the query's warps.
+//  5. Energies are multiplied by |w|, and a warp chooses the query's heads.
 //
-// So the order of every sum follows from the query's own blocks and heads. On Hopper e4m3 heads are
-// judged by route/sm90_fp8_pooled.cu and blocks by filter/sm90_fp8_block_scores.cu.
+// So the order of every sum depends only on the query's blocks and heads. For e4m3 queries and keys
+// on Hopper, route/sm90_fp8_pooled.cu and filter/sm90_fp8_block_scores.cu do the same.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,118 +27,120 @@
 #include "cuda/partial_mean.cuh"
 #include "cuda/range.cuh"
 
-namespace misa::cuda::judged_by_means {
+namespace misa::cuda::block_mean_products {
 
 inline constexpr int kWarps = 8;
 inline constexpr int kThreads = kWarps * 32;
 inline constexpr int kBlocksPerSm = 2;
 
-// fp32 queries are three operands where others are one, in registers; one block an SM leaves room.
+// fp32 queries take three times the registers of others, so an SM has one thread block of them.
 template <DType type>
 inline constexpr int kBlocksPerSmOf = type == DType::f32 ? 1 : kBlocksPerSm;
 
-// Judging by means, a warp has two tiles of heads of a query: D / 2 registers of operands a part.
-inline constexpr int kTiles = 2;
-inline constexpr int kWarpHeads = kTiles * kTileHeads;
+// Two tiles of heads per warp: D / 2 registers of operands for each part.
+inline constexpr int kHeadTiles = 2;
+inline constexpr int kWarpHeads = kHeadTiles * kMmaHeads;
 
-// Block means in shared memory at a time, twice for copies run ahead: two blocks an SM of 228 KB,
-// and one in the 99 KB that a block may have on the smaller devices.
+// Block means in a tile. Two tiles leave room for two thread blocks in the 228 KB of an SM, and fit
+// the 99 KB that a thread block may have on smaller devices.
 template <int parts>
-inline constexpr int kMeans = parts == 2 ? 64 : 48;
+inline constexpr int kTileMeans = parts == 2 ? 64 : 48;
 
 template <int dim, int parts>
 struct MeansTile {
-  alignas(16) std::uint16_t rows[parts][kMeans<parts>][operand_pitch(dim)];
-  float factors[kMeans<parts>];
+  alignas(16) std::uint16_t rows[parts][kTileMeans<parts>][operand_pitch(dim)];
+  float factors[kTileMeans<parts>];
 };
 
 template <int dim, int parts>
 struct MeansShared {
   MeansTile<dim, parts> tiles[2];
-  float scores[2][kWarps][kMeans<parts>];  // of a tile's blocks by a warp's heads
+  float scores[2][kWarps][kTileMeans<parts>];  // of a tile's blocks, from a warp's heads
   float energies[kWarps][kWarpHeads];
   float weights[kWarps][kWarpHeads];
-  alignas(16) std::uint16_t own[kWarps][parts][dim];  // the mean of a query's own block
+  alignas(16) std::uint16_t partial[kWarps][parts][dim];  // the query's partial block mean
 };
 
 static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 3>) + 1024) <= 228 * 1024);
 static_assert(kBlocksPerSm * (sizeof(MeansShared<128, 2>) + 1024) <= 228 * 1024);
 static_assert(sizeof(MeansShared<128, 3>) <= 99 * 1024);
 
-enum class Judge { heads, blocks };
+enum class MeansOutput { head_energies, block_scores };
 
-struct Arguments {
+struct MeansArguments {
   Problem problem;
   BlockMeans means;
-  std::int32_t count;   // heads wanted
+  std::int32_t count;   // heads to choose
   std::int32_t* heads;  // [T, count]
   float* scores;        // [T, stride]
   std::int64_t stride;
 };
 
-// What a warp works at.
-struct Task {
+// A warp's query and heads.
+struct WarpTask {
   std::int64_t t;
   int first_head;
-  std::int32_t length;  // of the keys; 0 for warps without a query
+  std::int32_t length;  // keys that the query sees; 0 for warps without a query
 };
 
-// Step 2. Blocks first … first + count - 1 of the sequence that starts at `start`, a warp a row.
+// Step 2: starts to copy the means of blocks first … first + count - 1 of a sequence, one row per
+// warp at a time.
 template <int dim, int parts>
-__device__ void load_tile(MeansTile<dim, parts>& tile, const Arguments& arguments,
-                          std::int32_t start, std::int32_t first, int count) {
-  constexpr int kRowPieces = dim / 8;  // of 16 bytes
-  constexpr int kRows = kMeans<parts> / kWarps;
+__device__ void load_means_tile(MeansTile<dim, parts>& tile, const MeansArguments& arguments,
+                                std::int32_t sequence_start, std::int32_t first, int count) {
+  constexpr int kRowChunks = dim / 8;  // of 16 bytes
+  constexpr int kWarpRows = kTileMeans<parts> / kWarps;
   const BlockMeans& means = arguments.means;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t row0 = std::int64_t{start} / means.block + first;
+  const std::int64_t first_row = base_row(means, std::int64_t{sequence_start}) + first;
 
-  const auto [wanted, listed] = ask_table<kRows, kWarps>(means, start, row0, count, tile.factors);
-  const std::uint32_t copied = __ballot_sync(kFullMask, listed);
-  std::uint32_t computed = __ballot_sync(kFullMask, wanted && !listed);
-  for (int i = 0; i < kRows; ++i) {
-    if ((copied >> i & 1) != 0) {
+  const auto [wanted, found] =
+      look_up_rows<kWarpRows, kWarps>(means, sequence_start, first_row, count, tile.factors);
+  const std::uint32_t found_rows = __ballot_sync(kFullMask, found);
+  std::uint32_t missing_rows = __ballot_sync(kFullMask, wanted && !found);
+  for (int i = 0; i < kWarpRows; ++i) {
+    if ((found_rows >> i & 1) != 0) {
       const int row = warp + i * kWarps;
-      const std::uint16_t* from = means.blocks + (row0 + row) * parts * dim;
+      const std::uint16_t* from = means.rows + (first_row + row) * parts * dim;
 #pragma unroll
-      for (int piece = lane; piece < parts * kRowPieces + lane; piece += 32) {
-        if (piece < parts * kRowPieces) {
-          copy_16(&tile.rows[piece / kRowPieces][row][piece % kRowPieces * 8], from + piece * 8);
+      for (int chunk = lane; chunk < parts * kRowChunks + lane; chunk += 32) {
+        if (chunk < parts * kRowChunks) {
+          copy_16(&tile.rows[chunk / kRowChunks][row][chunk % kRowChunks * 8], from + chunk * 8);
         }
       }
     }
   }
-  for (; computed != 0; computed &= computed - 1) {
-    const int row = warp + (__ffs(static_cast<int>(computed)) - 1) * kWarps;
+  for (; missing_rows != 0; missing_rows &= missing_rows - 1) {
+    const int row = warp + (__ffs(static_cast<int>(missing_rows)) - 1) * kWarps;
     const float factor = write_mean<parts == kFp16Parts>(
-        arguments.problem.k, means, start + std::int64_t{first + row} * means.block,
-        tile.rows[0][row], kMeans<parts> * operand_pitch(dim));
+        arguments.problem.k, means, sequence_start + std::int64_t{first + row} * means.block,
+        tile.rows[0][row], kTileMeans<parts> * operand_pitch(dim));
     if (lane == 0) {
       tile.factors[row] = factor;
     }
   }
 }
 
-// Steps 3 and 4 for the `count` blocks of the tile that the query sees.
+// Steps 3 and 4: adds the energies of the tile's first `count` blocks, which the query sees.
 template <DType type, bool fp16, int dim, int parts>
 __device__ void add_energies(const MeansTile<dim, parts>& tile,
-                             const HeadRows<type, fp16, dim, kTiles>& heads, int count,
-                             float (&energy)[kTiles][2]) {
+                             const HeadOperands<type, fp16, dim, kHeadTiles>& heads, int count,
+                             float (&energy)[kHeadTiles][2]) {
   const int c = static_cast<int>(threadIdx.x) % 4;
-  for (int first = 0; first < count; first += kPair * kTileKeys) {
-    float x[kPair][kTiles][4] = {};
+  for (int first = 0; first < count; first += kColumnTiles * kMmaColumns) {
+    float x[kColumnTiles][kHeadTiles][4] = {};
     add_products<parts>(heads, tile.rows[0][first], operand_pitch(dim),
-                        kMeans<parts> * operand_pitch(dim), x);
+                        kTileMeans<parts> * operand_pitch(dim), x);
 #pragma unroll
-    for (int i = 0; i < kPair; ++i) {
+    for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int block = first + i * kTileKeys + 2 * c + e;
+        const int block = first + i * kMmaColumns + 2 * c + e;
         if (block < count) {
           const float factor = tile.factors[block];
 #pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
+          for (int m = 0; m < kHeadTiles; ++m) {
             energy[m][0] = __fmaf_rn(max_nan(x[i][m][e], 0), factor, energy[m][0]);
             energy[m][1] = __fmaf_rn(max_nan(x[i][m][2 + e], 0), factor, energy[m][1]);
           }
@@ -147,23 +150,25 @@ __device__ void add_energies(const MeansTile<dim, parts>& tile,
   }
 }
 
+// Steps 3 and 4: writes the scores of the tile's first `count` blocks from the warp's heads.
 template <DType type, bool fp16, int dim, int parts>
-__device__ void write_scores(const MeansTile<dim, parts>& tile,
-                             const HeadRows<type, fp16, dim, kTiles>& heads,
-                             const float (&weight)[kTiles][2], const bool (&exists)[kTiles][2],
-                             int count, float (&scores)[kMeans<parts>]) {
+__device__ void write_warp_scores(const MeansTile<dim, parts>& tile,
+                                  const HeadOperands<type, fp16, dim, kHeadTiles>& heads,
+                                  const float (&weight)[kHeadTiles][2],
+                                  const bool (&exists)[kHeadTiles][2], int count,
+                                  float (&scores)[kTileMeans<parts>]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int first = 0; first < count; first += kPair * kTileKeys) {
-    float x[kPair][kTiles][4] = {};
+  for (int first = 0; first < count; first += kColumnTiles * kMmaColumns) {
+    float x[kColumnTiles][kHeadTiles][4] = {};
     add_products<parts>(heads, tile.rows[0][first], operand_pitch(dim),
-                        kMeans<parts> * operand_pitch(dim), x);
+                        kTileMeans<parts> * operand_pitch(dim), x);
 #pragma unroll
-    for (int i = 0; i < kPair; ++i) {
+    for (int i = 0; i < kColumnTiles; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float score = 0;
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
+        for (int m = 0; m < kHeadTiles; ++m) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float clipped = max_nan(x[i][m][2 * half + e], 0);
@@ -174,7 +179,7 @@ __device__ void write_scores(const MeansTile<dim, parts>& tile,
         for (int step = 4; step < 32; step *= 2) {
           score += __shfl_xor_sync(kFullMask, score, step);
         }
-        const int block = first + i * kTileKeys + 2 * lane + e;
+        const int block = first + i * kMmaColumns + 2 * lane + e;
         if (lane < 4 && block < count) {
           scores[block] = score * tile.factors[block];
         }
@@ -183,78 +188,79 @@ __device__ void write_scores(const MeansTile<dim, parts>& tile,
   }
 }
 
-// Starts copies of the weights of a warp's heads.
-__device__ inline void load_weights(float (&weights)[kWarpHeads], const Weights& w, int heads,
-                                    const Task& task) {
+// Starts to copy the weights of a warp's heads.
+__device__ inline void copy_weights(float (&weights)[kWarpHeads], const Weights& w, int heads,
+                                    const WarpTask& task) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (const int head = task.first_head + lane; head < heads) {
     copy_4(&weights[lane], w.data + task.t * w.token_stride + head);
   }
 }
 
-// Step 4's end: the query's own block, the sums over lanes and the weights.
+// Steps 4 and 5: adds up over the quad, adds the partial block and multiplies by |w|.
 template <int parts, DType type, bool fp16, int dim>
-__device__ void write_energies(const std::uint16_t (&own)[parts][dim], float partial_factor,
+__device__ void write_energies(const std::uint16_t (&partial)[parts][dim], float partial_factor,
                                const float (&weights)[kWarpHeads],
-                               const HeadRows<type, fp16, dim, kTiles>& heads,
-                               const float (&energy)[kTiles][2], float (&energies)[kWarpHeads]) {
+                               const HeadOperands<type, fp16, dim, kHeadTiles>& heads,
+                               const float (&energy)[kHeadTiles][2],
+                               float (&energies)[kWarpHeads]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  float x[1][kTiles][4] = {};
+  float x[1][kHeadTiles][4] = {};
   if (partial_factor != 0) {
-    add_products<parts>(heads, own[0], 0, dim, x);  // all columns are the one row
+    add_products<parts>(heads, partial[0], 0, dim, x);  // pitch 0: all columns are the same mean
   }
 #pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
+  for (int m = 0; m < kHeadTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum =
-          __fmaf_rn(max_nan(x[0][m][2 * half], 0), partial_factor, sum_of_four(energy[m][half]));
+          __fmaf_rn(max_nan(x[0][m][2 * half], 0), partial_factor, quad_sum(energy[m][half]));
       if (lane % 4 == 0) {
-        const int head = m * kTileHeads + half * 8 + lane / 4;
+        const int head = m * kMmaHeads + half * 8 + lane / 4;
         energies[head] = fabsf(weights[head]) * sum;
       }
     }
   }
 }
 
-template <DType type, bool fp16, int dim, Judge judge>
+template <DType type, bool fp16, int dim, MeansOutput output>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
-    means_kernel(const __grid_constant__ Arguments arguments) {
+    mean_products_kernel(const __grid_constant__ MeansArguments arguments) {
   begin_kernel();
   constexpr int kMeanParts = cuda::kMeanParts<fp16>;
-  constexpr int kRows = kMeans<kMeanParts>;
+  constexpr int kRows = kTileMeans<kMeanParts>;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<MeansShared<dim, kMeanParts>*>(memory);
   const Problem& problem = arguments.problem;
   const int heads = static_cast<int>(problem.q.heads);
-  const int groups = (heads + kWarpHeads - 1) / kWarpHeads;  // warps a query
-  const int slots = kWarps / groups;
+  const int query_warps = (heads + kWarpHeads - 1) / kWarpHeads;
+  const int block_queries = kWarps / query_warps;  // per thread block
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t t0 = std::int64_t{blockIdx.x} * slots;
-  const int queries = static_cast<int>(min(std::int64_t{slots}, problem.q.tokens - t0));
-  const int slot = warp / groups;
+  const std::int64_t t0 = std::int64_t{blockIdx.x} * block_queries;
+  const int queries = static_cast<int>(min(std::int64_t{block_queries}, problem.q.tokens - t0));
+  const int query = warp / query_warps;
 
   const Range range = range_of_lane(problem.k, t0, queries);
   const std::int32_t blocks = range.length / arguments.means.block;
-  const Task task{t0 + slot, warp % groups * kWarpHeads,
-                  __shfl_sync(kFullMask, range.length, slot)};
-  HeadRows<type, fp16, dim, kTiles> rows;  // step 1
-  [[maybe_unused]] float weight[kTiles][2] = {};
-  [[maybe_unused]] bool exists[kTiles][2] = {};
-  [[maybe_unused]] float energy[kTiles][2] = {};
-  [[maybe_unused]] float partial_factor = 0;  // 0: the query stands in no block
-  if (slot < queries) {
-    rows.load(problem.q, task.t, task.first_head);
-    if constexpr (judge == Judge::heads) {
-      load_weights(shared.weights[warp], problem.w, heads, task);
+  const WarpTask task{t0 + query, warp % query_warps * kWarpHeads,
+                      __shfl_sync(kFullMask, range.length, query)};
+  HeadOperands<type, fp16, dim, kHeadTiles> operands;  // step 1
+  [[maybe_unused]] float weight[kHeadTiles][2] = {};
+  [[maybe_unused]] bool exists[kHeadTiles][2] = {};
+  [[maybe_unused]] float energy[kHeadTiles][2] = {};
+  [[maybe_unused]] float partial_factor = 0;  // 0: the query has no partial block
+  if (query < queries) {
+    operands.load(problem.q, task.t, task.first_head);
+    if constexpr (output == MeansOutput::head_energies) {
+      copy_weights(shared.weights[warp], problem.w, heads, task);
       if (task.length % arguments.means.block != 0) {
         partial_factor = store_partial_mean<fp16, dim>(
-            load_partial_mean<dim>(arguments.means, task.t), shared.own[warp][0], dim);
+            load_partial_mean<dim>(arguments.means, task.t), shared.partial[warp][0], dim);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kTiles * 2; ++i) {
+      for (int i = 0; i < kHeadTiles * 2; ++i) {
         const int head = task.first_head + i * 8 + lane / 4;
         exists[i / 2][i % 2] = head < heads;
         weight[i / 2][i % 2] =
@@ -265,14 +271,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
 
   for (int first = 0, end = 0; first < queries; first = end) {
     const QueryRun run(first, range, blocks);
-    const std::int32_t whole = run.whole;
-    const std::int32_t own_whole = __shfl_sync(kFullMask, run.own, slot);
+    const std::int32_t max_blocks = run.max_blocks;
+    const std::int32_t query_blocks = __shfl_sync(kFullMask, run.lane_blocks, query);
     end = run.end;
-    for (std::int32_t tile = -kRows; tile < whole; tile += kRows) {
+    for (std::int32_t tile = -kRows; tile < max_blocks; tile += kRows) {
       const std::int32_t next = tile + kRows;
-      if (next < whole) {
-        load_tile(shared.tiles[next / kRows % 2], arguments, run.start, next,
-                  min(kRows, whole - next));
+      if (next < max_blocks) {
+        load_means_tile(shared.tiles[next / kRows % 2], arguments, run.sequence_start, next,
+                        min(kRows, max_blocks - next));
       }
       commit_copies();
       if (tile < 0) {
@@ -281,19 +287,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
       wait_for_copies<1>();
       __syncthreads();
       const int buffer = tile / kRows % 2;
-      const int count = min(kRows, own_whole - tile);
-      if constexpr (judge == Judge::heads) {
-        add_energies(shared.tiles[buffer], rows, count, energy);
+      const int count = min(kRows, query_blocks - tile);
+      if constexpr (output == MeansOutput::head_energies) {
+        add_energies(shared.tiles[buffer], operands, count, energy);
         __syncthreads();
       } else {
-        write_scores(shared.tiles[buffer], rows, weight, exists, count,
-                     shared.scores[buffer][warp]);
+        write_warp_scores(shared.tiles[buffer], operands, weight, exists, count,
+                          shared.scores[buffer][warp]);
         __syncthreads();
-        // The first of a query's warps adds up what they wrote.
-        for (int i = warp % groups * 32 + lane; i < count; i += groups * 32) {
-          float score = shared.scores[buffer][slot * groups][i];
-          for (int group = 1; group < groups; ++group) {
-            score += shared.scores[buffer][slot * groups + group][i];
+        // The query's warps share its blocks, and add up what all of them wrote for each.
+        for (int i = warp % query_warps * 32 + lane; i < count; i += query_warps * 32) {
+          float score = shared.scores[buffer][query * query_warps][i];
+          for (int other = 1; other < query_warps; ++other) {
+            score += shared.scores[buffer][query * query_warps + other][i];
           }
           arguments.scores[task.t * arguments.stride + tile + i] = score;
         }
@@ -301,15 +307,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     }
   }
 
-  if constexpr (judge == Judge::heads) {  // step 5
+  if constexpr (output == MeansOutput::head_energies) {  // step 5
     wait_for_copies<0>();
     __syncwarp();
     if (task.length > 0) {
-      write_energies(shared.own[warp], partial_factor, shared.weights[warp], rows, energy,
+      write_energies(shared.partial[warp], partial_factor, shared.weights[warp], operands, energy,
                      shared.energies[warp]);
     }
     __syncthreads();
-    if (slot >= queries || warp % groups != 0) {
+    if (query >= queries || warp % query_warps != 0) {
       return;
     }
     std::int32_t* out = arguments.heads + task.t * arguments.count;
@@ -326,34 +332,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 }
 
-template <DType type, bool fp16, int dim, Judge judge>
-void launch(const Arguments& arguments, cudaStream_t stream) {
+template <DType type, bool fp16, int dim, MeansOutput output>
+void launch(const MeansArguments& arguments, cudaStream_t stream) {
   constexpr int kBytes = sizeof(MeansShared<dim, kMeanParts<fp16>>);
-  const auto kernel = means_kernel<type, fp16, dim, judge>;
+  const auto kernel = mean_products_kernel<type, fp16, dim, output>;
   const Queries& q = arguments.problem.q;
-  const std::int64_t slots = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
-  const auto blocks = static_cast<unsigned>((q.tokens + slots - 1) / slots);
-  launch_kernel("pooled routing", kernel, dim3(blocks), kThreads, kBytes, stream, arguments);
+  const std::int64_t queries = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
+  const auto grid = static_cast<unsigned>((q.tokens + queries - 1) / queries);
+  launch_kernel("pooled routing", kernel, dim3(grid), kThreads, kBytes, stream, arguments);
 }
 
-template <DType type, bool fp16, Judge judge>
-void launch(const Arguments& arguments, cudaStream_t stream) {
+template <DType type, bool fp16, MeansOutput output>
+void launch(const MeansArguments& arguments, cudaStream_t stream) {
   if (arguments.problem.q.dim == 64) {
-    launch<type, fp16, 64, judge>(arguments, stream);
+    launch<type, fp16, 64, output>(arguments, stream);
   } else {
-    launch<type, fp16, 128, judge>(arguments, stream);
+    launch<type, fp16, 128, output>(arguments, stream);
   }
 }
 
-template <Judge judge>
-void launch(const Arguments& arguments, cudaStream_t stream) {
+template <MeansOutput output>
+void launch(const MeansArguments& arguments, cudaStream_t stream) {
   switch (arguments.problem.q.dtype) {
-    case DType::f32: return launch<DType::f32, false, judge>(arguments, stream);
-    case DType::bf16: return launch<DType::bf16, false, judge>(arguments, stream);
+    case DType::f32: return launch<DType::f32, false, output>(arguments, stream);
+    case DType::bf16: return launch<DType::bf16, false, output>(arguments, stream);
     case DType::e4m3:
-      return arguments.means.fp16 ? launch<DType::e4m3, true, judge>(arguments, stream)
-                                  : launch<DType::e4m3, false, judge>(arguments, stream);
+      return arguments.means.fp16 ? launch<DType::e4m3, true, output>(arguments, stream)
+                                  : launch<DType::e4m3, false, output>(arguments, stream);
   }
 }
 
-}  // namespace misa::cuda::judged_by_means
+}  // namespace misa::cuda::block_mean_products

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sums behind block means. Every sum has one order, whoever computes it: scale * element is
-// added with one rounding, tokens in order inside a page, then pages in order.
+// Sums of keys for block means, and rows of the block-mean table. Every kernel sums in the same
+// order: the keys of a page in order, scale * element added with one rounding; then the pages in
+// order.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -15,38 +16,38 @@
 
 namespace misa::cuda {
 
-// Half a warp sums a page in 64 columns, four a lane.
-inline constexpr int kLaneElements = 4;
-inline constexpr int kColumns = 64;
-inline constexpr int kLanes = kColumns / kLaneElements;
+// Half a warp sums 64 columns of a page, four columns per lane.
+inline constexpr int kLaneColumns = 4;
+inline constexpr int kSumColumns = 64;
+inline constexpr int kSumLanes = kSumColumns / kLaneColumns;
 
-// Registers of keys in flight where others hold the registers.
-inline constexpr int kFewWords = 16;
+// Registers for keys in flight in kernels whose other registers hold operands.
+inline constexpr int kFewRegisters = 16;
 
-// fp32 as the sum of fp16: 11 + 11 bits.
+// An fp32 mean is the sum of two fp16 parts, of 11 bits each.
 inline constexpr int kFp16Parts = 2;
 
-// The sum of a page in four columns.
+// The sum of a page in the four columns of a lane.
 struct PageSum {
-  float sum[kLaneElements];
+  float sum[kLaneColumns];
   std::uint32_t largest;  // bits of the largest |scale|; 0 without scales
 };
 
-// Sums the page from `token` on in columns d … d + 3, `batch` keys in flight. Unless it is `whole`,
-// zeros stand for keys from `count` on. visit(i, sum) is told every sum of keys 0 … i. A warp
-// calls; its halves may differ in arguments.
+// Sums columns d … d + 3 of the page whose first key is `token`, with `batch` keys in flight.
+// Unless the page is `whole`, keys from `count` on count as zeros. visit(i, sum) is called with the
+// sum of keys 0 … i. All lanes of a warp call; the two halves may sum different pages.
 template <DType type, int batch, bool whole, class Visit>
 __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int d,
                             const Visit& visit) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kSumLanes;
   const std::int64_t pitch = keys.stride * static_cast<std::int64_t>(size_of(type));
   const auto* row = static_cast<const std::byte*>(keys.data) + token * pitch +
                     d * static_cast<int>(size_of(type));
   PageSum page{};
 #pragma unroll 1
   for (int first = 0; first < static_cast<int>(kPageSize); first += batch) {
-    Elements<type, kLaneElements> elements[batch];
-    [[maybe_unused]] float scales[(batch + kLanes - 1) / kLanes];
+    Elements<type, kLaneColumns> elements[batch];
+    [[maybe_unused]] float scales[(batch + kSumLanes - 1) / kSumLanes];
 #pragma unroll
     for (int i = 0; i < batch; ++i, row += pitch) {
       elements[i].clear();
@@ -55,39 +56,39 @@ __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int
       }
     }
     if constexpr (type == DType::e4m3) {
-      static_assert(batch % kLanes == 0);
+      static_assert(batch % kSumLanes == 0);
 #pragma unroll
-      for (int i = 0; i < batch / kLanes; ++i) {
-        const int key = first + i * kLanes + lane;
+      for (int i = 0; i < batch / kSumLanes; ++i) {
+        const int key = first + i * kSumLanes + lane;
         scales[i] = whole || key < count ? __ldg(keys.scale + token + key) : 0;
         page.largest = max(page.largest, __float_as_uint(fabsf(scales[i])));
       }
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      float value[kLaneElements];
+      float value[kLaneColumns];
       elements[i].floats(0, value);
       float scale = 1;
       if constexpr (type == DType::e4m3) {
-        scale = __shfl_sync(kFullMask, scales[i / kLanes], i % kLanes, kLanes);
+        scale = __shfl_sync(kFullMask, scales[i / kSumLanes], i % kSumLanes, kSumLanes);
       }
 #pragma unroll
-      for (int e = 0; e < kLaneElements; ++e) {
+      for (int e = 0; e < kLaneColumns; ++e) {
         page.sum[e] = __fmaf_rn(scale, value[e], page.sum[e]);
       }
       visit(first + i, page.sum);
     }
   }
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
+  for (int step = 1; step < kSumLanes; step *= 2) {
     page.largest = max(page.largest, __shfl_xor_sync(kFullMask, page.largest, step));
   }
   return page;
 }
 
-// A power of two that takes the mean of keys, of whose scales this is the largest, to below 2^15,
-// in fp16's upper range; 1 if a scale is not finite. So the parts have 22 bits of every element,
-// or of 2^-8 of the largest scale where an element is smaller than that.
+// A power of two that brings the mean of keys below 2^15, in fp16's upper range; 1 if a scale is
+// not finite. `largest`: bits of the keys' largest |scale|. So the parts hold 22 bits of every
+// element, or of 2^-8 of the largest scale where an element is smaller than that.
 __device__ inline float fp16_scale(std::uint32_t largest) {
   constexpr int kBias = 127;
   const int exponent = static_cast<int>(largest >> 23);  // biased
@@ -97,14 +98,13 @@ __device__ inline float fp16_scale(std::uint32_t largest) {
 }
 
 template <bool fp16>
-inline constexpr int kMeanParts = fp16 ? kFp16Parts : kMaxParts;
+inline constexpr int kMeanParts = fp16 ? kFp16Parts : kMaxBf16Parts;
 
-// Stores the parts of element d of a mean of D elements in its row, `stride` elements from part to
-// part.
+// Stores element d of a mean in its row, part by part; parts are `stride` elements apart.
 template <bool fp16>
 __device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_t* row,
                            int stride) {
-  row += operand_place(d / 4 * 4, dim) + d % 4 / 2 * 8 + d % 2;
+  row += operand_index(d / 4 * 4, dim) + d % 4 / 2 * 8 + d % 2;
   if constexpr (fp16) {
     const float scaled = mean * scale;
     const __half high = __float2half_rn(scaled);
@@ -112,54 +112,60 @@ __device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_
     row[0] = __half_as_ushort(high);
     row[stride] = __half_as_ushort(__float2half_rn(rest));
   } else {
-    for (int part = 0; part < kMaxParts; ++part) {
+    for (int part = 0; part < kMaxBf16Parts; ++part) {
       row[part * stride] = static_cast<std::uint16_t>(__float_as_uint(bf16_part(mean, part)) >> 16);
     }
   }
 }
 
-// Whether a lane's row of a tile is asked for, and whether the table has it.
-struct Asked {
-  bool wanted;
-  bool listed;
-};
-
-// The `count` means of a tile from row0 of the table on, for the sequence that starts at `start`:
-// warps deal them out, `rows` each, and lane l asks for its warp's row l. Factors of those that the
-// table has are stored.
-template <int rows, int warps>
-__device__ Asked ask_table(const BlockMeans& means, std::int32_t start, std::int64_t row0,
-                           int count, float* factors) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int asked = static_cast<int>(threadIdx.x) / 32 + lane * warps;
-  const std::int64_t row = row0 + asked;
-  const bool wanted = lane < rows && asked < count;
-  const bool listed = wanted && row < means.capacity && means.starts[row] == start;
-  if (listed) {
-    factors[asked] = means.factors[row];
-  }
-  return {wanted, listed};
+// Row of the block-mean table that block 0 of a sequence has; its block b has row base_row + b.
+template <class Index>
+__device__ Index base_row(const BlockMeans& means, Index sequence_start) {
+  return sequence_start / means.block;
 }
 
-// Writes a block's mean from its keys, the first being `token`; returns its factor. A warp works,
-// slowly but in few registers, for its callers hold operands. BlockMeans are in fp16 where `fp16`
-// is.
+// A lane's row of a tile: whether the tile has that row, and whether the table holds its mean.
+struct RowLookup {
+  bool wanted;
+  bool found;
+};
+
+// Looks up the `count` rows of a tile, of which row 0 is row `first_row` of the table, for the
+// sequence that starts at `sequence_start`. The rows are dealt out to `warps` warps, `rows` each,
+// and lane l of a warp looks up the l-th of them. Stores the factors of rows that are found.
+template <int rows, int warps>
+__device__ RowLookup look_up_rows(const BlockMeans& means, std::int32_t sequence_start,
+                                  std::int64_t first_row, int count, float* factors) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int tile_row = static_cast<int>(threadIdx.x) / 32 + lane * warps;
+  const std::int64_t row = first_row + tile_row;
+  const bool wanted = lane < rows && tile_row < count;
+  const bool found = wanted && row < means.capacity && means.starts[row] == sequence_start;
+  if (found) {
+    factors[tile_row] = means.factors[row];
+  }
+  return {wanted, found};
+}
+
+// Computes the mean of the block whose first key is `token` and writes it to `row`, part by part;
+// returns its factor. All lanes of a warp call. Slow, but in few registers, since callers hold
+// operands in theirs. `fp16` is means.fp16.
 template <bool fp16>
 __device__ float write_mean(const Keys& keys, const BlockMeans& means, std::int64_t token,
                             std::uint16_t* row, int stride) {
-  // Where D = 64 both halves of the warp do the same.
-  const int d = static_cast<int>(threadIdx.x) % 32 * kLaneElements % means.dim;
-  float sum[kLaneElements] = {};
+  // Where D = 64, both halves of the warp compute the same.
+  const int d = static_cast<int>(threadIdx.x) % 32 * kLaneColumns % means.dim;
+  float sum[kLaneColumns] = {};
   std::uint32_t largest = 0;
   const auto sum_block = [&]<DType type>() {
 #pragma unroll 1
     for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kPageSize)) {
-      const PageSum page = sum_page<type, kFewWords / static_cast<int>(size_of(type)), true>(
+      const PageSum page = sum_page<type, kFewRegisters / static_cast<int>(size_of(type)), true>(
           keys, token + first, static_cast<int>(kPageSize), d,
-          [](int, const float(&)[kLaneElements]) {});
+          [](int, const float(&)[kLaneColumns]) {});
       largest = max(largest, page.largest);
 #pragma unroll
-      for (int e = 0; e < kLaneElements; ++e) {
+      for (int e = 0; e < kLaneColumns; ++e) {
         sum[e] = __fadd_rn(sum[e], page.sum[e]);
       }
     }
@@ -171,7 +177,7 @@ __device__ float write_mean(const Keys& keys, const BlockMeans& means, std::int6
   }
   const float scale = fp16 ? fp16_scale(largest) : 1;
 #pragma unroll
-  for (int e = 0; e < kLaneElements; ++e) {
+  for (int e = 0; e < kLaneColumns; ++e) {
     store_mean<fp16>(sum[e] / static_cast<float>(means.block), scale, d + e, means.dim, row,
                      stride);
   }

@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block means as the kernels of routing and of the block filter read them.
+// The block-mean table, as the kernels of routing and of the block filter read it.
 #pragma once
 
 #include <cstdint>
 
 namespace misa::cuda {
 
-// Block means in a workspace. Block b of the sequence that starts at key s has row s / block + b:
-// sequences that do not overlap share no row. Where sequences overlap, a row holds the block of the
-// one that starts last, and says so; a kernel that needs another sequence's block computes its
-// mean from the keys.
+// Means of the key blocks of every sequence, in a workspace. A sequence is named by its first key,
+// and its blocks are counted from there; base_row (block_means.cuh) says which rows it has.
+// Sequences that do not overlap share no row. Where they overlap, a row holds the block of the
+// sequence that starts last, and a kernel that needs another one's block computes its mean from the
+// keys.
 struct BlockMeans {
-  std::int32_t* starts;   // [capacity] where a row's sequence starts; -1: the row is empty
+  std::int32_t* starts;   // [capacity] first key of a row's sequence; -1: the row is empty
   float* factors;         // [capacity] a mean is the sum of its parts times this
-  std::uint16_t* blocks;  // [capacity, parts, D] in operand order
-  float* own;  // [T, D] mean of what a query sees of the block that it stands in; or null
-  std::int32_t capacity;
-  std::int32_t block;  // positions, a multiple of the page size
-  std::int32_t dim;    // D
-  bool fp16;           // a mean is two parts in fp16 (e4m3 keys and queries), else three in bf16
+  std::uint16_t* rows;    // [capacity, parts, D] in operand order (elements.cuh)
+  float* partial;         // [T, D] mean of the keys after a query's last whole block; or null
+  std::int32_t capacity;  // rows
+  std::int32_t block;     // keys, a multiple of the page size
+  std::int32_t dim;       // D
+  bool fp16;              // a mean is two parts in fp16 (e4m3 keys and queries), else three in bf16
 };
 
 }  // namespace misa::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA's errors as this library's.
+// Turns errors of CUDA calls into misa::Error.
 #pragma once
 
 #include <cuda_runtime_api.h>

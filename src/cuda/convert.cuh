@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of every dtype as bf16, fp16 or fp32. e4m3 is exact in each.
+// Conversions between element types. Every e4m3 value is exact in bf16, fp16 and fp32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,18 +22,18 @@ __device__ inline float element(const void* row, DType dtype, std::int64_t i) {
   return 0;
 }
 
-// Two bf16 in a register, the first in the lower half.
+// Products of two pairs of bf16. The first of a pair is in the lower half of its register.
 __device__ inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
   const auto product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(a),
                                reinterpret_cast<const __nv_bfloat162&>(b));
   return reinterpret_cast<const std::uint32_t&>(product);
 }
 
-// The two e4m3 that stand in the upper bytes of the halves of `pair`.
-//  1. Exponent and mantissa move to where bf16 has them: a value 2^-120 as large, for the biases
-//     are 7 and 127. Subnormals follow the same rule, for bf16 has them too.
+// Converts two e4m3 values, one in the upper byte of each half of `pair`.
+//  1. Exponent and mantissa move to their places in bf16. This is the value times 2^-120, since the
+//     biases are 7 and 127; it holds for subnormals too.
 //  2. The product with 2^120 is exact.
-//  3. e4m3's one NaN, all ones, came out as 480 and gets all ones.
+//  3. e4m3's NaN, all ones, would come out as 480; it is set to all ones, a NaN in bf16.
 __device__ inline std::uint32_t e4m3x2_to_bf16x2(std::uint32_t pair) {
   constexpr std::uint32_t kRescale = 0x7B807B80;  // 2^120, twice
   const std::uint32_t small = (pair & 0x80008000) | (pair >> 4 & 0x07F007F0);
@@ -41,26 +41,26 @@ __device__ inline std::uint32_t e4m3x2_to_bf16x2(std::uint32_t pair) {
   return multiply_bf16x2(small, kRescale) | (nan - (nan >> 15));
 }
 
-// Four e4m3 of a register.
+// Converts the four e4m3 values of a register.
 __device__ inline void e4m3x4_to_bf16(std::uint32_t bytes, std::uint32_t& low,
                                       std::uint32_t& high) {
   low = e4m3x2_to_bf16x2(__byte_perm(bytes, 0, 0x1404));
   high = e4m3x2_to_bf16x2(__byte_perm(bytes, 0, 0x3424));
 }
 
-// Four e4m3 of a register as fp16: one instruction a pair from compute capability 8.9 on.
+// The same to fp16: from compute capability 8.9 on, one instruction per pair.
 __device__ inline void e4m3x4_to_fp16(std::uint32_t bytes, std::uint32_t& low,
                                       std::uint32_t& high) {
-  const auto pair = [](std::uint32_t two) {
+  const auto pair = [](std::uint32_t e4m3x2) {
     const __half2_raw halves =
-        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(e4m3x2), __NV_E4M3);
     return reinterpret_cast<const std::uint32_t&>(halves);
   };
   low = pair(bytes);
   high = pair(bytes >> 16);
 }
 
-// The two fp16 of a register.
+// Converts the two fp16 values of a register.
 __device__ inline float2 fp16x2_to_floats(std::uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs of consecutive elements of a row, taken as fp32 or as the bf16 parts that the tensor cores
-// multiply. Rows start on 16 bytes: the public plan requires it, the host's copies see to it.
+// Consecutive elements of a row in registers, as fp32 or as the parts that tensor cores multiply.
+// Rows start on 16 bytes: plans require it of device arrays, and copies of host arrays are made so.
 #pragma once
 
 #include <cstddef>
@@ -11,16 +11,16 @@
 
 namespace misa::cuda {
 
-// e4m3 and bf16 are exact in one bf16. fp32 is the sum of three: 8 + 8 + 8 mantissa bits.
+// e4m3 and bf16 are exact in one bf16. fp32 is the sum of three, of 8 mantissa bits each.
 template <DType type>
-inline constexpr int kParts = type == DType::f32 ? 3 : 1;
-inline constexpr int kMaxParts = 3;
+inline constexpr int kBf16Parts = type == DType::f32 ? 3 : 1;
+inline constexpr int kMaxBf16Parts = 3;
 
-// What is left of a value after `part` parts took the leading 8 bits each, cut to 8 bits itself.
-// All parts have one sign, so no sum over parts exceeds the value. What is not finite has one part.
+// Part number `part` of a value: 8 mantissa bits of what earlier parts left. All parts have the
+// sign of the value, so no partial sum exceeds it. Infinities and NaN have one part.
 __device__ inline float bf16_part(float value, int part) {
   if (!isfinite(value)) {
-    // A NaN may keep its mark in the bits that are cut off.
+    // A NaN's mantissa may be zero in the bits that bf16 keeps.
     return part > 0 ? 0.0F : isnan(value) ? __uint_as_float(0x7FFFFFFFU) : value;
   }
   for (int i = 0; i < part; ++i) {
@@ -29,7 +29,7 @@ __device__ inline float bf16_part(float value, int part) {
   return value;
 }
 
-// The upper halves of two floats, the first in the lower half.
+// The upper halves of two floats in one register, the first in its lower half.
 __device__ inline std::uint32_t upper_halves(float first, float second) {
   return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x7632);
 }
@@ -48,17 +48,17 @@ template <DType type, int count>
 struct Elements {
   static constexpr int kBytes = count * static_cast<int>(size_of(type));
   static constexpr int kWords = kBytes / 4;
-  static constexpr int kPiece = kBytes < 16 ? kBytes : 16;
+  static constexpr int kLoadBytes = kBytes < 16 ? kBytes : 16;  // bytes that one load reads
 
   std::uint32_t words[kWords];
 
-  // Elements first … first + count - 1 of a row that starts on 16 bytes.
+  // Loads elements first … first + count - 1 of a row that starts on 16 bytes.
   __device__ void load(const void* row, std::int64_t first) {
     const auto* bytes =
         static_cast<const std::byte*>(row) + first * static_cast<std::int64_t>(size_of(type));
 #pragma unroll
-    for (int i = 0; i < kBytes / kPiece; ++i) {
-      load_piece(bytes + i * kPiece, &words[i * kPiece / 4]);
+    for (int i = 0; i < kBytes / kLoadBytes; ++i) {
+      load_words(bytes + i * kLoadBytes, &words[i * kLoadBytes / 4]);
     }
   }
 
@@ -81,9 +81,9 @@ struct Elements {
       fp16(i, pairs);
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
-        const float2 two = fp16x2_to_floats(pairs[p]);
-        out[2 * p] = two.x;
-        out[2 * p + 1] = two.y;
+        const float2 values = fp16x2_to_floats(pairs[p]);
+        out[2 * p] = values.x;
+        out[2 * p + 1] = values.y;
       }
     } else {
       std::uint32_t pairs[2];
@@ -109,53 +109,54 @@ struct Elements {
       pairs[0] = words[2 * i];
       pairs[1] = words[2 * i + 1];
     } else {
-      float four[4];
-      floats(i, four);
+      float values[4];
+      floats(i, values);
 #pragma unroll
-      for (float& value : four) {
+      for (float& value : values) {
         value = bf16_part(value, part);
       }
-      pairs[0] = upper_halves(four[0], four[1]);
-      pairs[1] = upper_halves(four[2], four[3]);
+      pairs[0] = upper_halves(values[0], values[1]);
+      pairs[1] = upper_halves(values[2], values[3]);
     }
   }
 
  private:
-  __device__ static void load_piece(const std::byte* bytes, std::uint32_t* out) {
-    if constexpr (kPiece == 16) {
-      const uint4 piece = __ldg(reinterpret_cast<const uint4*>(bytes));
-      out[0] = piece.x;
-      out[1] = piece.y;
-      out[2] = piece.z;
-      out[3] = piece.w;
-    } else if constexpr (kPiece == 8) {
-      const uint2 piece = __ldg(reinterpret_cast<const uint2*>(bytes));
-      out[0] = piece.x;
-      out[1] = piece.y;
+  __device__ static void load_words(const std::byte* bytes, std::uint32_t* out) {
+    if constexpr (kLoadBytes == 16) {
+      const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(bytes));
+      out[0] = loaded.x;
+      out[1] = loaded.y;
+      out[2] = loaded.z;
+      out[3] = loaded.w;
+    } else if constexpr (kLoadBytes == 8) {
+      const uint2 loaded = __ldg(reinterpret_cast<const uint2*>(bytes));
+      out[0] = loaded.x;
+      out[1] = loaded.y;
     } else {
       out[0] = __ldg(reinterpret_cast<const std::uint32_t*>(bytes));
     }
   }
 };
 
-// Operands of the matrix product keep a row's elements in an order in which the elements that a
-// lane multiplies lie side by side in memory: lane c of the four that share a row has elements
-// c D/4 … (c + 1) D/4 - 1, and step s of 16 takes four of each lane. Since both operands keep it,
-// dot products are what they were.
+// Operand order: elements of a row are permuted, in both operands of a matrix product, which leaves
+// dot products as they are. Lane c of the four that share a row then multiplies the consecutive
+// elements c D/4 … (c + 1) D/4 - 1, four of them in each MMA of depth 16, so that it loads them
+// from memory with wide loads.
 
-// Where elements d … d + 3, d a multiple of 4, stand: the first two here, the others 8 on.
-constexpr int operand_place(int d, int dim) { return d % (dim / 4) / 4 * 16 + d / (dim / 4) * 2; }
+// Place of elements d and d + 1, d a multiple of 4, in operand order; d + 2 and d + 3 are 8
+// further.
+constexpr int operand_index(int d, int dim) { return d % (dim / 4) / 4 * 16 + d / (dim / 4) * 2; }
 
 // Elements from one operand row to the next in shared memory: 16 bytes more than the row, so that
-// the 8 rows of a matrix lie in different banks.
+// the 8 rows that one ldmatrix reads lie in different banks.
 constexpr int operand_pitch(int dim) { return dim + 8; }
 
-// Stores the parts of elements d … d + 3 of an operand row.
+// Stores elements d … d + 3 of an operand row.
 __device__ inline void store_operand(std::uint16_t* row, int d, int dim,
                                      const std::uint32_t (&pairs)[2]) {
-  std::uint16_t* place = row + operand_place(d, dim);
-  *reinterpret_cast<std::uint32_t*>(place) = pairs[0];
-  *reinterpret_cast<std::uint32_t*>(place + 8) = pairs[1];
+  std::uint16_t* const out = row + operand_index(d, dim);
+  *reinterpret_cast<std::uint32_t*>(out) = pairs[0];
+  *reinterpret_cast<std::uint32_t*>(out + 8) = pairs[1];
 }
 
 }  // namespace misa::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launching kernels one behind another.
+// Launching kernels with programmatic dependent launch, where the device has it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,10 +10,9 @@
 
 namespace misa::cuda {
 
-// Returns once all that stands before this kernel in the stream is complete. From then on blocks of
-// the kernel behind it may be placed where there is room, and wait here in their turn. Every kernel
-// calls it first, or first reads what neither it nor the kernel just before it writes: all that is
-// older is complete when a block is placed.
+// Waits until the previous kernel of the stream has completed, then lets thread blocks of the next
+// one start early; they wait here too. Every kernel calls it before it reads or writes memory that
+// this kernel or the previous one writes. Whatever older kernels wrote may be read before the call.
 __device__ inline void begin_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -30,13 +29,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Bytes of shared memory that a block of the current device may have.
+// Bytes of shared memory that a thread block may have on the current device.
 inline std::size_t shared_limit() {
   return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// Enqueues a kernel that begins with begin_kernel, with `bytes` of dynamic shared memory. Where the
-// device can (compute capability 9.0 and above), its launch overlaps the end of what is before it.
+// Enqueues a kernel that calls begin_kernel, with `bytes` of dynamic shared memory. From compute
+// capability 9.0 on, its launch overlaps the end of the previous kernel.
 template <class... Parameters, class... Arguments>
 void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
                    std::size_t bytes, void* stream, const Arguments&... arguments) {

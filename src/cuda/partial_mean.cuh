@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The mean of the block that a query stands in, of what it sees of it, as an operand.
+// The partial block mean of a query (BlockMeans::partial) as an operand row.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,23 @@
 
 namespace misa::cuda {
 
-// A lane's elements. Where D = 64 both halves of a warp hold the same.
+// The first of the four elements that a lane holds. Where D = 64, both halves of a warp hold the
+// same.
 template <int dim>
-__device__ inline int partial_place() {
+__device__ inline int partial_mean_element() {
   return static_cast<int>(threadIdx.x) % 32 * 4 % dim;
 }
 
 template <int dim>
 __device__ inline float4 load_partial_mean(const BlockMeans& means, std::int64_t t) {
-  return *reinterpret_cast<const float4*>(means.own + t * dim + partial_place<dim>());
+  return *reinterpret_cast<const float4*>(means.partial + t * dim + partial_mean_element<dim>());
 }
 
-// Stores what a warp's lanes loaded as an operand row, `stride` elements from part to part; returns
-// its factor, which is not 0.
+// Stores a mean that the lanes of a warp have loaded as an operand row, parts `stride` elements
+// apart; returns its factor, which is not 0.
 template <bool fp16, int dim>
-__device__ float store_partial_mean(float4 four, std::uint16_t* row, int stride) {
-  const float mean[4] = {four.x, four.y, four.z, four.w};
+__device__ float store_partial_mean(float4 elements, std::uint16_t* row, int stride) {
+  const float mean[4] = {elements.x, elements.y, elements.z, elements.w};
   float scale = 1;
   if constexpr (fp16) {
     float largest = 0;
@@ -33,12 +34,13 @@ __device__ float store_partial_mean(float4 four, std::uint16_t* row, int stride)
     for (const float element : mean) {
       largest = fmaxf(largest, fabsf(element));
     }
-    // As if it were a key's largest. Floats of one sign have the order of their bits.
+    // fp16_scale expects the largest scale of e4m3 keys: the one whose largest value is this
+    // element. Floats that are not negative are ordered as their bits.
     scale = fp16_scale(__reduce_max_sync(kFullMask, __float_as_uint(largest / kE4m3Max)));
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    store_mean<fp16>(mean[e], scale, partial_place<dim>() + e, dim, row, stride);
+    store_mean<fp16>(mean[e], scale, partial_mean_element<dim>() + e, dim, row, stride);
   }
   return 1 / scale;
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Heads of queries times block means or sampled keys on Hopper: e4m3 queries and keys, D = 128, at
-// most 64 heads. A warp has 16 heads of a query in registers, in fp16, and a warpgroup one product:
-// of a query's heads, or, if those are no more than 32, of two queries'. A block of threads, four
-// warpgroups, shares the means of blocks of one sequence, tile by tile, or its sampled keys.
+// Products of query heads with block means or sampled keys on Hopper: e4m3 queries and keys, D =
+// 128, at most 64 heads. A thread block has four warpgroups, which share tiles of block means or
+// sampled keys in shared memory. A warp holds 16 heads of a query in registers, in fp16. One wgmma
+// of a warpgroup multiplies all heads of a query or, if there are at most 32, of two queries.
 #pragma once
 
 #include <cstdint>
@@ -16,73 +16,75 @@
 
 namespace misa::cuda {
 
-// Warps of a warpgroup, and of the four that a block of threads has: as an SM's registers allow,
-// for a thread has 32 of operands and up to 64 of sums.
-inline constexpr int kGroupWarps = 4;
-inline constexpr int kGroupsWarps = 4 * kGroupWarps;
-inline constexpr int kGroupsThreads = kGroupsWarps * 32;
+// A thread block has four warpgroups: a thread needs 32 registers of operands and up to 64 of
+// accumulators, and an SM has 128 for each of 512 threads.
+inline constexpr int kWarpgroupWarps = 4;
+inline constexpr int kSm90Warps = 4 * kWarpgroupWarps;
+inline constexpr int kSm90Threads = kSm90Warps * 32;
 
-// A tile is cut along D into rows of 128 bytes, as products read it.
-inline constexpr int kHalves = 2;
-inline constexpr int kRowBytes = kDim / kHalves * 2;
-inline constexpr int kRowChunks = kRowBytes / 16;
+// A row of a tile, D elements in fp16, is stored in two segments of 128 bytes, the width of wgmma's
+// swizzle, and copied in chunks of 16 bytes.
+inline constexpr int kRowSegments = 2;
+inline constexpr int kSegmentBytes = kDim / kRowSegments * 2;
+inline constexpr int kSegmentChunks = kSegmentBytes / 16;
 
-// 16 heads a warp.
-using Heads = HeadRows<DType::e4m3, true, kDim, 1>;
+// The 16 heads of a warp.
+using Sm90HeadOperands = HeadOperands<DType::e4m3, true, kDim, 1>;
 
-// What a thread is in a block that serves several queries at a time, `query_warps` warps each.
+// Which heads of which query a warp multiplies, in a thread block that processes several queries
+// per round with `query_warps` warps each.
 template <int query_warps>
-struct Place {
-  static constexpr int kAtOnce = kGroupsWarps / query_warps;         // queries
-  static constexpr int kProductQueries = kGroupWarps / query_warps;  // of them in one product
+struct WarpAssignment {
+  static constexpr int kRoundQueries = kSm90Warps / query_warps;
+  static constexpr int kProductQueries = kWarpgroupWarps / query_warps;  // queries in one product
 
-  int warp;  // the same for a whole warp, and the compiler is to know it
+  int warp;  // from a shuffle, so that the compiler knows it is the same in all lanes
   int lane;
-  int query;       // of those at a time
+  int slot;        // number of the query in the round
   int first_head;  // of the warp's 16
 
-  __device__ Place()
+  __device__ WarpAssignment()
       : warp(__shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 32, 0)),
         lane(static_cast<int>(threadIdx.x) % 32),
-        query(warp / query_warps),
-        first_head(warp % query_warps * kTileHeads) {}
+        slot(warp / query_warps),
+        first_head(warp % query_warps * kMmaHeads) {}
 
-  // Whether the query of this lane, which is number `slot` of those at a time, is in the product of
-  // this warp. Warps of a warpgroup have to agree on whether they multiply.
-  [[nodiscard]] __device__ bool shares(int slot) const {
-    return slot >= 0 && slot / kProductQueries == query / kProductQueries;
+  // Whether query number `other_slot` of the round is in the same product as the warp's query. All
+  // warps of a warpgroup need the same decision on whether to multiply.
+  [[nodiscard]] __device__ bool in_product(int other_slot) const {
+    return other_slot >= 0 && other_slot / kProductQueries == slot / kProductQueries;
   }
 };
 
-// Warps that a query's heads take.
+// Warps that the heads of one query take.
 inline int warps_of_query(std::int64_t heads) { return heads <= kMaxRows / 2 ? 2 : 4; }
 
-// Tiles in shared memory: while one is multiplied the next one arrives.
-template <int blocks>
-struct BlockTiles {
-  alignas(1024) std::uint8_t rows[2][kFp16Parts][kHalves][blocks][kRowBytes];
-  alignas(16) std::uint16_t computed[kGroupsWarps][kFp16Parts][kDim];
-  float factors[2][blocks];
+// Two tiles of block means in shared memory: one is multiplied while the next is copied.
+template <int means>
+struct MeanTiles {
+  alignas(1024) std::uint8_t rows[2][kFp16Parts][kRowSegments][means][kSegmentBytes];
+  alignas(16) std::uint16_t computed[kSm90Warps][kFp16Parts][kDim];  // compute_row's scratch
+  float factors[2][means];
 
-  // Where 16 bytes of a row go, of both its parts.
-  __device__ std::uint8_t* place(int buffer, int row, int chunk) {
-    const int part = chunk / (kHalves * kRowChunks);
-    const int half = chunk / kRowChunks % kHalves;
-    return rows[buffer][part][half][row] + (chunk % kRowChunks ^ row % kRowChunks) * 16;
+  // Where chunk `chunk` of a row goes; chunks of the second part follow those of the first.
+  __device__ std::uint8_t* chunk_address(int buffer, int row, int chunk) {
+    const int part = chunk / (kRowSegments * kSegmentChunks);
+    const int segment = chunk / kSegmentChunks % kRowSegments;
+    return rows[buffer][part][segment][row] + (chunk % kSegmentChunks ^ row % kSegmentChunks) * 16;
   }
 };
 
-// Computes row `row` of a tile, the mean of the block that begins at `token`. A warp works. Not
-// inlined: where it is, kernels that never come here are slower for its code.
-template <int blocks>
-__device__ __noinline__ void compute_row(BlockTiles<blocks>& tiles, int buffer, int row,
-                                         const Keys& keys, const BlockMeans& means,
+// Computes the mean of the block whose first key is `token` as row `row` of a tile. All lanes of a
+// warp call. Not inlined: the inlined code would slow down kernels that never call it.
+template <int means>
+__device__ __noinline__ void compute_row(MeanTiles<means>& tiles, int buffer, int row,
+                                         const Keys& keys, const BlockMeans& table,
                                          std::int64_t token) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint16_t* const computed = tiles.computed[threadIdx.x / 32][0];
-  const float factor = write_mean<true>(keys, means, token, computed, kDim);
+  const float factor = write_mean<true>(keys, table, token, computed, kDim);
   __syncwarp();
-  *reinterpret_cast<uint4*>(tiles.place(buffer, row, lane)) =
+  *reinterpret_cast<uint4*>(tiles.chunk_address(buffer, row, lane)) =
       *reinterpret_cast<const uint4*>(&computed[lane * 8]);
   if (lane == 0) {
     tiles.factors[buffer][row] = factor;
@@ -90,47 +92,50 @@ __device__ __noinline__ void compute_row(BlockTiles<blocks>& tiles, int buffer, 
   __syncwarp();
 }
 
-// Starts copies of blocks first … first + count - 1 of the sequence that starts at `start`, a warp
-// a row and a lane 16 bytes of it. A row of the pool's table that holds another sequence's block is
-// computed.
-template <int blocks>
-__device__ void load_tile(BlockTiles<blocks>& tiles, int buffer, const Keys& keys,
-                          const BlockMeans& means, std::int32_t start, std::int32_t first,
-                          int count) {
-  constexpr int kRows = blocks / kGroupsWarps;  // of a warp
+// Starts to copy the means of blocks first … first + count - 1 of a sequence into a tile, one row
+// per warp and one chunk per lane at a time. Rows that the block-mean table has for another
+// sequence are computed.
+template <int means>
+__device__ void load_mean_tile(MeanTiles<means>& tiles, int buffer, const Keys& keys,
+                               const BlockMeans& table, std::int32_t sequence_start,
+                               std::int32_t first, int count) {
+  constexpr int kWarpRows = means / kSm90Warps;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t row0 = std::int64_t{start} / means.block + first;
+  const std::int64_t first_row = base_row(table, std::int64_t{sequence_start}) + first;
 
-  const auto [wanted, listed] =
-      ask_table<kRows, kGroupsWarps>(means, start, row0, count, tiles.factors[buffer]);
-  const std::uint32_t copied = __ballot_sync(kFullMask, listed);
-  const std::uint32_t there = __ballot_sync(kFullMask, wanted);
+  const auto [wanted, found] = look_up_rows<kWarpRows, kSm90Warps>(table, sequence_start, first_row,
+                                                                   count, tiles.factors[buffer]);
+  const std::uint32_t found_rows = __ballot_sync(kFullMask, found);
+  const std::uint32_t wanted_rows = __ballot_sync(kFullMask, wanted);
 #pragma unroll 1
-  for (int i = 0; i < kRows && (there >> i & 1) != 0; ++i) {
-    const int row = warp + i * kGroupsWarps;
-    if ((copied >> i & 1) != 0) {
-      copy_16(tiles.place(buffer, row, lane), means.blocks + ((row0 + row) * 32 + lane) * 8);
+  for (int i = 0; i < kWarpRows && (wanted_rows >> i & 1) != 0; ++i) {
+    const int row = warp + i * kSm90Warps;
+    if ((found_rows >> i & 1) != 0) {
+      copy_16(tiles.chunk_address(buffer, row, lane),
+              table.rows + ((first_row + row) * 32 + lane) * 8);
     } else {
-      compute_row(tiles, buffer, row, keys, means, start + std::int64_t{first + row} * means.block);
+      compute_row(tiles, buffer, row, keys, table,
+                  sequence_start + std::int64_t{first + row} * table.block);
     }
   }
 }
 
-// Starts x (+)= heads . rows of a tile in fp16.
+// Starts x (+)= heads . rows of a tile, in fp16.
 template <int columns>
-__device__ void start_product(const std::uint8_t (&rows)[kHalves][columns][kRowBytes],
-                              const Heads& heads, bool add, float (&x)[columns / 2]) {
-  constexpr int kSteps = kDim / kStep;
+__device__ void start_product(const std::uint8_t (&rows)[kRowSegments][columns][kSegmentBytes],
+                              const Sm90HeadOperands& heads, bool add, float (&x)[columns / 2]) {
+  constexpr int kDepths = kDim / kMmaDepth;
+  constexpr int kSegmentDepths = kDepths / kRowSegments;
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
+  for (int s = 0; s < kDepths; ++s) {
     wgmma_fp16<columns>(x, heads.a[0][0][s],
-                        swizzled_tile(rows[s / (kSteps / kHalves)]) + 2 * (s % (kSteps / kHalves)),
+                        swizzled_tile(rows[s / kSegmentDepths]) + 2 * (s % kSegmentDepths),
                         add || s > 0);
   }
 }
 
-// Ends products started since wgmma_fence.
+// Waits for the products started since wgmma_fence.
 template <int count>
 __device__ void end_products(float (&x)[count]) {
   wgmma_commit();
@@ -139,9 +144,9 @@ __device__ void end_products(float (&x)[count]) {
 }
 
 // x = heads . means of a tile, the low parts of the means first.
-template <int blocks>
-__device__ void multiply(const BlockTiles<blocks>& tiles, int buffer, const Heads& heads,
-                         float (&x)[blocks / 2]) {
+template <int means>
+__device__ void multiply_means(const MeanTiles<means>& tiles, int buffer,
+                               const Sm90HeadOperands& heads, float (&x)[means / 2]) {
   wgmma_fence();
 #pragma unroll
   for (int part = kFp16Parts - 1; part >= 0; --part) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stages of a call, in the order in which they are enqueued: as ranges of a profile (NVTX), and
-// to whoever listens, as the benchmark of steps does to stand events between them.
+// Marks the stages of a call as they are enqueued: as NVTX ranges, and to a listener, which the
+// benchmark of steps uses to record an event between stages.
 #pragma once
 
 #include <nvtx3/nvToolsExt.h>
@@ -9,10 +9,10 @@
 
 namespace misa::cuda {
 
-// Called before a stage is enqueued, and with null behind the last one.
+// Called before a stage is enqueued, and with null after the last one.
 using StageListener = std::function<void(const char* stage)>;
 
-// The listener of this thread's calls; usually none.
+// Receives the stages of this thread's calls; usually empty.
 inline thread_local StageListener stage_listener;
 
 class Stages {
@@ -22,7 +22,7 @@ class Stages {
   Stages(const Stages&) = delete;
   Stages& operator=(const Stages&) = delete;
 
-  // Ends the stage before it.
+  // Ends the previous stage and begins this one; null begins none.
   void enter(const char* stage) {
     if (inside_) {
       nvtxRangePop();

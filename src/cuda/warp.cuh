@@ -3,7 +3,7 @@
 
 namespace misa::cuda {
 
-// Every lane of a warp takes part.
+// The mask of warp functions in which all 32 lanes take part.
 inline constexpr unsigned kFullMask = 0xFFFFFFFFU;
 
 }  // namespace misa::cuda

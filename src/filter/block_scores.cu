@@ -7,14 +7,15 @@
 
 namespace misa::cuda::filter {
 
-void launch_block_scores(const Problem& problem, const DeviceTraits& device, const BlockMeans& means,
-                         float* scores, std::int64_t stride, cudaStream_t stream) {
+void launch_block_scores(const Problem& problem, const DeviceTraits& device,
+                         const BlockMeans& means, float* scores, std::int64_t stride,
+                         cudaStream_t stream) {
   if (sm90_can_implement(problem, device)) {
     launch_block_scores_sm90(problem, means, scores, stride, stream);
     return;
   }
-  using namespace judged_by_means;
-  judged_by_means::launch<Judge::blocks>({problem, means, 0, nullptr, scores, stride}, stream);
+  block_mean_products::launch<block_mean_products::MeansOutput::block_scores>(
+      {problem, means, 0, nullptr, scores, stride}, stream);
 }
 
 }  // namespace misa::cuda::filter

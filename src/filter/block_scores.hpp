@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks judged by their means.
+// Scores of block means, for the block filter.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,8 +12,9 @@
 
 namespace misa::cuda::filter {
 
-// scores[t, b] of every whole block b that query t sees, over all heads.
-void launch_block_scores(const Problem& problem, const DeviceTraits& device, const BlockMeans& means,
-                         float* scores, std::int64_t stride, cudaStream_t stream);
+// Writes scores[t, b], over all heads, for every whole block b that query t sees.
+void launch_block_scores(const Problem& problem, const DeviceTraits& device,
+                         const BlockMeans& means, float* scores, std::int64_t stride,
+                         cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

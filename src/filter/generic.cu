@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The block filter (HISA): which blocks of its keys a query keeps. A warp serves a query.
+// The block filter (HISA): which key blocks a query keeps. One warp per query.
 //
-//  1. Up to `filter_blocks` blocks are all kept.
-//  2. Else the first and the last are, and the others compete. The key (a score's ordered image) of
-//     the last that wins is found bit by bit: the largest that enough keys reach.
-//  3. Blocks above that key are kept, of those equal to it the lowest; ranks of the kept ones among
-//     themselves are their places.
+//  1. A query of at most `filter_blocks` blocks keeps them all.
+//  2. Else it keeps the first and the last one, and the others compete for k places. The k-th
+//     largest score is found as ordered bits, bit by bit: the largest number that at least k scores
+//     reach, or sooner one that exactly k reach.
+//  3. Blocks above the k-th score are kept, and of tied blocks the lowest, in ascending order.
 #include <cuda_runtime.h>
 
 #include "core/entry.hpp"
@@ -22,43 +22,46 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr std::size_t kAlignment = 64;
 
-// Keys of scores that a lane holds: 1024 blocks a warp. Those of further blocks are read each time.
-constexpr int kHeld = 32;
+// Scores that a lane keeps in registers: those of 1024 blocks per warp. Scores of further blocks
+// are read every time.
+constexpr int kLaneScores = 32;
 
-struct Arguments {
+struct FilterArguments {
   Keys keys;
   std::int64_t tokens;
   const float* scores;  // [T, stride]
   std::int64_t stride;
   std::int32_t block;
-  std::int32_t kept;     // blocks wanted
+  std::int32_t kept;     // blocks to keep
   std::int32_t* blocks;  // [T, kept]
 };
 
-// The key of block b; 0 where it does not compete, for no key that is asked for is that small.
-__device__ std::uint32_t key_of(const float* scores, std::int32_t b, std::int32_t last) {
+// The score of block b as ordered bits; 0, below every score that is counted, if b does not
+// compete.
+__device__ std::uint32_t score_bits(const float* scores, std::int32_t b, std::int32_t last) {
   return b > 0 && b < last ? ordered_bits(scores[b]) : 0;
 }
 
-// How many of the keys of blocks 1 … last - 1 reach `key`.
-__device__ std::int32_t reaching(const std::uint32_t (&held)[kHeld], const float* scores,
-                                 std::int32_t last, std::uint32_t key) {
+// How many of blocks 1 … last - 1 have a score of at least `least`, which is above 0.
+__device__ std::int32_t count_at_least(const std::uint32_t (&lane_scores)[kLaneScores],
+                                       const float* scores, std::int32_t last,
+                                       std::uint32_t least) {
   std::int32_t count = 0;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kLaneScores; ++i) {
     if (i * 32 >= last) {
       break;
     }
-    count += held[i] >= key ? 1 : 0;
+    count += lane_scores[i] >= least ? 1 : 0;
   }
-  for (std::int32_t b = kHeld * 32 + static_cast<std::int32_t>(threadIdx.x % 32); b < last;
+  for (std::int32_t b = kLaneScores * 32 + static_cast<std::int32_t>(threadIdx.x % 32); b < last;
        b += 32) {
-    count += key_of(scores, b, last) >= key ? 1 : 0;
+    count += score_bits(scores, b, last) >= least ? 1 : 0;
   }
   return __reduce_add_sync(kFullMask, count);
 }
 
-__global__ void __launch_bounds__(kThreads) filter_kernel(const Arguments arguments) {
+__global__ void __launch_bounds__(kThreads) filter_kernel(const FilterArguments arguments) {
   begin_kernel();
   const std::int64_t t = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (t >= arguments.tokens) {
@@ -77,50 +80,50 @@ __global__ void __launch_bounds__(kThreads) filter_kernel(const Arguments argume
   }
 
   const std::int32_t last = blocks - 1;
-  const std::int32_t wanted = arguments.kept - 2;
-  std::uint32_t held[kHeld];
+  const std::int32_t k = arguments.kept - 2;
+  std::uint32_t lane_scores[kLaneScores];
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    held[i] = key_of(scores, i * 32 + lane, last);
+  for (int i = 0; i < kLaneScores; ++i) {
+    lane_scores[i] = score_bits(scores, i * 32 + lane, last);
   }
-  std::uint32_t key = 0;
+  std::uint32_t kth = 0;
 #pragma unroll 1
   for (int bit = 31; bit >= 0; --bit) {  // step 2
-    const std::uint32_t candidate = key | 1U << bit;
-    const std::int32_t count = reaching(held, scores, last, candidate);
-    key = count >= wanted ? candidate : key;
-    if (count == wanted) {
+    const std::uint32_t candidate = kth | 1U << bit;
+    const std::int32_t count = count_at_least(lane_scores, scores, last, candidate);
+    kth = count >= k ? candidate : kth;
+    if (count == k) {
       break;
     }
   }
-  std::int32_t equals = wanted - reaching(held, scores, last, key + 1);
+  std::int32_t ties = k - count_at_least(lane_scores, scores, last, kth + 1);  // still to keep
 
-  const auto keep_winners = [&](std::int32_t b, std::uint32_t own) {  // step 3
+  const auto write_kept = [&](std::int32_t b, std::uint32_t score) {  // step 3
     const bool competes = b > 0 && b < last;
-    const std::uint32_t before = (1U << lane) - 1;
-    const std::uint32_t equal = __ballot_sync(kFullMask, competes && own == key);
-    const bool wins = b == 0 || b == last || (competes && own > key) ||
-                      (competes && own == key && __popc(equal & before) < equals);
-    const std::uint32_t winners = __ballot_sync(kFullMask, wins);
-    if (wins) {
-      out[__popc(winners & before)] = b;
+    const std::uint32_t lower_lanes = (1U << lane) - 1;
+    const std::uint32_t tied = __ballot_sync(kFullMask, competes && score == kth);
+    const bool kept = b == 0 || b == last || (competes && score > kth) ||
+                      (competes && score == kth && __popc(tied & lower_lanes) < ties);
+    const std::uint32_t kept_lanes = __ballot_sync(kFullMask, kept);
+    if (kept) {
+      out[__popc(kept_lanes & lower_lanes)] = b;
     }
-    out += __popc(winners);
-    equals -= min(equals, __popc(equal));
+    out += __popc(kept_lanes);
+    ties -= min(ties, __popc(tied));
   };
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kLaneScores; ++i) {
     if (i * 32 >= blocks) {
       break;
     }
-    keep_winners(i * 32 + lane, held[i]);
+    write_kept(i * 32 + lane, lane_scores[i]);
   }
-  for (std::int32_t first = kHeld * 32; first < blocks; first += 32) {
-    keep_winners(first + lane, key_of(scores, first + lane, last));
+  for (std::int32_t first = kLaneScores * 32; first < blocks; first += 32) {
+    write_kept(first + lane, score_bits(scores, first + lane, last));
   }
 }
 
-// Blocks of the longest row.
+// The most blocks that a query can see.
 std::int64_t score_stride(std::int64_t max_keys, std::int32_t block) {
   return (max_keys + block - 1) / block;
 }
@@ -148,8 +151,8 @@ void launch(const Problem& problem, const IndexerConfig& config, const DeviceTra
   launch_block_scores(problem, device, means, scores, stride, stream);
   const auto grid = static_cast<unsigned>((problem.q.tokens + kWarps - 1) / kWarps);
   launch_kernel("block filter", filter_kernel, dim3(grid), kThreads, 0, stream,
-                Arguments{problem.k, problem.q.tokens, scores, stride, config.filter_block,
-                          config.filter_blocks, blocks});
+                FilterArguments{problem.k, problem.q.tokens, scores, stride, config.filter_block,
+                                config.filter_blocks, blocks});
 }
 
 }  // namespace misa::cuda::filter

@@ -15,11 +15,11 @@
 
 namespace misa::cuda::filter {
 
-// For slabs of `shape.tokens` queries.
+// The workspace of a call with up to `shape.tokens` queries.
 std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape);
 
-// Writes the kept blocks of every query, [T, filter_blocks] ascending, -1 on the right. `means` are
-// those of blocks of `config.filter_block`.
+// Writes the blocks that every query keeps, [T, filter_blocks] ascending, then -1. `means` is the
+// table of blocks of `config.filter_block` keys.
 void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
             const BlockMeans& means, std::int32_t* blocks, std::span<std::byte> workspace,
             cudaStream_t stream);

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores of block means on Hopper, for the block filter: e4m3 queries and keys, D = 128, at most 64
-// heads. A block of threads serves four queries, a warpgroup each, or eight of up to 32 heads.
+// heads. A thread block scores four queries, one per warpgroup, or eight of at most 32 heads.
 //
 //  1. The query's heads are operands in registers, in fp16.
-//  2. Queries of one sequence share the means of whole blocks, which pass by in tiles: the next one
-//     is copied while this one is multiplied. A row of the pool's table that holds another
-//     sequence's block is computed here.
-//  3. x = q . mean for all heads and a tile's blocks, the low parts of the means first.
-//  4. A thread clips and weighs the two heads that it holds of every fourth pair of blocks, then
-//     has blocks of its own and adds up what the threads found that hold their heads, in order.
+//  2. Queries whose keys start at the same key share the means of whole blocks, tile by tile: while
+//     one tile is multiplied the next is copied. Rows that the block-mean table has for another
+//     sequence are computed here.
+//  3. x = q . mean for all heads and the blocks of a tile, the low parts of the means first.
+//  4. A thread holds two heads of two of every eight blocks. It stores the sum of w max(0, x) over
+//     these heads. After a barrier every thread takes some blocks of the query and adds up what the
+//     threads stored for them, in order.
 //
-// So the order of every sum follows from the query's own heads.
+// So the order of every sum depends only on the query's number of heads.
 #include <cuda_runtime.h>
 
 #include <cuda/ptx>
@@ -28,21 +29,22 @@ namespace {
 
 namespace ptx = ::cuda::ptx;
 
-// Blocks of a tile: columns of a product.
-constexpr int kBlocks = 128;
+// Block means in a tile: columns of a product.
+constexpr int kTileMeans = 128;
 
-// Threads of a warp that share a column, and floats from one's sums to the next's: in other banks.
-constexpr int kShares = kTileHeads / 2;
-constexpr int kSumPitch = kBlocks + 8;
+// Partial sums of a block that one warp stores: one for every two of its 16 heads. The pitch
+// between rows of sums puts them in different banks.
+constexpr int kWarpSums = kMmaHeads / 2;
+constexpr int kSumPitch = kTileMeans + 8;
 
-struct Shared {
-  BlockTiles<kBlocks> tiles;
-  alignas(16) float sums[kGroupsWarps * kShares][kSumPitch];
+struct BlockScoresShared {
+  MeanTiles<kTileMeans> tiles;
+  alignas(16) float sums[kSm90Warps * kWarpSums][kSumPitch];
 };
 
-static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
+static_assert(sizeof(BlockScoresShared) + 1024 <= 227 * 1024);
 
-struct Arguments {
+struct Sm90BlockScoresArguments {
   Problem problem;
   BlockMeans means;
   float* scores;  // [T, stride]
@@ -50,23 +52,24 @@ struct Arguments {
 };
 
 template <int query_warps>
-__global__ void __launch_bounds__(kGroupsThreads, 1)
-    block_scores_kernel(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(kSm90Threads, 1)
+    sm90_block_scores_kernel(const __grid_constant__ Sm90BlockScoresArguments arguments) {
   begin_kernel();
-  using Own = Place<query_warps>;
+  using Assignment = WarpAssignment<query_warps>;
+  constexpr int kRoundQueries = Assignment::kRoundQueries;
   extern __shared__ __align__(1024) std::byte memory[];
-  auto& shared = *reinterpret_cast<Shared*>(memory);
+  auto& shared = *reinterpret_cast<BlockScoresShared*>(memory);
   const Problem& problem = arguments.problem;
-  const std::int64_t t0 = std::int64_t{blockIdx.x} * Own::kAtOnce;
-  const int queries = static_cast<int>(min(std::int64_t{Own::kAtOnce}, problem.q.tokens - t0));
-  const Own place;
-  const auto [warp, lane, query, first_head] = place;
-  const std::int64_t t = t0 + query;
+  const std::int64_t t0 = std::int64_t{blockIdx.x} * kRoundQueries;
+  const int queries = static_cast<int>(min(std::int64_t{kRoundQueries}, problem.q.tokens - t0));
+  const Assignment assignment;
+  const auto [warp, lane, slot, first_head] = assignment;
+  const std::int64_t t = t0 + slot;
 
-  Heads heads;  // step 1
+  Sm90HeadOperands heads;  // step 1
   float weight[2] = {};
   bool exists[2] = {};
-  if (query < queries) {
+  if (slot < queries) {
     heads.load(problem.q, t, first_head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -80,16 +83,16 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
   for (int first = 0, end = 0; first < queries; first = end) {
     const QueryRun run(first, range, blocks);
-    const std::int32_t whole = run.whole;
-    const std::int32_t own_whole = __shfl_sync(kFullMask, run.own, query);
+    const std::int32_t max_blocks = run.max_blocks;
+    const std::int32_t query_blocks = __shfl_sync(kFullMask, run.lane_blocks, slot);
     end = run.end;
-    const std::int32_t product_whole =  // of the longest query in the warp's product
-        __reduce_max_sync(kFullMask, place.shares(lane) ? run.own : 0);
-    for (std::int32_t tile = -kBlocks; tile < whole; tile += kBlocks) {
-      const std::int32_t next = tile + kBlocks;
-      if (next < whole) {
-        load_tile(shared.tiles, next / kBlocks % 2, problem.k, arguments.means, run.start, next,
-                  min(kBlocks, whole - next));
+    const std::int32_t product_blocks =  // of the longest query in the warp's product
+        __reduce_max_sync(kFullMask, assignment.in_product(lane) ? run.lane_blocks : 0);
+    for (std::int32_t tile = -kTileMeans; tile < max_blocks; tile += kTileMeans) {
+      const std::int32_t next = tile + kTileMeans;
+      if (next < max_blocks) {  // step 2
+        load_mean_tile(shared.tiles, next / kTileMeans % 2, problem.k, arguments.means,
+                       run.sequence_start, next, min(kTileMeans, max_blocks - next));
       }
       commit_copies();
       if (tile < 0) {
@@ -98,14 +101,14 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       wait_for_copies<1>();
       ptx::fence_proxy_async(ptx::space_shared);
       __syncthreads();
-      const int buffer = tile / kBlocks % 2;
-      const int count = min(kBlocks, own_whole - tile);  // of the query's blocks in the tile
-      float* const sums = shared.sums[warp * kShares + lane / 4] + lane % 4 * 2;
-      if (product_whole > tile) {
-        float x[kBlocks / 2];
-        multiply(shared.tiles, buffer, heads, x);
+      const int buffer = tile / kTileMeans % 2;
+      const int count = min(kTileMeans, query_blocks - tile);  // of the query's blocks in the tile
+      float* const sums = shared.sums[warp * kWarpSums + lane / 4] + lane % 4 * 2;
+      if (product_blocks > tile) {
+        float x[kTileMeans / 2];
+        multiply_means(shared.tiles, buffer, heads, x);  // step 3
 #pragma unroll
-        for (int j = 0; j < kBlocks / 8; ++j) {  // step 4
+        for (int j = 0; j < kTileMeans / 8; ++j) {  // step 4
           float sum[2] = {};
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -122,8 +125,8 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
       for (int block = warp % query_warps * 32 + lane; block < count; block += query_warps * 32) {
         float score = 0;
 #pragma unroll
-        for (int i = 0; i < query_warps * kShares; ++i) {
-          score += shared.sums[query * query_warps * kShares + i][block];
+        for (int i = 0; i < query_warps * kWarpSums; ++i) {
+          score += shared.sums[slot * query_warps * kWarpSums + i][block];
         }
         arguments.scores[t * arguments.stride + tile + block] =
             score * shared.tiles.factors[buffer][block];
@@ -138,10 +141,11 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 void launch_block_scores_sm90(const Problem& problem, const BlockMeans& means, float* scores,
                               std::int64_t stride, cudaStream_t stream) {
   const auto launch = [&]<int query_warps>() {
-    constexpr int kAtOnce = Place<query_warps>::kAtOnce;
-    const auto blocks = static_cast<unsigned>((problem.q.tokens + kAtOnce - 1) / kAtOnce);
-    launch_kernel("block scores", block_scores_kernel<query_warps>, dim3(blocks), kGroupsThreads,
-                  sizeof(Shared), stream, Arguments{problem, means, scores, stride});
+    constexpr int kRoundQueries = WarpAssignment<query_warps>::kRoundQueries;
+    const auto grid = static_cast<unsigned>((problem.q.tokens + kRoundQueries - 1) / kRoundQueries);
+    launch_kernel("block scores", sm90_block_scores_kernel<query_warps>, dim3(grid), kSm90Threads,
+                  sizeof(BlockScoresShared), stream,
+                  Sm90BlockScoresArguments{problem, means, scores, stride});
   };
   warps_of_query(problem.q.heads) == 2 ? launch.template operator()<2>()
                                        : launch.template operator()<4>();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores of block means on Hopper.
+// Scores of block means on Hopper, for e4m3 queries and keys.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,8 +11,7 @@
 
 namespace misa::cuda::filter {
 
-// scores[t, b] of every whole block b that query t sees, over all heads, for what
-// sm90_can_implement.
+// As launch_block_scores, where sm90_can_implement.
 void launch_block_scores_sm90(const Problem& problem, const BlockMeans& means, float* scores,
                               std::int64_t stride, cudaStream_t stream);
 

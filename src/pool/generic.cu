@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block means, so that each key is read once for all queries that see it. Blocks of threads in y
-// share the columns. In x there are two kinds.
+// Block means, computed once for all queries of a call. blockIdx.x says which of two things a
+// thread block does, blockIdx.y for which 64 columns.
 //
-// means_of_blocks: some rows of the table.
-//  1. The sequence that a row belongs to: of the queries whose keys start at the row or before it,
-//     those that start last, and of these the longest.
-//  2. Half a warp sums a page; a thread sums a block's pages in a column and writes its mean.
+// fill_rows: some rows of the block-mean table.
+//  1. A row belongs to a sequence: of the sequences that start at or before the row's first key,
+//     the one that starts last, and of those with the same start the longest.
+//  2. Each half warp sums a page. Then a thread sums the pages of a block in one column and writes
+//     the mean.
 //
-// means_of_queries: the means that 64 queries have of the blocks they stand in.
-//  1. A stretch are queries of one sequence and block, each seeing no less than the one before.
-//  2. Half a warp sums a page up to the last query's. Where queries stand it keeps the sum after
-//     every token: for two pages at a time, as many as 64 consecutive queries stand in.
-//  3. A thread turns the pages' sums into sums of all pages before a page.
-//  4. Half a warp a query adds the two and divides.
+// fill_partial_means: the partial block means of 64 queries.
+//  1. Consecutive queries of one sequence and one partial block form a run if none sees fewer keys
+//     than the one before it.
+//  2. Each half warp sums a page, up to the keys of the run's last query. In the pages where keys
+//     of queries end, the sum after every key is kept: for two pages at a time, which is enough for
+//     64 consecutive queries.
+//  3. A thread turns page sums into sums of all earlier pages.
+//  4. Each half warp adds the two sums for a query and divides.
 #include <cuda_runtime.h>
 
 #include "cuda/block_means.cuh"
@@ -31,93 +34,96 @@ constexpr std::size_t padded(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Rows of the table that a block of threads fills.
-__host__ __device__ constexpr int rows_of(std::int32_t block) {
+// Rows of the table that a thread block fills.
+__host__ __device__ constexpr int thread_block_rows(std::int32_t block) {
   return block < kPages * kPage ? kPages * kPage / block : 1;
 }
 
-// A sequence as a number that is larger for one that starts later, or is longer; 0 is none.
-using Sequence = unsigned long long;
+// The rank of a sequence: larger if it starts later or, of equal starts, is longer. 0: no sequence.
+using SequenceRank = unsigned long long;
 
-__device__ Sequence sequence(Range range) {
-  return (Sequence{static_cast<std::uint32_t>(range.start)} + 1) << 32 |
+__device__ SequenceRank rank_of(Range range) {
+  return (SequenceRank{static_cast<std::uint32_t>(range.start)} + 1) << 32 |
          static_cast<std::uint32_t>(range.length);
 }
 
-// The largest that a lane of the warp has.
-__device__ Sequence largest_of_warp(Sequence own) {
-  const auto high = static_cast<std::uint32_t>(own >> 32);
-  const std::uint32_t most = __reduce_max_sync(kFullMask, high);
-  const auto low = high == most ? static_cast<std::uint32_t>(own) : 0;
-  return Sequence{most} << 32 | __reduce_max_sync(kFullMask, low);
+// The largest rank of the warp's lanes.
+__device__ SequenceRank warp_max(SequenceRank lane_rank) {
+  const auto high = static_cast<std::uint32_t>(lane_rank >> 32);
+  const std::uint32_t max_high = __reduce_max_sync(kFullMask, high);
+  const auto low = high == max_high ? static_cast<std::uint32_t>(lane_rank) : 0;
+  return SequenceRank{max_high} << 32 | __reduce_max_sync(kFullMask, low);
 }
 
-struct Shared {
-  alignas(16) float sums[kPages][kColumns];
-  alignas(16) float running[kHosts][kPage][kColumns];  // after every token of a page
-  std::uint32_t largest[kPages];                       // of the scales of a page
-  Sequence before[kThreads / 32];  // the largest that a warp found before the second row
-  Sequence owners[kPages];         // that start in a row behind the first
-  std::int64_t tokens[kPages];     // where the block of a row begins; -1: there is none
-  std::int32_t starts[kOwnQueries];
-  std::int32_t blocks[kOwnQueries];     // whole ones
-  std::int32_t positions[kOwnQueries];  // in the block where a query stands
-  std::uint32_t begins[kOwnQueries / 32];
+struct PoolShared {
+  alignas(16) float sums[kPages][kSumColumns];
+  alignas(16) float running[kEndPages][kPage][kSumColumns];  // after every key of a page
+  std::uint32_t largest[kPages];                             // |scale| of a page, in bits
+  // Ranks for find_row_sequences, whose rows are counted from 0.
+  SequenceRank before[kThreads / 32];  // a warp's largest, of starts before row 1
+  SequenceRank row_ranks[kPages];      // the largest that starts in a row, from row 1 on
+  std::int64_t tokens[kPages];         // first key of a row's block; -1: there is none
+  // Of every query: its first key, its whole blocks, and its keys after them.
+  std::int32_t starts[kPartialQueries];
+  std::int32_t whole_blocks[kPartialQueries];
+  std::int32_t partial_keys[kPartialQueries];
+  std::uint32_t run_begins[kPartialQueries / 32];
 };
 
-// Step 1 of blocks. The owner of a row is the largest sequence that starts there or before it. Few
-// blocks of threads see one start behind their first row: they look at the queries once more.
-__device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t tokens,
-                            const BlockMeans& means, std::int64_t first_row) {
-  constexpr int kInFlight = 8;
-  const int rows = rows_of(means.block);
+// fill_rows, step 1. A row belongs to the sequence of the largest rank that starts in it or before
+// it. Few thread blocks have a sequence that starts after their first row; these read the queries
+// once more.
+__device__ void find_row_sequences(PoolShared& shared, const Keys& keys, std::int64_t tokens,
+                                   const BlockMeans& means, std::int64_t first_row) {
+  constexpr int kQueriesInFlight = 8;
+  const int rows = thread_block_rows(means.block);
   const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t second = (first_row + 1) * means.block;  // where the second row begins
+  const std::int64_t row_1 = (first_row + 1) * means.block;  // first key of the second row
   const std::int64_t end = (first_row + rows) * means.block;
   if (thread < kPages) {
-    shared.owners[thread] = 0;
+    shared.row_ranks[thread] = 0;
   }
-  Sequence before = 0;
-  bool inside = false;
-  for (std::int64_t t0 = thread; t0 < tokens; t0 += kInFlight * kThreads) {
-    Range range[kInFlight];
+  SequenceRank before = 0;
+  bool starts_later = false;  // a sequence starts after the first row
+  for (std::int64_t t0 = thread; t0 < tokens; t0 += kQueriesInFlight * kThreads) {
+    Range range[kQueriesInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kQueriesInFlight; ++i) {
       range[i] = visible(keys, min(t0 + i * kThreads, tokens - 1));
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const bool first = range[i].start < second;
-      before = first ? max(before, sequence(range[i])) : before;
-      inside = inside || (!first && range[i].start < end);
+    for (int i = 0; i < kQueriesInFlight; ++i) {
+      const bool at_first_row = range[i].start < row_1;
+      before = at_first_row ? max(before, rank_of(range[i])) : before;
+      starts_later = starts_later || (!at_first_row && range[i].start < end);
     }
   }
-  before = largest_of_warp(before);
+  before = warp_max(before);
   if (thread % 32 == 0) {
     shared.before[thread / 32] = before;
   }
-  inside = __syncthreads_or(static_cast<int>(inside)) != 0;
-  if (inside) {
+  starts_later = __syncthreads_or(static_cast<int>(starts_later)) != 0;
+  if (starts_later) {
     for (std::int64_t t = thread; t < tokens; t += kThreads) {
       const Range range = visible(keys, t);
-      if (second <= range.start && range.start < end) {
-        atomicMax(&shared.owners[range.start / means.block - first_row], sequence(range));
+      if (row_1 <= range.start && range.start < end) {
+        atomicMax(&shared.row_ranks[base_row(means, range.start) - first_row], rank_of(range));
       }
     }
     __syncthreads();
   }
   if (thread < rows) {
-    Sequence owner = 0;
+    SequenceRank rank = 0;
 #pragma unroll
-    for (const Sequence of_warp : shared.before) {
-      owner = max(owner, of_warp);
+    for (const SequenceRank warp_rank : shared.before) {
+      rank = max(rank, warp_rank);
     }
-    for (int i = 1; inside && i <= thread; ++i) {
-      owner = max(owner, shared.owners[i]);
+    for (int i = 1; starts_later && i <= thread; ++i) {
+      rank = max(rank, shared.row_ranks[i]);
     }
-    const auto start = static_cast<std::int32_t>((owner >> 32) - 1);  // -1: none
-    const auto length = static_cast<std::int32_t>(owner & 0xFFFFFFFF);
-    const std::int64_t block = first_row + thread - start / means.block;
+    const auto start = static_cast<std::int32_t>((rank >> 32) - 1);  // -1: none
+    const auto length = static_cast<std::int32_t>(rank & 0xFFFFFFFF);
+    const std::int64_t block = first_row + thread - base_row(means, start);
     const bool exists = start >= 0 && block < length / means.block;
     shared.tokens[thread] = exists ? start + block * means.block : -1;
     if (first_row + thread < means.capacity) {
@@ -127,27 +133,28 @@ __device__ void find_blocks(Shared& shared, const Keys& keys, std::int64_t token
   __syncthreads();
 }
 
-// Sums the pages of which each half of a warp names one by its first token, or -1, and its count of
-// keys, unless all are `whole`. With `running`, one a half, sums after every token are kept there.
+// Step 2 of both: sums one page per half warp, the `count` keys from `token` on, or none if that is
+// -1. If `whole`, all pages have all their keys. Unless `running` is null, the sums after every key
+// are stored there.
 template <DType type, bool whole>
-__device__ void sum_pages(Shared& shared, const Keys& keys, const BlockMeans& means,
+__device__ void sum_pages(PoolShared& shared, const Keys& keys, const BlockMeans& means,
                           std::int64_t token, int count, int first_column,
-                          float (*running)[kColumns]) {
-  const int half = static_cast<int>(threadIdx.x) / kLanes;
-  const int column = static_cast<int>(threadIdx.x) % kLanes * kLaneElements;
+                          float (*running)[kSumColumns]) {
+  const int half = static_cast<int>(threadIdx.x) / kSumLanes;
+  const int column = static_cast<int>(threadIdx.x) % kSumLanes * kLaneColumns;
   if (!__any_sync(kFullMask, token >= 0)) {
     return;
   }
-  const auto store = [&](float* row, const float(&sum)[kLaneElements]) {
+  const auto store = [&](float* row, const float(&sum)[kLaneColumns]) {
     *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   };
-  if constexpr (whole) {  // a half without a page goes along with the other one
-    const std::int64_t other = __shfl_xor_sync(kFullMask, token, kLanes);
+  if constexpr (whole) {  // a half without a page sums that of the other one
+    const std::int64_t other = __shfl_xor_sync(kFullMask, token, kSumLanes);
     token = token >= 0 ? token : other;
   }
-  const PageSum page = sum_page<type, kInFlight, whole>(
+  const PageSum page = sum_page<type, kKeysInFlight, whole>(
       keys, max(token, std::int64_t{0}), token >= 0 ? count : 0, first_column + column,
-      [&](int i, const float(&sum)[kLaneElements]) {
+      [&](int i, const float(&sum)[kLaneColumns]) {
         if (running != nullptr) {
           store(running[i], sum);
         }
@@ -159,17 +166,17 @@ __device__ void sum_pages(Shared& shared, const Keys& keys, const BlockMeans& me
 }
 
 template <DType type>
-__device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t tokens,
-                                const BlockMeans& means, std::int64_t first_row, int first_column) {
-  find_blocks(shared, keys, tokens, means, first_row);
+__device__ void fill_rows(PoolShared& shared, const Keys& keys, std::int64_t tokens,
+                          const BlockMeans& means, std::int64_t first_row, int first_column) {
+  find_row_sequences(shared, keys, tokens, means, first_row);
   const std::int32_t pages = means.block / kPage;
-  const int rows = rows_of(means.block);
-  const int half = static_cast<int>(threadIdx.x) / kLanes;
-  const int column = static_cast<int>(threadIdx.x) % kColumns;
+  const int rows = thread_block_rows(means.block);
+  const int half = static_cast<int>(threadIdx.x) / kSumLanes;
+  const int column = static_cast<int>(threadIdx.x) % kSumColumns;
   const int slot = pages < kPages ? half / pages : 0;
   const std::int64_t begin = slot < rows ? shared.tokens[slot] : -1;
 
-  float sum = 0;  // carried on where a block has more pages than are summed at a time
+  float sum = 0;  // continued in the next iteration if a block has more than kPages pages
   std::uint32_t largest = 0;
   for (std::int32_t first = 0; first < pages; first += kPages) {
     const std::int32_t page = pages < kPages ? half % pages : first + half;
@@ -178,7 +185,8 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
                           kPage, first_column, nullptr);
     __syncthreads();
     const int count = min(kPages, pages - first);
-    for (int i = static_cast<int>(threadIdx.x) / kColumns; i < rows; i += kThreads / kColumns) {
+    for (int i = static_cast<int>(threadIdx.x) / kSumColumns; i < rows;
+         i += kThreads / kSumColumns) {
       if (shared.tokens[i] < 0) {
         continue;
       }
@@ -195,10 +203,10 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
         if (means.fp16) {
           scale = fp16_scale(largest);
           store_mean<true>(mean, scale, d, means.dim,
-                           means.blocks + row * kMeanParts<true> * means.dim, means.dim);
+                           means.rows + row * kMeanParts<true> * means.dim, means.dim);
         } else {
           store_mean<false>(mean, scale, d, means.dim,
-                            means.blocks + row * kMeanParts<false> * means.dim, means.dim);
+                            means.rows + row * kMeanParts<false> * means.dim, means.dim);
         }
         if (d == 0) {
           means.factors[row] = 1 / scale;
@@ -211,82 +219,82 @@ __device__ void means_of_blocks(Shared& shared, const Keys& keys, std::int64_t t
   }
 }
 
-// Step 4 for those of queries first … end - 1 that stand in `hosts` pages from `host` on; the sums
-// of pages start with page0's.
-__device__ void write_means(const Shared& shared, const BlockMeans& means, std::int64_t t0,
-                            int first, int end, std::int32_t page0, std::int32_t host, int hosts,
-                            int first_column) {
-  const int column = static_cast<int>(threadIdx.x) % kLanes * kLaneElements;
-  for (int i = first + static_cast<int>(threadIdx.x) / kLanes; i < end; i += kPages) {
-    const std::int32_t position = shared.positions[i];
-    const std::int32_t page = position / kPage;
-    if (position == 0 || page < host || page >= host + hosts) {
+// fill_partial_means, step 4, for those of queries first … end - 1 whose keys end in one of
+// `end_pages` pages from `end_page` on. Page sums begin with that of page0.
+__device__ void write_partial_means(const PoolShared& shared, const BlockMeans& means,
+                                    std::int64_t t0, int first, int end, std::int32_t page0,
+                                    std::int32_t end_page, int end_pages, int first_column) {
+  const int column = static_cast<int>(threadIdx.x) % kSumLanes * kLaneColumns;
+  for (int i = first + static_cast<int>(threadIdx.x) / kSumLanes; i < end; i += kPages) {
+    const std::int32_t partial_keys = shared.partial_keys[i];
+    const std::int32_t page = partial_keys / kPage;
+    if (partial_keys == 0 || page < end_page || page >= end_page + end_pages) {
       continue;
     }
     float4 sum = *reinterpret_cast<const float4*>(&shared.sums[page - page0][column]);
-    if (const int rest = position % kPage; rest > 0) {
-      const float4 part =
-          *reinterpret_cast<const float4*>(&shared.running[page - host][rest - 1][column]);
-      sum = make_float4(__fadd_rn(sum.x, part.x), __fadd_rn(sum.y, part.y),
-                        __fadd_rn(sum.z, part.z), __fadd_rn(sum.w, part.w));
+    if (const int rest = partial_keys % kPage; rest > 0) {
+      const float4 running =
+          *reinterpret_cast<const float4*>(&shared.running[page - end_page][rest - 1][column]);
+      sum = make_float4(__fadd_rn(sum.x, running.x), __fadd_rn(sum.y, running.y),
+                        __fadd_rn(sum.z, running.z), __fadd_rn(sum.w, running.w));
     }
-    const auto n = static_cast<float>(position);
-    *reinterpret_cast<float4*>(means.own + (t0 + i) * means.dim + first_column + column) =
+    const auto n = static_cast<float>(partial_keys);
+    *reinterpret_cast<float4*>(means.partial + (t0 + i) * means.dim + first_column + column) =
         make_float4(sum.x / n, sum.y / n, sum.z / n, sum.w / n);
   }
 }
 
 template <DType type>
-__device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t tokens,
-                                 const BlockMeans& means, std::int64_t t0, int first_column) {
+__device__ void fill_partial_means(PoolShared& shared, const Keys& keys, std::int64_t tokens,
+                                   const BlockMeans& means, std::int64_t t0, int first_column) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int queries = static_cast<int>(min(std::int64_t{kOwnQueries}, tokens - t0));
+  const int queries = static_cast<int>(min(std::int64_t{kPartialQueries}, tokens - t0));
   if (thread < queries) {
     const Range range = visible(keys, t0 + thread);
     shared.starts[thread] = range.start;
-    shared.blocks[thread] = range.length / means.block;
-    shared.positions[thread] = range.length % means.block;
+    shared.whole_blocks[thread] = range.length / means.block;
+    shared.partial_keys[thread] = range.length % means.block;
   }
   __syncthreads();
-  if (thread < kOwnQueries) {  // step 1
+  if (thread < kPartialQueries) {  // step 1
     const bool begins =
         thread < queries && (thread == 0 || shared.starts[thread] != shared.starts[thread - 1] ||
-                             shared.blocks[thread] != shared.blocks[thread - 1] ||
-                             shared.positions[thread] < shared.positions[thread - 1]);
+                             shared.whole_blocks[thread] != shared.whole_blocks[thread - 1] ||
+                             shared.partial_keys[thread] < shared.partial_keys[thread - 1]);
     const std::uint32_t mask = __ballot_sync(kFullMask, begins);
     if (thread % 32 == 0) {
-      shared.begins[thread / 32] = mask;
+      shared.run_begins[thread / 32] = mask;
     }
   }
   __syncthreads();
-  const std::uint64_t begins = shared.begins[0] | std::uint64_t{shared.begins[1]} << 32;
+  const std::uint64_t begins = shared.run_begins[0] | std::uint64_t{shared.run_begins[1]} << 32;
 
-  const int half = thread / kLanes;
-  const int column = thread % kColumns;
+  const int half = thread / kSumLanes;
+  const int column = thread % kSumColumns;
   for (int first = 0, end = 0; first < queries; first = end) {
-    const std::uint64_t later = first + 1 < kOwnQueries ? begins >> (first + 1) : 0;
+    const std::uint64_t later = first + 1 < kPartialQueries ? begins >> (first + 1) : 0;
     end = later == 0 ? queries : first + __ffsll(static_cast<long long>(later));
     const std::int64_t begin =
-        shared.starts[first] + std::int64_t{shared.blocks[first]} * means.block;
-    const std::int32_t longest = shared.positions[end - 1];
-    if (longest == 0) {
+        shared.starts[first] + std::int64_t{shared.whole_blocks[first]} * means.block;
+    const std::int32_t max_keys = shared.partial_keys[end - 1];
+    if (max_keys == 0) {
       continue;
     }
     float total = 0;  // of the pages before page0
-    for (std::int32_t page0 = 0; page0 <= longest / kPage; page0 += kPages) {
+    for (std::int32_t page0 = 0; page0 <= max_keys / kPage; page0 += kPages) {
       const std::int32_t page = page0 + half;
-      const std::int32_t last = min(page0 + kPages - 1, longest / kPage);
-      std::int32_t host = max(page0, shared.positions[first] / kPage);
+      const std::int32_t last = min(page0 + kPages - 1, max_keys / kPage);
+      std::int32_t end_page = max(page0, shared.partial_keys[first] / kPage);
       float next_total = total;
       do {
-        const int hosts = min(kHosts, last + 1 - host);
-        const int count = min(kPage, longest - page * kPage);
-        const bool stands = page >= host && page < host + hosts;
-        sum_pages<type, false>(shared, keys, means,
-                               count > 0 ? begin + std::int64_t{page} * kPage : -1, count,
-                               first_column, stands ? shared.running[page - host] : nullptr);
+        const int end_pages = min(kEndPages, last + 1 - end_page);
+        const int count = min(kPage, max_keys - page * kPage);
+        const bool keep_running = page >= end_page && page < end_page + end_pages;
+        sum_pages<type, false>(
+            shared, keys, means, count > 0 ? begin + std::int64_t{page} * kPage : -1, count,
+            first_column, keep_running ? shared.running[page - end_page] : nullptr);
         __syncthreads();
-        if (thread < kColumns) {
+        if (thread < kSumColumns) {  // step 3
           next_total = total;
           for (std::int32_t i = page0; i <= last; ++i) {
             const float sum = shared.sums[i - page0][column];
@@ -295,10 +303,11 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
           }
         }
         __syncthreads();
-        write_means(shared, means, t0, first, end, page0, host, hosts, first_column);
+        write_partial_means(shared, means, t0, first, end, page0, end_page, end_pages,
+                            first_column);
         __syncthreads();
-        host += kHosts;
-      } while (host <= last);
+        end_page += kEndPages;
+      } while (end_page <= last);
       total = next_total;
     }
   }
@@ -306,62 +315,65 @@ __device__ void means_of_queries(Shared& shared, const Keys& keys, std::int64_t 
 
 template <DType type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
-    means_kernel(const Keys keys, std::int64_t tokens, const BlockMeans means,
-                 std::int32_t own_blocks) {
+    block_means_kernel(const Keys keys, std::int64_t tokens, const BlockMeans means,
+                       std::int32_t partial_blocks) {
   begin_kernel();
-  __shared__ Shared shared;
-  const auto block = static_cast<std::int32_t>(blockIdx.x);
-  const int first_column = static_cast<int>(blockIdx.y) * kColumns;
-  if (block < own_blocks) {
-    means_of_queries<type>(shared, keys, tokens, means, std::int64_t{block} * kOwnQueries,
-                           first_column);
+  __shared__ PoolShared shared;
+  const auto thread_block = static_cast<std::int32_t>(blockIdx.x);
+  const int first_column = static_cast<int>(blockIdx.y) * kSumColumns;
+  if (thread_block < partial_blocks) {
+    fill_partial_means<type>(shared, keys, tokens, means,
+                             std::int64_t{thread_block} * kPartialQueries, first_column);
   } else {
-    means_of_blocks<type>(shared, keys, tokens, means,
-                          std::int64_t{block - own_blocks} * rows_of(means.block), first_column);
+    fill_rows<type>(shared, keys, tokens, means,
+                    std::int64_t{thread_block - partial_blocks} * thread_block_rows(means.block),
+                    first_column);
   }
 }
 
-std::size_t own_bytes(std::int64_t tokens, std::int64_t dim, bool own) {
-  return own ? padded(static_cast<std::size_t>(tokens * dim) * sizeof(float)) : 0;
+std::size_t partial_bytes(std::int64_t tokens, std::int64_t dim, bool partial) {
+  return partial ? padded(static_cast<std::size_t>(tokens * dim) * sizeof(float)) : 0;
 }
 
 std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
   const auto count = static_cast<std::size_t>(rows);
   return padded(count * sizeof(std::int32_t)) + padded(count * sizeof(float)) +
-         padded(count * kMaxParts * static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
+         padded(count * kMaxBf16Parts * static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
 }
 
 template <DType type>
 void launch(const Keys& keys, std::int64_t tokens, const BlockMeans& means, cudaStream_t stream) {
-  const std::int64_t rows = rows_of(means.block);
-  const std::int64_t own = means.own == nullptr ? 0 : (tokens + kOwnQueries - 1) / kOwnQueries;
-  const dim3 grid(static_cast<unsigned>(own + (means.capacity + rows - 1) / rows),
-                  static_cast<unsigned>(means.dim / kColumns));
+  const std::int64_t rows = thread_block_rows(means.block);
+  const std::int64_t partial_blocks =
+      means.partial == nullptr ? 0 : (tokens + kPartialQueries - 1) / kPartialQueries;
+  const dim3 grid(static_cast<unsigned>(partial_blocks + (means.capacity + rows - 1) / rows),
+                  static_cast<unsigned>(means.dim / kSumColumns));
   if (grid.x > 0) {
-    launch_kernel("block means", means_kernel<type>, grid, kThreads, 0, stream, keys, tokens, means,
-                  static_cast<std::int32_t>(own));
+    launch_kernel("block means", block_means_kernel<type>, grid, kThreads, 0, stream, keys, tokens,
+                  means, static_cast<std::int32_t>(partial_blocks));
   }
 }
 
 }  // namespace
 
 std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::int32_t block,
-                            bool own) {
-  return own_bytes(shape.tokens, shape.dim, own) + table_bytes(total_keys / block, shape.dim);
+                            bool partial) {
+  return partial_bytes(shape.tokens, shape.dim, partial) +
+         table_bytes(total_keys / block, shape.dim);
 }
 
-BlockMeans launch(const Problem& problem, std::int32_t block, bool own,
+BlockMeans launch(const Problem& problem, std::int32_t block, bool partial,
                   std::span<std::byte> workspace, cudaStream_t stream) {
   const std::int64_t tokens = problem.q.tokens;
   const std::int64_t dim = problem.q.dim;
-  const std::size_t own_size = own_bytes(tokens, dim, own);
+  const std::size_t partial_size = partial_bytes(tokens, dim, partial);
 
-  // The most rows, up to what keys without overlap need, that the workspace has room for.
+  // As many rows as the workspace has room for, at most what sequences without overlap need.
   std::int64_t capacity = 0;
   std::int64_t high = problem.k.tokens / block;
   while (capacity < high) {
     const std::int64_t middle = high - (high - capacity) / 2;
-    if (own_size + table_bytes(middle, dim) <= workspace.size()) {
+    if (partial_size + table_bytes(middle, dim) <= workspace.size()) {
       capacity = middle;
     } else {
       high = middle - 1;
@@ -369,17 +381,17 @@ BlockMeans launch(const Problem& problem, std::int32_t block, bool own,
   }
 
   std::byte* next = workspace.data();
-  const auto take = [&](std::size_t bytes) {
-    std::byte* taken = next;
+  const auto allocate = [&](std::size_t bytes) {
+    std::byte* allocated = next;
     next += padded(bytes);
-    return taken;
+    return allocated;
   };
   const auto rows = static_cast<std::size_t>(capacity);
   BlockMeans means{};
-  means.own = own ? reinterpret_cast<float*>(take(own_size)) : nullptr;
-  means.starts = reinterpret_cast<std::int32_t*>(take(rows * sizeof(std::int32_t)));
-  means.factors = reinterpret_cast<float*>(take(rows * sizeof(float)));
-  means.blocks = reinterpret_cast<std::uint16_t*>(next);
+  means.partial = partial ? reinterpret_cast<float*>(allocate(partial_size)) : nullptr;
+  means.starts = reinterpret_cast<std::int32_t*>(allocate(rows * sizeof(std::int32_t)));
+  means.factors = reinterpret_cast<float*>(allocate(rows * sizeof(float)));
+  means.rows = reinterpret_cast<std::uint16_t*>(next);
   means.capacity = static_cast<std::int32_t>(capacity);
   means.block = block;
   means.dim = static_cast<std::int32_t>(dim);

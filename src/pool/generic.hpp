@@ -14,13 +14,16 @@
 
 namespace misa::cuda::pool {
 
-// Enough for sequences that do not overlap and hold `total_keys` keys. With less, or with overlap,
-// results stay and time grows. `own` says that queries' own means are wanted.
+// The workspace of a block-mean table for sequences that do not overlap and have `total_keys` keys
+// together. With less, or where sequences overlap, results are the same and take longer. `partial`:
+// with the partial block mean of every query.
 std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::int32_t block,
-                            bool own);
+                            bool partial);
 
-// BlockMeans all whole blocks that a query of `problem` sees, and the queries' own ones.
-BlockMeans launch(const Problem& problem, std::int32_t block, bool own,
+// Fills a table in `workspace` with the means of all whole blocks that queries of `problem` see
+// and, if `partial`, with the queries' partial block means. The table has as many rows as there is
+// room.
+BlockMeans launch(const Problem& problem, std::int32_t block, bool partial,
                   std::span<std::byte> workspace, cudaStream_t stream);
 
 }  // namespace misa::cuda::pool

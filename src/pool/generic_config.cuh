@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes of the pool's kernel.
+// Sizes of the kernel of block means.
 #pragma once
 
 #include <cstdint>
@@ -9,24 +9,26 @@
 
 namespace misa::cuda::pool {
 
-// Half a warp sums a page. A block of threads has 16 of them: the pages of one block of 1024
-// positions, so that 64K keys are 128 blocks of threads where D = 128.
+// Each half warp sums one page, so a thread block sums 16 pages at a time: a block of 1024 keys.
+// 64K keys are 128 thread blocks where D = 128.
 inline constexpr int kThreads = 256;
-inline constexpr int kPages = kThreads / kLanes;
+inline constexpr int kPages = kThreads / kSumLanes;
 
-// So that 320 blocks of threads, 128K keys and 2048 queries, are one wave of 132 SMs; fp32 keys in
-// flight take more registers than that leaves.
+// With three, the 320 thread blocks for 128K keys and 2048 queries are one wave on 132 SMs. fp32
+// keys in flight take too many registers for that.
 template <DType type>
 inline constexpr int kBlocksPerSm = type == DType::f32 ? 2 : 3;
 
-// Keys in flight a lane. A page unrolled whole is 30 KB of instructions, for which warps waited
-// more than for keys.
-inline constexpr int kInFlight = 16;
+// Keys in flight per lane. A loop over a page unrolled in full is 30 KB of instructions, and warps
+// wait longer for these than for keys.
+inline constexpr int kKeysInFlight = 16;
 
-// Queries whose own means a block of threads computes: consecutive ones stand in one or two pages.
-inline constexpr int kOwnQueries = 64;
+// Queries whose partial block means a thread block computes. Usually each sees one key more than
+// the query before it, so that their keys end in one or two pages.
+inline constexpr int kPartialQueries = 64;
 
-// Pages of which the sums after every token are kept: as many as those queries stand in.
-inline constexpr int kHosts = 2;
+// Pages of which a thread block keeps the sums after every key: those where these queries' keys
+// end.
+inline constexpr int kEndPages = 2;
 
 }  // namespace misa::cuda::pool

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The data flow of routing: heads by block means where the router asks for them, else by sampled
-// keys; and the residual row.
+// Routing: the pooled router's heads from block means; other routers' heads and the residual row
+// from sampled keys.
 #include "route/generic.hpp"
 
 #include "route/pooled.hpp"

@@ -11,9 +11,9 @@
 
 namespace misa::cuda::route {
 
-// Fills `out`: the active heads of every query, and its residual row if the configuration has one.
-// The router is any but `all`; `means`, with queries' own ones, are those of blocks of
-// `config.block` where it is `pooled`, and null elsewhere.
+// Writes `out`: the active heads of every query, and its residual row if the configuration has one.
+// The router is any but `all`. `means`: for the router `pooled` the table of blocks of
+// `config.block` keys, with partial block means; else null.
 void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
             const BlockMeans* means, const Routing& out, cudaStream_t stream);
 

@@ -13,8 +13,8 @@ void launch_pooled(const Problem& problem, const DeviceTraits& device, const Blo
     launch_pooled_sm90(problem, means, count, heads, device.num_sms, stream);
     return;
   }
-  using namespace judged_by_means;
-  judged_by_means::launch<Judge::heads>({problem, means, count, heads, nullptr, 0}, stream);
+  block_mean_products::launch<block_mean_products::MeansOutput::head_energies>(
+      {problem, means, count, heads, nullptr, 0}, stream);
 }
 
 }  // namespace misa::cuda::route

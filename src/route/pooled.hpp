@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pooled router: heads judged by block means.
+// The pooled router: chooses heads by their energies over block means.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,7 @@
 
 namespace misa::cuda::route {
 
-// Heads [T, count] of the largest energy, ascending; -1 for empty rows.
+// Writes the heads [T, count] of largest energy, ascending; -1 for queries that see no keys.
 void launch_pooled(const Problem& problem, const DeviceTraits& device, const BlockMeans& means,
                    std::int32_t count, std::int32_t* heads, cudaStream_t stream);
 

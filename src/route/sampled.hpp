@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Heads judged by sampled keys or by themselves, and the row that stands for the others.
+// Routers that choose heads by sampled keys or without keys, and the residual row.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +10,8 @@
 
 namespace misa::cuda::route {
 
-// Every router but `all` and, where `out` holds the heads already, `pooled`; the residual row with
-// any.
+// Writes the heads of every query, for any router but `all`, and the residual row if the
+// configuration has one. For the router `pooled`, `out` holds the heads already.
 void launch_sampled(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
                     const Routing& out, cudaStream_t stream);
 

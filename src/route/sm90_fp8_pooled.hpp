@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pooled router on Hopper.
+// The pooled router on Hopper, for e4m3 queries and keys.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,7 +11,7 @@
 
 namespace misa::cuda::route {
 
-// As launch_pooled, for what sm90_can_implement; `num_sms`: of the device.
+// As launch_pooled, where sm90_can_implement. `num_sms`: of the device.
 void launch_pooled_sm90(const Problem& problem, const BlockMeans& means, std::int32_t count,
                         std::int32_t* heads, int num_sms, cudaStream_t stream);
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sampled routing on Hopper: e4m3 queries and keys, D = 128, at most 64 heads. A block of threads
-// serves up to 16 consecutive queries, four at a time, a warpgroup each, or eight of up to 32
-// heads. The steps are those of sampled.cu, with these differences:
+// Sampled routing on Hopper: e4m3 queries and keys, D = 128, at most 64 heads. A thread block
+// routes up to 16 consecutive queries in rounds: four queries per round, one per warpgroup, or
+// eight if they have at most 32 heads. The steps are those of sampled.cu, with these differences:
 //
-//  1. Lane l of every warp knows what query l sees, hence its grid. The sampled keys are a tile of
-//     wgmma in fp16; once it is there, warpgroups do not wait for each other.
-//  2. A product of wgmma has all heads and samples of a query, or of two; a lane holds what
-//     mma.sync would give it. The heads of the warp's next query are fetched while this one's are
-//     fitted.
+//  1. Lane l of every warp gets the keys that query l sees, hence its grid. The sampled keys are a
+//     tile of wgmma in fp16. Once it is loaded, warpgroups proceed independently.
+//  2. One wgmma multiplies all heads of a query, or of two, with all samples. A lane holds the same
+//     products as after mma.sync. While heads are fitted, those of the warp's next query are
+//     loaded.
 #include <cuda_runtime.h>
 
 #include <cuda/ptx>
@@ -26,27 +26,27 @@ namespace ptx = ::cuda::ptx;
 
 constexpr int kSamples = static_cast<int>(kMaxSamples);
 
-struct Shared {
-  alignas(1024) std::uint8_t rows[kHalves][kSamples][kRowBytes];
-  SampleShared samples;
+struct Sm90SampledShared {
+  alignas(1024) std::uint8_t rows[kRowSegments][kSamples][kSegmentBytes];
+  SampledShared sampled;
 };
 
-// Step 1. A lane has 16 bytes of a key.
-__device__ void load_samples(Shared& shared, const Keys& keys, std::int32_t start, int shift,
-                             int count) {
-  constexpr int kLanes = kDim / 16;  // of a key
-  constexpr int kKeys = kGroupsThreads / kLanes;
-  constexpr int kTimes = kSamples / kKeys;
-  static_assert(kKeys % kRowChunks == 0);  // a thread's rows are swizzled alike
+// Step 1. A lane loads 16 bytes of each of several keys.
+__device__ void load_samples(Sm90SampledShared& shared, const Keys& keys, std::int32_t start,
+                             int shift, int count) {
+  constexpr int kKeyLanes = kDim / 16;
+  constexpr int kKeys = kSm90Threads / kKeyLanes;  // loaded at once by the thread block
+  constexpr int kLaneKeys = kSamples / kKeys;
+  static_assert(kKeys % kSegmentChunks == 0);  // the swizzle is the same for all keys of a lane
   int thread = static_cast<int>(threadIdx.x);
-  // Addresses are worked out anew each time: kept, they would take registers of products.
+  // Keeps the compiler from holding addresses between calls: accumulators need the registers.
   asm volatile("" : "+r"(thread));
-  const int first = thread / kLanes;
-  const int piece = thread % kLanes;
-  Elements<DType::e4m3, 16> elements[kTimes];
-  float scale[kTimes];
+  const int first = thread / kKeyLanes;
+  const int piece = thread % kKeyLanes;
+  Elements<DType::e4m3, 16> elements[kLaneKeys];
+  float scale[kLaneKeys];
 #pragma unroll
-  for (int i = 0; i < kTimes; ++i) {
+  for (int i = 0; i < kLaneKeys; ++i) {
     const int sample = first + i * kKeys;
     elements[i].clear();
     scale[i] = 0;
@@ -57,97 +57,101 @@ __device__ void load_samples(Shared& shared, const Keys& keys, std::int32_t star
     }
   }
 #pragma unroll
-  for (int i = 0; i < kTimes; ++i) {
+  for (int i = 0; i < kLaneKeys; ++i) {
     const int sample = first + i * kKeys;
     float squares = 0;
 #pragma unroll
-    for (int four = 0; four < 4; ++four) {
+    for (int group = 0; group < 4; ++group) {
       float value[4];
-      elements[i].floats(four, value);
+      elements[i].floats(group, value);
       squares = add_squares(squares, value, scale[i]);
       std::uint32_t pairs[2];
-      elements[i].fp16(four, pairs);
+      elements[i].fp16(group, pairs);
 #pragma unroll
-      for (int p = 0; p < 2; ++p) {  // where operand_place has them
-        std::uint8_t* const row = shared.rows[piece % kHalves][sample] + piece / kHalves * 4;
-        const int chunk = 2 * four + p;
-        *reinterpret_cast<std::uint32_t*>(row + (chunk ^ first % kRowChunks) * 16) = pairs[p];
+      for (int p = 0; p < 2; ++p) {  // at operand_index of the elements
+        std::uint8_t* const row =
+            shared.rows[piece % kRowSegments][sample] + piece / kRowSegments * 4;
+        const int chunk = 2 * group + p;
+        *reinterpret_cast<std::uint32_t*>(row + (chunk ^ first % kSegmentChunks) * 16) = pairs[p];
       }
     }
-    squares = sum_of_lanes<kLanes>(squares);
+    squares = lane_sum<kKeyLanes>(squares);
     if (piece == 0) {
-      shared.samples.scale[sample] = scale[i];
-      shared.samples.squares[sample] = squares;
+      shared.sampled.scale[sample] = scale[i];
+      shared.sampled.squares[sample] = squares;
     }
   }
 }
 
 template <int query_warps>
-__global__ void __launch_bounds__(kGroupsThreads, 1)
-    sampled_kernel(const __grid_constant__ SampledArguments arguments) {
+__global__ void __launch_bounds__(kSm90Threads, 1)
+    sm90_sampled_kernel(const __grid_constant__ SampledArguments arguments) {
   begin_kernel();
-  using Own = Place<query_warps>;
-  static_assert(kQueries + Own::kAtOnce <= 32);  // there is a lane for every query, and one without
+  using Assignment = WarpAssignment<query_warps>;
+  constexpr int kRoundQueries = Assignment::kRoundQueries;
+  // Shuffles read lane round + slot, up to a round after the last query.
+  static_assert(kThreadBlockQueries + kRoundQueries <= 32);
   extern __shared__ __align__(1024) std::byte memory[];
-  auto& shared = *reinterpret_cast<Shared*>(memory);
+  auto& shared = *reinterpret_cast<Sm90SampledShared*>(memory);
   const Problem& problem = arguments.problem;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
-  const Own place;
-  const auto [warp, lane, query, first_head] = place;
+  const Assignment assignment;
+  const auto [warp, lane, slot, first_head] = assignment;
 
-  Heads::Raw next = {};
-  if (query < queries) {
-    Heads::fetch(problem.q, t0 + query, first_head, next);
+  Sm90HeadOperands::Raw next_heads = {};
+  if (slot < queries) {
+    Sm90HeadOperands::fetch(problem.q, t0 + slot, first_head, next_heads);
   }
   const Range range = range_of_lane(problem.k, t0, queries);
-  const Grid grid(range);
+  const SampleGrid grid(range);
   for (int first = 0, end = 0; first < queries; first = end) {
     const std::int32_t start = __shfl_sync(kFullMask, grid.start, first);
     const int shift = __shfl_sync(kFullMask, grid.shift, first);
     end = end_of_run(first, grid.start != start || grid.shift != shift);
-    const bool listed = first <= lane && lane < end;
+    const bool in_run = first <= lane && lane < end;
     load_samples(shared, problem.k, start, shift,
-                 __reduce_max_sync(kFullMask, listed ? grid.count : 0));
+                 __reduce_max_sync(kFullMask, in_run ? grid.count : 0));
     ptx::fence_proxy_async(ptx::space_shared);
     __syncthreads();
-    for (int round = first; round < end; round += Own::kAtOnce) {
-      const int slot = round + query;
-      const int count = __shfl_sync(kFullMask, grid.count, slot);
-      const Range own_range{start, __shfl_sync(kFullMask, range.length, slot)};
-      const bool working = slot < end && count > 0;
+    for (int round = first; round < end; round += kRoundQueries) {
+      const int query = round + slot;
+      const int count = __shfl_sync(kFullMask, grid.count, query);
+      const Range query_range{start, __shfl_sync(kFullMask, range.length, query)};
+      const bool working = query < end && count > 0;
       const bool multiplying =
-          __any_sync(kFullMask, lane < end && place.shares(lane - round) && grid.count > 0) != 0;
-      Heads heads;
-      heads.take(next);
-      float own[2] = {};
+          __any_sync(kFullMask,
+                     lane < end && assignment.in_product(lane - round) && grid.count > 0) != 0;
+      Sm90HeadOperands heads;
+      heads.convert(next_heads);
+      float statistic[2] = {};
       float weight[2] = {};
-      Products x;
+      SampleProducts x;
       if (multiplying) {
         if (working) {
-          load_weights(problem, t0 + slot, first_head, weight);
-          judge_alone(arguments, heads, own_range, own);
+          load_weights(problem, t0 + query, first_head, weight);
+          head_statistics(arguments, heads, query_range, statistic);
         }
         wgmma_fence();
         start_product(shared.rows, heads, false, x);
         end_products(x);
       }
-      const int next_slot = min(round + Own::kAtOnce, end) + query;
-      if (next_slot < queries) {
-        Heads::fetch(problem.q, t0 + next_slot, first_head, next);
+      const int next_query = min(round + kRoundQueries, end) + slot;
+      if (next_query < queries) {
+        Sm90HeadOperands::fetch(problem.q, t0 + next_query, first_head, next_heads);
       }
       if (working) {
-        scale_products(shared.samples, count, x);
-        const Fit result = fit(x, count, arguments.router != Router::dispersion);
-        write_values(shared.samples, arguments, slot, first_head, result,
-                     entry_rms(shared.samples, count, kDim), own, weight);
+        scale_products(shared.sampled, count, x);
+        const LaneFit fit = fit_products(x, count, arguments.router != Router::dispersion);
+        write_values(shared.sampled, arguments, query, first_head, fit,
+                     key_rms(shared.sampled, count, kDim), statistic, weight);
       }
     }
     __syncthreads();
   }
 
-  for (int slot = warp; slot < queries; slot += kGroupsWarps) {
-    finish<DType::e4m3, kDim, kMaxRows>(shared.samples, arguments, t0 + slot, slot);
+  for (int query = warp; query < queries; query += kSm90Warps) {
+    write_routing<DType::e4m3, kDim, kMaxRows>(shared.sampled, arguments, t0 + query, query);
   }
 }
 
@@ -155,12 +159,12 @@ __global__ void __launch_bounds__(kGroupsThreads, 1)
 
 void launch_sampled_sm90(SampledArguments arguments, int num_sms, cudaStream_t stream) {
   const std::int64_t tokens = arguments.problem.q.tokens;
-  arguments.queries = queries_of_block(tokens, num_sms);
-  const auto blocks = static_cast<unsigned>((tokens + arguments.queries - 1) / arguments.queries);
-  launch_kernel(
-      "sampled routing",
-      warps_of_query(arguments.problem.q.heads) == 2 ? sampled_kernel<2> : sampled_kernel<4>,
-      dim3(blocks), kGroupsThreads, sizeof(Shared), stream, arguments);
+  arguments.queries = thread_block_queries(tokens, num_sms);
+  const auto grid = static_cast<unsigned>((tokens + arguments.queries - 1) / arguments.queries);
+  launch_kernel("sampled routing",
+                warps_of_query(arguments.problem.q.heads) == 2 ? sm90_sampled_kernel<2>
+                                                               : sm90_sampled_kernel<4>,
+                dim3(grid), kSm90Threads, sizeof(Sm90SampledShared), stream, arguments);
 }
 
 }  // namespace misa::cuda::route

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Barriers among some of a block's threads, by number: 0 is __syncthreads's.
+// Named barriers among some threads of a thread block. Barrier 0 is that of __syncthreads.
 #pragma once
 
 namespace misa::cuda {

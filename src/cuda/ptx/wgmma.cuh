@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Warpgroup matrix products of Hopper: D[64, N] += A[64, 32] B[N, 32]^T in e4m3 with fp32 sums,
-// both operands in shared memory.
+// Warpgroup matrix products of Hopper (wgmma): D[64, N] (+)= A[64, 32] B[N, 32]^T in e4m3 with fp32
+// accumulators, both operands in shared memory; and the same in fp16 with A in registers.
 //
 // Accumulators: thread i of the warpgroup holds, for every group j of eight columns, the elements
 // (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1) as d[4 j] … d[4 j +
@@ -11,16 +11,16 @@
 
 namespace misa::cuda {
 
-// A tile of rows of 128 bytes in shared memory, 1024-byte aligned, in the 128-byte swizzle: the
-// 16-byte chunk c of row r stands at chunk c ^ (r % 8). Groups of 8 rows are 1024 bytes apart.
-// Adding 2 to a descriptor moves it on by 32 bytes of every row.
+// The descriptor of a tile of 128-byte rows in shared memory, 1024-byte aligned and swizzled:
+// 16-byte chunk c of row r is stored as chunk c ^ (r % 8). Groups of 8 rows are 1024 bytes apart.
+// Adding 2 to a descriptor advances it by 32 bytes in every row.
 __device__ inline std::uint64_t swizzled_tile(const void* tile) {
   const auto address = static_cast<std::uint64_t>(__cvta_generic_to_shared(tile));
   return (address & 0x3FFFF) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{1024 >> 4} << 32 |
          std::uint64_t{1} << 62;
 }
 
-// Before the first product, and whenever registers of an accumulator were touched.
+// Required before the first product, and after registers of an accumulator were read or written.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ inline void wgmma_commit() {
@@ -33,7 +33,7 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from reading an accumulator before the wait, or moving writes to it behind.
+// Keeps the compiler from moving reads of an accumulator before the wait, or writes after it.
 template <int count>
 __device__ inline void wgmma_pin(float (&d)[count]) {
 #pragma unroll
@@ -97,8 +97,8 @@ __device__ inline void wgmma_e4m3<128>(float (&d)[64], std::uint64_t a, std::uin
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-// D[64, N] (+)= A[64, 16] B[N, 16]^T in fp16 with fp32 sums, A in registers as mma_fp16 has it: 16
-// rows a warp.
+// D[64, N] (+)= A[64, 16] B[N, 16]^T in fp16 with fp32 accumulators. A is in registers, 16 rows per
+// warp, laid out as for mma_fp16.
 template <int columns>
 __device__ void wgmma_fp16(float (&d)[columns / 2], const std::uint32_t (&a)[4], std::uint64_t b,
                            bool add);
