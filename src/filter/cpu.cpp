@@ -8,7 +8,7 @@
 namespace misa::cpu {
 namespace {
 
-// max(0, x) in every row.
+// The floor of every row: 0, that is max(0, x).
 constexpr float kRelu[kMaxHeads] = {};
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The block filter: the first and the last block are always kept, the others compete for the rest.
+// The block filter: the first and the last block are always kept; the others compete.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace misa::reference {
 
-// The positions, ascending, of the first and the last of `blocks` blocks and of those of `best`,
-// block numbers that ascend between them. The last block ends at `length`.
+// The positions, ascending, in the first and the last of `blocks` blocks and in the blocks `best`,
+// which ascend between them. The last block ends at `length`.
 std::vector<std::int64_t> positions_of_blocks(std::int64_t blocks, std::int64_t block,
                                               std::int64_t length,
                                               std::span<const std::int64_t> best);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of keys on the CPU. The order is fixed: tokens inside a page in order, then pages in order,
-// one rounding for scale * element and one for the addition.
+// Sums of keys on the CPU, in a fixed order: keys of a page in order, then pages in order, with one
+// rounding for scale * element and one for the addition.
 
 #if defined(MISA_POOL_CPU_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MISA_POOL_CPU_INL_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Page sums and prefix means of key blocks for the CPU backend.
+// Page sums and block means for the CPU backend.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace misa::cpu {
 
-// The sums of whole pages of one sequence: its own, by logical page, or the cache's sidecar, by
-// physical page.
+// The sums of whole pages of one sequence: computed for it, by logical page, or from the cache's
+// sidecar, by physical page.
 struct PageSums {
   const float* own = nullptr;  // [pages, D]
   const float* sidecar = nullptr;
@@ -21,21 +21,22 @@ struct PageSums {
   }
 };
 
-// sum[D] = the first `count` keys of a page of query t's sequence, in order.
+// sum[D]: of the first `count` keys of a page of query t's sequence, in order.
 void sum_page(const Kernels& kernels, const Problem& problem, std::int64_t t, std::int64_t page,
               int count, float* sum);
 
-// mean[D] of positions first … last - 1 of query t's sequence: whole pages in order, then the keys
-// of a last page that `last` cuts. `first` is a multiple of 64.
+// mean[D]: of positions first … last - 1 of query t's sequence. Whole pages are added in order,
+// then the keys of a last page that is not whole. `first` is a multiple of 64.
 void block_mean(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
                 std::int64_t first, std::int64_t last, float* mean);
 
-// Fills an f32 tile with the means of whole blocks first … first + count - 1, one a lane. `scratch`
-// holds 64 rows of f32.
+// Fills an f32 tile with the means of whole blocks first … first + count - 1. `scratch` has room
+// for 64 rows of f32.
 void load_mean_tile(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
                     std::int64_t block, std::int64_t first, int count, float* scratch, Tile& tile);
 
-// The same for the one block that ends at n, inside a block: what query t sees of it.
+// Fills an f32 tile with the partial block mean of query t, which sees n keys: that of the keys
+// after its last whole block.
 void load_partial_mean(const Kernels& kernels, const Problem& problem, std::int64_t t,
                        PageSums sums, std::int64_t block, std::int64_t n, float* scratch,
                        Tile& tile);

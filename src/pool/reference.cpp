@@ -9,7 +9,7 @@ std::vector<std::vector<double>> block_means(const Row& row, std::int64_t block)
     const std::int64_t last = std::min(first + block, row.length);
     std::vector<double> mean(static_cast<std::size_t>(row.dim));
     for (std::size_t d = 0; d < mean.size(); ++d) {
-      // Tokens inside a page in order, then pages in order.
+      // Keys of a page in order, then pages in order.
       for (std::int64_t page = first; page < last; page += kPageSize) {
         double page_sum = 0;
         for (std::int64_t s = page; s < std::min(page + kPageSize, last); ++s) {

@@ -9,7 +9,7 @@
 
 namespace misa::reference {
 
-// [ceil(n / block)][D]; block is a multiple of 64.
+// The means [ceil(n / block)][D]; `block` is a multiple of 64.
 std::vector<std::vector<double>> block_means(const Row& row, std::int64_t block);
 
 }  // namespace misa::reference

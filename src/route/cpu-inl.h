@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a head is worth to a query, on the CPU. Sums over keys run lane by lane and are reduced
-// once, so their order is a function of the number of keys alone.
+// Inner loops of routing on the CPU. Sums over keys are kept per vector lane and reduced once, so
+// that their order depends only on the number of keys.
 
 #if defined(MISA_ROUTE_CPU_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MISA_ROUTE_CPU_INL_H_
@@ -19,7 +19,7 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// energy[j] += sum over the valid keys of |w_j * max(0, x)|.
+// energy[j] += sum of |w_j * max(0, x)| over the first `valid` keys.
 inline void AddEnergy(const float* HWY_RESTRICT dots, std::int64_t stride, int heads, int valid,
                       const float* HWY_RESTRICT weight, float* HWY_RESTRICT energy) {
   const hn::ScalableTag<float> d;
@@ -37,8 +37,8 @@ inline void AddEnergy(const float* HWY_RESTRICT dots, std::int64_t stride, int h
   }
 }
 
-// Fits r = max(0, x) by a + p x over `count` keys, a head at a time:
-//  1. means and range of x (a constant x has no slope, whatever its mean rounds to),
+// Fits a + p x to r = max(0, x) over `count` keys, one head at a time:
+//  1. means, and whether x is constant (then the slope is 0, however the mean is rounded),
 //  2. centred second moments, hence p and a,
 //  3. the rms of r - a - p x.
 inline void Fit(const float* HWY_RESTRICT dots, std::int64_t stride, int heads, int count,

@@ -7,6 +7,7 @@
 #include "core/recipe.hpp"
 
 namespace misa::cpu {
+
 void pooled_values(const Kernels& kernels, const Heads& heads, const BlockMeans& means, float* dots,
                    float* values) {
   std::fill_n(values, heads.count, 0.0F);
@@ -95,8 +96,8 @@ int split_residual(std::span<const float> row, DType k_dtype, Operand operand, v
     write([&](std::size_t d) { return row[d]; });
     return 1;
   }
-  // Three bf16 rows hold the 24 bits of an fp32 mantissa: each takes the leading 8 bits of what
-  // the ones before it left.
+  // Three bf16 rows hold the 24 bits of an fp32 mantissa: each takes the leading 8 bits of what the
+  // earlier ones left.
   auto* parts = static_cast<std::uint16_t*>(rows);
   for (std::size_t d = 0; d < dim; ++d) {
     float rest = row[d];

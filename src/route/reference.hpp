@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing: what each head is worth to a query, and the linear row that stands for the heads that
-// are not routed.
+// Routing: the value of each head for a query, by which heads are chosen, and the residual row,
+// which replaces the heads that are not.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace misa::reference {
 
-// The sample S: positions 0, s, 2s, … below n.
+// The sampled positions S: 0, s, 2s, … below n.
 std::vector<std::int64_t> sample_positions(std::int64_t n);
 
 // Least-squares fit of max(0, x) by intercept + slope * x.
@@ -40,12 +40,12 @@ std::vector<double> query_norm(const Row& row);
 // |w_j|
 std::vector<double> weight_magnitude(const Row& row);
 
-// sum over j not in `heads` of w_j p_j q_j: [D]. fp32, because that is what callers are given.
+// sum of w_j p_j q_j over the heads j not in `heads`: [D]. In fp32, as callers get it.
 std::vector<float> residual_row(const Row& row, std::span<const std::int32_t> heads);
 
-// The residual row that scores: rounded to e4m3 with scale max|row| / 448 where keys are e4m3. All
-// of it is fp32 arithmetic, so that every backend rounds the same row to the same values. A row
-// that is not finite is left as it is.
+// The residual row as keys are scored with it: for e4m3 keys rounded to e4m3 with scale max|row| /
+// 448, unless it is not finite. Computed in fp32, so that every backend rounds the same row to the
+// same values.
 std::vector<double> rounded_residual(std::span<const float> residual, DType k_dtype);
 
 }  // namespace misa::reference
