@@ -100,7 +100,7 @@ double room(const Shape& shape, std::int64_t samples, double share) {
 constexpr std::int64_t kFullTiles = 3;
 
 // Entries of a list.
-std::int64_t capacity(const Shape& shape, const Layout& layout, std::int64_t tiles) {
+std::int64_t capacity(const Shape& shape, const WorkPlan& layout, std::int64_t tiles) {
   // A round of tiles has one for each part; one round more where the ends are not whole ones.
   const std::int64_t own = ceil_div(tiles + 1, layout.all.parts) * layout.all.share;
   const double share = std::min(1.0, static_cast<double>(own) / static_cast<double>(tiles));
@@ -111,12 +111,12 @@ std::int64_t capacity(const Shape& shape, const Layout& layout, std::int64_t til
 
 }  // namespace
 
-Layout layout(const Shape& shape) {
+WorkPlan plan_work(const Shape& shape) {
   // As kernels are built for (for_rows).
   const auto rows =
       static_cast<int>(std::max(4U, std::bit_ceil(static_cast<unsigned>(shape.rows))));
   const std::int64_t queries = kGroups * group_columns(rows) / rows;
-  Layout layout{};
+  WorkPlan layout{};
   const std::int64_t blocks = std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1);
   const std::int64_t keys = std::max<std::int64_t>(shape.max_keys, 1);
   const std::int64_t samples =

@@ -25,7 +25,7 @@ struct Deal {
   int step;  // parts that follow each other are this many tiles apart; coprime to `parts`
 };
 
-struct Layout {
+struct WorkPlan {
   Deal sampled;            // of the samples' tiles; share 1
   Deal all;                // of all keys' tiles
   int lists;               // of candidates a query: thread blocks that may have a part of its keys
@@ -34,6 +34,6 @@ struct Layout {
   std::int64_t samples;        // columns of the samples' scores
 };
 
-Layout layout(const Shape& shape);
+WorkPlan plan_work(const Shape& shape);
 
 }  // namespace misa::cuda::fused

@@ -64,7 +64,7 @@ struct TileOf {
 
 struct Arguments {
   Problem problem;
-  score::ScoredRows rows;
+  score::ActiveRows rows;
   Deal deal;
   std::int64_t key_stride;  // key index of tile row r is r * key_stride
   std::int64_t key_rows;    // rows of the key tensor map
@@ -493,7 +493,7 @@ void launch(const Arguments& arguments, void* stream) {
 
 }  // namespace
 
-void launch_samples(const Problem& problem, const score::ScoredRows& rows, const Layout& layout,
+void launch_samples(const Problem& problem, const score::ActiveRows& rows, const WorkPlan& layout,
                     const float* scales, float* scores, void* stream) {
   launch<Sink::samples>({problem,
                          rows,
@@ -507,9 +507,9 @@ void launch_samples(const Problem& problem, const score::ScoredRows& rows, const
                         stream);
 }
 
-void launch_candidates(const Problem& problem, const score::ScoredRows& rows, const Layout& layout,
-                       const float* scales, const float* thresholds, const Candidates& out,
-                       void* stream) {
+void launch_candidates(const Problem& problem, const score::ActiveRows& rows,
+                       const WorkPlan& layout, const float* scales, const float* thresholds,
+                       const Candidates& out, void* stream) {
   launch<Sink::candidates>(
       {problem, rows, layout.all, 1, problem.k.tokens, scales, thresholds, out, nullptr}, stream);
 }

@@ -24,19 +24,19 @@ namespace misa::cuda::fused {
 
 // Scores of the sampled keys, [T, samples]: of key c * sample_stride in column c; NaN where the
 // query does not see it. `scales`, here and below: of all keys.
-void launch_samples(const Problem& problem, const score::ScoredRows& rows, const Layout& layout,
+void launch_samples(const Problem& problem, const score::ActiveRows& rows, const WorkPlan& layout,
                     const float* scales, float* scores, void* stream);
 
 // Candidates [T, lists, capacity]: the keys that the query sees whose score is above its threshold
 // [T].
-void launch_candidates(const Problem& problem, const score::ScoredRows& rows, const Layout& layout,
-                       const float* scales, const float* thresholds, const Candidates& out,
-                       void* stream);
+void launch_candidates(const Problem& problem, const score::ActiveRows& rows,
+                       const WorkPlan& layout, const float* scales, const float* thresholds,
+                       const Candidates& out, void* stream);
 
 // The exact top k of the queries listed in `fallback`, by scoring all keys that they see. `scores`
 // is room for max_keys scores of at least one query; more of it lets more blocks work at once, up
 // to one for each of the device's num_sms. Does next to nothing if none was fallback.
-void launch_fallback(const Problem& problem, const score::ScoredRows& rows, const float* scales,
+void launch_fallback(const Problem& problem, const score::ActiveRows& rows, const float* scales,
                      const select::FallbackRows& fallback, int top_k, const TopK& out,
                      std::span<float> scores, int num_sms, void* stream);
 

@@ -38,7 +38,7 @@ static_assert(kFallbackThreads == select::kThreads);
 
 struct Arguments {
   Problem problem;
-  score::ScoredRows rows;
+  score::ActiveRows rows;
   const float* scales;  // of all keys
   select::FallbackRows fallback;
   TopK out;
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kFallbackThreads, 1)
 
 }  // namespace
 
-void launch_fallback(const Problem& problem, const score::ScoredRows& rows, const float* scales,
+void launch_fallback(const Problem& problem, const score::ActiveRows& rows, const float* scales,
                      const select::FallbackRows& fallback, int top_k, const TopK& out,
                      std::span<float> scores, int num_sms, void* stream) {
   const std::int64_t stride = std::max(problem.k.max_keys, 1);

@@ -30,8 +30,8 @@
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
 #include "pool/generic.hpp"
-#include "rerank/generic.hpp"
 #include "route/generic.hpp"
+#include "score/columns.hpp"
 #include "score/generic.hpp"
 #include "score/sm90_fp8.hpp"
 #include "select/fused.hpp"
@@ -127,16 +127,16 @@ class Chunk {
       score_and_select(first);
     } else {
       stages_.enter("score");
-      rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, kAll, workspace_.lengths,
-                             stream_);
+      score::launch_row_lengths(problem_.k, problem_.q.tokens, columns, kAll, workspace_.lengths,
+                                stream_);
       score(active_rows(), workspace_.rows, spec_.sm90_scores, columns, workspace_.lengths,
             reranked ? spec_.keep : whole, workspace_.scores);
       select(columns, workspace_.scores, workspace_.lengths, spec_.keep, first);
     }
     if (reranked) {
       stages_.enter("rerank");
-      rerank::launch_lengths(problem_.k, problem_.q.tokens, columns, spec_.keep,
-                             workspace_.candidate_lengths, stream_);
+      score::launch_row_lengths(problem_.k, problem_.q.tokens, columns, spec_.keep,
+                                workspace_.candidate_lengths, stream_);
       const Columns candidates{workspace_.candidates, spec_.keep, 1};
       score(all_rows(), workspace_.all_rows, spec_.sm90_rerank, candidates,
             workspace_.candidate_lengths, whole, workspace_.candidate_scores);
@@ -167,12 +167,12 @@ class Chunk {
   }
 
   // What scores first, and what scores candidates.
-  [[nodiscard]] score::ScoredRows active_rows() const {
+  [[nodiscard]] score::ActiveRows active_rows() const {
     const Routing& routing = workspace_.routing;
     return {spec_.recipe.active ? routing.heads : nullptr, spec_.heads,
             spec_.recipe.residual ? routing.rounded : nullptr, routing.rounded_scale};
   }
-  [[nodiscard]] score::ScoredRows all_rows() const {
+  [[nodiscard]] score::ActiveRows all_rows() const {
     return {nullptr, static_cast<int>(problem_.q.heads), nullptr, nullptr};
   }
 
@@ -180,8 +180,8 @@ class Chunk {
   // these; then, from all of their scores, the rows whose threshold misled.
   void score_and_select(const TopK& out) const {
     const FusedWorkspace& fused = workspace_.fused;
-    const fused::Layout& layout = fused.layout;
-    const score::ScoredRows rows = active_rows();
+    const fused::WorkPlan& layout = fused.layout;
+    const score::ActiveRows rows = active_rows();
     const Keys& keys = problem_.k;
     const std::int64_t queries = problem_.q.tokens;
     stages_.enter("samples");
@@ -201,15 +201,15 @@ class Chunk {
   }
 
   // Step 3. `operands`: room for the rows where the generic kernels score.
-  void score(const score::ScoredRows& rows, const score::Rows& operands, bool sm90,
+  void score(const score::ActiveRows& rows, const score::RowOperands& operands, bool sm90,
              const Columns& columns, const std::int32_t* lengths, std::int32_t unscored,
              const Scores& scores) const {
     if (sm90) {
       score::launch_gathered(problem_, rows, columns, lengths, unscored, workspace_.scales, scores,
                              device_.num_sms, stream_);
     } else {
-      score::launch_rows(problem_, rows.heads != nullptr ? &workspace_.routing : nullptr, operands,
-                         stream_);
+      score::launch_row_operands(problem_, rows.heads != nullptr ? &workspace_.routing : nullptr,
+                                 operands, stream_);
       score::launch_generic(problem_, operands, columns, unscored, scores, stream_);
     }
   }
@@ -225,7 +225,7 @@ class Chunk {
     }
     select::launch_generic(logits, count, out, empty_, stream_);
     if (columns.list != nullptr) {
-      rerank::launch_positions(problem_.k, problem_.q.tokens, columns, out.indices, count, stream_);
+      score::launch_positions(problem_.k, problem_.q.tokens, columns, out.indices, count, stream_);
     }
   }
 

@@ -16,14 +16,14 @@ constexpr std::size_t kAlignment = 256;
 
 constexpr std::int64_t kFloatsPerCandidate = sizeof(Candidate) / sizeof(float);
 
-fused::Layout layout_for(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
-                         const DeviceTraits& device) {
-  return fused::layout({chunk.tokens, std::max<std::int64_t>(total_keys, 1), chunk.max_keys,
-                        spec.rows(), spec.keep, device.num_sms});
+fused::WorkPlan layout_for(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
+                           const DeviceTraits& device) {
+  return fused::plan_work({chunk.tokens, std::max<std::int64_t>(total_keys, 1), chunk.max_keys,
+                           spec.rows(), spec.keep, device.num_sms});
 }
 
-score::Rows take_rows(const Shape& chunk, std::int32_t heads, bool residual, Arena& arena) {
-  score::Rows rows = score::rows_for(chunk, heads, residual);
+score::RowOperands take_rows(const Shape& chunk, std::int32_t heads, bool residual, Arena& arena) {
+  score::RowOperands rows = score::row_operands_for(chunk, heads, residual);
   const std::int64_t count = chunk.tokens * rows.padded();
   rows.data =
       arena.take<std::byte>(count * rows.dim * static_cast<std::int64_t>(size_of(rows.operand)));
@@ -67,7 +67,7 @@ FusedWorkspace::FusedWorkspace(const PassSpec& spec, const Shape& chunk, std::in
 void FusedWorkspace::fit(const PassSpec& spec, Shape chunk, std::int64_t total_keys,
                          const DeviceTraits& device) {
   chunk.max_keys = std::min(chunk.max_keys, total_keys);
-  const fused::Layout best = layout_for(spec, chunk, total_keys, device);
+  const fused::WorkPlan best = layout_for(spec, chunk, total_keys, device);
   const std::int64_t lists = chunk.tokens * best.lists;
   if (chunk.tokens * best.samples <= std::ssize(samples) && lists <= std::ssize(counts) &&
       lists * best.capacity * kFloatsPerCandidate <= std::ssize(fallback_scores)) {

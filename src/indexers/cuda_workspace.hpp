@@ -37,7 +37,7 @@ struct PassSpec {
 // What fused scoring keeps: room for the largest chunk of a plan, and the layout of the chunk at
 // hand.
 struct FusedWorkspace {
-  fused::Layout layout{};
+  fused::WorkPlan layout{};
   std::span<float> samples;
   float* thresholds = nullptr;
   Candidates candidates{};
@@ -64,8 +64,8 @@ struct ChunkWorkspace {
   std::span<std::byte> filter_means;
   float* scales = nullptr;  // of all keys of a call (score::launch_scales)
   FusedWorkspace fused;
-  score::Rows rows{};
-  score::Rows all_rows{};
+  score::RowOperands rows{};
+  score::RowOperands all_rows{};
   Scores scores{};
   std::int32_t* lengths = nullptr;
   std::int32_t* candidates = nullptr;

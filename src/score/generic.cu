@@ -50,7 +50,7 @@ constexpr int kSplit = 3;
 
 struct Arguments {
   Keys keys;
-  Rows rows;
+  RowOperands rows;
   Columns columns;
   Scores scores;
   std::int64_t tokens;
@@ -63,7 +63,7 @@ struct RowsArguments {
   Problem problem;
   Routing routing;
   bool routed;
-  Rows rows;
+  RowOperands rows;
 };
 
 // Element d of part `part` of a residual row in bf16: each part takes the leading 8 bits of what
@@ -129,7 +129,7 @@ __global__ void rows_kernel(const __grid_constant__ RowsArguments arguments) {
 __device__ bool folds(float scale) { return !(scale >= 0 && isfinite(scale)); }
 
 // ReLU, or nothing for the rows of the residual.
-__device__ float floor_of(const Rows& rows, std::int32_t r) {
+__device__ float floor_of(const RowOperands& rows, std::int32_t r) {
   return r < rows.heads ? 0 : -std::numeric_limits<float>::infinity();
 }
 
@@ -182,8 +182,8 @@ __device__ void fold(KeyPart<kDim>& part, float scale) {
 // The sums of weight * max(floor, row . key) of query t for the four keys of a lane: rows
 // 8 g + 2 c and 8 g + 2 c + 1 of every group g.
 template <int kDim>
-__device__ void weighted_relu_sum(const Rows& rows, std::int64_t t, const KeyPart<kDim> (&keys)[4],
-                                  int lane, float (&sums)[4]) {
+__device__ void weighted_relu_sum(const RowOperands& rows, std::int64_t t,
+                                  const KeyPart<kDim> (&keys)[4], int lane, float (&sums)[4]) {
   const std::int32_t count = rows.heads + rows.linear;
   const std::int32_t padded = rows.padded();
   const auto* data =
@@ -421,7 +421,7 @@ void launch_gathered(const Arguments& arguments, void* stream) {
 
 }  // namespace
 
-Rows rows_for(const Shape& shape, std::int32_t heads, bool residual) {
+RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual) {
   const bool plain = shape.q_dtype == DType::f32 || shape.k_dtype == DType::f32;
   const std::int32_t linear = plain || shape.k_dtype == DType::e4m3 ? 1 : kSplit;
   return {nullptr,
@@ -432,7 +432,8 @@ Rows rows_for(const Shape& shape, std::int32_t heads, bool residual) {
           residual ? linear : 0};
 }
 
-void launch_rows(const Problem& problem, const Routing* routing, const Rows& rows, void* stream) {
+void launch_row_operands(const Problem& problem, const Routing* routing, const RowOperands& rows,
+                         void* stream) {
   constexpr int kThreads = 256;
   const RowsArguments arguments{problem, routing != nullptr ? *routing : Routing{},
                                 routing != nullptr, rows};
@@ -440,7 +441,7 @@ void launch_rows(const Problem& problem, const Routing* routing, const Rows& row
                 kThreads, 0, stream, arguments);
 }
 
-void launch_generic(const Problem& problem, const Rows& rows, const Columns& columns,
+void launch_generic(const Problem& problem, const RowOperands& rows, const Columns& columns,
                     std::int32_t unscored, const Scores& scores, void* stream) {
   const Arguments arguments{problem.k, rows, columns, scores, problem.q.tokens, unscored};
   columns.list != nullptr ? launch_gathered<true>(arguments, stream)

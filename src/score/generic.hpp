@@ -16,7 +16,7 @@ inline constexpr std::int32_t kRowGroup = 8;
 
 // What scores for each query, as operands of the products: the active heads, ascending, then the
 // rows without ReLU that make up the residual row.
-struct Rows {
+struct RowOperands {
   void* data;           // [T, padded(), D]
   float* weight;        // [T, padded()]
   DType operand;        // bf16 for the tensor cores; f32 where q or k is
@@ -30,14 +30,15 @@ struct Rows {
 };
 
 // Rows without memory, for `heads` heads and perhaps a residual row.
-Rows rows_for(const Shape& shape, std::int32_t heads, bool residual);
+RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual);
 
 // Fills the rows of every query: all heads without `routing`.
-void launch_rows(const Problem& problem, const Routing* routing, const Rows& rows, void* stream);
+void launch_row_operands(const Problem& problem, const Routing* routing, const RowOperands& rows,
+                         void* stream);
 
 // Writes scores[t, c] for every column that stands for a position that query t sees, and nothing
 // else. Queries that see no more than `unscored` keys are passed over.
-void launch_generic(const Problem& problem, const Rows& rows, const Columns& columns,
+void launch_generic(const Problem& problem, const RowOperands& rows, const Columns& columns,
                     std::int32_t unscored, const Scores& scores, void* stream);
 
 }  // namespace misa::cuda::score

@@ -11,7 +11,7 @@
 namespace misa::cuda::score {
 
 // What scores for a query. heads null: heads 0 … head_count - 1 of every query.
-struct ScoredRows {
+struct ActiveRows {
   const std::int32_t* heads;  // [T, head_count]; negative: none
   int head_count;
   const std::uint8_t* residual;  // [T, D] e4m3, or null
@@ -37,7 +37,7 @@ void launch_scales(const Keys& keys, float* scales, void* stream);
 // positions that query t sees, and nothing else. Queries that see no more than `unscored` keys are
 // passed over. `columns` has a list; `scales`: of all keys (launch_scales); `num_sms`: of the
 // device.
-void launch_gathered(const Problem& problem, const ScoredRows& rows, const Columns& columns,
+void launch_gathered(const Problem& problem, const ActiveRows& rows, const Columns& columns,
                      const std::int32_t* lengths, std::int32_t unscored, const float* scales,
                      const Scores& scores, int num_sms, void* stream);
 

@@ -46,7 +46,7 @@ static_assert(kTile == kGroupThreads, "a thread copies a scale");
 
 struct Arguments {
   Problem problem;
-  ScoredRows rows;
+  ActiveRows rows;
   Columns columns;
   const std::int32_t* lengths;
   std::int32_t unscored;
@@ -57,7 +57,7 @@ struct Arguments {
 // Step 1.
 __device__ void load_query(const Arguments& arguments, std::int64_t t, GatheredShared& shared) {
   const auto& [q, w, k] = arguments.problem;
-  const ScoredRows& rows = arguments.rows;
+  const ActiveRows& rows = arguments.rows;
   const int column = static_cast<int>(threadIdx.x) / 2;
   const int first_chunk = static_cast<int>(threadIdx.x) % 2 * (kChunks / 2);
   const int slot = column % 8 / 2 * kOwnRows + column / 8 * 2 + column % 2;
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kGroupThreads, kGatheredBlocks)
 
 }  // namespace
 
-void launch_gathered(const Problem& problem, const ScoredRows& rows, const Columns& columns,
+void launch_gathered(const Problem& problem, const ActiveRows& rows, const Columns& columns,
                      const std::int32_t* lengths, std::int32_t unscored, const float* scales,
                      const Scores& scores, int num_sms, void* stream) {
   const std::int64_t queries = problem.q.tokens;

@@ -18,7 +18,7 @@ namespace misa::cuda::score {
 // where a query has fewer rows, or query_of says -1. Called by the `threads` threads that have
 // numbers thread = 0, 1 ….
 template <int rows, bool residual, int columns, class QueryOf>
-__device__ void load_rows(const Problem& problem, const ScoredRows& scored, int thread, int threads,
+__device__ void load_rows(const Problem& problem, const ActiveRows& scored, int thread, int threads,
                           const QueryOf& query_of, std::uint8_t* tile,
                           float (*weights)[kProductWeights]) {
   const Queries& q = problem.q;
@@ -148,7 +148,7 @@ void for_rows(int rows, const Body& body) {
 }
 
 template <class Body>
-void for_rows(const ScoredRows& rows, const Body& body) {
+void for_rows(const ActiveRows& rows, const Body& body) {
   if (rows.residual != nullptr) {
     for_rows<true>(rows.count(), body);
   } else {

@@ -215,10 +215,10 @@ TEST_P(Fused, SmokePartsOfSeveralBlocksChangeNothing) {
     const std::int64_t block = 512 / rows;  // and a half, so that the two sequences meet in one
     const Pack pack = make_pack(spec_of({{kLong, 31 * block + block / 2}, {900, 3 * block}}, 32));
     const RaggedInputs inputs(pack);
-    const cuda::fused::Layout whole =
-        cuda::fused::layout({inputs.tokens(), kLong + 900, kLong, rows, kTopK, 132});
-    const cuda::fused::Layout chunk =
-        cuda::fused::layout({block, kLong + 900, kLong, rows, kTopK, 132});
+    const cuda::fused::WorkPlan whole =
+        cuda::fused::plan_work({inputs.tokens(), kLong + 900, kLong, rows, kTopK, 132});
+    const cuda::fused::WorkPlan chunk =
+        cuda::fused::plan_work({block, kLong + 900, kLong, rows, kTopK, 132});
     ASSERT_GT(whole.all.share, 1) << rows << " rows";  // on a device with so many num_sms
     ASSERT_EQ(chunk.all.share, 1);
     for (const NamedConfig& named : configs(kTopK, rows - 1)) {

@@ -26,7 +26,7 @@ void for_each_shape(const Body& body) {
             const Shape shape{tokens, keys, seen, rows, top_k, kProcessors};
             SCOPED_TRACE(::testing::Message() << "T " << tokens << ", L " << keys << ", n " << seen
                                               << ", rows " << rows << ", k " << top_k);
-            body(shape, layout(shape));
+            body(shape, plan_work(shape));
           }
         }
       }
@@ -35,7 +35,7 @@ void for_each_shape(const Body& body) {
 }
 
 TEST(FusedLayout, SamplesCoverTheKeys) {
-  for_each_shape([](const Shape& shape, const Layout& cut) {
+  for_each_shape([](const Shape& shape, const WorkPlan& cut) {
     ASSERT_GE(cut.sample_stride, 1);
     ASSERT_EQ(cut.samples, (shape.total_keys + cut.sample_stride - 1) / cut.sample_stride);
     // 2048, or of long contexts about every 128th key, as far as the thresholds' kernel takes them
@@ -46,7 +46,7 @@ TEST(FusedLayout, SamplesCoverTheKeys) {
 }
 
 TEST(FusedLayout, ListsHoldTheTopKOrAllThatIsSeen) {
-  for_each_shape([](const Shape& shape, const Layout& cut) {
+  for_each_shape([](const Shape& shape, const WorkPlan& cut) {
     ASSERT_GE(cut.lists, 1);
     ASSERT_LE(cut.lists, 32);  // the lanes that look after them (src/select/survivors.cu)
     const auto room = static_cast<std::int64_t>(cut.capacity) * cut.all.parts / cut.all.share;
@@ -70,7 +70,7 @@ void expect_all_dealt(const Deal& deal) {
 }
 
 TEST(FusedLayout, TilesAreDealtOut) {
-  for_each_shape([](const Shape&, const Layout& cut) {
+  for_each_shape([](const Shape&, const WorkPlan& cut) {
     expect_all_dealt(cut.sampled);
     ASSERT_EQ(cut.sampled.share, 1);
     expect_all_dealt(cut.all);
@@ -86,20 +86,20 @@ TEST(FusedLayout, TilesAreDealtOut) {
 // Parts exist to occupy num_sms: more than one only where blocks do not fill them evenly, and
 // several a thread block only where that pays for beginning twice.
 TEST(FusedLayout, PartsOccupyTheProcessors) {
-  const Layout one_query = layout({1, 65536, 65536, 8, 2048, kProcessors});
+  const WorkPlan one_query = plan_work({1, 65536, 65536, 8, 2048, kProcessors});
   EXPECT_GT(one_query.all.parts, 1);
-  const Layout many = layout({64 * kProcessors, 65536, 65536, 8, 2048, kProcessors});
+  const WorkPlan many = plan_work({64 * kProcessors, 65536, 65536, 8, 2048, kProcessors});
   EXPECT_EQ(many.all.parts, 1);
-  const Layout slab = layout({2048, 131072, 131072, 8, 2048, kProcessors});
+  const WorkPlan slab = plan_work({2048, 131072, 131072, 8, 2048, kProcessors});
   EXPECT_EQ(slab.all.parts * 32, slab.all.share * kProcessors);
-  const Layout brief = layout({2048, 4096, 4096, 8, 2048, kProcessors});
+  const WorkPlan brief = plan_work({2048, 4096, 4096, 8, 2048, kProcessors});
   EXPECT_EQ(brief.all.share, 1);
 }
 
 // What a plan's default cap must hold: a slab of 2048 queries.
 TEST(FusedLayout, ASlabOfTwoThousandQueriesIsSmall) {
   for (const std::int64_t keys : {65536, 131072}) {
-    const Layout cut = layout({2048, keys, keys, 8, 2048, kProcessors});
+    const WorkPlan cut = plan_work({2048, keys, keys, 8, 2048, kProcessors});
     const std::int64_t bytes =
         2048 * cut.lists * std::int64_t{cut.capacity} * std::int64_t{sizeof(Candidate)};
     EXPECT_LE(bytes, std::int64_t{192} << 20) << keys;

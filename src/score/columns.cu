@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "rerank/generic.hpp"
+#include "score/columns.hpp"
 
 #include <cuda_runtime.h>
 
 #include "cuda/launch.cuh"
 #include "cuda/range.cuh"
+#include "cuda/warp.cuh"
 
-namespace misa::cuda::rerank {
+namespace misa::cuda::score {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarpThreads = 32;
 
-// A warp a query: its lanes share the entries of the list.
-__global__ void lengths_kernel(Keys keys, std::int64_t queries, Columns columns, std::int32_t most,
-                               std::int32_t* lengths) {
+// One warp per query: its lanes take the entries of the list in turn.
+__global__ void row_lengths_kernel(Keys keys, std::int64_t queries, Columns columns,
+                                   std::int32_t most, std::int32_t* lengths) {
   begin_kernel();
   const std::int64_t t = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpThreads;
   const auto lane = static_cast<std::int32_t>(threadIdx.x % kWarpThreads);
@@ -29,23 +30,23 @@ __global__ void lengths_kernel(Keys keys, std::int64_t queries, Columns columns,
       const std::int32_t first = position_of(columns, t, std::int64_t{i} * columns.block, n);
       length += first < 0 ? 0 : min(columns.block, n - first);
     }
-    length = __reduce_add_sync(0xFFFFFFFFU, length);
+    length = __reduce_add_sync(kFullMask, length);
   }
   if (lane == 0) {
     lengths[t] = min(length, most);
   }
 }
 
-// A thread an entry.
+// One thread per entry.
 __global__ void positions_kernel(Keys keys, std::int64_t entries, Columns columns,
-                                 std::int32_t* chosen, std::int32_t width) {
+                                 std::int32_t* selected, std::int32_t width) {
   begin_kernel();
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= entries || chosen[i] < 0) {
+  if (i >= entries || selected[i] < 0) {
     return;
   }
   const std::int64_t t = i / width;
-  chosen[i] = position_of(columns, t, chosen[i], visible(keys, t).length);
+  selected[i] = position_of(columns, t, selected[i], visible(keys, t).length);
 }
 
 unsigned blocks_for(std::int64_t threads) {
@@ -54,17 +55,17 @@ unsigned blocks_for(std::int64_t threads) {
 
 }  // namespace
 
-void launch_lengths(const Keys& keys, std::int64_t queries, const Columns& columns,
-                    std::int32_t most, std::int32_t* lengths, void* stream) {
-  launch_kernel("lengths", lengths_kernel, dim3(blocks_for(queries * kWarpThreads)), kThreads, 0,
-                stream, keys, queries, columns, most, lengths);
+void launch_row_lengths(const Keys& keys, std::int64_t queries, const Columns& columns,
+                        std::int32_t most, std::int32_t* lengths, void* stream) {
+  launch_kernel("lengths", row_lengths_kernel, dim3(blocks_for(queries * kWarpThreads)), kThreads,
+                0, stream, keys, queries, columns, most, lengths);
 }
 
 void launch_positions(const Keys& keys, std::int64_t queries, const Columns& columns,
-                      std::int32_t* chosen, std::int32_t width, void* stream) {
+                      std::int32_t* selected, std::int32_t width, void* stream) {
   const std::int64_t entries = queries * width;
   launch_kernel("positions", positions_kernel, dim3(blocks_for(entries)), kThreads, 0, stream, keys,
-                entries, columns, chosen, width);
+                entries, columns, selected, width);
 }
 
-}  // namespace misa::cuda::rerank
+}  // namespace misa::cuda::score

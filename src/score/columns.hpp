@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The columns of a matrix of scores (cuda::Columns): how many of them a query's row has, and which
+// positions the selected ones stand for.
+#pragma once
+
+#include "cuda/problem.hpp"
+
+namespace misa::cuda::score {
+
+// lengths[t]: how many columns stand for positions that query t sees, at most `most`.
+void launch_row_lengths(const Keys& keys, std::int64_t queries, const Columns& columns,
+                        std::int32_t most, std::int32_t* lengths, void* stream);
+
+// Replaces the columns in selected [T, width], padded with -1, by their positions. Positions ascend
+// with columns, so ordered entries stay ordered.
+void launch_positions(const Keys& keys, std::int64_t queries, const Columns& columns,
+                      std::int32_t* selected, std::int32_t width, void* stream);
+
+}  // namespace misa::cuda::score
