@@ -15,7 +15,7 @@
 #include <span>
 
 #include "cuda/problem.hpp"
-#include "fused/layout.hpp"
+#include "fused/work_plan.hpp"
 #include "misa/cuda.hpp"
 #include "score/sm90_fp8.hpp"
 #include "select/fused.hpp"

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/problem.hpp"
-#include "fused/layout.hpp"
+#include "fused/work_plan.hpp"
 #include "score/sm90_fp8.hpp"
 #include "score/sm90_fp8_config.cuh"
 

@@ -10,7 +10,7 @@
 #include "core/recipe.hpp"
 #include "cuda/problem.hpp"
 #include "cuda/target.hpp"
-#include "fused/layout.hpp"
+#include "fused/work_plan.hpp"
 #include "misa/indexer.hpp"
 #include "score/generic.hpp"
 #include "select/fused.hpp"

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common.hpp"
-#include "fused/layout.hpp"
+#include "fused/work_plan.hpp"
 #include "support/adversarial.hpp"
 
 namespace misa::test {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "fused/layout.hpp"
+#include "fused/work_plan.hpp"
 
 #include <algorithm>
 #include <bit>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How fused scoring cuts a slab: host code, judged without a device.
-#include "fused/layout.hpp"
+#include "fused/work_plan.hpp"
 #include "score/sm90_fp8.hpp"
 
 #include <gtest/gtest.h>
