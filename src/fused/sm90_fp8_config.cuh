@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes of the fused scoring kernels and their shared memory: the launchers take them from here.
+// Sizes and shared memory of the fused scoring kernels.
 #pragma once
 
 #include <cstddef>
@@ -12,98 +12,96 @@
 
 namespace misa::cuda::fused {
 
-using score::kGroupThreads;
 using score::kProductColumns;
 using score::kProductKeys;
-using score::kProductLocals;
 using score::kProductWeights;
+using score::kThreadColumns;
+using score::kWarpgroupThreads;
 
-// Four warpgroups score, each for its own queries and one product at a time: while a group weighs,
-// the products of others keep the tensor cores busy (docs/kernels/fused.md). 16 warps may have 128
-// registers a thread: 64 sums, and the weights of 32 columns. A 17th warp to feed the others would
-// cost them 32, so a thread of the first group does it.
-inline constexpr int kGroups = 4;
-inline constexpr int kThreads = kGroups * kGroupThreads;
+// Four warpgroups score, each its own queries and one product at a time: while one runs its
+// epilogue, the products of others keep the tensor cores busy (docs/kernels/fused.md). 16 warps can
+// have 128 registers per thread: 64 accumulators, and the weights of 32 columns. A 17th warp as the
+// producer would leave them 96, so a thread of the first warpgroup is the producer.
+inline constexpr int kWarpgroups = 4;
+inline constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
 
-// A tile: keys that are fetched and awaited together. What a tile costs besides its products is
-// less with more of them; but samples are few, and blocks share them out in whole tiles.
+// Keys of a tile, which are fetched and awaited together. Larger tiles spread the cost of a
+// pipeline stage over more products. Samples are few, and thread blocks score whole tiles, so their
+// tiles are smaller.
 inline constexpr int kTileKeys = 256;
 inline constexpr int kSampleTileKeys = 128;
 
-// Tiles in shared memory: one that is scored, and the next one, fetched when three quarters of the
-// groups' products with this one are done. The last quarter, 64 keys in 1600 cycles, covers the
-// latency of L2 (about 700); groups may lag behind the first one by what comes before.
+// Two stages: while one tile is scored, the next is fetched. The producer does this after three
+// quarters of its warpgroup's products with a tile. The last quarter, 64 keys in 1600 cycles,
+// covers the latency of L2 (about 700), and the other warpgroups may lag by up to three quarters.
 inline constexpr int kStages = 2;
 
-// Whether a thread block may have parts of several blocks of queries (Deal). Registers do not do
-// with 4 rows, which have the most thresholds, and with 64, whose products are two.
-constexpr bool takes_pieces(int rows) { return rows > 4 && rows < 64; }
+// Whether a thread block may score splits of several query blocks (KeySplits). There are not enough
+// registers for it with 4 rows, which have the most thresholds, and with 64, which take two
+// products.
+constexpr bool may_span_query_blocks(int rows) { return rows > 4 && rows < 64; }
 
-static_assert(kTileKeys == score::kScaleTile, "there are scales for whole tiles");
+static_assert(kTileKeys == score::kScaleTile, "scales are padded to whole tiles");
 
-// A queued entry's key has its index in its lower bits and the number of the thread's query, at
-// most 15, above.
+// A queued entry has its key's index in the lower bits of a word, and above it the number of the
+// thread's query, at most 15.
 inline constexpr int kKeyBits = 28;
 inline constexpr std::int64_t kMaxKeys = std::int64_t{1} << kKeyBits;
 
-// While its product is computed a warp takes entries out of its queues, one of each, as long as one
-// of them holds more than this: all the others have some too, then, mostly. As many as there is
-// room for.
+// While a product runs, each thread of a warp pops one entry at a time from its queue, as long as
+// some queue of the warp holds more than this many. By then most of the other queues have entries
+// too, so few lanes are idle. The number is what shared memory has room for.
 constexpr int queue_spare(int rows) { return rows < 64 ? 7 : 4; }
-inline constexpr std::uint32_t kQueueStep = kThreads * sizeof(Candidate);  // to the next entry
+inline constexpr std::uint32_t kQueueStride = kThreads * sizeof(Candidate);  // to the next entry
 
-// ProductColumns of a group whose queries have this many rows: a query stands in each lane of a
-// quad.
-constexpr int group_columns(int rows) { return rows < 32 ? kProductColumns : 4 * rows; }
+// Query rows of a warpgroup: at least one query for each lane of a quad.
+constexpr int warpgroup_columns(int rows) { return rows < 32 ? kProductColumns : 4 * rows; }
 
-// Which row stands in a column of a product: thread `lane` of a quad holds the columns
-// 8 j + 2 lane + e of a key, local number 2 j + e. Local numbers are the rows of one query, then of
-// the next, so that a thread has all rows of a query and sums them alone.
+// The query rows of a warpgroup, which are the columns of its products, for `rows` rows per query.
+// score/sm90_fp8_rows.cuh says which row is in which column.
 template <int rows>
-struct ProductColumns {
-  static constexpr int kCount = group_columns(rows);
-  static constexpr int kProducts = kCount / kProductColumns;  // for all of a key's columns
-  static constexpr int kQueries = kCount / rows;              // of a group
-  static constexpr int kOwn = kQueries / 4;                   // of a thread
-  static constexpr int kBlockQueries = kGroups * kQueries;
-  static_assert(kCount % kProductColumns == 0 && kCount % (4 * rows) == 0);
+struct QueryTile {
+  static constexpr int kColumns = warpgroup_columns(rows);
+  static constexpr int kProducts = kColumns / kProductColumns;  // for all columns of a key
+  static constexpr int kQueries = kColumns / rows;
+  static constexpr int kThreadQueries = kQueries / 4;
+  static constexpr int kBlockQueries = kWarpgroups * kQueries;  // of a query block
+  static_assert(kColumns % kProductColumns == 0 && kColumns % (4 * rows) == 0);
 };
 
-// Tiles from the first one to before the last.
+// Tiles first … end - 1.
 struct alignas(8) TileRange {
   std::int32_t first;
-  std::int32_t last;
+  std::int32_t end;
 };
 
 template <int rows>
 struct Shared {
-  using Own = ProductColumns<rows>;
-
   alignas(1024) std::uint8_t keys[kStages][kTileKeys * kDim];
-  alignas(1024) std::uint8_t rows_of[kGroups][Own::kCount * kDim];
-  alignas(16) float weights[kGroups][Own::kProducts][kProductWeights];
-  std::int32_t starts[Own::kBlockQueries];  // of each query's keys
-  std::int32_t ends[Own::kBlockQueries];
-  std::uint32_t counts[Own::kBlockQueries];  // of each query's candidates
-  std::int32_t first;                        // of the keys that some query of the block sees
-  std::int32_t last;                         // one behind them
-  TileRange plain[kGroups];                  // that every query of a group sees in full
+  alignas(1024) std::uint8_t query_rows[kWarpgroups][QueryTile<rows>::kColumns * kDim];
+  alignas(16) float weights[kWarpgroups][QueryTile<rows>::kProducts][kProductWeights];
+  std::int32_t starts[QueryTile<rows>::kBlockQueries];  // of each query's keys
+  std::int32_t ends[QueryTile<rows>::kBlockQueries];
+  std::uint32_t counts[QueryTile<rows>::kBlockQueries];  // of each query's candidates
+  std::int32_t first_key;                                // that some query of the query block sees
+  std::int32_t end_key;                                  // after the last such key
+  TileRange fully_visible[kWarpgroups];  // tiles that all queries of a warpgroup see in full
   alignas(8) std::uint64_t full[kStages];
   std::uint64_t empty[kStages];
-  Candidate queue[queue_spare(rows) + 2 * Own::kOwn][kThreads];
+  Candidate queue[queue_spare(rows) + 2 * QueryTile<rows>::kThreadQueries][kThreads];
 };
 static_assert(sizeof(Shared<4>) <= 227 * 1024 && sizeof(Shared<64>) <= 227 * 1024);
 
-// --- Queries that the threshold misled (sm90_fp8_fallback.cu) ---
+// --- Fallback rows (sm90_fp8_fallback.cu) ---
 
-// A block takes four at once, one for each lane of a quad; each of its warpgroups scores tiles of
-// its own.
+// A thread block scores four queries at once, one for each lane of a quad. Each of its warpgroups
+// scores its own key tiles.
 inline constexpr int kFallbackQueries = 4;
 inline constexpr int kFallbackThreads = 512;  // as many as select a row (select/row.cuh)
-inline constexpr int kFallbackGroups = kFallbackThreads / kGroupThreads;
+inline constexpr int kFallbackWarpgroups = kFallbackThreads / kWarpgroupThreads;
 
 struct FallbackShared {
-  alignas(1024) std::uint8_t keys[kFallbackGroups][kProductKeys * kDim];
+  alignas(1024) std::uint8_t keys[kFallbackWarpgroups][kProductKeys * kDim];
   alignas(1024) std::uint8_t rows[kFallbackQueries * kMaxRows * kDim];
   alignas(16) float weights[kFallbackQueries * kMaxRows / kProductColumns][kProductWeights];
   std::int64_t queries[kFallbackQueries];  // -1: none

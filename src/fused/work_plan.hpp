@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a slab of queries is cut for fused scoring: host code, from shapes alone.
+// How the work of fused scoring on a chunk of queries is divided: host code, from shapes alone.
 #pragma once
 
 #include <cstdint>
 
 namespace misa::cuda::fused {
 
-struct Shape {
-  std::int64_t tokens;      // queries of a slab
+struct WorkShape {
+  std::int64_t tokens;      // queries of the chunk
   std::int64_t total_keys;  // L
   std::int64_t max_keys;    // that one query sees
   int rows;                 // heads and the residual row of a query, 1 to kMaxRows
@@ -15,25 +15,26 @@ struct Shape {
   int num_sms;  // of the device
 };
 
-// How tiles of keys are dealt out to thread blocks. A kernel takes queries in blocks; each of these
-// has `parts` parts of the keys, to which tiles go in turn, and a thread block scores `share`
-// parts that follow each other: of one block of queries, or the last of one and the first of the
-// next.
-struct Deal {
-  int parts;
-  int share;
-  int step;  // parts that follow each other are this many tiles apart; coprime to `parts`
+// How key tiles are divided among thread blocks. Queries are scored in query blocks. For each query
+// block the tiles that it sees are divided into splits: tile i of them, from 0, belongs to the
+// split s with s * stride = i modulo `splits`. The splits of all query blocks form one sequence, of
+// which each thread block scores the next `per_block`. So its splits may be the last ones of a
+// query block and the first ones of the next.
+struct KeySplits {
+  int splits;     // of a query block
+  int per_block;  // consecutive splits that a thread block scores
+  int stride;     // tiles from one split's first tile to the next one's; coprime to `splits`
 };
 
 struct WorkPlan {
-  Deal sampled;            // of the samples' tiles; share 1
-  Deal all;                // of all keys' tiles
-  int lists;               // of candidates a query: thread blocks that may have a part of its keys
-  std::uint32_t capacity;  // of a list
-  std::int64_t sample_stride;  // every so many keys one is a sample
+  KeySplits sample_splits;     // of the tiles of sampled keys; one per thread block
+  KeySplits key_splits;        // of the tiles of all keys
+  int lists;                   // of candidates per query: thread blocks that may score some of it
+  std::uint32_t capacity;      // entries of a list
+  std::int64_t sample_stride;  // every sample_stride-th key is a sample
   std::int64_t samples;        // columns of the samples' scores
 };
 
-WorkPlan plan_work(const Shape& shape);
+WorkPlan plan_work(const WorkShape& shape);
 
 }  // namespace misa::cuda::fused

@@ -11,9 +11,9 @@ namespace misa::cpu {
 void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
             std::span<const std::uint64_t> candidates, const QueryRows& all_heads, Operand operand,
             void* pack, Tile& tile, Selector& selector, std::uint64_t* entries) {
-  std::uint32_t positions[2][kPageSize];  // of this tile and the next
+  std::uint32_t positions[2][kPageSize];  // of the current tile and the next one
   alignas(64) float scores[kPageSize];
-  const auto take = [&](std::size_t first, std::uint32_t* out) {
+  const auto tile_positions = [&](std::size_t first, std::uint32_t* out) {
     const std::size_t count =
         std::min<std::size_t>(kPageSize, candidates.size() - std::min(first, candidates.size()));
     for (std::size_t i = 0; i < count; ++i) {
@@ -21,9 +21,9 @@ void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
     }
     return std::span<const std::uint32_t>(out, count);
   };
-  std::span<const std::uint32_t> current = take(0, positions[0]);
+  std::span<const std::uint32_t> current = tile_positions(0, positions[0]);
   for (std::size_t first = 0; !current.empty(); first += kPageSize) {
-    const auto next = take(first + kPageSize, positions[first / kPageSize % 2 ^ 1]);
+    const auto next = tile_positions(first + kPageSize, positions[first / kPageSize % 2 ^ 1]);
     prefetch_tile(problem, t, next);
     load_tile(kernels, problem, t, current, operand, pack, tile);
     const int count = static_cast<int>(current.size());

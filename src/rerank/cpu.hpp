@@ -10,8 +10,9 @@
 
 namespace misa::cpu {
 
-// Scores the candidates (pairs ascending by position) of query t by all its heads and keeps the
-// selector's best. `pack` holds 64 rows of operands, `entries` selector.capacity entries.
+// Scores the candidates of query t, pairs in ascending order of position, with all heads and offers
+// them to the selector. `pack` has room for the operands of 64 keys, `entries` for
+// selector.capacity entries.
 void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
             std::span<const std::uint64_t> candidates, const QueryRows& all_heads, Operand operand,
             void* pack, Tile& tile, Selector& selector, std::uint64_t* entries);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scoring on the CPU. The tile's keys lie across the lanes and the query's rows are broadcast, so
-// each dot product is one chain of fused multiply-adds over d: its bits do not depend on which
-// rows or keys are computed beside it.
+// Scoring on the CPU. Each lane has a key of the tile, and the query's rows are broadcast. So each
+// dot product is one chain of fused multiply-adds over d, and its bits do not depend on which other
+// rows or keys are computed at the same time.
 //
 //  1. Take up to kRows rows and kVectors vectors of keys: kRows * kVectors accumulators.
 //  2. For each d (or pair of d): load the keys, broadcast each row's element, accumulate.
-//  3. Clip each accumulator at its row's floor, weight it and add it to the score, rows in order.
+//  3. Clip each accumulator at its row's floor, weight it and add it to the score, in order of the
+//     rows.
 
 #if defined(MISA_SCORE_CPU_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MISA_SCORE_CPU_INL_H_
@@ -28,12 +29,13 @@ namespace hn = hwy::HWY_NAMESPACE;
 using F32 = hn::ScalableTag<float>;
 using VF = hn::Vec<F32>;
 
-// Two multiply-adds a cycle of four to six cycles' latency want a dozen chains or so. Six rows by
-// four vectors, the keys and a broadcast fill 29 of 32 registers; six by two fill 15 of 16.
+// A core that starts two multiply-adds per cycle, each with a latency of four to six cycles, needs
+// 8 to 12 independent chains. Six rows by four vectors, the keys and a broadcast take 29 of 32
+// registers; six by two take 15 of 16.
 inline constexpr int kRows = 6;
 inline constexpr int kVectors = HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4 ? 2 : 4;
 
-// f32 operands: one element a step.
+// f32 operands: one element per step.
 struct F32Steps {
   using Element = float;
   static constexpr int kElements = 1;
@@ -43,7 +45,7 @@ struct F32Steps {
 };
 
 #if MISA_NATIVE_BF16
-// bf16 operands: two elements a step, products exact, sums in fp32 (VDPBF16PS).
+// bf16 operands: two elements per step, exact products, fp32 sums (VDPBF16PS).
 struct Bf16Steps {
   using Element = std::uint16_t;
   static constexpr int kElements = 2;
@@ -61,7 +63,7 @@ struct Bf16Steps {
 };
 #endif
 
-// Steps 1 and 2: acc[v * R + r] = row r . keys of vector v.
+// Steps 1 and 2: acc[v * R + r] has the dot products of row r and the keys of vector v.
 template <class Steps, int R, int V>
 HWY_INLINE void Dot(const typename Steps::Element* HWY_RESTRICT rows,
                     const typename Steps::Element* HWY_RESTRICT keys, int dim, VF (&acc)[V * R]) {
@@ -87,8 +89,7 @@ HWY_INLINE void Dot(const typename Steps::Element* HWY_RESTRICT rows,
   }
 }
 
-// Calls body(constant R, first row) for all rows, in groups of nearly equal size: a short last
-// group would leave too few chains in flight.
+// Calls body(std::integral_constant of `size`, first), for a size of at most R.
 template <int R, class Body>
 HWY_INLINE void CallForSize(int size, int first, const Body& body) {
   if constexpr (R > 0) {
@@ -100,6 +101,8 @@ HWY_INLINE void CallForSize(int size, int first, const Body& body) {
   }
 }
 
+// Calls body(size, first row) for all rows, in groups of nearly equal size: a short last group
+// would have too few chains to hide the latency.
 template <class Body>
 HWY_INLINE void ForRowGroups(int count, const Body& body) {
   const int groups = (count + kRows - 1) / kRows;
@@ -135,7 +138,7 @@ void ScoreTile(const cpu::QueryRows& rows, const cpu::Tile& tile, int valid,
         const VF weight = hn::Set(d, rows.weight[first + r]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          // The second operand of Max is the one that x86 returns where either is NaN.
+          // If either operand of Max is NaN, x86 returns the second one.
           score[v] = hn::MulAdd(weight, hn::Max(floor, acc[v * R + r]), score[v]);
         }
       }
@@ -149,7 +152,8 @@ void ScoreTile(const cpu::QueryRows& rows, const cpu::Tile& tile, int valid,
   }
 }
 
-// One vector of keys at a time where one holds all that is valid (a block's mean, a single key).
+// out[r * stride + i]: the dot product of row r and key i, times the key's scale. V vectors of keys
+// at a time.
 template <class Steps, int V>
 void DotTile(const void* rows, int count, const cpu::Tile& tile, int valid, std::int64_t stride,
              float* HWY_RESTRICT out) {
@@ -174,6 +178,7 @@ void DotTile(const void* rows, int count, const cpu::Tile& tile, int valid, std:
   }
 }
 
+// Uses a single vector where it holds all valid keys (a block's mean, a single key).
 template <class Steps>
 HWY_INLINE void DotTileOf(const void* rows, int count, const cpu::Tile& tile, int valid,
                           std::int64_t stride, float* out) {

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores on the tensor cores (bf16 operands, fp32 sums) and, where q or k is f32, on the others.
+// Scores on the tensor cores (bf16 operands, fp32 sums), or on the CUDA cores where q or k is f32.
 //
-// rows_kernel, a block a query:
-//  1. An active head is copied as an operand, with its weight.
-//  2. The residual row follows: the e4m3 one with its scale as the weight; for bf16 keys three rows
-//     of bf16 whose sum is exactly the fp32 row; for f32 the row itself.
-//  3. Rows up to the next group are zero.
+// row_operands_kernel, one thread block per query:
+//  1. Copies each active head as an operand, with its weight.
+//  2. Appends the residual row: the e4m3 row with its scale as the weight; for bf16 keys, three
+//     bf16 rows whose sum is exactly the fp32 row; for f32, the row itself.
+//  3. Fills the rest of the last row group with zeros.
 //
-// tensor_kernel, a warp 32 columns:
-//  1. Without a list a column is a key, and the warp serves the 32 queries of its block that see
-//     any of its keys; with a list it serves one query.
-//  2. The keys are held in registers as bf16. A negative or non-finite scale is folded into them.
-//  3. A query's rows stream by in groups of 8: products of 32 keys and 8 rows, clipped at the rows'
-//     floors, weighted and added, rows in order.
-//  4. The four lanes that share a key add up, the key's scale multiplies, one of them stores.
+// tensor_core_kernel, 32 columns per warp:
+//  1. Finds its queries. If columns are keys, these are the queries of the thread block, up to 32,
+//     that see any of the warp's keys; if columns are gathered, it is one query.
+//  2. Loads its keys into registers as bf16. A negative or non-finite scale is folded into them.
+//  3. Multiplies the 32 keys with each query's rows in groups of 8. The products are clipped at the
+//     rows' floors, weighted, and added in order of the rows.
+//  4. Adds the sums of the four lanes that share a key, multiplies by the key's scale, and stores
+//     from one of these lanes.
 //
-// plain_kernel, a thread a column: the same with one chain of fused multiply-adds a product.
+// cuda_core_kernel, one column per thread: the same, each product one chain of multiply-adds.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -25,30 +26,30 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/range.cuh"
+#include "cuda/warp.cuh"
 #include "score/generic.hpp"
 
 namespace misa::cuda::score {
 namespace {
 
-constexpr unsigned kWarp = 0xFFFFFFFFU;
 constexpr int kMaxDim = 128;
 
-// Queries that share a key's way into registers: one a lane to look at their ranges.
+// Queries for which a warp loads its keys once: one per lane, which checks the query's range.
 constexpr int kQueries = 32;
 
-// At D = 128 64 registers hold the keys and 16 a group of rows; with all else that is a little more
-// than the 128 a thread that a fourth block of four warps an SM would leave.
+// At D = 128 the keys take 64 registers and a group of rows 16. With everything else this is a
+// little more than the 128 registers per thread that would allow a fourth thread block per SM.
 constexpr int kWarps = 4;
 constexpr int kWarpKeys = 32;
 constexpr int kBlocksPerSm = 3;
-constexpr int kTensorKeys = kWarps * kWarpKeys;
+constexpr int kTensorCoreKeys = kWarps * kWarpKeys;
 
-constexpr int kPlainKeys = 64;
+constexpr int kCudaCoreKeys = 64;
 
 // Three bf16 hold the 24 bits of an fp32 mantissa.
-constexpr int kSplit = 3;
+constexpr int kBf16Parts = 3;
 
-struct Arguments {
+struct ScoreArguments {
   Keys keys;
   RowOperands rows;
   Columns columns;
@@ -57,18 +58,18 @@ struct Arguments {
   std::int32_t unscored;
 };
 
-// ---- rows
+// ---- row operands
 
-struct RowsArguments {
+struct RowOperandsArguments {
   Problem problem;
   Routing routing;
   bool routed;
   RowOperands rows;
 };
 
-// Element d of part `part` of a residual row in bf16: each part takes the leading 8 bits of what
-// those before it left.
-__device__ float split_part(float value, int part) {
+// Part `part` of the value of a residual row as a sum of bf16 parts: each part takes the leading 8
+// bits of what the parts before it leave.
+__device__ float bf16_part(float value, int part) {
   if (!isfinite(value)) {
     return part == 0 ? value : 0;
   }
@@ -80,7 +81,7 @@ __device__ float split_part(float value, int part) {
   return high;
 }
 
-__global__ void rows_kernel(const __grid_constant__ RowsArguments arguments) {
+__global__ void row_operands_kernel(const __grid_constant__ RowOperandsArguments arguments) {
   begin_kernel();
   const auto& [problem, routing, routed, rows] = arguments;
   const std::int64_t t = blockIdx.x;
@@ -112,7 +113,7 @@ __global__ void rows_kernel(const __grid_constant__ RowsArguments arguments) {
     } else if (part < rows.linear) {
       value = e4m3               ? e4m3_to_float(routing.rounded[t * dim + d])
               : rows.linear == 1 ? routing.residual[t * dim + d]
-                                 : split_part(routing.residual[t * dim + d], part);
+                                 : bf16_part(routing.residual[t * dim + d], part);
     }
     const std::int64_t at = t * padded * dim + i;
     if (rows.operand == DType::f32) {
@@ -123,67 +124,68 @@ __global__ void rows_kernel(const __grid_constant__ RowsArguments arguments) {
   }
 }
 
-// ---- what the two scoring kernels share
+// ---- shared by the two scoring kernels
 
-// A scale that is not folded into the key multiplies the score; it is finite and not negative.
-__device__ bool folds(float scale) { return !(scale >= 0 && isfinite(scale)); }
+// Whether the scale is folded into the key. Any other scale, finite and not negative, multiplies
+// the score.
+__device__ bool is_folded(float scale) { return !(scale >= 0 && isfinite(scale)); }
 
-// ReLU, or nothing for the rows of the residual.
+// Where a row's products are clipped: at 0 (ReLU) for heads, nowhere for the residual row.
 __device__ float floor_of(const RowOperands& rows, std::int32_t r) {
   return r < rows.heads ? 0 : -std::numeric_limits<float>::infinity();
 }
 
 // ---- tensor cores
 
-// One lane's part of a key, as the matrix product wants it. Lane c of the four that share a key
-// holds elements 32 i + 8 c … + 7 for every i: both operands agree on that order, so it is as good
-// as any, and rows are read 16 bytes at a time.
+// A lane's fragment of a key. Lane c of the four that share a key holds elements 32 i + 8 c … + 7
+// for every i. The MMA's own order differs, but a product does not depend on the order as long as
+// both operands have the same, and in this one rows are read 16 bytes at a time.
 template <int kDim>
-struct KeyPart {
+struct KeyFragment {
   static constexpr int kRegisters = kDim / 8;
   std::uint32_t pairs[kRegisters];
 };
 
 template <bool kE4m3, int kDim>
-__device__ KeyPart<kDim> load_key(const Keys& keys, std::int64_t key, int c) {
-  KeyPart<kDim> part;
+__device__ KeyFragment<kDim> load_key(const Keys& keys, std::int64_t key, int c) {
+  KeyFragment<kDim> fragment;
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) {
     const std::int64_t at = key * keys.stride + 32 * i + 8 * c;
-    std::uint32_t* pairs = part.pairs + 4 * i;
+    std::uint32_t* pairs = fragment.pairs + 4 * i;
     if constexpr (kE4m3) {
       const uint2 bytes =
           *reinterpret_cast<const uint2*>(static_cast<const std::uint8_t*>(keys.data) + at);
       e4m3x4_to_bf16(bytes.x, pairs[0], pairs[1]);
       e4m3x4_to_bf16(bytes.y, pairs[2], pairs[3]);
     } else {
-      const uint4 four =
+      const uint4 words =
           *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(keys.data) + at);
-      pairs[0] = four.x;
-      pairs[1] = four.y;
-      pairs[2] = four.z;
-      pairs[3] = four.w;
+      pairs[0] = words.x;
+      pairs[1] = words.y;
+      pairs[2] = words.z;
+      pairs[3] = words.w;
     }
   }
-  return part;
+  return fragment;
 }
 
-// Multiplies the key: exact, for the scale is infinite, NaN, or taken for its sign alone.
+// Multiplies the key by a scale that is_folded: by its sign if it is finite, so this is exact.
 template <int kDim>
-__device__ void fold(KeyPart<kDim>& part, float scale) {
+__device__ void fold(KeyFragment<kDim>& fragment, float scale) {
   const float factor = isfinite(scale) ? -1.0F : scale;
-  const std::uint32_t both = float_to_bf16(factor) * 0x00010001U;
+  const std::uint32_t factors = float_to_bf16(factor) * 0x00010001U;
 #pragma unroll
-  for (std::uint32_t& pair : part.pairs) {
-    pair = multiply_bf16x2(pair, both);
+  for (std::uint32_t& pair : fragment.pairs) {
+    pair = multiply_bf16x2(pair, factors);
   }
 }
 
-// The sums of weight * max(floor, row . key) of query t for the four keys of a lane: rows
-// 8 g + 2 c and 8 g + 2 c + 1 of every group g.
+// Adds weight * max(floor, row . key) for the four keys of lane c, over rows 8 g + 2 c and
+// 8 g + 2 c + 1 of every group g of query t's rows.
 template <int kDim>
 __device__ void weighted_relu_sum(const RowOperands& rows, std::int64_t t,
-                                  const KeyPart<kDim> (&keys)[4], int lane, float (&sums)[4]) {
+                                  const KeyFragment<kDim> (&keys)[4], int lane, float (&sums)[4]) {
   const std::int32_t count = rows.heads + rows.linear;
   const std::int32_t padded = rows.padded();
   const auto* data =
@@ -200,8 +202,8 @@ __device__ void weighted_relu_sum(const RowOperands& rows, std::int64_t t,
         const int at = 4 * i + 2 * step;
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const KeyPart<kDim>& upper = keys[2 * m];
-          const KeyPart<kDim>& lower = keys[2 * m + 1];
+          const KeyFragment<kDim>& upper = keys[2 * m];
+          const KeyFragment<kDim>& lower = keys[2 * m + 1];
           mma_bf16(dots[m],
                    {upper.pairs[at], lower.pairs[at], upper.pairs[at + 1], lower.pairs[at + 1]},
                    pairs[step]);
@@ -222,91 +224,92 @@ __device__ void weighted_relu_sum(const RowOperands& rows, std::int64_t t,
   }
 }
 
-// values[i], without an array in memory.
+// values[i] with i unknown at compile time, without moving the array to local memory.
 __device__ float pick(const float (&values)[4], int i) {
   const float low = i % 2 == 0 ? values[0] : values[1];
   const float high = i % 2 == 0 ? values[2] : values[3];
   return i / 2 == 0 ? low : high;
 }
 
-template <bool kE4m3, int kDim, bool kListed>
+template <bool kE4m3, int kDim, bool kGathered>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
-    tensor_kernel(const __grid_constant__ Arguments arguments) {
+    tensor_core_kernel(const __grid_constant__ ScoreArguments arguments) {
   begin_kernel();
   const Keys& keys = arguments.keys;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int c = lane % 4;
-  const std::int64_t first = std::int64_t{blockIdx.x} * kTensorKeys + threadIdx.x / 32 * kWarpKeys;
+  const std::int64_t first =
+      std::int64_t{blockIdx.x} * kTensorCoreKeys + threadIdx.x / 32 * kWarpKeys;
 
-  // Step 1. With a list every lane looks at the same query.
+  // Step 1. If columns are gathered, every lane has the same query.
   const std::int64_t base =
-      kListed ? std::int64_t{blockIdx.y} : std::int64_t{blockIdx.y} * kQueries;
-  const std::int64_t own = kListed ? base : base + lane;
+      kGathered ? std::int64_t{blockIdx.y} : std::int64_t{blockIdx.y} * kQueries;
+  const std::int64_t query = kGathered ? base : base + lane;
   Range range{0, 0};
-  if (own < arguments.tokens) {
-    range = visible(keys, own);
+  if (query < arguments.tokens) {
+    range = visible(keys, query);
   }
   bool sees = range.length > arguments.unscored;
-  if constexpr (!kListed) {
+  if constexpr (!kGathered) {
     sees = sees && range.start < first + kWarpKeys && first < range.start + range.length;
   }
-  unsigned queries = __ballot_sync(kWarp, sees);
+  unsigned queries = __ballot_sync(kFullMask, sees);
   if (queries == 0) {
     return;
   }
 
-  // Step 2. This lane's keys are 8 i + lane / 4 of the warp's.
-  KeyPart<kDim> parts[4];
+  // Step 2. The lane's keys are numbers 8 i + lane / 4 of the warp's.
+  KeyFragment<kDim> fragments[4];
   float scales[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     std::int64_t key = first + 8 * i + lane / 4;
     bool valid = key < keys.tokens;
-    if constexpr (kListed) {
+    if constexpr (kGathered) {
       const bool in_row = key < arguments.scores.columns;
       const std::int32_t position =
           in_row ? position_of(arguments.columns, base, key, range.length) : -1;
       key = range.start + position;
       valid = position >= 0;
     }
-    parts[i] = {};
+    fragments[i] = {};
     scales[i] = 1;
     if (valid) {
-      parts[i] = load_key<kE4m3, kDim>(keys, key, c);
+      fragments[i] = load_key<kE4m3, kDim>(keys, key, c);
       if constexpr (kE4m3) {
         scales[i] = keys.scale[key];
-        if (folds(scales[i])) {
-          fold(parts[i], scales[i]);
+        if (is_folded(scales[i])) {
+          fold(fragments[i], scales[i]);
           scales[i] = isfinite(scales[i]) ? -scales[i] : 1;
         }
       }
     }
   }
 
-  // In the end lane c stores the score of its c-th key.
+  // Lane c of the four that share keys stores the scores of its c-th key.
   const std::int64_t stored = first + 8 * c + lane / 4;
   const float scale = pick(scales, c);
-  if constexpr (kListed) {
+  if constexpr (kGathered) {
     queries = 1;
   }
   for (; queries != 0; queries &= queries - 1) {
     const int source = __ffs(static_cast<int>(queries)) - 1;
     const std::int64_t t = base + source;
     float sums[4] = {};
-    weighted_relu_sum(arguments.rows, t, parts, lane, sums);  // step 3
+    weighted_relu_sum(arguments.rows, t, fragments, lane, sums);  // step 3
 #pragma unroll
     for (float& sum : sums) {  // step 4
-      sum += __shfl_xor_sync(kWarp, sum, 1);
-      sum += __shfl_xor_sync(kWarp, sum, 2);
+      sum += __shfl_xor_sync(kFullMask, sum, 1);
+      sum += __shfl_xor_sync(kFullMask, sum, 2);
     }
-    const std::int32_t length = __shfl_sync(kWarp, range.length, source);
+    const std::int32_t length = __shfl_sync(kFullMask, range.length, source);
     std::int64_t column = stored;
     bool valid = false;
-    if constexpr (kListed) {
+    if constexpr (kGathered) {
       valid = column < arguments.scores.columns &&
               position_of(arguments.columns, t, column, length) >= 0;
     } else {
-      column -= __shfl_sync(kWarp, range.start, source);
+      column -= __shfl_sync(kFullMask, range.start, source);
       valid = column >= 0 && column < length;
     }
     if (valid) {
@@ -318,23 +321,23 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 
 // ---- CUDA cores
 
-template <bool kListed>
-__global__ void __launch_bounds__(kPlainKeys)
-    plain_kernel(const __grid_constant__ Arguments arguments) {
+template <bool kGathered>
+__global__ void __launch_bounds__(kCudaCoreKeys)
+    cuda_core_kernel(const __grid_constant__ ScoreArguments arguments) {
   begin_kernel();
-  __shared__ float shared[kMaxDim][kPlainKeys + 1];  // keys; the padding spreads them over banks
-  __shared__ float scales[kPlainKeys];
-  __shared__ std::int64_t indices[kPlainKeys];
+  __shared__ float shared[kMaxDim][kCudaCoreKeys + 1];  // keys; the padding avoids bank conflicts
+  __shared__ float scales[kCudaCoreKeys];
+  __shared__ std::int64_t indices[kCudaCoreKeys];
   const auto& [keys, rows, columns, scores, tokens, unscored] = arguments;
   const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t first = std::int64_t{blockIdx.x} * kPlainKeys;
+  const std::int64_t first = std::int64_t{blockIdx.x} * kCudaCoreKeys;
   const std::int64_t begin =
-      kListed ? std::int64_t{blockIdx.y} : std::int64_t{blockIdx.y} * kQueries;
-  const std::int64_t end = kListed ? begin + 1 : min(begin + kQueries, tokens);
+      kGathered ? std::int64_t{blockIdx.y} : std::int64_t{blockIdx.y} * kQueries;
+  const std::int64_t end = kGathered ? begin + 1 : min(begin + kQueries, tokens);
   const auto dim = static_cast<std::int32_t>(rows.dim);
 
   std::int64_t key = first + thread;
-  if constexpr (kListed) {
+  if constexpr (kGathered) {
     const Range range = visible(keys, begin);
     const bool in_row = key < scores.columns;
     const std::int32_t position = in_row ? position_of(columns, begin, key, range.length) : -1;
@@ -345,13 +348,13 @@ __global__ void __launch_bounds__(kPlainKeys)
   indices[thread] = key;
   float scale = key >= 0 && keys.scale != nullptr ? keys.scale[key] : 1;
   float factor = 1;
-  if (folds(scale)) {
+  if (is_folded(scale)) {
     factor = isfinite(scale) ? -1 : scale;
     scale = isfinite(scale) ? -scale : 1;
   }
   scales[thread] = factor;
   __syncthreads();
-  for (std::int32_t i = thread; i < kPlainKeys * dim; i += kPlainKeys) {
+  for (std::int32_t i = thread; i < kCudaCoreKeys * dim; i += kCudaCoreKeys) {
     const std::int32_t row = i / dim;
     const std::int32_t d = i % dim;
     const std::int64_t index = indices[row];
@@ -364,7 +367,7 @@ __global__ void __launch_bounds__(kPlainKeys)
   const std::int32_t padded = rows.padded();
   for (std::int64_t t = begin; t < end; ++t) {
     const Range range = visible(keys, t);
-    const std::int64_t column = kListed ? first + thread : key - range.start;
+    const std::int64_t column = kGathered ? first + thread : key - range.start;
     const bool seen = key >= range.start && key < std::int64_t{range.start} + range.length;
     if (!seen || range.length <= unscored) {
       continue;
@@ -392,11 +395,11 @@ __global__ void __launch_bounds__(kPlainKeys)
 }
 
 template <class Kernel>
-void launch(Kernel kernel, const Arguments& arguments, bool listed, int keys, int threads,
+void launch(Kernel kernel, const ScoreArguments& arguments, bool gathered, int keys, int threads,
             void* stream) {
-  const std::int64_t columns = listed ? arguments.scores.columns : arguments.keys.tokens;
+  const std::int64_t columns = gathered ? arguments.scores.columns : arguments.keys.tokens;
   const std::int64_t rows =
-      listed ? arguments.tokens : (arguments.tokens + kQueries - 1) / kQueries;
+      gathered ? arguments.tokens : (arguments.tokens + kQueries - 1) / kQueries;
   if (columns == 0 || rows == 0) {
     return;
   }
@@ -404,29 +407,31 @@ void launch(Kernel kernel, const Arguments& arguments, bool listed, int keys, in
   launch_kernel("scores", kernel, grid, threads, 0, stream, arguments);
 }
 
-template <bool kListed>
-void launch_gathered(const Arguments& arguments, void* stream) {
+template <bool kGathered>
+void launch_scores(const ScoreArguments& arguments, void* stream) {
   const auto tensor = [&](auto kernel) {
-    launch(kernel, arguments, kListed, kTensorKeys, kWarps * 32, stream);
+    launch(kernel, arguments, kGathered, kTensorCoreKeys, kWarps * 32, stream);
   };
   const bool e4m3 = arguments.keys.dtype == DType::e4m3;
   if (arguments.rows.operand == DType::f32) {
-    launch(plain_kernel<kListed>, arguments, kListed, kPlainKeys, kPlainKeys, stream);
+    launch(cuda_core_kernel<kGathered>, arguments, kGathered, kCudaCoreKeys, kCudaCoreKeys, stream);
   } else if (arguments.rows.dim == kMaxDim) {
-    e4m3 ? tensor(tensor_kernel<true, 128, kListed>) : tensor(tensor_kernel<false, 128, kListed>);
+    e4m3 ? tensor(tensor_core_kernel<true, 128, kGathered>)
+         : tensor(tensor_core_kernel<false, 128, kGathered>);
   } else {
-    e4m3 ? tensor(tensor_kernel<true, 64, kListed>) : tensor(tensor_kernel<false, 64, kListed>);
+    e4m3 ? tensor(tensor_core_kernel<true, 64, kGathered>)
+         : tensor(tensor_core_kernel<false, 64, kGathered>);
   }
 }
 
 }  // namespace
 
 RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual) {
-  const bool plain = shape.q_dtype == DType::f32 || shape.k_dtype == DType::f32;
-  const std::int32_t linear = plain || shape.k_dtype == DType::e4m3 ? 1 : kSplit;
+  const bool fp32 = shape.q_dtype == DType::f32 || shape.k_dtype == DType::f32;
+  const std::int32_t linear = fp32 || shape.k_dtype == DType::e4m3 ? 1 : kBf16Parts;
   return {nullptr,
           nullptr,
-          plain ? DType::f32 : DType::bf16,
+          fp32 ? DType::f32 : DType::bf16,
           static_cast<std::int32_t>(shape.dim),
           heads,
           residual ? linear : 0};
@@ -435,17 +440,17 @@ RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residu
 void launch_row_operands(const Problem& problem, const Routing* routing, const RowOperands& rows,
                          void* stream) {
   constexpr int kThreads = 256;
-  const RowsArguments arguments{problem, routing != nullptr ? *routing : Routing{},
-                                routing != nullptr, rows};
-  launch_kernel("rows of scores", rows_kernel, dim3(static_cast<unsigned>(problem.q.tokens)),
+  const RowOperandsArguments arguments{problem, routing != nullptr ? *routing : Routing{},
+                                       routing != nullptr, rows};
+  launch_kernel("row operands", row_operands_kernel, dim3(static_cast<unsigned>(problem.q.tokens)),
                 kThreads, 0, stream, arguments);
 }
 
 void launch_generic(const Problem& problem, const RowOperands& rows, const Columns& columns,
                     std::int32_t unscored, const Scores& scores, void* stream) {
-  const Arguments arguments{problem.k, rows, columns, scores, problem.q.tokens, unscored};
-  columns.list != nullptr ? launch_gathered<true>(arguments, stream)
-                          : launch_gathered<false>(arguments, stream);
+  const ScoreArguments arguments{problem.k, rows, columns, scores, problem.q.tokens, unscored};
+  columns.list != nullptr ? launch_scores<true>(arguments, stream)
+                          : launch_scores<false>(arguments, stream);
 }
 
 }  // namespace misa::cuda::score

@@ -3,7 +3,7 @@
 //
 //   score = (sum over rows r of weight_r * max(floor_r, row_r . key)) * key scale
 //
-// The bits of a score are a function of its rows, their weights, the key and its scale alone.
+// The bits of a score depend only on its rows, their weights, the key and its scale.
 #pragma once
 
 #include "cuda/problem.hpp"
@@ -11,11 +11,12 @@
 
 namespace misa::cuda::score {
 
-// Rows stand in groups of this many: the columns of one matrix product.
+// Rows are padded to groups of this many: the columns of one MMA.
 inline constexpr std::int32_t kRowGroup = 8;
 
-// What scores for each query, as operands of the products: the active heads, ascending, then the
-// rows without ReLU that make up the residual row.
+// The rows that score for each query, converted to operands in memory (the Hopper kernels gather
+// ActiveRows instead): the active heads, ascending, then the rows without ReLU that add up to the
+// residual row.
 struct RowOperands {
   void* data;           // [T, padded(), D]
   float* weight;        // [T, padded()]
@@ -29,15 +30,15 @@ struct RowOperands {
   }
 };
 
-// Rows without memory, for `heads` heads and perhaps a residual row.
+// The sizes for `heads` heads and, if `residual`, a residual row; the pointers are null.
 RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual);
 
-// Fills the rows of every query: all heads without `routing`.
+// Fills the rows of every query: those that `routing` names, or all heads if it is null.
 void launch_row_operands(const Problem& problem, const Routing* routing, const RowOperands& rows,
                          void* stream);
 
 // Writes scores[t, c] for every column that stands for a position that query t sees, and nothing
-// else. Queries that see no more than `unscored` keys are passed over.
+// else. Queries that see at most `unscored` keys are skipped.
 void launch_generic(const Problem& problem, const RowOperands& rows, const Columns& columns,
                     std::int32_t unscored, const Scores& scores, void* stream);
 

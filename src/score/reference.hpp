@@ -9,7 +9,7 @@
 
 namespace misa::reference {
 
-// `key` is a key or a block mean; heads ascend; an empty residual adds nothing.
+// `key` is a key or a block mean; `heads` are in ascending order; an empty residual adds nothing.
 double score(const Row& row, std::span<const double> key, std::span<const std::int32_t> heads,
              std::span<const double> residual = {});
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scoring in e4m3 for Hopper: queries and keys whose rows start on 16 bytes, D = 128, at most
-// kMaxRows rows a query. The bits of a score are the same whichever of these kernels or of the
-// fused ones (fused/sm90_fp8.hpp) computes it.
+// kMaxRows rows per query. These kernels and the fused ones (fused/sm90_fp8.hpp) give a score the
+// same bits.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,11 @@
 
 namespace misa::cuda::score {
 
-// What scores for a query. heads null: heads 0 … head_count - 1 of every query.
+// The rows that score for each query: heads of q, or heads 0 … head_count - 1 of every query if
+// `heads` is null, and the residual row. Kernels gather them as they load them; the generic ones
+// have RowOperands instead.
 struct ActiveRows {
-  const std::int32_t* heads;  // [T, head_count]; negative: none
+  const std::int32_t* heads;  // [T, head_count]; negative: no head
   int head_count;
   const std::uint8_t* residual;  // [T, D] e4m3, or null
   const float* residual_scale;   // [T]
@@ -20,23 +22,22 @@ struct ActiveRows {
   [[nodiscard]] int count() const { return head_count + (residual != nullptr ? 1 : 0); }
 };
 
-// Scales are prepared for whole tiles of this many keys, the largest of any of these kernels, so
-// that none reads beyond them.
+// Scales are padded to a multiple of this many, the largest key tile of these kernels, so that no
+// tile reads beyond them.
 inline constexpr std::int64_t kScaleTile = 256;
 
-// Elements of the scales of this many keys.
+// Elements of the padded scales of `keys` keys.
 constexpr std::int64_t scale_count(std::int64_t keys) {
   return (keys + kScaleTile - 1) / kScaleTile * kScaleTile;
 }
 
-// The scale [scale_count(L)] of every key as scoring uses it: NaN where it is not finite, and
-// behind the last one. Once a call.
+// Writes scales [scale_count(L)]: the scale of every key, or NaN if it is not finite; NaN in the
+// padding. One launch per call serves all kernels that take `scales`.
 void launch_scales(const Keys& keys, float* scales, void* stream);
 
-// Gathered scoring. Writes scores[t, c] for the columns c below lengths[t], which stand for
-// positions that query t sees, and nothing else. Queries that see no more than `unscored` keys are
-// passed over. `columns` has a list; `scales`: of all keys (launch_scales); `num_sms`: of the
-// device.
+// Gathered scoring: writes scores[t, c] for the columns c < lengths[t], which stand for positions
+// that query t sees, and nothing else. Queries that see at most `unscored` keys are skipped.
+// `columns` has a list; `scales` are those of all keys (launch_scales).
 void launch_gathered(const Problem& problem, const ActiveRows& rows, const Columns& columns,
                      const std::int32_t* lengths, std::int32_t unscored, const float* scales,
                      const Scores& scores, int num_sms, void* stream);

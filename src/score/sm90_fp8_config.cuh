@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes that all e4m3 scoring kernels for Hopper share, and the shared memory of gathered scoring.
+// Sizes common to the e4m3 scoring kernels for Hopper, and the shared memory of gathered scoring.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,16 @@
 
 namespace misa::cuda::score {
 
-inline constexpr int kProductKeys = 64;      // keys of a product: wgmma's M
-inline constexpr int kProductColumns = 128;  // rows of queries of a product, at most: wgmma's N
-inline constexpr int kGroupThreads = 128;    // a warpgroup
+inline constexpr int kProductKeys = 64;      // keys of a product: M of the MMA
+inline constexpr int kProductColumns = 128;  // query rows of a product, at most: N of the MMA
+inline constexpr int kWarpgroupThreads = 128;
 
-// Product columns whose sums one thread holds: each lane of a quad has a quarter.
-inline constexpr int kProductLocals = kProductColumns / 4;
+// Columns of a product that one thread accumulates: each lane of a quad has a quarter of them.
+inline constexpr int kThreadColumns = kProductColumns / 4;
 
-// The weights of a product's columns, as threads read them: a quad's lane has its own together, and
-// lanes start four banks apart.
-inline constexpr int kLaneWeights = kProductLocals + 4;
+// The weights of a product's columns in shared memory: those of one lane of a quad are contiguous,
+// and the four lanes start four banks apart.
+inline constexpr int kLaneWeights = kThreadColumns + 4;
 inline constexpr int kProductWeights = 4 * kLaneWeights;
 
 // --- Gathered scoring (sm90_fp8_gathered.cu) ---
@@ -25,8 +25,8 @@ inline constexpr int kProductWeights = 4 * kLaneWeights;
 inline constexpr int kGatheredProducts = 2;
 inline constexpr int kGatheredTile = kGatheredProducts * kProductKeys;
 
-// A tile that is scored, and the next one. Four thread blocks an SM are what registers have room
-// for: while one waits for its tile, others add.
+// Two stages: one tile is scored while the next is copied. Registers allow four thread blocks per
+// SM: while one waits for its tile, others compute.
 inline constexpr int kGatheredStages = 2;
 inline constexpr int kGatheredBlocks = 4;
 

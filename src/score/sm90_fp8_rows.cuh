@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the scoring kernels share: how rows of queries are laid out for a product, and how a product
-// becomes scores. The bits of a score are a function of the query's rows, the weights, the key and
-// its scale: an element of a product does not depend on its place in the tile.
+// The operand of query rows and the epilogue that the e4m3 scoring kernels share. The bits of a
+// score depend only on the query's rows, their weights, the key and its scale: an element of a
+// product does not depend on where its row and its key are in their tiles.
+//
+// The columns of a product are query rows, and a column's row can be chosen freely. A lane of a
+// quad accumulates columns 8 j + 2 lane + e, its thread columns 2 j + e. These are the rows of one
+// query after another, so that one thread has all rows of a query and sums them alone.
 #pragma once
 
 #include <cstdint>
@@ -14,31 +18,31 @@
 
 namespace misa::cuda::score {
 
-// Rows of queries as `columns` rows of a swizzled tile (ProductColumns), with their weights: zero
-// where a query has fewer rows, or query_of says -1. Called by the `threads` threads that have
-// numbers thread = 0, 1 ….
+// Loads query rows into the `columns` rows of a swizzled tile, in the order above, and their
+// weights: zero where a query has fewer than `rows` rows, or where query_of(i), the i-th query of
+// the tile, is -1. Called by threads 0 … threads - 1.
 template <int rows, bool residual, int columns, class QueryOf>
-__device__ void load_rows(const Problem& problem, const ActiveRows& scored, int thread, int threads,
+__device__ void load_rows(const Problem& problem, const ActiveRows& active, int thread, int threads,
                           const QueryOf& query_of, std::uint8_t* tile,
                           float (*weights)[kProductWeights]) {
   const Queries& q = problem.q;
   for (int column = thread; column < columns; column += threads) {
-    const int local = column / 8 * 2 + column % 2;
-    const int slot = local % rows;
-    const std::int64_t t = query_of(4 * (local / rows) + column % 8 / 2);
+    const int thread_column = column / 8 * 2 + column % 2;
+    const int row = thread_column % rows;
+    const std::int64_t t = query_of(4 * (thread_column / rows) + column % 8 / 2);
     const std::uint8_t* source = nullptr;
     float weight = 0;
-    if (t >= 0 && slot < scored.head_count) {
+    if (t >= 0 && row < active.head_count) {
       const std::int32_t head =
-          scored.heads == nullptr ? slot : scored.heads[t * scored.head_count + slot];
+          active.heads == nullptr ? row : active.heads[t * active.head_count + row];
       if (head >= 0) {
         source =
             static_cast<const std::uint8_t*>(q.data) + t * q.token_stride + head * q.head_stride;
         weight = __ldg(problem.w.data + t * problem.w.token_stride + head);
       }
-    } else if (residual && t >= 0 && slot == rows - 1) {
-      source = scored.residual + t * kDim;
-      weight = __ldg(scored.residual_scale + t);
+    } else if (residual && t >= 0 && row == rows - 1) {
+      source = active.residual + t * kDim;
+      weight = __ldg(active.residual_scale + t);
     }
 #pragma unroll
     for (int chunk = 0; chunk < kDim / 16; ++chunk) {
@@ -46,63 +50,64 @@ __device__ void load_rows(const Problem& problem, const ActiveRows& scored, int 
                                             : __ldg(reinterpret_cast<const uint4*>(source) + chunk);
       *reinterpret_cast<uint4*>(tile + column * kDim + (chunk ^ column % 8) * 16) = bytes;
     }
-    weights[local / kProductLocals][column % 8 / 2 * kLaneWeights + local % kProductLocals] =
-        weight;
+    weights[thread_column / kThreadColumns]
+           [column % 8 / 2 * kLaneWeights + thread_column % kThreadColumns] = weight;
   }
 }
 
-// A thread's weights of a product's columns, where they stand in shared memory (weighted_relu_sum's
-// weights_from).
+// The weights of a thread's columns of a product, read from shared memory (`weights_of` of
+// weighted_relu_sum).
 struct SharedWeights {
-  const float* own;
+  const float* lane_weights;
 
   __device__ SharedWeights(const float (&product)[kProductWeights], int lane)
-      : own(product + lane % 4 * kLaneWeights) {}
-  __device__ float4 operator()(int local) const {
-    return *reinterpret_cast<const float4*>(own + local);
+      : lane_weights(product + lane % 4 * kLaneWeights) {}
+  __device__ float4 operator()(int thread_column) const {
+    return *reinterpret_cast<const float4*>(lane_weights + thread_column);
   }
 };
 
-// Heads whose weighted products are one chain of multiply-adds; the sums of such groups are added
-// in order, and the residual row at last. One thread may have all rows of a query, or each lane of
-// a quad a group (score/sm90_fp8_gathered.cu): the bits are the same.
-inline constexpr int kGroupRows = 16;
+// Heads in a group: the weighted products of a group are one chain of multiply-adds, the sums of
+// the groups are added in order, and the residual row comes last. So the bits are the same whether
+// one thread has all rows of a query or each lane of a quad a group (score/sm90_fp8_gathered.cu).
+inline constexpr int kHeadGroup = 16;
 
-// Scores of a thread's two keys of a product, from the sums of its locals first_local … and their
-// weights: weights_from(i) are those of locals first_local + i … + 3. `plain`: no scale is
-// negative; else the sign of a scale, which is exact, goes to the sums. Where a product holds but a
-// part of a query's rows, `partial` carries the sum of the groups before. emit(g, r, score): the
-// thread's query g and its key r.
-template <int rows, bool residual, int first_local, bool plain, int locals, class WeightsFrom,
-          class Emit>
-__device__ void weighted_relu_sum(const float (&sums)[2 * locals], const WeightsFrom& weights_from,
-                                  const float* scales, float (&partial)[2], const Emit& emit) {
-  constexpr int kSlots = rows < locals ? rows : locals;          // of a query, in this product
-  constexpr int kChain = rows < kGroupRows ? rows : kGroupRows;  // of one group
+// The epilogue of a product: calls write(g, r, score) for each of the thread's queries g and its
+// two keys r. `sums` are the accumulators of `columns` thread columns from first_column on;
+// weights_of(i) gives the weights of the four from first_column + i on. If `nonnegative_scales`, no
+// scale is negative; otherwise the sign of a scale is moved to the sums, which is exact. Where a
+// product has only some of a query's rows, `partial` carries the sum of the groups in earlier
+// products.
+template <int rows, bool residual, int first_column, bool nonnegative_scales, int columns,
+          class WeightsOf, class Write>
+__device__ void weighted_relu_sum(const float (&sums)[2 * columns], const WeightsOf& weights_of,
+                                  const float* scales, float (&partial)[2], const Write& write) {
+  constexpr int kQueryColumns = rows < columns ? rows : columns;        // of one query
+  constexpr int kGroupColumns = rows < kHeadGroup ? rows : kHeadGroup;  // of one group of heads
 #pragma unroll
-  for (int i = 0; i < locals; i += kSlots) {
-    const int local = first_local + i;
+  for (int i = 0; i < columns; i += kQueryColumns) {
+    const int column = first_column + i;
     float score[2];
 #pragma unroll
-    for (int slot = 0; slot < kSlots; slot += kChain) {
-      const bool first = (local + slot) % rows == 0;
-      const bool last = (local + slot + kChain) % rows == 0;
+    for (int offset = 0; offset < kQueryColumns; offset += kGroupColumns) {
+      const bool first = (column + offset) % rows == 0;
+      const bool last = (column + offset + kGroupColumns) % rows == 0;
       float group[2] = {0, 0};
       float linear[2];
       float linear_weight = 0;
 #pragma unroll
-      for (int s = 0; s < kChain; s += 4) {
-        const float4 four = weights_from(i + slot + s);
-        const float weight[4] = {four.x, four.y, four.z, four.w};
+      for (int s = 0; s < kGroupColumns; s += 4) {
+        const float4 packed = weights_of(i + offset + s);
+        const float weight[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            float x = sums[(i + slot + s + j) / 2 * 4 + 2 * r + j % 2];
-            if (!plain) {
+            float x = sums[(i + offset + s + j) / 2 * 4 + 2 * r + j % 2];
+            if (!nonnegative_scales) {
               x = copysignf(1.0F, scales[r]) * x;
             }
-            if (residual && last && s + j == kChain - 1) {
+            if (residual && last && s + j == kGroupColumns - 1) {
               linear[r] = x;
               linear_weight = weight[j];
             } else {
@@ -113,7 +118,7 @@ __device__ void weighted_relu_sum(const float (&sums)[2 * locals], const Weights
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float before = i + slot == 0 ? partial[r] : score[r];
+        const float before = i + offset == 0 ? partial[r] : score[r];
         score[r] = first ? group[r] : __fadd_rn(before, group[r]);
         if (residual && last) {
           score[r] = __fmaf_rn(linear_weight, linear[r], score[r]);
@@ -122,8 +127,9 @@ __device__ void weighted_relu_sum(const float (&sums)[2 * locals], const Weights
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if ((local + kSlots) % rows == 0) {
-        emit(local / rows, r, __fmul_rn(score[r], plain ? scales[r] : fabsf(scales[r])));
+      if ((column + kQueryColumns) % rows == 0) {
+        write(column / rows, r,
+              __fmul_rn(score[r], nonnegative_scales ? scales[r] : fabsf(scales[r])));
       } else {
         partial[r] = score[r];
       }
@@ -131,7 +137,8 @@ __device__ void weighted_relu_sum(const float (&sums)[2 * locals], const Weights
   }
 }
 
-// Calls body<rows, residual>() for the number of rows that a kernel is built for.
+// Calls body<padded, residual>(): `padded` is the smallest number of rows that kernels are built
+// for and that holds `rows`.
 template <bool residual, class Body>
 void for_rows(int rows, const Body& body) {
   if (rows <= 4) {

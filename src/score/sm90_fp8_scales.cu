@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scales of keys as scoring uses them. A scale that is not finite makes every score of its key NaN.
+// Scales for scoring: one that is not finite becomes NaN, so that every score of its key is NaN.
 #include <cuda_runtime.h>
 
 #include <limits>
@@ -10,7 +10,7 @@
 namespace misa::cuda::score {
 namespace {
 
-constexpr int kThreads = static_cast<int>(kScaleTile);  // a thread a scale
+constexpr int kThreads = static_cast<int>(kScaleTile);  // one per scale
 
 __global__ void __launch_bounds__(kThreads) scales_kernel(const Keys keys, float* scales) {
   begin_kernel();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fused scoring on a device: e4m3 at D = 128, around its tiles of keys and blocks of queries, and
-// rows whose threshold, taken from a sample, misleads. Where its kernels are not to be had, the
-// generic ones pass the same tests.
+// Fused scoring on a device: e4m3 at D = 128, at the edges of its key tiles and query blocks, and
+// rows whose gate threshold, taken from a sample, is misleading. On other devices the generic
+// kernels pass the same tests.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -19,7 +19,7 @@ namespace {
 constexpr int kTopK = 48;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Long enough that a threshold comes from samples, every tenth key or so of them.
+// Long enough that thresholds are taken from samples, about every tenth key.
 constexpr std::int64_t kLong = 20000;
 
 PackSpec spec_of(std::vector<SequenceSpec> sequences, std::int64_t heads) {
@@ -32,7 +32,7 @@ PackSpec spec_of(std::vector<SequenceSpec> sequences, std::int64_t heads) {
   return spec;
 }
 
-// Keeps as many blocks as `positions` take.
+// Keeps as many blocks as `positions` positions need.
 NamedConfig filtered(NamedConfig named, int positions, int block = 64) {
   named.name += " filtered";
   named.config.filter_block = block;
@@ -40,7 +40,7 @@ NamedConfig filtered(NamedConfig named, int positions, int block = 64) {
   return named;
 }
 
-// Which all score fused, and which score listed keys: of kept blocks, or re-ranked.
+// Configs that score fused, and configs that score gathered keys: of kept blocks, or candidates.
 std::vector<NamedConfig> configs(int top_k, int heads) {
   const NamedConfig dsa{"dsa", IndexerConfig::dsa(top_k)};
   const NamedConfig misa_r{"misa-r", IndexerConfig::misa_r(top_k, heads)};
@@ -54,7 +54,7 @@ std::vector<NamedConfig> configs(int top_k, int heads) {
 
 class Fused : public EachCudaBackend {
  protected:
-  // What one stage of scores returns. (Judging a re-rank of long rows takes n^2 comparisons.)
+  // Skips configs that re-rank: checking these on long rows takes n^2 comparisons.
   void expect_valid(const Pack& pack, const std::string& what) const {
     const RaggedInputs inputs(pack);
     for (const NamedConfig& named : configs(kTopK, 2)) {
@@ -67,7 +67,7 @@ class Fused : public EachCudaBackend {
   }
 };
 
-// Around the multiples of tiles, and blocks of queries that stand across sequences.
+// Lengths around multiples of the tile, and query blocks that span sequences.
 TEST_P(Fused, MatchesTheReferenceAroundEveryTile) {
   for (const int heads : {1, 3, 8, 31, 64}) {
     const RaggedInputs inputs(make_pack(spec_of({{0, 2},
@@ -87,7 +87,7 @@ TEST_P(Fused, MatchesTheReferenceAroundEveryTile) {
     };
     judge({"dsa", IndexerConfig::dsa(kTopK)});
     judge(filtered({"dsa", IndexerConfig::dsa(kTopK)}, 4 * kTopK));
-    // Alone and with a residual row: a part, and all, of the rows that each kernel is built for.
+    // With and without a residual row: some, and all, of the rows that each kernel is built for.
     for (const int routed : {3, 7, 15, 31, 33}) {
       for (const NamedConfig& named : configs(kTopK, routed)) {
         if (routed <= heads && named.config.router != Router::all) {
@@ -102,7 +102,7 @@ TEST_P(Fused, SmokeMatchesTheReferenceOnLongRows) {
   expect_valid(make_pack(spec_of({{kLong, 3}, {300, 2}, {3000, 2}}, 4)), "long rows");
 }
 
-// More rows than the fused kernels take.
+// More rows than the fused kernels support.
 TEST_P(Fused, ManyHeadsMatchTheReference) {
   expect_valid(make_pack(spec_of({{700, 3}}, 65)), "65 heads");
 }
@@ -132,9 +132,9 @@ TEST_P(Fused, EveryHeadRoutedIsDsa) {
   }
 }
 
-// Rows of 700 keys that are candidates as a whole, or whose blocks are all kept, beside a longer
-// one; queries enough for thread blocks to have one, and several, of a query's tiles of listed
-// keys. With and without a few negative scales.
+// Rows of 700 keys, which are all candidates, or whose blocks are all kept, and a longer row. There
+// are so many queries that a thread block has one, or several, of a query's tiles of gathered keys.
+// With and without a few negative scales.
 struct GatheredPack {
   std::string name;
   RaggedInputs inputs;
@@ -208,19 +208,19 @@ TEST_P(Fused, ChunksChangeNothing) {
   }
 }
 
-// Thread blocks that go on from one block of queries to the next (fused::Deal), which the chunks'
-// do not.
-TEST_P(Fused, SmokePartsOfSeveralBlocksChangeNothing) {
+// Thread blocks whose splits span two query blocks (fused::KeySplits), compared with chunks where
+// they do not.
+TEST_P(Fused, SmokeSplitsAcrossQueryBlocksChangeNothing) {
   for (const int rows : {16, 32}) {
-    const std::int64_t block = 512 / rows;  // and a half, so that the two sequences meet in one
+    const std::int64_t block = 512 / rows;  // queries; the two sequences meet in the middle of one
     const Pack pack = make_pack(spec_of({{kLong, 31 * block + block / 2}, {900, 3 * block}}, 32));
     const RaggedInputs inputs(pack);
     const cuda::fused::WorkPlan whole =
         cuda::fused::plan_work({inputs.tokens(), kLong + 900, kLong, rows, kTopK, 132});
     const cuda::fused::WorkPlan chunk =
         cuda::fused::plan_work({block, kLong + 900, kLong, rows, kTopK, 132});
-    ASSERT_GT(whole.all.share, 1) << rows << " rows";  // on a device with so many num_sms
-    ASSERT_EQ(chunk.all.share, 1);
+    ASSERT_GT(whole.key_splits.per_block, 1) << rows << " rows";  // with 132 SMs
+    ASSERT_EQ(chunk.key_splits.per_block, 1);
     for (const NamedConfig& named : configs(kTopK, rows - 1)) {
       if (named.config.filter_blocks > 0 || named.config.candidates > 0) {
         continue;
@@ -235,7 +235,7 @@ TEST_P(Fused, SmokePartsOfSeveralBlocksChangeNothing) {
   }
 }
 
-// Also where the length of the longest row decides which stages there are.
+// The length of the longest row decides which stages run.
 TEST_P(Fused, AnotherBatchAroundChangesNothing) {
   const Pack pack = make_pack(spec_of({{2 * kTopK - 5, 40}}, 8));
   const Pack other = make_pack(spec_of({{kLong, 33}}, 8));
@@ -247,21 +247,22 @@ TEST_P(Fused, AnotherBatchAroundChangesNothing) {
   }
 }
 
-TEST_P(Fused, SlabsChangeNothing) {
+TEST_P(Fused, WorkspaceCapsChangeNothing) {
   const RaggedInputs inputs(make_pack(spec_of({{kLong, 200}, {700, 70}}, 8)));
   for (const NamedConfig& named : configs(kTopK, 3)) {
-    const Selected wanted = run(context(), named.config, inputs);
+    const Selected expected = run(context(), named.config, inputs);
     for (const std::size_t megabytes : {8, 16}) {
       ContextOptions options;
       options.backend = GetParam();
       options.workspace_cap = megabytes << 20;
-      EXPECT_TRUE(same_bits(run(Context(options), named.config, inputs), wanted))
+      EXPECT_TRUE(same_bits(run(Context(options), named.config, inputs), expected))
           << named.name << " in " << megabytes << " MB";
     }
   }
 }
 
-// Plateaus, too few scores above them, scores in order: exact, so the reference's bits are wanted.
+// Tied scores, too few scores above them, scores in order. They are exact, so the bits must be
+// those of the reference.
 TEST_P(Fused, RowsOnWhichSelectorsBreak) {
   for (const ScoreRow& row : adversarial_rows()) {
     if (!row.finite) {
@@ -277,7 +278,7 @@ TEST_P(Fused, RowsOnWhichSelectorsBreak) {
   }
 }
 
-// Samples that are all worse, or all better, than the keys between them, whatever their distance.
+// Samples that all score lower, or all higher, than the keys between them, at several distances.
 TEST_P(Fused, SamplesThatMislead) {
   for (const std::int64_t distance : {2, 5, 10, 16, 20}) {
     for (const float sampled : {0.5F, 30000.0F}) {
@@ -305,7 +306,7 @@ TEST_P(Fused, MatchesTheReferenceWhereKeysRepeat) {
   expect_valid(make_pack(spec), "all zero");
 }
 
-// Rows with fewer numbers than k, or none, beside rows that have them.
+// Rows with fewer than k scores that are not NaN, or none, together with rows that have k.
 TEST_P(Fused, NaNRanksLast) {
   const Pack clean = make_pack(spec_of({{300, 2}, {kLong, 2}, {500, 2}}, 4));
   const auto poison = [&](const std::function<void(Pack&, std::int64_t)>& apply,
@@ -331,8 +332,8 @@ TEST_P(Fused, NaNRanksLast) {
   expect_valid(query, "NaN in a query and a weight");
 }
 
-// The same for sanitizers: no more than a few rows that are fallback.
-TEST_P(Fused, SmokeMissedRows) {
+// The same for sanitizers, with few fallback rows.
+TEST_P(Fused, SmokeFallbackRows) {
   Pack pack = make_pack(spec_of({{3000, 2}, {500, 2}}, 4));
   for (std::int64_t i = 0; i < 3000; ++i) {
     if (i % 100 != 0) {

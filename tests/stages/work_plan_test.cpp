@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How fused scoring cuts a slab: host code, judged without a device.
+// How fused scoring divides a chunk of queries: host code, tested without a device.
 #include "fused/work_plan.hpp"
 #include "score/sm90_fp8.hpp"
 
@@ -13,9 +13,9 @@
 namespace misa::cuda::fused {
 namespace {
 
-constexpr int kProcessors = 132;  // of an H100 or H200
+constexpr int kNumSms = 132;  // of an H100 or H200
 
-// Every shape that a few sizes of each kind make.
+// Every combination of a few sizes.
 template <class Body>
 void for_each_shape(const Body& body) {
   for (const std::int64_t tokens : {1, 63, 64, 65, 1000, 2048, 4096}) {
@@ -23,7 +23,7 @@ void for_each_shape(const Body& body) {
       for (const std::int64_t seen : {std::int64_t{1}, (keys + 2) / 3, keys}) {
         for (const int rows : {1, 4, 5, 8, 9, 32, 33, 64}) {
           for (const int top_k : {1, 512, 2048, 8192}) {
-            const Shape shape{tokens, keys, seen, rows, top_k, kProcessors};
+            const WorkShape shape{tokens, keys, seen, rows, top_k, kNumSms};
             SCOPED_TRACE(::testing::Message() << "T " << tokens << ", L " << keys << ", n " << seen
                                               << ", rows " << rows << ", k " << top_k);
             body(shape, plan_work(shape));
@@ -34,79 +34,83 @@ void for_each_shape(const Body& body) {
   }
 }
 
-TEST(FusedLayout, SamplesCoverTheKeys) {
-  for_each_shape([](const Shape& shape, const WorkPlan& cut) {
-    ASSERT_GE(cut.sample_stride, 1);
-    ASSERT_EQ(cut.samples, (shape.total_keys + cut.sample_stride - 1) / cut.sample_stride);
-    // 2048, or of long contexts about every 128th key, as far as the thresholds' kernel takes them
-    // (src/select/fused.hpp).
-    ASSERT_LE(cut.samples, std::clamp<std::int64_t>(shape.total_keys / 128, 2048, 4096));
-    ASSERT_LE(cut.sample_stride, std::max<std::int64_t>(129, (shape.total_keys + 4095) / 4096));
+TEST(FusedWorkPlan, SamplesCoverTheKeys) {
+  for_each_shape([](const WorkShape& shape, const WorkPlan& plan) {
+    ASSERT_GE(plan.sample_stride, 1);
+    ASSERT_EQ(plan.samples, (shape.total_keys + plan.sample_stride - 1) / plan.sample_stride);
+    // 2048, or of long contexts about every 128th key, up to the most that the threshold kernel
+    // takes (src/select/fused.hpp).
+    ASSERT_LE(plan.samples, std::clamp<std::int64_t>(shape.total_keys / 128, 2048, 4096));
+    ASSERT_LE(plan.sample_stride, std::max<std::int64_t>(129, (shape.total_keys + 4095) / 4096));
   });
 }
 
-TEST(FusedLayout, ListsHoldTheTopKOrAllThatIsSeen) {
-  for_each_shape([](const Shape& shape, const WorkPlan& cut) {
-    ASSERT_GE(cut.lists, 1);
-    ASSERT_LE(cut.lists, 32);  // the lanes that look after them (src/select/survivors.cu)
-    const auto room = static_cast<std::int64_t>(cut.capacity) * cut.all.parts / cut.all.share;
-    ASSERT_GE(room, std::min<std::int64_t>(shape.top_k, shape.max_keys));
-    // Three tiles of nothing but good keys, or all tiles of the list.
+TEST(FusedWorkPlan, ListsHoldTheTopKOrAllThatIsSeen) {
+  for_each_shape([](const WorkShape& shape, const WorkPlan& plan) {
+    ASSERT_GE(plan.lists, 1);
+    ASSERT_LE(plan.lists, 32);  // each lane of a warp reads one (src/select/survivors.cu)
+    const auto entries = static_cast<std::int64_t>(plan.capacity) * plan.key_splits.splits /
+                         plan.key_splits.per_block;
+    ASSERT_GE(entries, std::min<std::int64_t>(shape.top_k, shape.max_keys));
+    // Three tiles whose keys all pass, or all tiles of the list.
     const std::int64_t tiles = (shape.max_keys + 255) / 256 + 1;
-    const std::int64_t own = (tiles + cut.all.parts - 1) / cut.all.parts * cut.all.share * 256;
-    ASSERT_GE(cut.capacity, std::min<std::int64_t>(own, 768));
-    ASSERT_LE(cut.capacity, own);
+    const std::int64_t list_keys = (tiles + plan.key_splits.splits - 1) / plan.key_splits.splits *
+                                   plan.key_splits.per_block * 256;
+    ASSERT_GE(plan.capacity, std::min<std::int64_t>(list_keys, 768));
+    ASSERT_LE(plan.capacity, list_keys);
   });
 }
 
-// Tile i goes to the part whose number times `step` is i modulo `parts`: to one, and a thread block
-// that has consecutive ones goes round once at most.
-void expect_all_dealt(const Deal& deal) {
-  ASSERT_GE(deal.share, 1);
-  ASSERT_GE(deal.parts, deal.share);
-  ASSERT_EQ(std::gcd(deal.step, deal.parts), 1);
-  ASSERT_GE(deal.step, 1);
-  ASSERT_LE((deal.share - 1) * deal.step, deal.parts);
+// Tile i belongs to the split s with s * stride = i modulo `splits`, so to one. The tiles of a
+// thread block's consecutive splits wrap around at most once.
+void expect_every_tile_in_one_split(const KeySplits& splits) {
+  ASSERT_GE(splits.per_block, 1);
+  ASSERT_GE(splits.splits, splits.per_block);
+  ASSERT_EQ(std::gcd(splits.stride, splits.splits), 1);
+  ASSERT_GE(splits.stride, 1);
+  ASSERT_LE((splits.per_block - 1) * splits.stride, splits.splits);
 }
 
-TEST(FusedLayout, TilesAreDealtOut) {
-  for_each_shape([](const Shape&, const WorkPlan& cut) {
-    expect_all_dealt(cut.sampled);
-    ASSERT_EQ(cut.sampled.share, 1);
-    expect_all_dealt(cut.all);
-    // Thread block b has parts b share to (b + 1) share - 1 of all blocks of queries in a row.
-    for (std::int64_t block = 0; block < 64; ++block) {
-      const std::int64_t first = block * cut.all.parts / cut.all.share;
-      const std::int64_t last = ((block + 1) * cut.all.parts - 1) / cut.all.share;
-      ASSERT_LT(last - first, cut.lists);
+TEST(FusedWorkPlan, EveryTileIsInOneSplit) {
+  for_each_shape([](const WorkShape&, const WorkPlan& plan) {
+    expect_every_tile_in_one_split(plan.sample_splits);
+    ASSERT_EQ(plan.sample_splits.per_block, 1);
+    expect_every_tile_in_one_split(plan.key_splits);
+    // Thread block b has splits b * per_block … (b + 1) * per_block - 1 of the sequence that the
+    // query blocks' splits form.
+    for (std::int64_t query_block = 0; query_block < 64; ++query_block) {
+      const std::int64_t first = query_block * plan.key_splits.splits / plan.key_splits.per_block;
+      const std::int64_t last =
+          ((query_block + 1) * plan.key_splits.splits - 1) / plan.key_splits.per_block;
+      ASSERT_LT(last - first, plan.lists);
     }
   });
 }
 
-// Parts exist to occupy num_sms: more than one only where blocks do not fill them evenly, and
-// several a thread block only where that pays for beginning twice.
-TEST(FusedLayout, PartsOccupyTheProcessors) {
-  const WorkPlan one_query = plan_work({1, 65536, 65536, 8, 2048, kProcessors});
-  EXPECT_GT(one_query.all.parts, 1);
-  const WorkPlan many = plan_work({64 * kProcessors, 65536, 65536, 8, 2048, kProcessors});
-  EXPECT_EQ(many.all.parts, 1);
-  const WorkPlan slab = plan_work({2048, 131072, 131072, 8, 2048, kProcessors});
-  EXPECT_EQ(slab.all.parts * 32, slab.all.share * kProcessors);
-  const WorkPlan brief = plan_work({2048, 4096, 4096, 8, 2048, kProcessors});
-  EXPECT_EQ(brief.all.share, 1);
+// Splits exist to occupy the SMs: there are several only where query blocks do not fill the SMs
+// evenly, and several per thread block only where that makes up for starting twice.
+TEST(FusedWorkPlan, SplitsOccupyTheSms) {
+  const WorkPlan one_query = plan_work({1, 65536, 65536, 8, 2048, kNumSms});
+  EXPECT_GT(one_query.key_splits.splits, 1);
+  const WorkPlan many_queries = plan_work({64 * kNumSms, 65536, 65536, 8, 2048, kNumSms});
+  EXPECT_EQ(many_queries.key_splits.splits, 1);
+  const WorkPlan chunk = plan_work({2048, 131072, 131072, 8, 2048, kNumSms});
+  EXPECT_EQ(chunk.key_splits.splits * 32, chunk.key_splits.per_block * kNumSms);
+  const WorkPlan few_keys = plan_work({2048, 4096, 4096, 8, 2048, kNumSms});
+  EXPECT_EQ(few_keys.key_splits.per_block, 1);
 }
 
-// What a plan's default cap must hold: a slab of 2048 queries.
-TEST(FusedLayout, ASlabOfTwoThousandQueriesIsSmall) {
+// The default workspace cap of a plan must hold a chunk of 2048 queries.
+TEST(FusedWorkPlan, AChunkOfTwoThousandQueriesIsSmall) {
   for (const std::int64_t keys : {65536, 131072}) {
-    const WorkPlan cut = plan_work({2048, keys, keys, 8, 2048, kProcessors});
+    const WorkPlan plan = plan_work({2048, keys, keys, 8, 2048, kNumSms});
     const std::int64_t bytes =
-        2048 * cut.lists * std::int64_t{cut.capacity} * std::int64_t{sizeof(Candidate)};
+        2048 * plan.lists * std::int64_t{plan.capacity} * std::int64_t{sizeof(Candidate)};
     EXPECT_LE(bytes, std::int64_t{192} << 20) << keys;
   }
 }
 
-TEST(FusedLayout, ScalesAreWholeTiles) {
+TEST(FusedWorkPlan, ScalesAreWholeTiles) {
   for (const std::int64_t keys : {0, 1, 255, 256, 257, 65536}) {
     EXPECT_GE(score::scale_count(keys), keys);
     EXPECT_LT(score::scale_count(keys), keys + 256);
