@@ -180,17 +180,18 @@ class Chunk {
   // these; then, from all of their scores, the rows whose threshold misled.
   void score_and_select(const TopK& out) const {
     const FusedWorkspace& fused = workspace_.fused;
-    const fused::WorkPlan& layout = fused.layout;
+    const fused::WorkPlan& work_plan = fused.work_plan;
     const score::ActiveRows rows = active_rows();
     const Keys& keys = problem_.k;
     const std::int64_t queries = problem_.q.tokens;
     stages_.enter("samples");
-    fused::launch_samples(problem_, rows, layout, workspace_.scales, fused.samples.data(), stream_);
+    fused::launch_samples(problem_, rows, work_plan, workspace_.scales, fused.samples.data(),
+                          stream_);
     stages_.enter("threshold");
-    select::launch_threshold({fused.samples.data(), layout.samples, layout.samples}, keys, queries,
-                             spec_.keep, fused.thresholds, fused.fallback, stream_);
+    select::launch_threshold({fused.samples.data(), work_plan.samples, work_plan.samples}, keys,
+                             queries, spec_.keep, fused.thresholds, fused.fallback, stream_);
     stages_.enter("candidates");
-    fused::launch_candidates(problem_, rows, layout, workspace_.scales, fused.thresholds,
+    fused::launch_candidates(problem_, rows, work_plan, workspace_.scales, fused.thresholds,
                              fused.candidates, stream_);
     stages_.enter("survivors");
     select::launch_survivors(fused.candidates, keys, queries, spec_.keep, out, empty_,

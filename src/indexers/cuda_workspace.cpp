@@ -16,8 +16,8 @@ constexpr std::size_t kAlignment = 256;
 
 constexpr std::int64_t kFloatsPerCandidate = sizeof(Candidate) / sizeof(float);
 
-fused::WorkPlan layout_for(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
-                           const DeviceTraits& device) {
+fused::WorkPlan work_plan_for(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
+                              const DeviceTraits& device) {
   return fused::plan_work({chunk.tokens, std::max<std::int64_t>(total_keys, 1), chunk.max_keys,
                            spec.rows(), spec.keep, device.num_sms});
 }
@@ -53,12 +53,12 @@ PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, const Device
 
 FusedWorkspace::FusedWorkspace(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
                                const DeviceTraits& device, Arena& arena)
-    : layout(layout_for(spec, chunk, total_keys, device)) {
-  samples = arena.take_span<float>(chunk.tokens * layout.samples);
+    : work_plan(work_plan_for(spec, chunk, total_keys, device)) {
+  samples = arena.take_span<float>(chunk.tokens * work_plan.samples);
   thresholds = arena.take<float>(chunk.tokens);
-  const std::int64_t lists = chunk.tokens * layout.lists;
+  const std::int64_t lists = chunk.tokens * work_plan.lists;
   fallback_scores = arena.take_span<float>(
-      std::max(lists * layout.capacity * kFloatsPerCandidate, chunk.max_keys));
+      std::max(lists * work_plan.capacity * kFloatsPerCandidate, chunk.max_keys));
   counts = arena.take_span<std::uint32_t>(lists);
   fallback = {arena.take<std::int32_t>(chunk.tokens), arena.take<std::uint32_t>(1),
               arena.take<std::uint32_t>(chunk.tokens)};
@@ -67,15 +67,15 @@ FusedWorkspace::FusedWorkspace(const PassSpec& spec, const Shape& chunk, std::in
 void FusedWorkspace::fit(const PassSpec& spec, Shape chunk, std::int64_t total_keys,
                          const DeviceTraits& device) {
   chunk.max_keys = std::min(chunk.max_keys, total_keys);
-  const fused::WorkPlan best = layout_for(spec, chunk, total_keys, device);
+  const fused::WorkPlan best = work_plan_for(spec, chunk, total_keys, device);
   const std::int64_t lists = chunk.tokens * best.lists;
   if (chunk.tokens * best.samples <= std::ssize(samples) && lists <= std::ssize(counts) &&
       lists * best.capacity * kFloatsPerCandidate <= std::ssize(fallback_scores)) {
-    layout = best;
+    work_plan = best;
   }
-  layout.samples = (total_keys + layout.sample_stride - 1) / layout.sample_stride;
+  work_plan.samples = (total_keys + work_plan.sample_stride - 1) / work_plan.sample_stride;
   candidates = {reinterpret_cast<Candidate*>(fallback_scores.data()), counts.data(),
-                static_cast<std::uint32_t>(layout.lists), layout.capacity};
+                static_cast<std::uint32_t>(work_plan.lists), work_plan.capacity};
 }
 
 ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,

@@ -34,10 +34,10 @@ struct PassSpec {
   [[nodiscard]] std::int32_t rows() const { return heads + (recipe.residual ? 1 : 0); }
 };
 
-// What fused scoring keeps: room for the largest chunk of a plan, and the layout of the chunk at
+// What fused scoring keeps: room for the largest chunk of a plan, and the work plan of the chunk at
 // hand.
 struct FusedWorkspace {
-  fused::WorkPlan layout{};
+  fused::WorkPlan work_plan{};
   std::span<float> samples;
   float* thresholds = nullptr;
   Candidates candidates{};
@@ -50,8 +50,8 @@ struct FusedWorkspace {
   FusedWorkspace(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
                  const DeviceTraits& device, Arena& arena);
 
-  // Takes the layout that suits this chunk of a call with `total_keys` keys best if there is room
-  // for it, else the planned one.
+  // Takes the work plan that suits this chunk of a call with `total_keys` keys best if there is
+  // room for it, else the planned one.
   void fit(const PassSpec& spec, Shape chunk, std::int64_t total_keys, const DeviceTraits& device);
 };
 
