@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times selection on the device: the stand-alone selector, and the two stages around fused scoring.
 //
-// A figure is the median of 30 samples of 10 launches in a row, and their spread from the 10th to
-// the 90th percentile. The floor reads every input once and writes every output once at the rate of
-// a device copy, measured first. Inputs that fit the L2 cache are found there from launch to
-// launch.
+// A figure is the median of 30 samples of 10 consecutive launches, with the 10th and 90th
+// percentile. The floor is the time to read every input once and write every output once at the
+// rate of a device copy, which is measured first. Inputs that fit the L2 cache stay there from
+// launch to launch.
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -23,7 +23,7 @@
 #include "cuda/check.cuh"
 #include "gpu/device.hpp"
 #include "misa/cuda.hpp"
-#include "select/fused.hpp"
+#include "select/gate.hpp"
 
 namespace {
 
@@ -115,7 +115,7 @@ std::vector<float> normal(std::int64_t count) {
   return values;
 }
 
-// A prime, so that no two rows begin alike.
+// A prime, so that no two rows start alike.
 constexpr std::int64_t kNormals = 4'000'037;
 
 void time_top_k(Report& report, const std::vector<float>& normals, std::int64_t rows,
@@ -144,19 +144,19 @@ struct Queries {
         ends(std::vector<std::int32_t>(kRows, static_cast<std::int32_t>(columns))),
         fallback_rows(kRows),
         fallback_count(std::vector<std::uint32_t>{0}),
-        parts(kRows) {
+        finished_splits(kRows) {
     keys.tokens = columns;
     keys.starts = starts.data();
     keys.ends = ends.data();
     keys.max_keys = std::numeric_limits<std::int32_t>::max();
-    fallback = {fallback_rows.data(), fallback_count.data(), parts.data()};
+    fallback = {fallback_rows.data(), fallback_count.data(), finished_splits.data()};
   }
 
   Device<std::int32_t> starts;
   Device<std::int32_t> ends;
   Device<std::int32_t> fallback_rows;
   Device<std::uint32_t> fallback_count;
-  Device<std::uint32_t> parts;
+  Device<std::uint32_t> finished_splits;
   misa::cuda::Keys keys{};
   misa::cuda::select::FallbackRows fallback{};
 };
@@ -175,29 +175,29 @@ void time_threshold(Report& report, const std::vector<float>& normals, std::int6
              static_cast<double>(scores.bytes() + thresholds.bytes()), time);
 }
 
-// As many survivors as the threshold lets through, in lists that each own 64 positions in 64 *
-// lists and are in no order.
+// As many candidates as the threshold lets through. Positions go to the lists in turn, 64 at a
+// time; each list is in random order.
 void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_t lists,
                     std::int64_t capacity) {
   const Queries queries(columns);
-  const std::int64_t each = (top_k <= 2048 ? 3300 : top_k <= 4096 ? 5750 : 10000) / lists;
+  const std::int64_t list_count = (top_k <= 2048 ? 3300 : top_k <= 4096 ? 5750 : 10000) / lists;
   std::mt19937 random(2);
   std::exponential_distribution<float> tail(2.0F);
   std::vector<misa::cuda::Candidate> row(lists * capacity);
   for (std::int64_t list = 0; list < lists; ++list) {
-    for (std::int64_t i = 0; i < each; ++i) {
-      // Distinct: the i-th of `each` strides through the list's own positions.
-      const std::int64_t own = i * (columns / lists) / each;
-      const std::int64_t position = own / 64 * 64 * lists + list * 64 + own % 64;
+    for (std::int64_t i = 0; i < list_count; ++i) {
+      // Distinct: evenly spaced among the positions of the list.
+      const std::int64_t offset = i * (columns / lists) / list_count;
+      const std::int64_t position = offset / 64 * 64 * lists + list * 64 + offset % 64;
       row[list * capacity + i] = {1.7F + tail(random), static_cast<std::uint32_t>(position)};
     }
     const auto first = row.begin() + list * capacity;
-    std::shuffle(first, first + each, random);
+    std::shuffle(first, first + list_count, random);
   }
   Device<misa::cuda::Candidate> entries(kRows * lists * capacity);
   entries.fill(row);
   const Device<std::uint32_t> counts(
-      std::vector<std::uint32_t>(kRows * lists, static_cast<std::uint32_t>(each)));
+      std::vector<std::uint32_t>(kRows * lists, static_cast<std::uint32_t>(list_count)));
   const Device<std::int32_t> indices(kRows * top_k);
   const misa::cuda::Candidates candidates{entries.data(), counts.data(),
                                           static_cast<std::uint32_t>(lists),
@@ -207,9 +207,10 @@ void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_
                                          {indices.data(), nullptr}, true, queries.fallback,
                                          nullptr);
   });
-  const double read = static_cast<double>(kRows * lists) * static_cast<double>(each * 8 + 4);
-  report.add(fmt::format("survivors {} x {}, n {}, k {}", kRows, lists * each, columns, top_k),
-             read + static_cast<double>(indices.bytes()), time);
+  const double read = static_cast<double>(kRows * lists) * static_cast<double>(list_count * 8 + 4);
+  report.add(
+      fmt::format("survivors {} x {}, n {}, k {}", kRows, lists * list_count, columns, top_k),
+      read + static_cast<double>(indices.bytes()), time);
 }
 
 void run(bool json) {

@@ -4,9 +4,9 @@
 //
 //   (score::launch_scales, once per call)
 //   launch_samples     scores of the sampled keys
-//   (a gate threshold for each query, from these: select/fused.hpp)
+//   (a gate threshold for each query, from these: select/gate.hpp)
 //   launch_candidates  scores above the thresholds
-//   (the top k of the candidates: select/fused.hpp)
+//   (the top k of the candidates: select/gate.hpp)
 //   launch_fallback    the top k of the queries whose candidates do not suffice, with the same bits
 #pragma once
 
@@ -18,7 +18,7 @@
 #include "fused/work_plan.hpp"
 #include "misa/cuda.hpp"
 #include "score/sm90_fp8.hpp"
-#include "select/fused.hpp"
+#include "select/gate.hpp"
 
 namespace misa::cuda::fused {
 

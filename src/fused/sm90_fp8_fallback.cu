@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kFallbackThreads, 1)
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
-        finishes_group = atomicAdd(&arguments.fallback.parts[group], 1U) == splits - 1;
+        finishes_group = atomicAdd(&arguments.fallback.finished_splits[group], 1U) == splits - 1;
       }
       __syncthreads();
       if (!finishes_group) {

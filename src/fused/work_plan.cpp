@@ -8,7 +8,7 @@
 #include <numeric>
 
 #include "fused/sm90_fp8_config.cuh"
-#include "select/fused.hpp"
+#include "select/gate.hpp"
 
 namespace misa::cuda::fused {
 namespace {

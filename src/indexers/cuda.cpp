@@ -34,7 +34,7 @@
 #include "score/columns.hpp"
 #include "score/generic.hpp"
 #include "score/sm90_fp8.hpp"
-#include "select/fused.hpp"
+#include "select/gate.hpp"
 #include "select/generic.hpp"
 
 namespace misa::cuda {

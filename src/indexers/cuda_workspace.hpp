@@ -13,7 +13,7 @@
 #include "fused/work_plan.hpp"
 #include "misa/indexer.hpp"
 #include "score/generic.hpp"
-#include "select/fused.hpp"
+#include "select/gate.hpp"
 
 namespace misa::cuda {
 

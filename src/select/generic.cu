@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k of rows of scores: one thread block a row (row.cuh; short.cu for short ones).
+// Top-k of rows of scores, one thread block per row (row.cuh; short rows: short.cu).
 #include <cuda_runtime.h>
 
 #include <cstddef>

@@ -9,15 +9,15 @@
 
 namespace misa::cuda::select {
 
-// Arguments as misa::cuda::top_k has them, valid, with rows > 0 and the row stride filled in.
-// Empty rows are written only if `empty` says so, else they are left as they are.
+// Arguments as for misa::cuda::top_k, valid, with rows > 0 and the row stride filled in. Empty rows
+// are written only if `empty` is set, else left as they are.
 void launch_generic(const Logits& logits, int top_k, const TopK& out, bool empty, void* stream);
 
-// Columns of a row that a block's registers hold.
+// Columns of a row that a thread block's registers hold.
 inline constexpr std::int64_t kShortColumns = 16384;
 
-// The same for logits of no more columns than that. With a list, which says what columns of the
-// keys' queries they are, the selected are written as the positions that they stand for.
+// The same for logits of at most kShortColumns columns. If columns.list is set, selected columns
+// are written as the positions that they stand for; `keys` then says which keys each row sees.
 void launch_short(const Logits& logits, const Keys& keys, const Columns& columns, int top_k,
                   const TopK& out, bool empty, void* stream);
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes of the selection kernels, and their shared memory: launchers take it from here too.
+// Sizes of the kernels that select from rows of scores, and their shared memory, for kernels and
+// launchers alike.
 #pragma once
 
 #include <algorithm>
@@ -12,57 +13,38 @@
 
 namespace misa::cuda::select {
 
-// A block selects a row. 512 threads: two blocks share an SM, so that while one sorts out its
-// candidates the other keeps the memory busy.
+// A thread block selects a row. With 512 threads two thread blocks share an SM, so that one keeps
+// the memory busy while the other sorts its candidates.
 inline constexpr int kThreads = 512;
 
-// 2048 bins, four a thread.
+// 2048 buckets, four per thread.
 using Radix = RadixHistogram<kThreads, 11>;
 
-// So few entries are ranked directly. One digit of a few thousand scores in a narrow range leaves
-// 5 to 70.
-inline constexpr int kFew = 128;
+// So few entries are ranked directly, by comparing all pairs. One radix pass over a few thousand
+// scores in a narrow range leaves 5 to 70.
+inline constexpr int kMaxRanked = 128;
 
-// Positions that one pass of the output covers: a bitmap in the histogram's place. Offsets into it
-// fit 16 bits.
+// Positions that one bitmap of the output covers; it takes the place of the histogram. Offsets into
+// it fit 16 bits.
 inline constexpr int kWindow = Radix::kBuckets * 32;
 
-// A candidate (cuda/problem.hpp) as shared memory holds it: moved as one word of 8 bytes.
-struct alignas(8) Held {
+// A score above the gate threshold and its position in the row; moved as one word of 8 bytes.
+struct alignas(8) RowCandidate {
   float score;
   std::uint32_t position;
 };
 
-// The fixed part; Held held[capacity] and uint16 staged[top_k] follow it.
+// The fixed part; RowCandidate candidates[capacity] and uint16 staged[top_k] follow it.
 struct Shared {
-  Radix::Shared radix;  // its histogram is a bitmap too
-  std::uint64_t few[kFew];
-  std::uint64_t cut;
-  std::uint16_t ranks[Radix::kBuckets];  // of each word's first position
-  std::uint32_t few_count;
-  std::uint32_t appended;  // candidates, also those beyond the capacity
+  Radix::Shared radix;  // its histogram's memory is also the bitmap
+  std::uint64_t ranked[kMaxRanked];
+  std::uint64_t kth_entry;
+  std::uint16_t ranks[Radix::kBuckets];  // of the first position of each word of the bitmap
+  std::uint32_t ranked_count;
+  std::uint32_t appended;  // candidates, including those beyond the capacity
 };
 
-// What a block's shared memory is laid out for.
-struct Plan {
-  std::uint32_t top_k;
-  std::uint32_t capacity;  // candidates held
-
-  __host__ __device__ std::size_t bytes() const {
-    return sizeof(Shared) + capacity * sizeof(Held) + top_k * sizeof(std::uint16_t);
-  }
-};
-
-// As many candidates as wanted, or as fit where a block may have `limit` bytes.
-inline Plan plan_within(int top_k, int wanted, std::size_t limit) {
-  const auto k = static_cast<std::uint32_t>(top_k);
-  const std::size_t most = (limit - Plan{k, 0}.bytes()) / sizeof(Held);
-  return {k, static_cast<std::uint32_t>(std::min<std::size_t>(wanted, most))};
-}
-
-// --- Rows of scores (row.cuh, short.cu) ---
-
-// How many scores a row has, whatever device memory says.
+// How many scores a row has; safe whatever device memory says.
 __device__ inline std::uint32_t row_length(const Logits& logits, std::int64_t row) {
   std::int64_t length = logits.columns;
   if (logits.lengths != nullptr) {
@@ -71,42 +53,57 @@ __device__ inline std::uint32_t row_length(const Logits& logits, std::int64_t ro
   return static_cast<std::uint32_t>(length);
 }
 
-// Two blocks an SM, at most 64 registers a thread: three, of 40, leave no room for loads ahead.
+// With two thread blocks an SM a thread may have 64 registers; the 40 that it has with three leave
+// no room to load ahead.
 inline constexpr int kRowBlocksPerSm = 2;
 
-// 16-byte loads of a thread that are under way while as many are looked at: with 1024 threads 64 KB
-// an SM, twice what latency (0.8 us) x bandwidth (32 bytes a ns and SM on an H200) asks for, so one
-// block in two may do other work.
+// 16-byte loads that a thread has in flight while it examines as many. With 1024 threads that is
+// 64 KB an SM, twice latency (0.8 us) x bandwidth (32 bytes a ns and SM on an H200), so one of the
+// two thread blocks may do other work.
 inline constexpr int kLoads = 4;
 
 // Sampled scores, in segments of 32 bytes (one sector of DRAM traffic). With 4096 of 256K positions
-// and k = 2048 the threshold sits at rank 62 of the sample, which holds 32 +- 6 of the top k: five
-// standard deviations; at 64K it is nearly twelve.
-inline constexpr int kSampleVectors = 2;  // of 4 scores, a thread
+// and k = 2048 the threshold has rank 62 in the sample, which holds 32 +- 6 of the top k: a margin
+// of five standard deviations; at 64K it is nearly twelve.
+inline constexpr int kSampleVectors = 2;  // of 4 scores, per thread
 inline constexpr int kSample = kThreads * kSampleVectors * 4;
 inline constexpr int kSegments = kSample / 8;
 
-struct RowPlan : Plan {
-  std::uint32_t target;  // how many scores the threshold should let through
+// What a thread block's shared memory is laid out for.
+struct RowPlan {
+  std::uint32_t top_k;
+  std::uint32_t capacity;  // candidates that fit
+  std::uint32_t target;    // how many scores the threshold should let through
+
+  __host__ __device__ std::size_t bytes() const {
+    return sizeof(Shared) + capacity * sizeof(RowCandidate) + top_k * sizeof(std::uint16_t);
+  }
 };
 
-// The threshold wants room between k and the capacity: 7680 candidates, and for a larger k as many
-// more than k. A capacity below k is no error: such rows are selected from global memory. The
-// target is halfway as ratios go: equally far, in standard deviations of the sample, from letting
-// through too few and too many.
-inline constexpr int kRowRoom = 7680;
+// The capacity exceeds k by a margin within which the number of candidates may vary: 7680, and for
+// a larger k as many more than k, or what fits `limit` bytes of shared memory. A capacity below k
+// is valid: such rows are selected from global memory. The target is the geometric mean of k and
+// the capacity: equally far, in standard deviations of the sample, from too few and too many
+// candidates.
+inline constexpr int kRowCandidates = 7680;
 inline RowPlan plan_row(int top_k, std::size_t limit) {
-  const Plan plan = plan_within(top_k, top_k <= 2048 ? kRowRoom : top_k + kRowRoom, limit);
-  return {plan, static_cast<std::uint32_t>(std::sqrt(static_cast<double>(plan.top_k) *
-                                                     static_cast<double>(plan.capacity)))};
+  const auto k = static_cast<std::uint32_t>(top_k);
+  const std::size_t most = (limit - RowPlan{k, 0, 0}.bytes()) / sizeof(RowCandidate);
+  const auto capacity = static_cast<std::uint32_t>(
+      std::min<std::size_t>(top_k <= 2048 ? kRowCandidates : top_k + kRowCandidates, most));
+  return {k, capacity,
+          static_cast<std::uint32_t>(
+              std::sqrt(static_cast<double>(k) * static_cast<double>(capacity)))};
 }
 
-// An SM has 228 KB, of which each block costs 1 KB.
+// Whether so many thread blocks fit an SM, which has 228 KB; each costs 1 KB beside what it asks
+// for.
 constexpr bool fit_an_sm(int blocks, std::size_t candidates) {
-  return blocks * (sizeof(Shared) + candidates * sizeof(Held) + 2048 * 2 + 1024) <= 228 * 1024;
+  return blocks * (sizeof(Shared) + candidates * sizeof(RowCandidate) + 2048 * 2 + 1024) <=
+         228 * 1024;
 }
-static_assert(fit_an_sm(kRowBlocksPerSm, kRowRoom));
+static_assert(fit_an_sm(kRowBlocksPerSm, kRowCandidates));
 static_assert(Radix::kBuckets == 4 * kThreads);  // each thread reads its words as one uint4
-static_assert(sizeof(Shared) % sizeof(Held) == 0);
+static_assert(sizeof(Shared) % sizeof(RowCandidate) == 0);
 
 }  // namespace misa::cuda::select

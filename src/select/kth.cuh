@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k-th of the entries that a block visits, in the order of selection. "Visiting" is a function
-// that calls its argument with (entry, valid) for every entry, in any order.
+// The k-th entry, in the order of selection, of those that a thread block visits. A "visit"
+// function passes (entry, valid) of every entry to its argument, in any order.
 //
-//  1. RadixHistogram of the scores (digits.cuh) narrow down where it lies, until the bin is wanted
-//  whole,
-//     holds few, or has one score.
-//  2. On such a plateau the lower positions win: digits of the positions.
-//  3. The few left are ranked directly.
+//  1. Radix histograms of the scores (radix_histogram.cuh) find the bucket that holds the k-th
+//     entry, until all its entries are selected, it holds few, or it has a single score.
+//  2. Of tied scores the lower positions are selected: radix histograms of the positions.
+//  3. The few entries left are ranked directly.
 #pragma once
 
 #include <cstdint>
@@ -17,76 +16,82 @@
 
 namespace misa::cuda::select {
 
-// The entry (entry.hpp) of rank `wanted` of `count` entries, 1 <= wanted <= count, of positions
-// below `length`. Entries that repeat, or change between visits, give some entry; nothing worse.
+// The entry (entry.hpp) of rank `rank` of `count` entries, 1 <= rank <= count, of positions below
+// `length`; or one between it and the next lower entry, which selects the same. If entries repeat
+// or change between visits, the result is some entry.
 template <class Visit>
-__device__ std::uint64_t find_kth(Shared& shared, std::uint32_t count, std::uint32_t wanted,
-                                  std::uint32_t length, const Visit& visit) {
-  const auto key_of = [](std::uint64_t entry) { return static_cast<std::uint32_t>(entry >> 32); };
-  const auto place_of = [](std::uint64_t entry) { return static_cast<std::uint32_t>(entry); };
-  const auto narrowing = [&](const Bucket& bucket) {
-    return bucket.above + bucket.count != wanted && bucket.count > kFew && bucket.reach != 0;
+__device__ std::uint64_t find_kth_entry(Shared& shared, std::uint32_t count, std::uint32_t rank,
+                                        std::uint32_t length, const Visit& visit) {
+  // The halves of an entry, which both order selection: larger first.
+  const auto score_key = [](std::uint64_t entry) {
+    return static_cast<std::uint32_t>(entry >> 32);
+  };
+  const auto position_key = [](std::uint64_t entry) { return static_cast<std::uint32_t>(entry); };
+  const auto undecided = [&](const Bucket& bucket) {
+    return bucket.above + bucket.count != rank && bucket.count > kMaxRanked && bucket.range != 0;
   };
 
   Radix::clear(shared.radix);
-  std::uint32_t smallest = kWarp;
+  std::uint32_t smallest = kLargestKey;
   std::uint32_t largest = 0;
   visit([&](std::uint64_t entry, bool valid) {
-    smallest = valid ? min(smallest, key_of(entry)) : smallest;
-    largest = valid ? max(largest, key_of(entry)) : largest;
+    smallest = valid ? min(smallest, score_key(entry)) : smallest;
+    largest = valid ? max(largest, score_key(entry)) : largest;
   });
-  Bucket keys = Radix::bracket_all(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
-  while (narrowing(keys)) {  // step 1
-    keys = Radix::narrow(shared.radix, keys, wanted, [&](const auto& visitor) {
-      visit([&](std::uint64_t entry, bool valid) { visitor(key_of(entry), valid); });
+  Bucket scores =
+      Radix::initial_bucket(shared.radix, smallest, largest, threadIdx.x == 0 ? count : 0);
+  while (undecided(scores)) {  // step 1
+    scores = Radix::choose_bucket(shared.radix, scores, rank, [&](const auto& visitor) {
+      visit([&](std::uint64_t entry, bool valid) { visitor(score_key(entry), valid); });
     });
   }
-  std::uint64_t first = std::uint64_t{keys.low} << 32;
-  std::uint64_t reach = std::uint64_t{keys.reach} << 32 | kWarp;
-  Bucket last = keys;
-  if (keys.above + keys.count != wanted && keys.count > kFew) {  // step 2
-    last = {~(length - 1), length - 1, keys.above, keys.count};
-    while (narrowing(last)) {
-      last = Radix::narrow(shared.radix, last, wanted, [&](const auto& visitor) {
+  // The entries of the last bucket are [low, low + range].
+  std::uint64_t low = std::uint64_t{scores.low} << 32;
+  std::uint64_t range = std::uint64_t{scores.range} << 32 | kLargestKey;
+  Bucket last = scores;
+  if (scores.above + scores.count != rank && scores.count > kMaxRanked) {  // step 2
+    last = {~(length - 1), length - 1, scores.above, scores.count};
+    while (undecided(last)) {
+      last = Radix::choose_bucket(shared.radix, last, rank, [&](const auto& visitor) {
         visit([&](std::uint64_t entry, bool valid) {
-          visitor(place_of(entry), valid && key_of(entry) == keys.low);
+          visitor(position_key(entry), valid && score_key(entry) == scores.low);
         });
       });
     }
-    first |= last.low;
-    reach = last.reach;
+    low |= last.low;
+    range = last.range;
   }
-  if (last.above + last.count == wanted) {
-    return first;
+  if (last.above + last.count == rank) {
+    return low;
   }
 
   if (threadIdx.x == 0) {  // step 3
-    shared.few_count = 0;
-    shared.cut = first;
+    shared.ranked_count = 0;
+    shared.kth_entry = low;
   }
   __syncthreads();
   visit([&](std::uint64_t entry, bool valid) {
-    if (valid && entry - first <= reach) {
-      const std::uint32_t place = atomicAdd(&shared.few_count, 1U);
-      if (place < kFew) {
-        shared.few[place] = entry;
+    if (valid && entry - low <= range) {
+      const std::uint32_t slot = atomicAdd(&shared.ranked_count, 1U);
+      if (slot < kMaxRanked) {
+        shared.ranked[slot] = entry;
       }
     }
   });
   __syncthreads();
-  const std::uint32_t few = min(shared.few_count, std::uint32_t{kFew});
-  if (threadIdx.x < few) {
-    const std::uint64_t entry = shared.few[threadIdx.x];
-    std::uint32_t rank = last.above + 1;
-    for (std::uint32_t i = 0; i < few; ++i) {
-      rank += shared.few[i] > entry ? 1 : 0;
+  const std::uint32_t ranked = min(shared.ranked_count, std::uint32_t{kMaxRanked});
+  if (threadIdx.x < ranked) {
+    const std::uint64_t entry = shared.ranked[threadIdx.x];
+    std::uint32_t entry_rank = last.above + 1;
+    for (std::uint32_t i = 0; i < ranked; ++i) {
+      entry_rank += shared.ranked[i] > entry ? 1 : 0;
     }
-    if (rank == wanted) {
-      shared.cut = entry;
+    if (entry_rank == rank) {
+      shared.kth_entry = entry;
     }
   }
   __syncthreads();
-  return shared.cut;
+  return shared.kth_entry;
 }
 
 }  // namespace misa::cuda::select

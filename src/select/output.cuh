@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a row's selection is written.
+// Where the selection of a row is written.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace misa::cuda::select {
 
-// A row's place in the outputs; no scores: null.
+// Where a row of the output starts; scores is null if none are wanted.
 struct OutputRow {
   std::int32_t* indices;
   float* scores;

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k of a row of scores in global memory, by one thread block: one read of the row.
+// Top-k of a row of scores in global memory, by one thread block that reads the row once.
 //
 //  1. A row of no more than k positions selects all of them.
 //  2. A sample, spread evenly over the row, gives a threshold that should let through more than k
 //     scores and fewer than shared memory holds.
-//  3. The row is streamed once, the next vectors under way while these are looked at. Scores above
-//     the threshold become candidates in shared memory. (A row that fits is taken whole, without a
-//     threshold.)
-//  4. The cut, the entry (entry.hpp) of rank k, comes
-//       a. from the candidates, if there are at least k and they fit;
-//       b. from the threshold, if it is a plateau: fewer than k above it, at least k with it. The
-//          lowest of the equals, read from global memory, fill up;
-//       c. else, where the sample misled, from the row in global memory.
-//  5. All entries from the cut on are written (emit.cuh).
+//  3. The row is streamed once; the next vectors are loaded while the current ones are examined.
+//     Scores above the threshold become candidates in shared memory. (If the whole row fits, it is
+//     loaded without a threshold.)
+//  4. The k-th entry (entry.hpp) is found
+//       a. among the candidates, if they are at least k and fit;
+//       b. among the scores tied at the threshold, if fewer than k exceed it but at least k exceed
+//          or equal it: the lower positions, read from global memory, are selected;
+//       c. else, as the sample was misleading, among all scores in global memory.
+//  5. All entries from the k-th one on are written (emit.cuh).
 //
-// Every choice on the way depends on counts alone, never on the order in which threads appended, so
-// the result is the same bit for bit.
+// Every decision depends on counts alone, never on the order in which threads append, so results
+// are the same bit for bit.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,7 @@
 
 namespace misa::cuda::select {
 
-// A row in 16-byte vectors, with what stands before and behind them.
+// A row as 16-byte vectors, and up to three scores before and after them.
 struct Row {
   const float* scores;
   std::uint32_t length;
@@ -43,30 +43,30 @@ struct Row {
     vectors = (n - head) / 4;
   }
   __device__ const float4* body() const { return reinterpret_cast<const float4*>(scores + head); }
-  // Of the 2 kSegments vectors that are sampled the i-th; two make a segment.
+  // The i-th of the 2 kSegments sampled vectors; two make a segment.
   __device__ const float4* sample(std::uint32_t i) const {
     const std::uint64_t pairs = vectors / 2;
     return body() + 2 * static_cast<std::uint32_t>(i / 2 * pairs / kSegments) + i % 2;
   }
 };
 
-// The entries that selection draws from: candidates, and those of the row that are no larger than
-// a ceiling.
+// The entries that are selected from: `count` candidates, and of the first `length` scores of the
+// row those whose key is at most `max_key`.
 struct RowSource {
-  const Held* held;
+  const RowCandidate* candidates;
   std::uint32_t count;
   const float* row;
   std::uint32_t length;
-  std::uint32_t ceiling;
+  std::uint32_t max_key;
 
   template <class Visitor>
   __device__ void visit(std::uint32_t first, std::uint32_t last, const Visitor& visitor) const {
-    // Neighbours were appended together and mostly have a word of emit's bitmap in common, so lanes
-    // take entries that lie apart, by an odd number for the banks.
-    const std::uint32_t step = (count + 31) / 32 | 1;
-    for (std::uint32_t own = threadIdx.x / 32; own < step; own += kThreads / 32) {
-      const std::uint32_t i = threadIdx.x % 32 * step + own;
-      const Held candidate = i < count ? held[i] : Held{};
+    // Neighbouring candidates often share a word of emit's bitmap, so the lanes of a warp visit
+    // candidates that are far apart; an odd stride avoids bank conflicts.
+    const std::uint32_t stride = (count + 31) / 32 | 1;
+    for (std::uint32_t offset = threadIdx.x / 32; offset < stride; offset += kThreads / 32) {
+      const std::uint32_t i = threadIdx.x % 32 * stride + offset;
+      const RowCandidate candidate = i < count ? candidates[i] : RowCandidate{};
       visitor(make_entry(candidate.score, candidate.position), i < count);
     }
     const std::uint32_t end = min(last, length);
@@ -81,23 +81,23 @@ struct RowSource {
       for (int i = 0; i < kLoads; ++i) {
         const std::uint32_t position = base + i * kThreads + threadIdx.x;
         visitor(make_entry(scores[i], position),
-                position < end && ordered_bits(scores[i]) <= ceiling);
+                position < end && ordered_bits(scores[i]) <= max_key);
       }
     }
   }
 };
 
-// Vectors of a row, kLoads a thread. Behind the last one stands NaN, which is above nothing.
+// kLoads vectors of a row per thread. Beyond the last vector they are NaN, which exceeds nothing.
 struct Vectors {
-  float4 own[kLoads];
+  float4 loaded[kLoads];
 
   __device__ void load(const Row& row, std::uint32_t first) {
     constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const std::uint32_t vector = first + i * kThreads + threadIdx.x;
-      own[i] = vector < row.vectors ? __ldcs(row.body() + vector)
-                                    : make_float4(kNone, kNone, kNone, kNone);
+      loaded[i] = vector < row.vectors ? __ldcs(row.body() + vector)
+                                       : make_float4(kNone, kNone, kNone, kNone);
     }
   }
 };
@@ -114,44 +114,45 @@ __device__ inline float sample_threshold(Shared& shared, const RowPlan& plan, co
     keys[4 * i + 2] = ordered_bits(scores.z);
     keys[4 * i + 3] = ordered_bits(scores.w);
   }
-  std::uint32_t smallest = kWarp;
+  std::uint32_t smallest = kLargestKey;
   std::uint32_t largest = 0;
 #pragma unroll
   for (const std::uint32_t key : keys) {
     smallest = min(smallest, key);
     largest = max(largest, key);
   }
-  const Bucket all = Radix::bracket_all(shared.radix, smallest, largest, kSampleVectors * 4);
+  const Bucket all = Radix::initial_bucket(shared.radix, smallest, largest, kSampleVectors * 4);
   const auto rank = [&](std::uint32_t scores) {
     return static_cast<std::uint32_t>(std::uint64_t{scores} * kSample / row.length);
   };
-  // All of a bucket may pass if that should fill no more than three quarters of the capacity; one
-  // key that is too many is a plateau.
-  const std::uint32_t most = rank(plan.capacity / 4 * 3);
-  const float threshold = find_gate_threshold<Radix>(shared.radix, all, max(1U, rank(plan.target)),
-                                                     most, most, [&](const auto& visitor) {
+  // At most three quarters of the capacity should be filled, by ties or otherwise.
+  const std::uint32_t max_passing = rank(plan.capacity / 4 * 3);
+  const auto visit = [&](const auto& visitor) {
 #pragma unroll
-                                                       for (const std::uint32_t key : keys) {
-                                                         visitor(key, true);
-                                                       }
-                                                     });
-  return fmaxf(threshold, -std::numeric_limits<float>::infinity());  // a plateau of NaN
+    for (const std::uint32_t key : keys) {
+      visitor(key, true);
+    }
+  };
+  const float threshold = find_gate_threshold<Radix>(shared.radix, all, max(1U, rank(plan.target)),
+                                                     max_passing, max_passing, visit);
+  // The threshold is NaN where NaN are tied.
+  return fmaxf(threshold, -std::numeric_limits<float>::infinity());
 }
 
-// Step 3 for N scores a thread; position_of says where they stand.
+// Step 3 for N scores of each thread, at positions position_of(0 to N - 1).
 template <int N, class PositionOf>
-__device__ void append(Shared& shared, Held* held, std::uint32_t capacity, float threshold,
-                       const float (&scores)[N], const PositionOf& position_of) {
-  std::uint32_t own = 0;
+__device__ void append(Shared& shared, RowCandidate* candidates, std::uint32_t capacity,
+                       float threshold, const float (&scores)[N], const PositionOf& position_of) {
+  std::uint32_t passing = 0;
 #pragma unroll
   for (const float score : scores) {
-    own += score > threshold ? 1 : 0;
+    passing += score > threshold ? 1 : 0;
   }
-  if (!__any_sync(kFullMask, own != 0)) {
+  if (!__any_sync(kFullMask, passing != 0)) {
     return;
   }
   const unsigned lane = threadIdx.x % 32;
-  std::uint32_t end = own;
+  std::uint32_t end = passing;
 #pragma unroll
   for (unsigned step = 1; step < 32; step *= 2) {
     const std::uint32_t before = __shfl_up_sync(kFullMask, end, step);
@@ -163,48 +164,48 @@ __device__ void append(Shared& shared, Held* held, std::uint32_t capacity, float
   }
   base = __shfl_sync(kFullMask, base, 31);
   if (base + __shfl_sync(kFullMask, end, 31) > capacity) {
-    return;  // too many: none of them will be looked at
+    return;  // too many: step 4c will ignore the candidates
   }
-  Held* place = held + base + end - own;
+  RowCandidate* next = candidates + base + end - passing;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (scores[i] > threshold) {
-      *place++ = {scores[i], position_of(i)};
+      *next++ = {scores[i], position_of(i)};
     }
   }
 }
 
-// `next`: the first vectors, loaded.
-__device__ inline void stream(Shared& shared, Held* held, std::uint32_t capacity, float threshold,
-                              const Row& row, Vectors& next) {
+// Step 3. `next` holds the first vectors.
+__device__ inline void stream(Shared& shared, RowCandidate* candidates, std::uint32_t capacity,
+                              float threshold, const Row& row, Vectors& next) {
   constexpr std::uint32_t kStep = kThreads * kLoads;
 #pragma unroll 2
   for (std::uint32_t first = 0; first < row.vectors; first += kStep) {
-    const Vectors now = next;
+    const Vectors current = next;
     next.load(row, first + kStep);
     float scores[kLoads * 4];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      scores[4 * i] = now.own[i].x;
-      scores[4 * i + 1] = now.own[i].y;
-      scores[4 * i + 2] = now.own[i].z;
-      scores[4 * i + 3] = now.own[i].w;
+      scores[4 * i] = current.loaded[i].x;
+      scores[4 * i + 1] = current.loaded[i].y;
+      scores[4 * i + 2] = current.loaded[i].z;
+      scores[4 * i + 3] = current.loaded[i].w;
     }
-    append(shared, held, capacity, threshold, scores,
+    append(shared, candidates, capacity, threshold, scores,
            [&](int i) { return row.head + 4 * (first + i / 4 * kThreads + threadIdx.x) + i % 4; });
   }
-  // At most three scores before the vectors and three behind them.
+  // At most three scores before the vectors and three after them.
   const std::uint32_t body = 4 * row.vectors;
   const std::uint32_t position = threadIdx.x < row.head ? threadIdx.x : threadIdx.x + body;
   const float edge[1] = {position < row.length ? row.scores[position]
                                                : std::numeric_limits<float>::quiet_NaN()};
-  append(shared, held, capacity, threshold, edge, [&](int) { return position; });
+  append(shared, candidates, capacity, threshold, edge, [&](int) { return position; });
 }
 
-// Step 4b: the entry of the wanted-th (from 1) of the scores equal to a threshold, lowest first; 0
-// if there are not so many.
-__device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float threshold,
-                                          std::uint32_t wanted) {
+// Step 4b: of the scores tied at a threshold the entry of rank `rank` (from 1, lower positions
+// first); 0 if there are fewer.
+__device__ inline std::uint64_t find_tied_entry(Shared& shared, const Row& row, float threshold,
+                                                std::uint32_t rank) {
   for (std::uint32_t first = 0; first < row.length; first += kWindow) {
 #pragma unroll 4
     for (std::uint32_t i = threadIdx.x; i < kWindow; i += kThreads) {
@@ -212,45 +213,45 @@ __device__ inline std::uint64_t nth_equal(Shared& shared, const Row& row, float 
       const bool equal = position < row.length && row.scores[position] == threshold;
       const std::uint32_t word = __ballot_sync(kFullMask, equal);
       if (threadIdx.x % 32 == 0) {
-        shared.radix.words[i / 32] = word;
+        shared.radix.histogram[i / 32] = word;
       }
     }
     __syncthreads();
-    std::uint32_t own = 0;
+    std::uint32_t tied = 0;
     for (int i = 0; i < 4; ++i) {
-      own += static_cast<std::uint32_t>(__popc(shared.radix.words[threadIdx.x * 4 + i]));
+      tied += static_cast<std::uint32_t>(__popc(shared.radix.histogram[threadIdx.x * 4 + i]));
     }
     std::uint32_t before = 0;
     std::uint32_t total = 0;
-    Radix::Scan(shared.radix.scan).ExclusiveSum(own, before, total);
-    if (before < wanted && wanted <= before + own) {
-      for (std::uint32_t word = threadIdx.x * 4; before < wanted; ++word) {
-        for (std::uint32_t bits = shared.radix.words[word]; bits != 0; bits &= bits - 1) {
-          if (++before == wanted) {
+    Radix::Scan(shared.radix.scan).ExclusiveSum(tied, before, total);
+    if (before < rank && rank <= before + tied) {
+      for (std::uint32_t word = threadIdx.x * 4; before < rank; ++word) {
+        for (std::uint32_t bits = shared.radix.histogram[word]; bits != 0; bits &= bits - 1) {
+          if (++before == rank) {
             const std::uint32_t bit = __ffs(static_cast<int>(bits)) - 1;
-            shared.cut = make_entry(threshold, first + word * 32 + bit);
+            shared.kth_entry = make_entry(threshold, first + word * 32 + bit);
             break;
           }
         }
       }
     }
     __syncthreads();
-    if (wanted <= total) {
-      return shared.cut;
+    if (rank <= total) {
+      return shared.kth_entry;
     }
-    wanted -= total;
+    rank -= total;
   }
   return 0;
 }
 
-// Selects one row. Called by all kThreads threads of a block with plan.bytes() of shared memory,
-// aligned to 16 bytes; a block that goes on to another row synchronises in between. The row may
-// have been written by this block before a barrier.
+// Selects one row. All kThreads threads of the thread block call it, with plan.bytes() of shared
+// memory, aligned to 16 bytes, and synchronise between two calls. The row may have been written by
+// the same thread block before a barrier.
 __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const float* row_scores,
                                   std::uint32_t length, const OutputRow& out) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  auto* held = reinterpret_cast<Held*>(memory + sizeof(Shared));
-  auto* staged = reinterpret_cast<std::uint16_t*>(held + plan.capacity);
+  auto* candidates = reinterpret_cast<RowCandidate*>(memory + sizeof(Shared));
+  auto* staged = reinterpret_cast<std::uint16_t*>(candidates + plan.capacity);
   const std::uint32_t top_k = plan.top_k;
   const Row row(row_scores, length);
 
@@ -270,7 +271,7 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
   if (length <= plan.capacity) {
 #pragma unroll 4
     for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
-      held[i] = {row.scores[i], i};
+      candidates[i] = {row.scores[i], i};
     }
     __syncthreads();
   } else {
@@ -280,27 +281,28 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
     Vectors first;
     first.load(row, 0);
     threshold = sample_threshold(shared, plan, row);  // has barriers
-    stream(shared, held, plan.capacity, threshold, row, first);
+    stream(shared, candidates, plan.capacity, threshold, row, first);
     __syncthreads();
     count = shared.appended;
   }
 
-  RowSource source{held, count, row.scores, 0, 0};  // step 4a
-  std::uint64_t cut = 0;
+  RowSource source{candidates, count, row.scores, 0, 0};  // step 4a
+  std::uint64_t kth_entry = 0;
   const bool fits = count <= plan.capacity;
   if (fits && count < top_k) {  // step 4b
-    cut = nth_equal(shared, row, threshold, top_k - count);
-    source.length = min(entry_position(cut) + 1, length);
-    source.ceiling = static_cast<std::uint32_t>(cut >> 32);
+    kth_entry = find_tied_entry(shared, row, threshold, top_k - count);
+    source.length = min(entry_position(kth_entry) + 1, length);
+    source.max_key = static_cast<std::uint32_t>(kth_entry >> 32);
   }
-  if (cut == 0) {
+  if (kth_entry == 0) {
     if (!fits || count < top_k) {  // step 4c
-      source = {held, 0, row.scores, length, kWarp};
+      source = {candidates, 0, row.scores, length, kLargestKey};
     }
-    cut = find_kth(shared, max(source.count, source.length), top_k, length,
-                   [&](const auto& visitor) { source.visit(0, source.length, visitor); });
+    kth_entry =
+        find_kth_entry(shared, max(source.count, source.length), top_k, length,
+                       [&](const auto& visitor) { source.visit(0, source.length, visitor); });
   }
-  emit(shared, staged, source, cut, length, top_k, out);
+  emit(shared, staged, source, kth_entry, length, top_k, out);
 }
 
 }  // namespace misa::cuda::select

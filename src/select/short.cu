@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k of short rows of scores: one thread block a row, which it holds in registers.
+// Top-k of short rows of scores: one thread block per row, the row in registers.
 //
 //  1. A row of no more than k columns selects all of them.
-//  2. The row is loaded, 32 scores a thread, as integers that have their order. Each warp holds a
-//     stretch of it.
-//  3. RadixHistogram narrow down where the key of rank k lies (digits.cuh), until all keys of the
-//  bin are
-//     wanted, or it is one key.
-//  4. On such a plateau the lower columns win: digits of the columns say up to which one. The keys
-//     of those are raised above the others.
-//  5. A scan over how many each thread selects gives every selected column its rank. Columns go
-//     there in shared memory, from there to the output in whole lines, as the positions that they
-//     stand for. Scores, if wanted, are read again.
+//  2. The row is loaded, 32 scores per thread, as integers that have the scores' order. Each warp
+//     holds adjacent columns.
+//  3. Radix histograms find the bucket that holds the key of rank k (radix_histogram.cuh), until
+//     all its keys are selected or it is a single key.
+//  4. Of tied scores the lower columns are selected: radix histograms of the columns find the last
+//     of them. The keys of those selected are raised above the others.
+//  5. A scan over how many columns each thread selects gives every selected column its rank.
+//     Columns go to their ranks in shared memory, and from there to the output in whole lines, as
+//     the positions that they stand for. Scores, if wanted, are read again.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -31,66 +30,66 @@
 namespace misa::cuda::select {
 namespace {
 
-// Scores of a thread: half of the 64 registers that each of 1024 threads an SM may have.
+// Scores that a thread holds: half of the 64 registers that each of 1024 threads an SM may have.
 constexpr int kVectors = 8;  // of four scores
-constexpr int kOwn = 4 * kVectors;
+constexpr int kThreadScores = 4 * kVectors;
 
-// Outputs of a thread whose columns and positions are fetched together.
+// Outputs of a thread whose columns and positions are loaded together.
 constexpr int kOutputs = 4;
 
 template <int threads>
 struct ShortShared {
-  // Four bins a thread. One digit of some thousand scores in a narrow range leaves a few, a second
-  // one rarely more than one.
+  // Four buckets per thread. One pass over a few thousand scores in a narrow range leaves a few
+  // keys, a second pass rarely more than one.
   using Radix = RadixHistogram<threads, std::countr_zero(4U * threads)>;
 
   typename Radix::Shared radix;
-  std::uint32_t selected[threads / 32];  // by each warp
+  std::uint32_t selected[threads / 32];  // columns, per warp
 };
 
-// ordered_bits plus 1; 0 for NaN. The sum is +0 for -0 and 0x7FFFFFFF for every NaN, the one that
-// the device's arithmetic returns.
-__device__ std::uint32_t key_of(float score) {
+// ordered_bits plus 1, but 0 for NaN: adding +0 turns -0 into +0 and every NaN into 0x7FFFFFFF, the
+// only NaN that the device's arithmetic returns.
+__device__ std::uint32_t short_key(float score) {
   const std::uint32_t bits = __float_as_uint(__fadd_rn(score, 0.0F));
   return (bits & 0x80000000U) != 0 ? 0 - bits : bits + 0x80000001U;
 }
 
-// A thread's part of a row: kVectors times four columns, 128 apart. Behind the row's end stand NaN:
-// being last they are never selected.
-struct Held {
+// The part of a row that a thread holds: kVectors times four columns, 128 apart. Beyond the row's
+// end the scores are NaN: ranking last, they are never selected.
+struct ThreadColumns {
   std::uint32_t first;  // column
-  std::uint32_t keys[kOwn];
+  std::uint32_t keys[kThreadScores];
 
-  __device__ Held(const float* row, std::uint32_t length)
-      : first(threadIdx.x * 4 + threadIdx.x / 32 * (32 * kOwn - 128)) {
+  __device__ ThreadColumns(const float* row, std::uint32_t length)
+      : first(threadIdx.x * 4 + threadIdx.x / 32 * (32 * kThreadScores - 128)) {
     const bool aligned = reinterpret_cast<std::uintptr_t>(row) % sizeof(float4) == 0;
-    const std::uint32_t whole = aligned ? length / 4 * 4 : 0;  // columns that vectors cover
-    float scores[kOwn];
+    const std::uint32_t vectorized = aligned ? length / 4 * 4 : 0;  // columns loaded as vectors
+    float scores[kThreadScores];
 #pragma unroll
     for (float& score : scores) {
       score = std::numeric_limits<float>::quiet_NaN();
     }
 #pragma unroll
-    for (int i = 0; i < kOwn; i += 4) {
-      if (column(i) < whole) {
-        const float4 four = __ldcs(reinterpret_cast<const float4*>(row + column(i)));
-        scores[i] = four.x;
-        scores[i + 1] = four.y;
-        scores[i + 2] = four.z;
-        scores[i + 3] = four.w;
+    for (int i = 0; i < kThreadScores; i += 4) {
+      if (column(i) < vectorized) {
+        const float4 vector = __ldcs(reinterpret_cast<const float4*>(row + column(i)));
+        scores[i] = vector.x;
+        scores[i + 1] = vector.y;
+        scores[i + 2] = vector.z;
+        scores[i + 3] = vector.w;
       }
     }
-    if (whole < length) {
+    if (vectorized < length) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (column(i) >= whole && column(i) < length) {
+      for (int i = 0; i < kThreadScores; ++i) {
+        if (column(i) >= vectorized && column(i) < length) {
           scores[i] = row[column(i)];
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      keys[i] = key_of(scores[i]);
+    for (int i = 0; i < kThreadScores; ++i) {
+      keys[i] = short_key(scores[i]);
     }
   }
 
@@ -99,53 +98,54 @@ struct Held {
 
 // Steps 3 and 4: the smallest key that is selected.
 template <int threads>
-__device__ std::uint32_t find_kth(ShortShared<threads>& shared, Held& held, std::uint32_t wanted,
-                                  std::uint32_t length) {
+__device__ std::uint32_t find_kth_key(ShortShared<threads>& shared, ThreadColumns& columns,
+                                      std::uint32_t rank, std::uint32_t length) {
   using Radix = typename ShortShared<threads>::Radix;
-  std::uint32_t below = kWarp;  // the smallest key but 0, less 1
+  std::uint32_t below = kLargestKey;  // the smallest key that is not 0, less 1
   std::uint32_t largest = 0;
 #pragma unroll
-  for (const std::uint32_t key : held.keys) {
+  for (const std::uint32_t key : columns.keys) {
     below = min(below, key - 1);
     largest = max(largest, key);
   }
-  Bucket keys = Radix::bracket_all(shared.radix, below + 1, largest, 0);
+  Bucket keys = Radix::initial_bucket(shared.radix, below + 1, largest, 0);
   do {
-    keys = Radix::narrow(shared.radix, keys, wanted, [&](const auto& visitor) {
+    keys = Radix::choose_bucket(shared.radix, keys, rank, [&](const auto& visitor) {
 #pragma unroll
-      for (const std::uint32_t key : held.keys) {
+      for (const std::uint32_t key : columns.keys) {
         visitor(key, true);
       }
     });
-  } while (keys.above + keys.count != wanted && keys.reach != 0);
-  if (keys.above + keys.count == wanted) {
+  } while (keys.above + keys.count != rank && keys.range != 0);
+  if (keys.above + keys.count == rank) {
     return keys.low;
   }
-  const std::uint32_t plateau = keys.count != 0 ? keys.low : 0;  // NaN, where numbers are too few
-  // Columns differ, so in the end a bin's are all wanted.
-  Bucket places{~(length - 1), length - 1, keys.above, length};
+  const std::uint32_t tied = keys.count != 0 ? keys.low : 0;  // NaN, if there are too few numbers
+  // Columns are distinct, so this ends with a bucket whose columns are all selected.
+  Bucket tied_columns{~(length - 1), length - 1, keys.above, length};
   do {
-    places = Radix::narrow(shared.radix, places, wanted, [&](const auto& visitor) {
+    tied_columns = Radix::choose_bucket(shared.radix, tied_columns, rank, [&](const auto& visitor) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        visitor(~held.column(i), held.keys[i] == plateau);
+      for (int i = 0; i < kThreadScores; ++i) {
+        visitor(~columns.column(i), columns.keys[i] == tied);
       }
     });
-  } while (places.above + places.count != wanted);
+  } while (tied_columns.above + tied_columns.count != rank);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    if (held.keys[i] == plateau && ~held.column(i) >= places.low) {
-      held.keys[i] = plateau + 1;
+  for (int i = 0; i < kThreadScores; ++i) {
+    if (columns.keys[i] == tied && ~columns.column(i) >= tied_columns.low) {
+      columns.keys[i] = tied + 1;
     }
   }
-  return plateau + 1;
+  return tied + 1;
 }
 
 // Step 5, up to shared memory.
 template <int threads>
-__device__ void stage(ShortShared<threads>& shared, std::uint16_t* staged, const Held& held,
-                      std::uint32_t cut) {
-  // A byte for each vector: how many of it are selected. Sums over a warp are at most 128.
+__device__ void stage_columns(ShortShared<threads>& shared, std::uint16_t* staged,
+                              const ThreadColumns& columns, std::uint32_t kth_key) {
+  // Each vector has a byte of a word: how many of its columns are selected. Over a warp that is at
+  // most 128.
   constexpr int kWords = kVectors / 4;
   constexpr std::uint32_t kOnes = 0x01010101;
   const auto of_vector = [](const std::uint32_t(&counts)[kWords], int i) {
@@ -153,25 +153,25 @@ __device__ void stage(ShortShared<threads>& shared, std::uint16_t* staged, const
   };
   const unsigned lane = threadIdx.x % 32;
   const unsigned warp = threadIdx.x / 32;
-  std::uint32_t before[kWords];  // selected by lower lanes
-  std::uint32_t all[kWords];     // by the warp
-  std::uint32_t selected = 0;    // in all vectors
+  std::uint32_t before[kWords];       // selected by lower lanes
+  std::uint32_t warp_counts[kWords];  // by the warp
+  std::uint32_t selected = 0;         // by the warp in all vectors
 #pragma unroll
   for (int word = 0; word < kWords; ++word) {
-    std::uint32_t own = 0;
+    std::uint32_t counts = 0;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      own += held.keys[word * 16 + i] >= cut ? 1U << i / 4 * 8 : 0;
+      counts += columns.keys[word * 16 + i] >= kth_key ? 1U << i / 4 * 8 : 0;
     }
-    std::uint32_t end = own;
+    std::uint32_t end = counts;
 #pragma unroll
     for (unsigned step = 1; step < 32; step *= 2) {
       const std::uint32_t lower = __shfl_up_sync(kFullMask, end, step);
       end += lane >= step ? lower : 0;
     }
-    before[word] = end - own;
-    all[word] = __shfl_sync(kFullMask, end, 31);
-    selected = __dp4a(all[word], kOnes, selected);
+    before[word] = end - counts;
+    warp_counts[word] = __shfl_sync(kFullMask, end, 31);
+    selected = __dp4a(warp_counts[word], kOnes, selected);
   }
   if (lane == 0) {
     shared.selected[warp] = selected;
@@ -180,14 +180,14 @@ __device__ void stage(ShortShared<threads>& shared, std::uint16_t* staged, const
   std::uint32_t start = __reduce_add_sync(kFullMask, lane < warp ? shared.selected[lane] : 0);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    std::uint16_t* place = staged + start + of_vector(before, i);
+    std::uint16_t* next = staged + start + of_vector(before, i);
 #pragma unroll
     for (int j = 4 * i; j < 4 * i + 4; ++j) {
-      if (held.keys[j] >= cut) {
-        *place++ = static_cast<std::uint16_t>(held.column(j));
+      if (columns.keys[j] >= kth_key) {
+        *next++ = static_cast<std::uint16_t>(columns.column(j));
       }
     }
-    start += of_vector(all, i);
+    start += of_vector(warp_counts, i);
   }
   __syncthreads();
 }
@@ -210,9 +210,9 @@ __global__ void __launch_bounds__(threads, 1024 / threads)
   const bool all = length <= top_k;  // step 1
   if (!all) {
     ShortShared<threads>::Radix::clear(shared.radix);
-    Held held(row, length);
-    const std::uint32_t cut = find_kth(shared, held, top_k, length);
-    stage(shared, staged, held, cut);
+    ThreadColumns thread_columns(row, length);
+    const std::uint32_t kth_key = find_kth_key(shared, thread_columns, top_k, length);
+    stage_columns(shared, staged, thread_columns, kth_key);
   }
 
   const std::uint32_t count = min(length, top_k);
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(threads, 1024 / threads)
 }
 
 template <int threads>
-void launch_rows(const Logits& logits, const Keys& keys, const Columns& columns, int top_k,
-                 const TopK& out, bool empty, void* stream) {
+void launch_short_rows(const Logits& logits, const Keys& keys, const Columns& columns, int top_k,
+                       const TopK& out, bool empty, void* stream) {
   const std::int64_t staged = std::min<std::int64_t>(top_k, logits.columns);
   const std::size_t bytes = sizeof(ShortShared<threads>) + sizeof(std::uint16_t) * staged;
   launch_kernel("selection", short_kernel<threads>, dim3(static_cast<unsigned>(logits.rows)),
@@ -257,13 +257,13 @@ void launch_rows(const Logits& logits, const Keys& keys, const Columns& columns,
 
 void launch_short(const Logits& logits, const Keys& keys, const Columns& columns, int top_k,
                   const TopK& out, bool empty, void* stream) {
-  static_assert(kShortColumns == 512 * kOwn);
-  if (logits.columns <= 128 * kOwn) {
-    launch_rows<128>(logits, keys, columns, top_k, out, empty, stream);
-  } else if (logits.columns <= 256 * kOwn) {
-    launch_rows<256>(logits, keys, columns, top_k, out, empty, stream);
+  static_assert(kShortColumns == 512 * kThreadScores);
+  if (logits.columns <= 128 * kThreadScores) {
+    launch_short_rows<128>(logits, keys, columns, top_k, out, empty, stream);
+  } else if (logits.columns <= 256 * kThreadScores) {
+    launch_short_rows<256>(logits, keys, columns, top_k, out, empty, stream);
   } else {
-    launch_rows<512>(logits, keys, columns, top_k, out, empty, stream);
+    launch_short_rows<512>(logits, keys, columns, top_k, out, empty, stream);
   }
 }
 

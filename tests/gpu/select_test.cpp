@@ -21,7 +21,7 @@
 #include "core/entry.hpp"
 #include "cuda/check.cuh"
 #include "misa/cuda.hpp"
-#include "select/fused.hpp"
+#include "select/gate.hpp"
 #include "select/generic.hpp"
 #include "support/adversarial.hpp"
 
@@ -33,8 +33,8 @@ using cuda::check;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Elements around every array. Before and behind scores they are +inf, so that whoever uses one
-// selects it; around outputs they must stay what they were.
+// Guard elements before and after every array. Around scores they are +inf, so that a kernel that
+// reads one selects it; around outputs they must not change.
 constexpr std::int64_t kGuard = 1024;
 
 bool have_device() {
@@ -42,8 +42,8 @@ bool have_device() {
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
 }
 
-// An array in device memory between guards. It ends where its allocation does but for the guard,
-// `shift` elements after a boundary of 256 bytes.
+// An array in device memory between guards, which starts `shift` elements after a boundary of 256
+// bytes.
 template <class T>
 class Device {
  public:
@@ -61,18 +61,18 @@ class Device {
 
   [[nodiscard]] T* data() const { return data_ + front_; }
 
-  // The values, after whatever was launched has ended; the guards must be whole.
+  // The values, once all launched work is done; checks the guards.
   [[nodiscard]] std::vector<T> values() const {
     std::vector<T> all(static_cast<std::size_t>(front_ + size_ + kGuard));
     check(cudaMemcpy(all.data(), data_, all.size() * sizeof(T), cudaMemcpyDeviceToHost),
           "cudaMemcpy");
-    const auto whole = [&](std::int64_t first, std::int64_t count) {
+    const auto unchanged = [&](std::int64_t first, std::int64_t count) {
       return std::all_of(all.begin() + first, all.begin() + first + count, [&](const T& value) {
         return std::memcmp(&value, &guard_, sizeof(T)) == 0;
       });
     };
-    EXPECT_TRUE(whole(0, front_)) << "written before the array";
-    EXPECT_TRUE(whole(front_ + size_, kGuard)) << "written behind the array";
+    EXPECT_TRUE(unchanged(0, front_)) << "written before the array";
+    EXPECT_TRUE(unchanged(front_ + size_, kGuard)) << "written after the array";
     return {all.begin() + front_, all.begin() + front_ + size_};
   }
 
@@ -132,7 +132,7 @@ Selected row_of(const std::vector<std::int32_t>& indices, const std::vector<floa
   return selected;
 }
 
-// One line about the first difference instead of two rows of thousands.
+// Reports the first difference in one line instead of two rows of thousands.
 void expect_equal(const Selected& got, const Selected& want, const std::string& what) {
   const auto compare = [&](const auto& a, const auto& b, const char* name) {
     const auto [at, other] = std::mismatch(a.begin(), a.end(), b.begin());
@@ -147,8 +147,8 @@ void expect_equal(const Selected& got, const Selected& want, const std::string& 
 
 using RowsOfScores = std::vector<std::vector<float>>;
 
-// Runs the selector over rows that stand `padding` elements apart and start `shift` after a
-// boundary, with and without scores.
+// Runs the selector, with and without scores, over rows that are `padding` elements apart and start
+// `shift` elements after a boundary.
 void check_top_k(const RowsOfScores& rows, const std::vector<std::int32_t>& lengths, int top_k,
                  const std::string& what, std::int64_t padding = 0, std::int64_t shift = 0) {
   const std::int64_t count = std::ssize(rows);
@@ -213,16 +213,17 @@ TEST_F(SmokeCudaTopK, SelectsFromShortAndLongRows) {
   }
 }
 
-TEST_F(SmokeCudaTopK, SelectsFromPlateausAndMisledSamples) {
+TEST_F(SmokeCudaTopK, SelectsFromTiedScoresAndMisleadingSamples) {
   for (const std::int64_t n : {9000, 20001}) {
     std::vector<float> zeros(n, 0.0F);
     std::vector<float> last(n, 0.0F);
     std::fill(last.end() - 500, last.end(), 1.0F);
-    std::vector<float> two = normal_row(n, 3);  // values: both pass, the cut is within the lower
+    // Two values pass the threshold, and the k-th entry is among the lower ones.
+    std::vector<float> two = normal_row(n, 3);
     std::transform(two.begin(), two.end(), two.begin(), [](float score) {
       return score > 1.5F ? 2.0F : score > 0.8F ? 1.0F : -1.0F;
     });
-    check_top_k({zeros, last, two, std::vector<float>(n, kNaN)}, {}, 2048, "plateaus");
+    check_top_k({zeros, last, two, std::vector<float>(n, kNaN)}, {}, 2048, "tied scores");
   }
 }
 
@@ -307,7 +308,7 @@ TEST_F(CudaTopK, AdversarialRows) {
   }
 }
 
-// The sample takes pairs of vectors at even distances: rows that are better, or worse, just there.
+// The sample takes pairs of vectors at even distances; these rows are higher, or lower, just there.
 TEST_F(CudaTopK, RowsThatMisleadTheSample) {
   for (const std::int64_t n : {16384, 65536, 131072}) {
     const std::int64_t period = n / 512;
@@ -323,8 +324,9 @@ TEST_F(CudaTopK, RowsThatMisleadTheSample) {
   }
 }
 
-// Scores above a plateau: as many as there is capacity, k, or beside them; equals around the quota.
-TEST_F(CudaTopK, PlateausAtTheBound) {
+// Larger scores above tied ones: about as many as the capacity or k; and tied scores about as many
+// as are still needed.
+TEST_F(CudaTopK, TiedScoresAtTheThreshold) {
   for (const std::int64_t above : {0, 1, 2047, 2048, 2049, 7679, 7680, 7681}) {
     for (const std::int64_t equal : {0, 1, 2, 3000, 40000}) {
       std::vector<float> row = normal_row(66000, 11);
@@ -338,8 +340,8 @@ TEST_F(CudaTopK, PlateausAtTheBound) {
   }
 }
 
-// Few zeros at the sampled rank: the threshold lies at zero, where -0 and +0 are one.
-TEST_F(CudaTopK, ZerosOfBothSignsAtTheBound) {
+// Few zeros at the sampled rank: the threshold is zero, where -0 equals +0.
+TEST_F(CudaTopK, ZerosOfBothSignsAtTheThreshold) {
   std::vector<float> row = normal_row(65536, 13);
   for (std::int64_t i = 0; i < std::ssize(row); ++i) {
     const float size = std::abs(row[i]);
@@ -363,8 +365,8 @@ TEST_F(CudaTopK, InfinitiesAndNaN) {
   }
 }
 
-// Rows that a block's registers hold: equal scores and NaN, as many as are wanted or beside that.
-TEST_F(CudaTopK, PlateausOfShortRows) {
+// Rows that a thread block's registers hold: tied scores and NaN, about as many as are selected.
+TEST_F(CudaTopK, TiedScoresOfShortRows) {
   for (const std::int64_t n : {1000, 4096, 8191, 16384}) {
     for (const float value : {0.0F, -0.0F, -1.0F, kInfinity, -kInfinity, kNaN}) {
       for (const std::int64_t above : {0, 1, 511, 512, 513}) {
@@ -385,7 +387,7 @@ TEST_F(CudaTopK, PlateausOfShortRows) {
   }
 }
 
-// Every NaN is the same, whatever its sign and payload.
+// All NaN are equal, whatever their sign and payload.
 TEST_F(CudaTopK, NaNOfAllKinds) {
   std::vector<float> row = normal_row(5000, 53);
   for (std::size_t i = 0; i < row.size(); i += 3) {
@@ -433,12 +435,12 @@ TEST_F(CudaTopK, CanBeCaptured) {
 
 // --- The fused path ---
 
-// Rows of scores as scoring would hand them on: all that exceed a threshold, each to the list that
-// its position names. The rows' keys stand one after the other (Sequences).
+// Candidates as scoring with a gate writes them: all scores that exceed a threshold, each in the
+// list that its position gives. The rows' keys follow one another (Sequences).
 struct Survivors {
   std::int64_t lists;
   std::int64_t capacity;
-  std::vector<cuda::Candidate> entries;  // [T, lists, capacity], with junk behind the filled
+  std::vector<cuda::Candidate> entries;  // [T, lists, capacity], with junk after the candidates
   std::vector<std::uint32_t> counts;     // [T, lists]
 };
 
@@ -471,7 +473,7 @@ Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& thres
   return survivors;
 }
 
-// Queries whose keys stand one after the other, as many as there are scores.
+// Queries whose keys follow one another, as many as each row has scores.
 class Sequences {
  public:
   explicit Sequences(const RowsOfScores& rows)
@@ -509,7 +511,7 @@ class Sequences {
   Device<std::int32_t> ends_;
 };
 
-// Blocks of positions that ascend, as many as there are lists wide; the last may reach beyond n.
+// `width` random blocks of positions below n, ascending; the last may extend beyond n.
 std::vector<std::int32_t> blocks_below(std::int64_t n, std::int64_t block, std::int64_t width,
                                        std::uint64_t seed) {
   std::vector<std::int32_t> all((n + block - 1) / block);
@@ -520,9 +522,9 @@ std::vector<std::int32_t> blocks_below(std::int64_t n, std::int64_t block, std::
   return list;
 }
 
-// Selects from scores of listed positions of queries that see 0, 1, … keys; what is selected must
-// be positions.
-void check_listed(std::int64_t block, std::int64_t width, int top_k, bool with_scores) {
+// Selects from scores of gathered columns, of queries that see from 0 to many keys; the result must
+// be the positions that the columns stand for.
+void check_gathered(std::int64_t block, std::int64_t width, int top_k, bool with_scores) {
   const std::int64_t columns = block * width;
   const RowsOfScores seen{std::vector<float>(3 * columns), std::vector<float>(3 * columns - 1),
                           std::vector<float>(columns + 7), std::vector<float>(columns / 2),
@@ -574,22 +576,22 @@ void check_listed(std::int64_t block, std::int64_t width, int top_k, bool with_s
   }
 }
 
-TEST_F(SmokeCudaTopK, WritesThePositionsOfListedColumns) {
-  check_listed(128, 64, 2048, true);
-  check_listed(1, 4096, 2048, false);
+TEST_F(SmokeCudaTopK, WritesThePositionsOfGatheredColumns) {
+  check_gathered(128, 64, 2048, true);
+  check_gathered(1, 4096, 2048, false);
 }
 
-TEST_F(CudaTopK, WritesThePositionsOfListedColumns) {
+TEST_F(CudaTopK, WritesThePositionsOfGatheredColumns) {
   for (const std::int64_t block : {1, 2, 64, 100, 128, 1024}) {
     for (const std::int64_t columns : {1024, 4096, 5000, 8192, 16384}) {
       for (const int top_k : {1, 100, 2048, 5000}) {
-        check_listed(block, std::max<std::int64_t>(1, columns / block), top_k, top_k % 2 == 0);
+        check_gathered(block, std::max<std::int64_t>(1, columns / block), top_k, top_k % 2 == 0);
       }
     }
   }
 }
 
-// Runs launch_survivors with and without scores; returns the rows that fallback, sorted.
+// Runs launch_survivors with or without scores; returns the fallback rows, sorted.
 std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Survivors& survivors,
                                           int top_k, const std::string& what,
                                           bool with_scores = true) {
@@ -627,14 +629,14 @@ std::vector<std::int32_t> check_survivors(const RowsOfScores& rows, const Surviv
   return fallback;
 }
 
-// A threshold that lets through as many scores as wanted, or a few more.
-float threshold_for(const std::vector<float>& row, std::int64_t wanted) {
+// A threshold that lets `count` scores of a row through, or all if it has no more.
+float threshold_for(const std::vector<float>& row, std::int64_t count) {
   std::vector<float> sorted = row;
-  if (wanted >= std::ssize(sorted)) {
+  if (count >= std::ssize(sorted)) {
     return -kInfinity;
   }
-  std::nth_element(sorted.begin(), sorted.begin() + wanted, sorted.end(), std::greater<>());
-  return sorted[wanted];
+  std::nth_element(sorted.begin(), sorted.begin() + count, sorted.end(), std::greater<>());
+  return sorted[count];
 }
 
 TEST_F(SmokeCudaSurvivors, SelectsExactly) {
@@ -649,7 +651,7 @@ TEST_F(SmokeCudaSurvivors, SelectsExactly) {
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "without scores", false).empty());
 }
 
-// As many as registers hold, and more, where bitmaps have some of the positions each.
+// Candidates that registers hold, and more, of rows longer than one bitmap.
 TEST_F(SmokeCudaSurvivors, LongRow) {
   const RowsOfScores rows{normal_row(300000, 5), normal_row(300000, 6)};
   const Survivors survivors =
@@ -657,27 +659,26 @@ TEST_F(SmokeCudaSurvivors, LongRow) {
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
 }
 
-// Equal scores behind `above` larger ones: cuts above them, among them and below, of rows that
-// registers hold and of rows that they don't, with positions of 16, 17 and more bits.
-TEST_F(SmokeCudaSurvivors, Plateaus) {
-  struct Plateau {
+// `count` tied scores after `above` larger ones: the k-th entry above, among and below them; in
+// rows that registers hold and that they don't, with positions of 16, 17 and more bits.
+TEST_F(SmokeCudaSurvivors, TiedScores) {
+  struct Ties {
     std::int64_t above;
-    std::int64_t size;
+    std::int64_t count;
   };
   for (const std::int64_t length : {20000, 100000, 300000}) {
-    for (const Plateau& plateau : {Plateau{0, 6000}, Plateau{1000, 1500}, Plateau{5000, 1500}}) {
-      const std::int64_t end = plateau.above + plateau.size;
+    for (const Ties& ties : {Ties{0, 6000}, Ties{1000, 1500}, Ties{5000, 1500}}) {
+      const std::int64_t end = ties.above + ties.count;
       RowsOfScores rows{normal_row(length, 7)};
       std::vector<float> sorted = rows[0];
       std::sort(sorted.begin(), sorted.end(), std::greater<>());
       for (float& score : rows[0]) {
-        score = score >= sorted[end - 1] && score < sorted[plateau.above] ? sorted[plateau.above]
-                                                                          : score;
+        score = score >= sorted[end - 1] && score < sorted[ties.above] ? sorted[ties.above] : score;
       }
       for (const std::int64_t count : {end, end + 500, std::int64_t{13000}}) {
         const Survivors survivors = survivors_of(rows, {threshold_for(rows[0], count)}, 16, 1000);
         for (const std::int64_t top_k :
-             {plateau.above, plateau.above + 1, plateau.above + 1048, end - 1, end, end + 1}) {
+             {ties.above, ties.above + 1, ties.above + 1048, end - 1, end, end + 1}) {
           if (top_k == 0 || top_k > count) {
             continue;
           }
@@ -690,7 +691,7 @@ TEST_F(SmokeCudaSurvivors, Plateaus) {
   }
 }
 
-TEST_F(SmokeCudaSurvivors, ReportsMisses) {
+TEST_F(SmokeCudaSurvivors, ReportsFallbackRows) {
   const RowsOfScores rows{normal_row(5000, 1), normal_row(5000, 2), normal_row(5000, 3),
                           normal_row(50, 4)};
   const std::vector<float> thresholds{threshold_for(rows[0], 99), threshold_for(rows[1], 100),
@@ -728,8 +729,8 @@ TEST_F(CudaSurvivors, GeneratedShapes) {
   }
 }
 
-// Few long lists, that end anywhere in a warp's share of them, of rows that registers hold and of
-// rows that they don't.
+// Few long lists that end at different places in the chunks of a warp, of rows that registers hold
+// and that they don't.
 TEST_F(CudaSurvivors, FewLongLists) {
   for (const std::int64_t length : {60000, 70000}) {
     for (const std::int64_t lists : {1, 2, 3, 4, 16, 32}) {
@@ -748,7 +749,7 @@ TEST_F(CudaSurvivors, FewLongLists) {
   }
 }
 
-// Lists as full as they can be, side by side; the last one's end is the array's.
+// Completely filled lists; the last one ends where the array does.
 TEST_F(CudaSurvivors, FullLists) {
   for (const std::int64_t lists : {1, 4, 16}) {
     const RowsOfScores rows{normal_row(1024 * lists, 3), normal_row(1024 * lists, 4)};
@@ -759,7 +760,7 @@ TEST_F(CudaSurvivors, FullLists) {
   }
 }
 
-// As many candidates as registers hold, and shared memory beside them, one more, and far more, with
+// As many candidates as fit registers, or registers and shared memory; one more; and far more; with
 // positions of 16 and 17 bits.
 TEST_F(CudaSurvivors, MoreThanRegistersHold) {
   for (const std::int64_t length : {65536, 65537, 131072}) {
@@ -797,7 +798,8 @@ TEST_F(CudaSurvivors, TiesAndWideRanges) {
   }
 }
 
-// Rows of one bitmap and of several, that registers hold and that they don't, also with plateaus.
+// Rows of one bitmap and of several, that registers hold and that they don't, also with tied
+// scores.
 TEST_F(CudaSurvivors, LongRows) {
   for (const std::int64_t length : {131073, 262144, 262145, 600000}) {
     RowsOfScores rows{normal_row(length, 41), normal_row(length, 43)};
@@ -819,8 +821,8 @@ TEST_F(CudaSurvivors, LongRows) {
   EXPECT_TRUE(check_survivors(rows, survivors, 2048, "long").empty());
 }
 
-// Every stride-th score of each row, counted from the first key of all, as scoring samples; NaN
-// elsewhere.
+// Every stride-th score, counted from the first key of all rows, as scoring takes samples; NaN in
+// the columns that a row does not see.
 std::vector<float> sample(const RowsOfScores& rows, std::int64_t stride, std::int64_t columns) {
   std::vector<float> samples(rows.size() * columns, kNaN);
   std::int64_t start = 0;
@@ -842,13 +844,13 @@ std::vector<float> thresholds_of(const RowsOfScores& rows, const std::vector<flo
   const Device<float> device_samples(samples, kInfinity);
   const Device<float> thresholds(std::vector<float>(count, kPoisonScore), kPoisonScore);
   const Device<std::uint32_t> fallback_count(std::vector<std::uint32_t>{5}, 0x5A5A5A5AU);
-  const Device<std::uint32_t> parts(std::vector<std::uint32_t>(count, 5), 0x5A5A5A5AU);
+  const Device<std::uint32_t> finished_splits(std::vector<std::uint32_t>(count, 5), 0x5A5A5A5AU);
   cuda::select::launch_threshold({device_samples.data(), columns, columns}, sequences.keys(), count,
                                  top_k, thresholds.data(),
-                                 {nullptr, fallback_count.data(), parts.data()}, nullptr);
+                                 {nullptr, fallback_count.data(), finished_splits.data()}, nullptr);
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   EXPECT_EQ(fallback_count.values()[0], 0U);
-  EXPECT_EQ(parts.values(), std::vector<std::uint32_t>(count, 0));
+  EXPECT_EQ(finished_splits.values(), std::vector<std::uint32_t>(count, 0));
   return thresholds.values();
 }
 
@@ -859,8 +861,7 @@ TEST_F(SmokeCudaThreshold, LetsEverythingThroughWhereItCannotSay) {
   EXPECT_EQ(thresholds_of(rows, sample(rows, 64, 33), 33, 100), std::vector<float>(4, -kInfinity));
 }
 
-// With all scores sampled there is no doubt: exactly k exceed the threshold, but for a sixteenth
-// more.
+// If all scores are sampled, k exceed the threshold, and at most a sixteenth more.
 TEST_F(SmokeCudaThreshold, IsExactWithoutSampling) {
   const RowsOfScores rows{normal_row(1000, 1), normal_row(800, 2)};
   const std::vector<float> thresholds = thresholds_of(rows, sample(rows, 1, 1800), 1800, 100);
@@ -872,7 +873,7 @@ TEST_F(SmokeCudaThreshold, IsExactWithoutSampling) {
   }
 }
 
-TEST_F(CudaThreshold, BoundsTheSurvivorsOfNormalRows) {
+TEST_F(CudaThreshold, LetsFewMoreThanTheTopKThrough) {
   struct Shape {
     std::int64_t n;
     std::int64_t stride;
@@ -884,7 +885,7 @@ TEST_F(CudaThreshold, BoundsTheSurvivorsOfNormalRows) {
     for (std::uint64_t t = 0; t < 8; ++t) {
       rows.push_back(normal_row(shape.n + static_cast<std::int64_t>(t), t));
     }
-    // Rows one by one, so that each has the columns of the sample for itself.
+    // One row at a time, so that its samples start in column 0.
     for (const auto& row : rows) {
       const std::int64_t columns = (std::ssize(row) + shape.stride - 1) / shape.stride;
       const std::int64_t padded = std::min<std::int64_t>(columns + 5, cuda::select::kMaxSamples);
@@ -895,7 +896,7 @@ TEST_F(CudaThreshold, BoundsTheSurvivorsOfNormalRows) {
           thresholds_of({row}, sample({row}, shape.stride, padded), padded, shape.top_k)[0];
       const auto above = static_cast<double>(
           std::count_if(row.begin(), row.end(), [&](float score) { return score > threshold; }));
-      // The rank that the sample was cut at, a sixteenth more, and five deviations either way.
+      // The threshold's rank in the sample, a sixteenth more, and five standard deviations.
       const double mean = static_cast<double>(shape.top_k) / static_cast<double>(shape.stride);
       const double rank = (mean + 4.5 * std::sqrt(mean) + 2) * 17 / 16;
       const double most = static_cast<double>(shape.stride) * (rank + 5 * std::sqrt(rank));
@@ -905,8 +906,8 @@ TEST_F(CudaThreshold, BoundsTheSurvivorsOfNormalRows) {
   }
 }
 
-// The threshold lies on a plateau of zeros: what exceeds it are the scores above zero.
-TEST_F(CudaThreshold, LeavesWidePlateausOut) {
+// The rank falls among many tied zeros: only the scores above zero pass.
+TEST_F(CudaThreshold, LeavesManyTiedScoresOut) {
   std::vector<float> row = normal_row(65536, 43);
   for (float& score : row) {
     score = std::max(0.0F, score - 1.75F);  // about 2600 above zero
@@ -914,8 +915,9 @@ TEST_F(CudaThreshold, LeavesWidePlateausOut) {
   EXPECT_EQ(thresholds_of({row}, sample({row}, 32, 2048), 2048, 2048), std::vector<float>{0.0F});
 }
 
-// Ranks around a sixteenth of the largest score, 1, where the search goes on in wider bins. The
-// smallest score sets where they begin: one of them holds 1.
+// Thresholds around 1, a sixteenth of the largest score, below which the search continues in wider
+// buckets. These start at the smallest score, which is chosen so that one of them would extend
+// beyond 1.
 TEST_F(CudaThreshold, CountsNoSampleTwice) {
   constexpr std::int64_t kStride = 8;
   std::vector<float> row(16384);

@@ -39,7 +39,7 @@ TEST(FusedWorkPlan, SamplesCoverTheKeys) {
     ASSERT_GE(plan.sample_stride, 1);
     ASSERT_EQ(plan.samples, (shape.total_keys + plan.sample_stride - 1) / plan.sample_stride);
     // 2048, or of long contexts about every 128th key, up to the most that the threshold kernel
-    // takes (src/select/fused.hpp).
+    // takes (src/select/gate.hpp).
     ASSERT_LE(plan.samples, std::clamp<std::int64_t>(shape.total_keys / 128, 2048, 4096));
     ASSERT_LE(plan.sample_stride, std::max<std::int64_t>(129, (shape.total_keys + 4095) / 4096));
   });
