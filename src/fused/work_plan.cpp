@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <limits>
 #include <numeric>
 
 #include "fused/sm90_fp8_config.cuh"
 #include "select/gate.hpp"
+#include "select/gate_rank.hpp"
 
 namespace misa::cuda::fused {
 namespace {
@@ -83,16 +83,18 @@ KeySplits fastest_splits(std::int64_t query_blocks, std::int64_t keys, int tile_
   return fastest;
 }
 
-// Entries that a list of tiles with `share` of a query's keys must hold so that none is lost with a
-// probability that matters: five standard deviations of the rank at which the threshold was taken,
-// six of the list's share.
-double room(const WorkShape& shape, std::int64_t samples, double share) {
-  const auto keys = static_cast<double>(std::max<std::int64_t>(shape.max_keys, 1));
-  const double seen = static_cast<double>(samples) * keys / static_cast<double>(shape.total_keys);
-  const double rank = std::min(1.0, shape.top_k / keys) * seen;
-  const double target = rank + 5 * std::sqrt(rank) + 1;
-  const double most = (target + 5 * std::sqrt(target) + 1) / seen * keys * share;
-  return most + 6 * std::sqrt(most);
+// Entries that a list with `share` of a query's keys must hold to overflow as rarely as
+// gate_rank.hpp says: scores pass down to the threshold's rank among the samples, keys in the same
+// proportion.
+double passing_entries(const WorkShape& shape, std::int64_t samples, double share) {
+  const std::int64_t keys = std::max<std::int64_t>(shape.max_keys, 1);
+  const double sampled_share = static_cast<double>(samples) / static_cast<double>(shape.total_keys);
+  const double rank = select::threshold_rank<double>(
+      static_cast<std::uint32_t>(sampled_share * static_cast<double>(keys)),
+      static_cast<std::uint32_t>(keys),
+      static_cast<std::uint32_t>(std::min<std::int64_t>(shape.top_k, keys)));
+  const double passing = select::upper_count(rank, rank) / sampled_share;
+  return select::upper_count(passing * share, passing * share);
 }
 
 // Tiles of which a list holds all keys: as many as may lie in a cluster of good keys, or in several
@@ -100,12 +102,11 @@ double room(const WorkShape& shape, std::int64_t samples, double share) {
 constexpr std::int64_t kFullTiles = 3;
 
 // Entries of a list.
-std::int64_t capacity(const WorkShape& shape, const WorkPlan& layout, std::int64_t tiles) {
+std::int64_t capacity(const WorkShape& shape, const WorkPlan& plan, std::int64_t tiles) {
   // A round of tiles has one for each part; one round more where the ends are not whole ones.
-  const std::int64_t own =
-      ceil_div(tiles + 1, layout.key_splits.splits) * layout.key_splits.per_block;
+  const std::int64_t own = ceil_div(tiles + 1, plan.key_splits.splits) * plan.key_splits.per_block;
   const double share = std::min(1.0, static_cast<double>(own) / static_cast<double>(tiles));
-  const auto most = std::max(static_cast<std::int64_t>(room(shape, layout.samples, share)),
+  const auto most = std::max(static_cast<std::int64_t>(passing_entries(shape, plan.samples, share)),
                              kFullTiles * kTileKeys);
   return std::min(own * kTileKeys, most);
 }
