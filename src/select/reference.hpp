@@ -8,7 +8,7 @@
 
 namespace misa::reference {
 
-// Their indices, ascending; all of them if there are no more than k.
+// The indices of the k largest values, ascending; all if there are no more than k.
 std::vector<std::int64_t> top_k(std::span<const double> values, std::int64_t k);
 
 }  // namespace misa::reference
