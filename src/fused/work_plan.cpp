@@ -97,18 +97,21 @@ double passing_entries(const WorkShape& shape, std::int64_t samples, double shar
   return select::upper_count(passing * share, passing * share);
 }
 
-// Tiles of which a list holds all keys: as many as may lie in a cluster of good keys, or in several
-// that meet in one list.
+// A list has room for all keys of this many tiles: a cluster of good keys may fill several tiles of
+// one list.
 constexpr std::int64_t kFullTiles = 3;
 
-// Entries of a list.
-std::int64_t capacity(const WorkShape& shape, const WorkPlan& plan, std::int64_t tiles) {
-  // A round of tiles has one for each part; one round more where the ends are not whole ones.
-  const std::int64_t own = ceil_div(tiles + 1, plan.key_splits.splits) * plan.key_splits.per_block;
-  const double share = std::min(1.0, static_cast<double>(own) / static_cast<double>(tiles));
-  const auto most = std::max(static_cast<std::int64_t>(passing_entries(shape, plan.samples, share)),
-                             kFullTiles * kTileKeys);
-  return std::min(own * kTileKeys, most);
+// Entries of a list, where a query sees `tiles` tiles.
+std::int64_t list_capacity(const WorkShape& shape, const WorkPlan& plan, std::int64_t tiles) {
+  // Of every key_splits.splits tiles in a row, each split has one. The visible keys may start
+  // within a tile, which takes one tile more.
+  const std::int64_t list_tiles =
+      ceil_div(tiles + 1, plan.key_splits.splits) * plan.key_splits.per_block;
+  const double share = std::min(1.0, static_cast<double>(list_tiles) / static_cast<double>(tiles));
+  const auto entries =
+      std::max(static_cast<std::int64_t>(passing_entries(shape, plan.samples, share)),
+               kFullTiles * kTileKeys);
+  return std::min(list_tiles * kTileKeys, entries);
 }
 
 }  // namespace
@@ -131,7 +134,7 @@ WorkPlan plan_work(const WorkShape& shape) {
       fastest_splits(query_blocks, keys, kTileKeys,
                      may_span_query_blocks(rows) ? kMaxSplitsPerBlock : 1, shape.num_sms);
   plan.lists = max_lists(plan.key_splits.splits, plan.key_splits.per_block);
-  plan.capacity = static_cast<std::uint32_t>(capacity(shape, plan, ceil_div(keys, kTileKeys)));
+  plan.capacity = static_cast<std::uint32_t>(list_capacity(shape, plan, ceil_div(keys, kTileKeys)));
   return plan;
 }
 
