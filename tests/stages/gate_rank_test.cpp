@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <random>
 
-#include "fused/layout.hpp"
 #include "fused/sm90_fp8_config.cuh"
+#include "fused/work_plan.hpp"
 
 namespace misa::cuda::fused {
 namespace {
@@ -29,16 +29,16 @@ std::int64_t count_above(std::int64_t keys, double share, std::mt19937_64& rando
   return share < 1 ? std::binomial_distribution<std::int64_t>(keys, share)(random) : keys;
 }
 
-// The most keys of one list of a query that sees `keys` keys: tile i belongs to the part whose
-// number times `step` is i modulo `parts`, and a list has up to `share` consecutive parts.
-std::int64_t longest_list(const Deal& deal, std::int64_t keys) {
+// The most keys of one list of a query that sees `keys` keys: the tiles of per_block consecutive
+// splits (KeySplits).
+std::int64_t longest_list(const KeySplits& splits, std::int64_t keys) {
   std::int64_t longest = 0;
-  for (int first = 0; first + deal.share <= deal.parts; ++first) {
+  for (int first = 0; first + splits.per_block <= splits.splits; ++first) {
     std::int64_t list = 0;
-    for (int part = first; part < first + deal.share; ++part) {
-      const std::int64_t stride = std::int64_t{deal.parts} * kTileKeys;
-      for (std::int64_t key = std::int64_t{part} * deal.step % deal.parts * kTileKeys; key < keys;
-           key += stride) {
+    for (int split = first; split < first + splits.per_block; ++split) {
+      const std::int64_t stride = std::int64_t{splits.splits} * kTileKeys;
+      for (std::int64_t key = std::int64_t{split} * splits.stride % splits.splits * kTileKeys;
+           key < keys; key += stride) {
         list += std::min<std::int64_t>(kTileKeys, keys - key);
       }
     }
@@ -72,19 +72,20 @@ TEST(GateRank, ListsHoldWhatPasses) {
   for (const std::int64_t tokens : {1, 500, 2048}) {
     for (const std::int64_t max_keys : {16384, 65536, 131072, 262144}) {
       for (const int top_k : {512, 2048, 8192}) {
-        const Layout cut = layout({tokens, max_keys, max_keys, 8, top_k, 132});
+        const WorkPlan plan = plan_work({tokens, max_keys, max_keys, 8, top_k, 132});
         for (const std::int64_t keys : {max_keys, max_keys / 2, max_keys / 5, max_keys / 16}) {
-          const std::int64_t list = longest_list(cut.all, keys);
-          const auto sampled = static_cast<std::uint32_t>(keys / cut.sample_stride);
+          const std::int64_t list = longest_list(plan.key_splits, keys);
+          const auto sampled = static_cast<std::uint32_t>(keys / plan.sample_stride);
           std::uint32_t rank = keys > top_k ? select::threshold_rank<double>(
                                                   sampled, static_cast<std::uint32_t>(keys), top_k)
                                             : sampled + 1;
           rank += rank / 16;  // as the threshold may let a sixteenth more samples pass
           for (int row = 0; row < kRows; ++row) {
             const double share = rank <= sampled ? share_above(rank, sampled, random) : 1;
-            ASSERT_LE(count_above(list, share, random), cut.capacity)
+            ASSERT_LE(count_above(list, share, random), plan.capacity)
                 << tokens << " queries of up to " << max_keys << " keys, this one of " << keys
-                << ", k " << top_k << ", " << cut.all.share << " of " << cut.all.parts << " parts";
+                << ", k " << top_k << ", " << plan.key_splits.per_block << " of "
+                << plan.key_splits.splits << " splits";
           }
         }
       }
