@@ -131,7 +131,7 @@ struct RowLookup {
 };
 
 // Looks up the `count` rows of a tile, of which row 0 is row `first_row` of the table, for the
-// sequence that starts at `sequence_start`. The rows are dealt out to `warps` warps, `rows` each,
+// sequence that starts at `sequence_start`. The rows are spread over `warps` warps, `rows` each,
 // and lane l of a warp looks up the l-th of them. Stores the factors of rows that are found.
 template <int rows, int warps>
 __device__ RowLookup look_up_rows(const BlockMeans& means, std::int32_t sequence_start,
