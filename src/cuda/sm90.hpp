@@ -13,8 +13,8 @@ inline constexpr int kMaxRows = 64;  // of a query in one product: heads and a r
 // Whether the kernels that multiply all heads of a query can: e4m3 queries and keys, D = 128 and at
 // most 64 heads, on Hopper.
 inline bool sm90_can_implement(const Problem& problem, const DeviceTraits& device) {
-  return device.matrix == MatrixInstructions::wgmma && problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3 &&
-         problem.q.dim == kDim && problem.q.heads <= kMaxRows;
+  return device.matrix == MatrixInstructions::wgmma && problem.q.dtype == DType::e4m3 &&
+         problem.k.dtype == DType::e4m3 && problem.q.dim == kDim && problem.q.heads <= kMaxRows;
 }
 
 }  // namespace misa::cuda

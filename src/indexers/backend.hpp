@@ -29,8 +29,8 @@ class Backend {
 
   [[nodiscard]] virtual BackendInfo info() const = 0;
 
-  // Throws Error if the context's workspace cap cannot hold the smallest chunk of queries. The plan may refer
-  // to the context, which outlives it.
+  // Throws Error if the context's workspace cap cannot hold the smallest chunk of queries. The plan
+  // may refer to the context, which outlives it.
   [[nodiscard]] virtual std::unique_ptr<const BackendPlan> plan(
       const IndexerConfig& config, const Shape& shape, const Context::State& context) const = 0;
 };
