@@ -16,7 +16,7 @@ namespace {
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // With 2048 samples of 64K keys and k = 2048, a query's top k holds 64 samples on average, and the
-// gate threshold, which leaves a margin (select/threshold.cu), lets through 1.6 times k. Twice as
+// gate threshold, which leaves a margin (select/gate_rank.hpp), lets through 1.6 times k. Twice as
 // many samples would let through 1.4 times k, which saves less than scoring them costs. In longer
 // contexts about every 128th key is a sample, up to the most that the threshold kernel takes: with
 // 2048 samples of 1M keys, the top k would hold 4, and 4.3 times k would pass.
