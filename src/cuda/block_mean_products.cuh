@@ -23,9 +23,9 @@
 
 #include "cuda/block_means.cuh"
 #include "cuda/heads.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/partial_mean.cuh"
-#include "cuda/range.cuh"
 
 namespace misa::cuda::block_mean_products {
 

@@ -10,6 +10,7 @@
 
 #include "cuda/block_means.hpp"
 #include "cuda/elements.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/problem.hpp"
 #include "cuda/warp.cuh"
 #include "misa/types.hpp"
@@ -36,13 +37,12 @@ struct PageSum {
 // Sums columns d … d + 3 of the page whose first key is `token`, with `batch` keys in flight.
 // Unless the page is `whole`, keys from `count` on count as zeros. visit(i, sum) is called with the
 // sum of keys 0 … i. All lanes of a warp call; the two halves may sum different pages.
-template <DType type, int batch, bool whole, class Visit>
-__device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int d,
+template <DType type, int batch, bool whole, class Source, class Visit>
+__device__ PageSum sum_page(const Source& keys, std::int64_t token, int count, int d,
                             const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % kSumLanes;
-  const std::int64_t pitch = keys.stride * static_cast<std::int64_t>(size_of(type));
-  const auto* row = static_cast<const std::byte*>(keys.data) + token * pitch +
-                    d * static_cast<int>(size_of(type));
+  const std::int64_t pitch = key_pitch<type>(keys);
+  const std::byte* row = key_address<type>(keys, token) + d * static_cast<int>(size_of(type));
   PageSum page{};
 #pragma unroll 1
   for (int first = 0; first < static_cast<int>(kPageSize); first += batch) {
@@ -60,7 +60,7 @@ __device__ PageSum sum_page(const Keys& keys, std::int64_t token, int count, int
 #pragma unroll
       for (int i = 0; i < batch / kSumLanes; ++i) {
         const int key = first + i * kSumLanes + lane;
-        scales[i] = whole || key < count ? __ldg(keys.scale + token + key) : 0;
+        scales[i] = whole || key < count ? key_scale<type>(keys, token + key) : 0;
         page.largest = max(page.largest, __float_as_uint(fabsf(scales[i])));
       }
     }
@@ -150,8 +150,8 @@ __device__ RowLookup look_up_rows(const BlockMeans& means, std::int32_t sequence
 // Computes the mean of the block whose first key is `token` and writes it to `row`, part by part;
 // returns its factor. All lanes of a warp call. Slow, but in few registers, since callers hold
 // operands in theirs. `fp16` is means.fp16.
-template <bool fp16>
-__device__ float write_mean(const Keys& keys, const BlockMeans& means, std::int64_t token,
+template <bool fp16, class Source>
+__device__ float write_mean(const Source& keys, const BlockMeans& means, std::int64_t token,
                             std::uint16_t* row, int stride) {
   // Where D = 64, both halves of the warp compute the same.
   const int d = static_cast<int>(threadIdx.x) % 32 * kLaneColumns % means.dim;

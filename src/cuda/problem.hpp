@@ -10,8 +10,8 @@
 
 namespace misa::cuda {
 
-// Ragged keys k [L, D] and the range that each query sees.
-struct Keys {
+// Ragged keys k [L, D] and the range that each query sees (cuda/key_source.cuh).
+struct RaggedSource {
   const void* data;
   DType dtype;
   std::int64_t tokens;         // L
@@ -20,7 +20,8 @@ struct Keys {
   const std::int32_t* starts;  // ks [T]
   const std::int32_t* ends;    // ke [T]
   std::int32_t max_keys;       // no query sees more; rows that would are cut there
-  // A query that sees fewer or more (once it is cut) is not this pass's: it is taken as empty.
+  // A pass computes only queries that see this many keys, once they are cut; it treats all others
+  // as empty.
   std::int32_t least_keys = 0;
   std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
 };
@@ -30,7 +31,7 @@ struct Keys {
 struct Problem {
   Queries q;
   Weights w;
-  Keys k;
+  RaggedSource k;
 };
 
 // What scores for a query: routed heads, and the row that stands for the others.
@@ -58,7 +59,7 @@ struct Scores {
 // A key and its score, as scoring hands it to selection; one 8-byte store.
 struct alignas(8) Candidate {
   float score;
-  std::uint32_t key;  // its index among all keys
+  std::uint32_t position;  // from the first key of the query's own sequence
 };
 
 // The candidates of each query, in lists that one writer each fills: [T, lists, capacity] entries

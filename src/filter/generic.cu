@@ -9,8 +9,8 @@
 #include <cuda_runtime.h>
 
 #include "core/entry.hpp"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "cuda/warp.cuh"
 #include "filter/block_scores.hpp"
 #include "filter/generic.hpp"
@@ -27,7 +27,7 @@ constexpr std::size_t kAlignment = 64;
 constexpr int kLaneScores = 32;
 
 struct FilterArguments {
-  Keys keys;
+  RaggedSource keys;
   std::int64_t tokens;
   const float* scores;  // [T, stride]
   std::int64_t stride;

@@ -17,10 +17,10 @@
 #include <cuda/ptx>
 
 #include "cuda/heads.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/range.cuh"
 #include "cuda/sm90_fp8_head_products.cuh"
 #include "filter/sm90_fp8_block_scores.hpp"
 

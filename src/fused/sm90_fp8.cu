@@ -31,11 +31,11 @@
 #include <utility>
 
 #include "cuda/check.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/range.cuh"
 #include "fused/sm90_fp8.hpp"
 #include "fused/sm90_fp8_config.cuh"
 #include "misa/error.hpp"
@@ -77,6 +77,7 @@ struct CandidateLists {
   std::uint32_t* counts;
   std::uint32_t first;
   std::uint32_t stride;
+  const std::int32_t* starts;  // where the keys of query g start: [4 g]
 };
 
 // A thread's queue in shared memory: addresses of its first entry and after its last one.
@@ -105,8 +106,9 @@ struct Queue {
     const std::uint32_t g = key >> kKeyBits;
     const std::uint32_t slot = atomicAdd(lists.counts + g * 4, 1U);
     if (slot < out.capacity) {
-      out.entries[lists.first + g * lists.stride + slot] = {__uint_as_float(score),
-                                                            key & ((1U << kKeyBits) - 1)};
+      const std::uint32_t token = key & ((1U << kKeyBits) - 1);
+      out.entries[lists.first + g * lists.stride + slot] = {
+          __uint_as_float(score), token - static_cast<std::uint32_t>(lists.starts[g * 4])};
     }
   }
 };
@@ -216,7 +218,8 @@ __device__ void score_tiles(const CUtensorMap& map, const FusedArguments& argume
   const CandidateLists lists{shared.counts + warpgroup * QueryTile<rows>::kQueries + lane % 4,
                              static_cast<std::uint32_t>(first + lane % 4) * list_stride +
                                  item.list * arguments.candidates.capacity,
-                             4 * list_stride};
+                             4 * list_stride,
+                             shared.starts + warpgroup * QueryTile<rows>::kQueries + lane % 4};
 
   // The thread's keys of each slice are thread_row and thread_row + 8. Their scales are loaded two
   // slices ahead.
@@ -454,7 +457,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // The TMA descriptor of `rows` keys that are `stride` bytes apart, for tiles of `tile` keys.
-CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride, int tile) {
+CUtensorMap key_map(const RaggedSource& k, std::int64_t rows, std::int64_t stride, int tile) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -484,7 +487,7 @@ CUtensorMap key_map(const Keys& k, std::int64_t rows, std::int64_t stride, int t
 
 template <Sink sink>
 void launch(const FusedArguments& arguments, void* stream) {
-  const Keys& k = arguments.problem.k;
+  const RaggedSource& k = arguments.problem.k;
   // Without keys there are no tiles, and nothing reads the map.
   const CUtensorMap map =
       arguments.key_rows > 0

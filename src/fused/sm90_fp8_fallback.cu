@@ -19,9 +19,9 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/range.cuh"
 #include "fused/sm90_fp8.hpp"
 #include "fused/sm90_fp8_config.cuh"
 #include "misa/error.hpp"
@@ -49,13 +49,14 @@ struct FallbackArguments {
 };
 
 // Step 2: a warpgroup loads 64 keys from `first` on as the A operand; zero after the last key.
-__device__ void load_keys(const Keys& keys, std::int64_t first, int thread, std::uint8_t* tile) {
+template <class Source>
+__device__ void load_keys(const Source& keys, std::int64_t first, int thread, std::uint8_t* tile) {
 #pragma unroll
   for (int i = 0; i < kProductKeys * kDim / 16 / kWarpgroupThreads; ++i) {
     const int row = (i * kWarpgroupThreads + thread) / 8;
     const int chunk = thread % 8;
     const std::int64_t key = first + row;
-    const auto* source = static_cast<const std::uint8_t*>(keys.data) + key * keys.stride;
+    const std::byte* source = key_address<DType::e4m3>(keys, key);
     const uint4 bytes = key < keys.tokens ? __ldg(reinterpret_cast<const uint4*>(source) + chunk)
                                           : make_uint4(0, 0, 0, 0);
     *reinterpret_cast<uint4*>(tile + row * kDim + (chunk ^ row % 8) * 16) = bytes;
@@ -69,7 +70,7 @@ __device__ void score_split(const FallbackArguments& arguments, FallbackShared& 
   constexpr int kColumns = std::min(kFallbackQueries * rows, kProductColumns);  // of a product
   constexpr int kProducts = kFallbackQueries * rows / kColumns;
   constexpr int kColumnsPerThread = kColumns / 4;
-  const Keys& keys = arguments.problem.k;
+  const RaggedSource& keys = arguments.problem.k;
   const int warpgroup =
       __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   const int thread = threadIdx.x % kWarpgroupThreads;

@@ -182,7 +182,7 @@ class Chunk {
     const FusedWorkspace& fused = workspace_.fused;
     const fused::WorkPlan& work_plan = fused.work_plan;
     const score::ActiveRows rows = active_rows();
-    const Keys& keys = problem_.k;
+    const RaggedSource& keys = problem_.k;
     const std::int64_t queries = problem_.q.tokens;
     stages_.enter("samples");
     fused::launch_samples(problem_, rows, work_plan, workspace_.scales, fused.samples.data(),

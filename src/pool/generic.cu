@@ -19,8 +19,8 @@
 #include <cuda_runtime.h>
 
 #include "cuda/block_means.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "pool/generic.hpp"
 #include "pool/generic_config.cuh"
 
@@ -73,8 +73,9 @@ struct PoolShared {
 // fill_rows, step 1. A row belongs to the sequence of the largest rank that starts in it or before
 // it. Few thread blocks have a sequence that starts after their first row; these read the queries
 // once more.
-__device__ void find_row_sequences(PoolShared& shared, const Keys& keys, std::int64_t tokens,
-                                   const BlockMeans& means, std::int64_t first_row) {
+__device__ void find_row_sequences(PoolShared& shared, const RaggedSource& keys,
+                                   std::int64_t tokens, const BlockMeans& means,
+                                   std::int64_t first_row) {
   constexpr int kQueriesInFlight = 8;
   const int rows = thread_block_rows(means.block);
   const int thread = static_cast<int>(threadIdx.x);
@@ -137,7 +138,7 @@ __device__ void find_row_sequences(PoolShared& shared, const Keys& keys, std::in
 // -1. If `whole`, all pages have all their keys. Unless `running` is null, the sums after every key
 // are stored there.
 template <DType type, bool whole>
-__device__ void sum_pages(PoolShared& shared, const Keys& keys, const BlockMeans& means,
+__device__ void sum_pages(PoolShared& shared, const RaggedSource& keys, const BlockMeans& means,
                           std::int64_t token, int count, int first_column,
                           float (*running)[kSumColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kSumLanes;
@@ -166,7 +167,7 @@ __device__ void sum_pages(PoolShared& shared, const Keys& keys, const BlockMeans
 }
 
 template <DType type>
-__device__ void fill_rows(PoolShared& shared, const Keys& keys, std::int64_t tokens,
+__device__ void fill_rows(PoolShared& shared, const RaggedSource& keys, std::int64_t tokens,
                           const BlockMeans& means, std::int64_t first_row, int first_column) {
   find_row_sequences(shared, keys, tokens, means, first_row);
   const std::int32_t pages = means.block / kPage;
@@ -245,8 +246,9 @@ __device__ void write_partial_means(const PoolShared& shared, const BlockMeans& 
 }
 
 template <DType type>
-__device__ void fill_partial_means(PoolShared& shared, const Keys& keys, std::int64_t tokens,
-                                   const BlockMeans& means, std::int64_t t0, int first_column) {
+__device__ void fill_partial_means(PoolShared& shared, const RaggedSource& keys,
+                                   std::int64_t tokens, const BlockMeans& means, std::int64_t t0,
+                                   int first_column) {
   const int thread = static_cast<int>(threadIdx.x);
   const int queries = static_cast<int>(min(std::int64_t{kPartialQueries}, tokens - t0));
   if (thread < queries) {
@@ -315,7 +317,7 @@ __device__ void fill_partial_means(PoolShared& shared, const Keys& keys, std::in
 
 template <DType type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
-    block_means_kernel(const Keys keys, std::int64_t tokens, const BlockMeans means,
+    block_means_kernel(const RaggedSource keys, std::int64_t tokens, const BlockMeans means,
                        std::int32_t partial_blocks) {
   begin_kernel();
   __shared__ PoolShared shared;
@@ -342,7 +344,8 @@ std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
 }
 
 template <DType type>
-void launch(const Keys& keys, std::int64_t tokens, const BlockMeans& means, cudaStream_t stream) {
+void launch(const RaggedSource& keys, std::int64_t tokens, const BlockMeans& means,
+            cudaStream_t stream) {
   const std::int64_t rows = thread_block_rows(means.block);
   const std::int64_t partial_blocks =
       means.partial == nullptr ? 0 : (tokens + kPartialQueries - 1) / kPartialQueries;

@@ -24,8 +24,8 @@
 #include <algorithm>
 
 #include "cuda/heads.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "cuda/sm90.hpp"
 #include "route/generic_config.cuh"
 #include "route/sampled.cuh"
@@ -39,7 +39,7 @@ namespace {
 template <int dim, bool fp16>
 __device__ void load_samples(SampledShared& shared, SampleRow<dim>* rows,
                              const SampledArguments& arguments, const SampleGrid& grid) {
-  const Keys& keys = arguments.problem.k;
+  const RaggedSource& keys = arguments.problem.k;
   with_dtype(keys.dtype, [&]<DType type>() {
     constexpr int kElements = 16 / static_cast<int>(size_of(type));
     constexpr int kKeyLanes = dim / kElements;
@@ -56,10 +56,8 @@ __device__ void load_samples(SampledShared& shared, SampleRow<dim>* rows,
       scale[i] = 0;
       if (sample < grid.count) {
         const std::int64_t token = grid.start + (std::int64_t{sample} << grid.shift);
-        const auto* row = static_cast<const std::byte*>(keys.data) +
-                          token * keys.stride * static_cast<std::int64_t>(size_of(type));
-        elements[i].load(row, d);
-        scale[i] = type == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
+        elements[i].load(key_address<type>(keys, token), d);
+        scale[i] = key_scale<type>(keys, token);
       }
     }
 #pragma unroll

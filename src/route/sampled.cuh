@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cuda/heads.cuh"
-#include "cuda/range.cuh"
+#include "cuda/key_source.cuh"
 #include "route/generic_config.cuh"
 #include "route/sampled.hpp"
 
@@ -194,14 +194,13 @@ __device__ void sum_squares(const HeadOperands<type, fp16, dim, 1>& heads, float
 }
 
 // The products of a lane's heads with the last key that the query sees.
-template <DType type, bool fp16, int dim>
-__device__ void self_products(const Keys& keys, const HeadOperands<type, fp16, dim, 1>& heads,
+template <class Source, DType type, bool fp16, int dim>
+__device__ void self_products(const Source& keys, const HeadOperands<type, fp16, dim, 1>& heads,
                               Range range, float (&x)[2]) {
   const std::int64_t token = std::int64_t{range.start} + range.length - 1;
   const int first = static_cast<int>(threadIdx.x) % 4 * (dim / 4);
   with_dtype(keys.dtype, [&]<DType k_type>() {
-    const auto* row = static_cast<const std::byte*>(keys.data) +
-                      token * keys.stride * static_cast<std::int64_t>(size_of(k_type));
+    const std::byte* row = key_address<k_type>(keys, token);
 #pragma unroll
     for (int s = 0; s < dim / kMmaDepth; ++s) {
       Elements<k_type, 4> elements;
@@ -219,7 +218,7 @@ __device__ void self_products(const Keys& keys, const HeadOperands<type, fp16, d
       }
     }
   });
-  const float scale = keys.dtype == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
+  const float scale = keys.dtype == DType::e4m3 ? key_scale<DType::e4m3>(keys, token) : 1.0F;
 #pragma unroll
   for (float& product : x) {
     product = scale * quad_sum(product);

@@ -21,11 +21,11 @@
 #include <cuda/ptx>
 
 #include "cuda/heads.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/partial_mean.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/range.cuh"
 #include "cuda/sm90_fp8_head_products.cuh"
 #include "route/generic_config.cuh"
 #include "route/sm90_fp8_pooled.hpp"

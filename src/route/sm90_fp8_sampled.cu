@@ -13,8 +13,8 @@
 #include <cuda/ptx>
 
 #include "cuda/heads.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "cuda/sm90_fp8_head_products.cuh"
 #include "route/sampled.cuh"
 #include "route/sm90_fp8_sampled.hpp"
@@ -32,8 +32,8 @@ struct Sm90SampledShared {
 };
 
 // Step 1. A lane loads 16 bytes of each of several keys.
-__device__ void load_samples(Sm90SampledShared& shared, const Keys& keys, std::int32_t start,
-                             int shift, int count) {
+__device__ void load_samples(Sm90SampledShared& shared, const RaggedSource& keys,
+                             std::int32_t start, int shift, int count) {
   constexpr int kKeyLanes = kDim / 16;
   constexpr int kKeys = kSm90Threads / kKeyLanes;  // loaded at once by the thread block
   constexpr int kLaneKeys = kSamples / kKeys;
@@ -52,8 +52,8 @@ __device__ void load_samples(Sm90SampledShared& shared, const Keys& keys, std::i
     scale[i] = 0;
     if (sample < count) {
       const std::int64_t token = start + (std::int64_t{sample} << shift);
-      elements[i].load(static_cast<const std::byte*>(keys.data) + token * keys.stride, piece * 16);
-      scale[i] = __ldg(keys.scale + token);
+      elements[i].load(key_address<DType::e4m3>(keys, token), piece * 16);
+      scale[i] = key_scale<DType::e4m3>(keys, token);
     }
   }
 #pragma unroll

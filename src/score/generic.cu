@@ -22,10 +22,12 @@
 #include <cstdint>
 #include <limits>
 
+#include "cuda/columns.cuh"
 #include "cuda/convert.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/range.cuh"
 #include "cuda/warp.cuh"
 #include "score/generic.hpp"
 
@@ -50,7 +52,7 @@ constexpr int kCudaCoreKeys = 64;
 constexpr int kBf16Parts = 3;
 
 struct ScoreArguments {
-  Keys keys;
+  RaggedSource keys;
   RowOperands rows;
   Columns columns;
   Scores scores;
@@ -146,21 +148,21 @@ struct KeyFragment {
   std::uint32_t pairs[kRegisters];
 };
 
-template <bool kE4m3, int kDim>
-__device__ KeyFragment<kDim> load_key(const Keys& keys, std::int64_t key, int c) {
+template <bool kE4m3, int kDim, class Source>
+__device__ KeyFragment<kDim> load_key(const Source& keys, std::int64_t key, int c) {
+  constexpr DType type = kE4m3 ? DType::e4m3 : DType::bf16;
+  const std::byte* row = key_address<type>(keys, key);
   KeyFragment<kDim> fragment;
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) {
-    const std::int64_t at = key * keys.stride + 32 * i + 8 * c;
+    const std::byte* elements = row + (32 * i + 8 * c) * static_cast<int>(size_of(type));
     std::uint32_t* pairs = fragment.pairs + 4 * i;
     if constexpr (kE4m3) {
-      const uint2 bytes =
-          *reinterpret_cast<const uint2*>(static_cast<const std::uint8_t*>(keys.data) + at);
+      const uint2 bytes = *reinterpret_cast<const uint2*>(elements);
       e4m3x4_to_bf16(bytes.x, pairs[0], pairs[1]);
       e4m3x4_to_bf16(bytes.y, pairs[2], pairs[3]);
     } else {
-      const uint4 words =
-          *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(keys.data) + at);
+      const uint4 words = *reinterpret_cast<const uint4*>(elements);
       pairs[0] = words.x;
       pairs[1] = words.y;
       pairs[2] = words.z;
@@ -235,7 +237,7 @@ template <bool kE4m3, int kDim, bool kGathered>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     tensor_core_kernel(const __grid_constant__ ScoreArguments arguments) {
   begin_kernel();
-  const Keys& keys = arguments.keys;
+  const RaggedSource& keys = arguments.keys;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int c = lane % 4;
   const std::int64_t first =
@@ -277,7 +279,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     if (valid) {
       fragments[i] = load_key<kE4m3, kDim>(keys, key, c);
       if constexpr (kE4m3) {
-        scales[i] = keys.scale[key];
+        scales[i] = key_scale<DType::e4m3>(keys, key);
         if (is_folded(scales[i])) {
           fold(fragments[i], scales[i]);
           scales[i] = isfinite(scales[i]) ? -scales[i] : 1;
@@ -346,7 +348,7 @@ __global__ void __launch_bounds__(kCudaCoreKeys)
     key = key < keys.tokens ? key : -1;
   }
   indices[thread] = key;
-  float scale = key >= 0 && keys.scale != nullptr ? keys.scale[key] : 1;
+  float scale = key >= 0 && keys.scale != nullptr ? key_scale<DType::e4m3>(keys, key) : 1;
   float factor = 1;
   if (is_folded(scale)) {
     factor = isfinite(scale) ? -1 : scale;
@@ -358,7 +360,11 @@ __global__ void __launch_bounds__(kCudaCoreKeys)
     const std::int32_t row = i / dim;
     const std::int32_t d = i % dim;
     const std::int64_t index = indices[row];
-    const float value = index < 0 ? 0 : element(keys.data, keys.dtype, index * keys.stride + d);
+    float value = 0;
+    if (index >= 0) {
+      with_dtype(keys.dtype,
+                 [&]<DType type>() { value = element(key_address<type>(keys, index), type, d); });
+    }
     shared[d][row] = scales[row] * value;
   }
   __syncthreads();

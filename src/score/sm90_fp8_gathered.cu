@@ -17,10 +17,10 @@
 #include <algorithm>
 #include <cuda/ptx>
 
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/range.cuh"
 #include "score/sm90_fp8.hpp"
 #include "score/sm90_fp8_config.cuh"
 #include "score/sm90_fp8_rows.cuh"
@@ -99,7 +99,7 @@ class Gather {
         last_entry_(static_cast<std::uint32_t>(arguments.columns.width) - 1),
         step_columns_(static_cast<std::uint32_t>(step) * kTile),
         block_size_(static_cast<std::uint32_t>(arguments.columns.block)),
-        key_stride_(static_cast<std::uint64_t>(arguments.problem.k.stride)) {
+        key_stride_(static_cast<std::uint64_t>(key_pitch<DType::e4m3>(arguments.problem.k))) {
     const unsigned warp = threadIdx.x / 32 * 32;
     const unsigned row = warp + threadIdx.x % 32 / kChunks;
     chunk_offset_ = row * kDim + (threadIdx.x % kChunks ^ row % 8) * 16;
@@ -113,8 +113,9 @@ class Gather {
 
   // Sets the keys that the query sees, at least one. To be called before the first copy().
   __device__ void set_range(const GatheredArguments& arguments, const Range& range) {
-    keys_ = static_cast<const std::uint8_t*>(arguments.problem.k.data) +
-            range.start * arguments.problem.k.stride + threadIdx.x % kChunks * 16;
+    keys_ = reinterpret_cast<const std::uint8_t*>(
+                key_address<DType::e4m3>(arguments.problem.k, range.start)) +
+            threadIdx.x % kChunks * 16;
     scales_ = arguments.scales + range.start;
     last_position_ = static_cast<std::uint32_t>(range.length) - 1;
     if constexpr (!blocks) {

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "score/sm90_fp8.hpp"
 
@@ -12,17 +13,17 @@ namespace {
 
 constexpr int kThreads = static_cast<int>(kScaleTile);  // one per scale
 
-__global__ void __launch_bounds__(kThreads) scales_kernel(const Keys keys, float* scales) {
+__global__ void __launch_bounds__(kThreads) scales_kernel(const RaggedSource keys, float* scales) {
   begin_kernel();
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   const std::int64_t key = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const float scale = key < keys.tokens ? __ldg(keys.scale + key) : kNaN;
+  const float scale = key < keys.tokens ? key_scale<DType::e4m3>(keys, key) : kNaN;
   scales[key] = isfinite(scale) ? scale : kNaN;
 }
 
 }  // namespace
 
-void launch_scales(const Keys& keys, float* scales, void* stream) {
+void launch_scales(const RaggedSource& keys, float* scales, void* stream) {
   if (keys.tokens == 0) {
     return;
   }

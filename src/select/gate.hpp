@@ -34,15 +34,16 @@ struct FallbackRows {
 // strictly. -inf where a row has no more than top_k keys, or too few samples. Zeroes
 // *fallback.count and fallback.finished_splits for the kernels that follow. rows > 0; `keys` says
 // which keys each row sees.
-void launch_threshold(const Samples& samples, const Keys& keys, std::int64_t rows, int top_k,
-                      float* thresholds, const FallbackRows& fallback, void* stream);
+void launch_threshold(const Samples& samples, const RaggedSource& keys, std::int64_t rows,
+                      int top_k, float* thresholds, const FallbackRows& fallback, void* stream);
 
 // Writes `out` as misa::cuda::top_k does, from each row's candidates: all of its scores above some
 // threshold, in lists in any order. A row of no more than top_k keys needs no candidates unless
 // scores are wanted. A row of no keys is written only if `empty` is set, else left as it is. Rows
 // whose lists overflowed, or that have fewer than min(top_k, keys) candidates, are not written but
 // appended to the fallback. rows > 0, lists <= kMaxLists, lists * capacity < 2^32.
-void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
-                      const TopK& out, bool empty, const FallbackRows& fallback, void* stream);
+void launch_survivors(const Candidates& candidates, const RaggedSource& keys, std::int64_t rows,
+                      int top_k, const TopK& out, bool empty, const FallbackRows& fallback,
+                      void* stream);
 
 }  // namespace misa::cuda::select

@@ -20,8 +20,9 @@
 #include <limits>
 
 #include "core/entry.hpp"
+#include "cuda/columns.cuh"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "select/generic.hpp"
 #include "select/generic_config.cuh"
 #include "select/output.cuh"
@@ -194,7 +195,7 @@ __device__ void stage_columns(ShortShared<threads>& shared, std::uint16_t* stage
 
 template <int threads>
 __global__ void __launch_bounds__(threads, 1024 / threads)
-    short_kernel(const Logits logits, const Keys keys, const Columns columns,
+    short_kernel(const Logits logits, const RaggedSource keys, const Columns columns,
                  const std::uint32_t top_k, const TopK out, const bool empty) {
   begin_kernel();
   extern __shared__ __align__(16) std::byte memory[];
@@ -244,8 +245,8 @@ __global__ void __launch_bounds__(threads, 1024 / threads)
 }
 
 template <int threads>
-void launch_short_rows(const Logits& logits, const Keys& keys, const Columns& columns, int top_k,
-                       const TopK& out, bool empty, void* stream) {
+void launch_short_rows(const Logits& logits, const RaggedSource& keys, const Columns& columns,
+                       int top_k, const TopK& out, bool empty, void* stream) {
   const std::int64_t staged = std::min<std::int64_t>(top_k, logits.columns);
   const std::size_t bytes = sizeof(ShortShared<threads>) + sizeof(std::uint16_t) * staged;
   launch_kernel("selection", short_kernel<threads>, dim3(static_cast<unsigned>(logits.rows)),
@@ -255,7 +256,7 @@ void launch_short_rows(const Logits& logits, const Keys& keys, const Columns& co
 
 }  // namespace
 
-void launch_short(const Logits& logits, const Keys& keys, const Columns& columns, int top_k,
+void launch_short(const Logits& logits, const RaggedSource& keys, const Columns& columns, int top_k,
                   const TopK& out, bool empty, void* stream) {
   static_assert(kShortColumns == 512 * kThreadScores);
   if (logits.columns <= 128 * kThreadScores) {

@@ -27,8 +27,8 @@
 #include <limits>
 
 #include "core/entry.hpp"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "select/gate.hpp"
 #include "select/output.cuh"
 #include "select/radix_histogram.cuh"
@@ -112,8 +112,9 @@ struct SurvivorsConfig {
 
 template <class Config, bool scores>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    survivors_kernel(const Candidates candidates, const Keys keys, const typename Config::Plan plan,
-                     const TopK out, const FallbackRows fallback) {
+    survivors_kernel(const Candidates candidates, const RaggedSource keys,
+                     const typename Config::Plan plan, const TopK out,
+                     const FallbackRows fallback) {
   begin_kernel();
   constexpr int kThreads = Config::kThreads;
   extern __shared__ __align__(16) std::byte memory[];
@@ -122,8 +123,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   const std::int64_t t = blockIdx.x;
   const CandidateChunks chunks(candidates, t);
-  const Range range = visible(keys, t);
-  const auto length = static_cast<std::uint32_t>(range.length);
+  const auto length = static_cast<std::uint32_t>(visible(keys, t).length);
   const OutputRow output = output_row(out, t, plan.top_k);
   const std::uint32_t selected = min(plan.top_k, length);
   const auto write = [&](std::uint32_t count, const auto& index_of) {
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
   // Constructed where it is needed, which is seldom: kept, it would take registers from candidates.
   const auto reread = [&] {
-    return RereadCandidates<Config>(CandidateChunks(candidates, t), range);
+    return RereadCandidates<Config>(CandidateChunks(candidates, t), length);
   };
   std::uint32_t count = 0;
   const auto select = [&](auto source) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   if (chunks.count > Registers::kChunks + Registers::kSpareChunks) [[unlikely]] {
     select(reread());
   } else {
-    select(Registers(chunks, range, 0, shared.spare.rows()));
+    select(Registers(chunks, length, 0, shared.spare.rows()));
   }
 
   write(count, [&](std::uint32_t i) { return stage.indices[i]; });
@@ -190,8 +190,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 // an SM, so few registers per row; where the bitmap is long, many threads that scan it; and that
 // none of the last rows has to be reread. A thread block has at most 190 KB of shared memory, which
 // every device of fused scoring has.
-void launch_survivors(const Candidates& candidates, const Keys& keys, std::int64_t rows, int top_k,
-                      const TopK& out, bool empty, const FallbackRows& fallback, void* stream) {
+void launch_survivors(const Candidates& candidates, const RaggedSource& keys, std::int64_t rows,
+                      int top_k, const TopK& out, bool empty, const FallbackRows& fallback,
+                      void* stream) {
   const std::int64_t longest = std::min<std::int64_t>(keys.tokens, keys.max_keys);
   const bool scores = out.scores != nullptr;
   const auto launch = [&]<class Config>(Config) {

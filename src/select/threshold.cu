@@ -13,8 +13,8 @@
 #include <limits>
 
 #include "core/entry.hpp"
+#include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/range.cuh"
 #include "select/gate.hpp"
 #include "select/gate_rank.hpp"
 #include "select/gate_threshold.cuh"
@@ -29,8 +29,8 @@ constexpr int kBucketBits = 9;  // 128 buckets an octave in the first pass (gate
 
 template <int threads>
 __global__ void __launch_bounds__(threads)
-    threshold_kernel(const Samples samples, const Keys visible_keys, const std::uint32_t top_k,
-                     float* thresholds, const FallbackRows fallback) {
+    threshold_kernel(const Samples samples, const RaggedSource visible_keys,
+                     const std::uint32_t top_k, float* thresholds, const FallbackRows fallback) {
   begin_kernel();
   using Radix = RadixHistogram<threads, kBucketBits>;
   __shared__ typename Radix::Shared shared;
@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(threads)
 
 }  // namespace
 
-void launch_threshold(const Samples& samples, const Keys& keys, std::int64_t rows, int top_k,
-                      float* thresholds, const FallbackRows& fallback, void* stream) {
+void launch_threshold(const Samples& samples, const RaggedSource& keys, std::int64_t rows,
+                      int top_k, float* thresholds, const FallbackRows& fallback, void* stream) {
   const int threads =
       samples.columns <= 64 * kThreadSamples ? 64 : static_cast<int>(kMaxSamples) / kThreadSamples;
   auto* kernel =

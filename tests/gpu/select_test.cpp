@@ -465,7 +465,7 @@ Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& thres
       const std::int64_t list = t * lists + position / 64 % lists;
       const std::uint32_t place = survivors.counts[list]++;
       if (place < capacity) {
-        survivors.entries[list * capacity + place] = {rows[t][position], start + position};
+        survivors.entries[list * capacity + place] = {rows[t][position], position};
       }
     }
     start += static_cast<std::uint32_t>(rows[t].size());
@@ -479,8 +479,8 @@ class Sequences {
   explicit Sequences(const RowsOfScores& rows)
       : total_(total(rows)), starts_(ranges(rows, false), -7), ends_(ranges(rows, true), -7) {}
 
-  [[nodiscard]] cuda::Keys keys() const {
-    cuda::Keys keys{};
+  [[nodiscard]] cuda::RaggedSource keys() const {
+    cuda::RaggedSource keys{};
     keys.tokens = total_;
     keys.starts = starts_.data();
     keys.ends = ends_.data();

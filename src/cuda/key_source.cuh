@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a key lies and which keys a query sees: the only address arithmetic on keys. Loaders take
+// the source as a template parameter. What is read is safe whatever the arrays hold.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/problem.hpp"
+
+namespace misa::cuda {
+
+// The keys that a query sees, of all keys of the source.
+struct Range {
+  std::int32_t start;   // 0 <= start, start + length <= L
+  std::int32_t length;  // n >= 0
+};
+
+__device__ inline Range visible(const RaggedSource& keys, std::int64_t t) {
+  const auto tokens = static_cast<std::int32_t>(keys.tokens);
+  const std::int32_t start = min(max(keys.starts[t], 0), tokens);
+  const std::int32_t end = min(max(keys.ends[t], start), tokens);
+  const std::int32_t length = min(end - start, keys.max_keys);
+  return {start, length < keys.least_keys || length > keys.most_keys ? 0 : length};
+}
+
+// Bytes from one key of a sequence to the next one.
+template <DType type>
+__device__ inline std::int64_t key_pitch(const RaggedSource& keys) {
+  return keys.stride * static_cast<std::int64_t>(size_of(type));
+}
+
+// The elements of a key, which start on 16 bytes.
+template <DType type>
+__device__ inline const std::byte* key_address(const RaggedSource& keys, std::int64_t token) {
+  return static_cast<const std::byte*>(keys.data) + token * key_pitch<type>(keys);
+}
+
+// The scale of a key; 1 in formats without scales.
+template <DType type>
+__device__ inline float key_scale(const RaggedSource& keys, std::int64_t token) {
+  return type == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
+}
+
+}  // namespace misa::cuda
