@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of one instruction set: every stage's inner loops in one namespace.
+// The inner loops of all stages for one instruction set, and its table of them.
 
-#if defined(MISA_DISPATCH_CPU_KERNELS_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef MISA_DISPATCH_CPU_KERNELS_INL_H_
-#undef MISA_DISPATCH_CPU_KERNELS_INL_H_
+#if defined(MISA_INDEXERS_CPU_KERNELS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MISA_INDEXERS_CPU_KERNELS_INL_H_
+#undef MISA_INDEXERS_CPU_KERNELS_INL_H_
 #else
-#define MISA_DISPATCH_CPU_KERNELS_INL_H_
+#define MISA_INDEXERS_CPU_KERNELS_INL_H_
 #endif
 
 #include "cpu/load-inl.h"

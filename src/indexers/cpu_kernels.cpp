@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every instruction set's kernels and which of them this machine can run.
+// The tables of inner loops, one per instruction set, and which of them this machine can run.
 #include "cpu/kernels.hpp"
 
-// SVE's sizeless vectors cannot be held in arrays; SSSE3 without SSE4 is gone from use.
+// SVE's vectors have no size at compile time and so cannot be held in arrays; processors with SSSE3
+// but without SSE4 are no longer in use.
 #define HWY_DISABLED_TARGETS \
   (HWY_SSSE3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #define MISA_CPU_NAMESPACE cpu
 #define MISA_NATIVE_BF16 0
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "indexers/cpu_kernels.cpp"
-#include "hwy/foreach_target.h"  // must come before highway.h
+#define HWY_TARGET_INCLUDE "indexers/cpu_kernels.cpp"  // this file, which is compiled per target
+#include "hwy/foreach_target.h"                        // must come before highway.h
 #include "hwy/highway.h"
 
 #if HWY_TARGET != HWY_SCALAR && HWY_TARGET != HWY_EMU128
@@ -21,7 +22,7 @@
 
 #include <vector>
 
-#include "indexers/cpu_kernels_avx512_bf16.hpp"
+#include "indexers/avx512_bf16_kernels.hpp"
 
 namespace misa::cpu {
 namespace {
