@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The heads of a query and the block means that they meet.
+// The heads of a query and the block means that they score.
 #pragma once
 
 #include <algorithm>
@@ -12,22 +12,37 @@ namespace misa::cpu {
 
 // All heads of one query.
 struct Heads {
-  const void* rows;       // [H][D] operands
-  const float* rows_f32;  // [H][D]; only where block means are met
+  const std::byte* rows;  // [H][D] operands
+  const float* rows_f32;  // [H][D]; null where no block means are scored
   const float* weight;    // [H]
   int count;              // H
+  int dim;                // D
   Operand operand;
+
+  [[nodiscard]] std::int64_t row_bytes() const {
+    return dim * static_cast<std::int64_t>(size_of(operand));
+  }
 };
 
-// Blocks that a query sees: tiles of the means of whole blocks, and the mean of the block it
-// stands in (null if it ends with one).
+// The floors of rows that all take max(0, x).
+inline constexpr float kReluFloors[kMaxHeads] = {};
+
+// All heads as the rows that score keys, or block means.
+inline QueryRows rows_for_keys(const Heads& heads) {
+  return {heads.rows, heads.weight, kReluFloors, heads.count};
+}
+inline QueryRows rows_for_means(const Heads& heads) {
+  return {heads.rows_f32, heads.weight, kReluFloors, heads.count};
+}
+
+// The means of the blocks that a query sees, in f32.
 struct BlockMeans {
-  std::span<const Tile> whole;
+  std::span<const Tile> whole;  // of the blocks that it sees all of
   std::int64_t whole_count;
-  const Tile* partial;
+  const Tile* partial;  // of the keys that it sees of a last block; null if there is none
 };
 
-// Keys of tile `i` that count, of `total` in tiles of 64.
+// How many keys tile `i` holds of `total` in tiles of 64.
 inline int valid_in_tile(std::size_t i, std::int64_t total) {
   return static_cast<int>(
       std::min<std::int64_t>(kPageSize, total - static_cast<std::int64_t>(i) * kPageSize));

@@ -15,9 +15,9 @@ void store_operand(Operand operand, void* tile, int d, int key, float value) {
   }
 }
 
-// A scale multiplies the score only where that equals multiplying the key: a negative or
-// non-finite one is folded into the key's column instead. Both products are exact in either
-// operand type.
+// A scale may multiply the score in place of the key where it is finite and not negative. Of a
+// negative one the sign is multiplied into the key, of one that is not finite all of it; both
+// products are exact in either operand type.
 void fold_scale(const void* row, Operand operand, int key, Tile& tile) {
   const float scale = tile.scale[key];
   const float factor = std::isfinite(scale) ? -1.0F : scale;
@@ -38,6 +38,12 @@ void prefetch_key(const Problem& problem, std::int64_t t, std::int64_t position)
 }
 
 }  // namespace
+
+Tile take_tile(Arena& arena, Operand operand, std::int64_t dim) {
+  Tile tile{};
+  tile.data = arena.take<std::byte>(static_cast<std::int64_t>(size_of(operand)) * kPageSize * dim);
+  return tile;
+}
 
 void load_tile(const Kernels& kernels, const Problem& problem, std::int64_t t,
                std::span<const std::uint32_t> positions, Operand operand, void* scratch,
@@ -91,6 +97,30 @@ void load_heads(const Kernels& kernels, const Problem& problem, std::int64_t t, 
     kernels.convert(problem.query(t, j), problem.q.dtype, static_cast<int>(problem.q.dim), operand,
                     static_cast<std::byte*>(out) + j * stride);
   }
+}
+
+HeadBuffers take_head_buffers(Arena& arena, Operand operand, std::int64_t heads, std::int64_t dim,
+                              bool scores_means) {
+  const auto element = static_cast<std::int64_t>(size_of(operand));
+  return {arena.take<std::byte>(heads * dim * element),
+          scores_means ? arena.take<float>(heads * dim) : nullptr, arena.take<float>(heads)};
+}
+
+Heads load_heads(const Kernels& kernels, const Problem& problem, std::int64_t t, Operand operand,
+                 const HeadBuffers& buffers) {
+  load_heads(kernels, problem, t, operand, buffers.rows);
+  if (buffers.rows_f32 != nullptr) {
+    load_heads(kernels, problem, t, Operand::f32, buffers.rows_f32);
+  }
+  for (std::int64_t j = 0; j < problem.q.heads; ++j) {
+    buffers.weight[j] = problem.weight(t, j);
+  }
+  return {buffers.rows,
+          buffers.rows_f32,
+          buffers.weight,
+          static_cast<int>(problem.q.heads),
+          static_cast<int>(problem.q.dim),
+          operand};
 }
 
 }  // namespace misa::cpu

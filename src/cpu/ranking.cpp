@@ -8,16 +8,22 @@
 
 namespace misa::cpu {
 
-void top_indices(std::span<const float> values, std::int64_t keep, std::uint64_t* scratch,
-                 std::int32_t* out) {
+RankingScratch take_ranking_scratch(Arena& arena, std::int64_t values) {
+  return {arena.take<std::uint64_t>(values), arena.take<std::int32_t>(values)};
+}
+
+std::span<const std::int32_t> top_indices(std::span<const float> values, std::int64_t keep,
+                                          const RankingScratch& scratch) {
+  std::uint64_t* entries = scratch.entries;
   for (std::size_t i = 0; i < values.size(); ++i) {
-    scratch[i] = make_entry(values[i], static_cast<std::uint32_t>(i));
+    entries[i] = make_entry(values[i], static_cast<std::uint32_t>(i));
   }
-  std::nth_element(scratch, scratch + keep, scratch + values.size(), std::greater<>());
+  std::nth_element(entries, entries + keep, entries + values.size(), std::greater<>());
   for (std::int64_t i = 0; i < keep; ++i) {
-    out[i] = static_cast<std::int32_t>(entry_position(scratch[i]));
+    scratch.indices[i] = static_cast<std::int32_t>(entry_position(entries[i]));
   }
-  std::sort(out, out + keep);
+  std::sort(scratch.indices, scratch.indices + keep);
+  return {scratch.indices, static_cast<std::size_t>(keep)};
 }
 
 }  // namespace misa::cpu

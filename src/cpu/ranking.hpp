@@ -1,16 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// Ranking of few values, such as heads and blocks, and positions with their scores.
+// Ranking of a few values, such as those of heads and blocks, and positions with their scores.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
+#include "core/arena.hpp"
+
 namespace misa::cpu {
 
+struct RankingScratch {
+  std::uint64_t* entries;  // one per value
+  std::int32_t* indices;   // one per value
+};
+
+RankingScratch take_ranking_scratch(Arena& arena, std::int64_t values);
+
 // The indices of the `keep` largest values, ascending: ties to the lower index, NaN below every
-// number. `scratch` holds one entry a value.
-void top_indices(std::span<const float> values, std::int64_t keep, std::uint64_t* scratch,
-                 std::int32_t* out);
+// number. They lie in the scratch.
+std::span<const std::int32_t> top_indices(std::span<const float> values, std::int64_t keep,
+                                          const RankingScratch& scratch);
 
 // The position of a (position, score bits) pair.
 constexpr std::uint32_t pair_position(std::uint64_t pair) {

@@ -1,23 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// The block filter for the CPU backend: which key blocks a query keeps.
+// The block filter for the CPU backend: which blocks of its keys a query keeps.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
+#include "core/arena.hpp"
 #include "cpu/heads.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/ranking.hpp"
 
 namespace misa::cpu {
 
-// Writes scores[b], over all heads, for every block b that the query sees.
-void block_scores(const Kernels& kernels, const Heads& heads, const BlockMeans& means,
-                  float* scores);
+struct FilterScratch {
+  float* scores;  // one per block
+  RankingScratch ranking;
+};
 
-// Sets the bits of the `count` blocks that are kept, 64 per word: the first, the last, and the best
-// of those between. There are more than `count` blocks. `ranking` and `indices` have room for one
-// entry per block.
-void keep_blocks(std::span<const float> scores, std::int64_t count, std::uint64_t* ranking,
-                 std::int32_t* indices, std::span<std::uint64_t> kept);
+FilterScratch take_filter_scratch(Arena& arena, std::int64_t blocks);
+
+// Sets the bits of the `count` blocks that are kept, 64 in a word, and clears the others: the
+// first, the last, and of those between the best by the score of their means over all heads. There
+// are more than `count` blocks.
+void keep_blocks(const Kernels& kernels, const Heads& heads, const BlockMeans& means,
+                 std::int64_t count, const FilterScratch& scratch,
+                 std::span<std::uint64_t> kept_blocks);
 
 }  // namespace misa::cpu

@@ -3,8 +3,31 @@
 
 #include <algorithm>
 
+#include "cpu/load.hpp"
+
 namespace misa::cpu {
 namespace {
+
+// mean[D] of the keys first … last - 1 of query t's sequence: whole pages in order, then the keys
+// of a page that `last` cuts. `first` is a multiple of 64.
+void mean_of(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
+             std::int64_t first, std::int64_t last, float* mean) {
+  const int dim = static_cast<int>(problem.q.dim);
+  std::fill_n(mean, dim, 0.0F);
+  const std::int64_t last_page = last / kPageSize;
+  for (std::int64_t page = first / kPageSize; page < last_page; ++page) {
+    kernels.add(sums.at(problem, t, page), dim, mean);
+  }
+  if (const int rest = static_cast<int>(last % kPageSize); rest > 0) {
+    alignas(64) float sum[128];
+    sum_page(kernels, problem, t, last_page, rest, sum);
+    kernels.add(sum, dim, mean);
+  }
+  const auto count = static_cast<float>(last - first);
+  for (int d = 0; d < dim; ++d) {
+    mean[d] /= count;
+  }
+}
 
 void pack_means(const Kernels& kernels, const float* means, int count, int dim, Tile& tile) {
   const void* rows[kPageSize];
@@ -17,6 +40,10 @@ void pack_means(const Kernels& kernels, const float* means, int count, int dim, 
 }
 
 }  // namespace
+
+PoolScratch take_pool_scratch(Arena& arena, std::int64_t dim) {
+  return {arena.take<float>(kPageSize * dim), take_tile(arena, Operand::f32, dim)};
+}
 
 void sum_page(const Kernels& kernels, const Problem& problem, std::int64_t t, std::int64_t page,
               int count, float* sum) {
@@ -32,40 +59,31 @@ void sum_page(const Kernels& kernels, const Problem& problem, std::int64_t t, st
   kernels.add_keys(rows, scale, problem.k_dtype(), count, dim, sum);
 }
 
-void block_mean(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
-                std::int64_t first, std::int64_t last, float* mean) {
-  const int dim = static_cast<int>(problem.q.dim);
-  std::fill_n(mean, dim, 0.0F);
-  const std::int64_t whole_end = last / kPageSize;
-  for (std::int64_t page = first / kPageSize; page < whole_end; ++page) {
-    kernels.add(sums.at(problem, t, page), dim, mean);
-  }
-  if (const int rest = static_cast<int>(last % kPageSize); rest > 0) {
-    alignas(64) float part[128];
-    sum_page(kernels, problem, t, whole_end, rest, part);
-    kernels.add(part, dim, mean);
-  }
-  const auto count = static_cast<float>(last - first);
-  for (int d = 0; d < dim; ++d) {
-    mean[d] /= count;
-  }
-}
-
 void load_mean_tile(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
-                    std::int64_t block, std::int64_t first, int count, float* scratch, Tile& tile) {
+                    std::int64_t n, const MeanTiles& means, std::int64_t i,
+                    const PoolScratch& scratch) {
   const int dim = static_cast<int>(problem.q.dim);
-  for (int i = 0; i < count; ++i) {
-    block_mean(kernels, problem, t, sums, (first + i) * block, (first + i + 1) * block,
-               scratch + static_cast<std::int64_t>(i) * dim);
+  const int count = valid_in_tile(static_cast<std::size_t>(i), n / means.block);
+  for (int lane = 0; lane < count; ++lane) {
+    const std::int64_t first = (i * kPageSize + lane) * means.block;
+    mean_of(kernels, problem, t, sums, first, first + means.block,
+            scratch.means + static_cast<std::int64_t>(lane) * dim);
   }
-  pack_means(kernels, scratch, count, dim, tile);
+  pack_means(kernels, scratch.means, count, dim, means.tiles[i]);
 }
 
-void load_partial_mean(const Kernels& kernels, const Problem& problem, std::int64_t t,
-                       PageSums sums, std::int64_t block, std::int64_t n, float* scratch,
-                       Tile& tile) {
-  block_mean(kernels, problem, t, sums, n / block * block, n, scratch);
-  pack_means(kernels, scratch, 1, static_cast<int>(problem.q.dim), tile);
+BlockMeans block_means(const Kernels& kernels, const Problem& problem, std::int64_t t,
+                       PageSums sums, std::int64_t n, const MeanTiles& means,
+                       PoolScratch& scratch) {
+  const std::int64_t whole = n / means.block;
+  const std::int64_t tiles = (whole + kPageSize - 1) / kPageSize;
+  BlockMeans visible{means.tiles.first(static_cast<std::size_t>(tiles)), whole, nullptr};
+  if (n % means.block != 0) {
+    mean_of(kernels, problem, t, sums, whole * means.block, n, scratch.means);
+    pack_means(kernels, scratch.means, 1, static_cast<int>(problem.q.dim), scratch.partial);
+    visible.partial = &scratch.partial;
+  }
+  return visible;
 }
 
 }  // namespace misa::cpu

@@ -3,42 +3,51 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
+#include "core/arena.hpp"
 #include "core/problem.hpp"
+#include "cpu/heads.hpp"
 #include "cpu/kernels.hpp"
 
 namespace misa::cpu {
 
-// The sums of whole pages of one sequence: computed for it, by logical page, or from the cache's
-// sidecar, by physical page.
+// The sums of the whole pages of one sequence: computed, by logical page, or those that the cache
+// keeps, by physical page.
 struct PageSums {
-  const float* own = nullptr;  // [pages, D]
-  const float* sidecar = nullptr;
+  float* computed = nullptr;  // [pages, D]
+  const float* cached = nullptr;
 
   [[nodiscard]] const float* at(const Problem& problem, std::int64_t t, std::int64_t page) const {
-    return own != nullptr ? own + page * problem.q.dim
-                          : sidecar + problem.physical_page(t, page) * problem.q.dim;
+    return computed != nullptr ? computed + page * problem.q.dim
+                               : cached + problem.physical_page(t, page) * problem.q.dim;
   }
 };
 
-// sum[D]: of the first `count` keys of a page of query t's sequence, in order.
+// The means of the whole blocks of one size of a sequence.
+struct MeanTiles {
+  std::int64_t block;
+  std::span<Tile> tiles;  // f32
+};
+
+struct PoolScratch {
+  float* means;  // [64][D]
+  Tile partial;  // f32
+};
+
+PoolScratch take_pool_scratch(Arena& arena, std::int64_t dim);
+
+// sum[D] = the first `count` keys of a page of query t's sequence, in order.
 void sum_page(const Kernels& kernels, const Problem& problem, std::int64_t t, std::int64_t page,
               int count, float* sum);
 
-// mean[D]: of positions first … last - 1 of query t's sequence. Whole pages are added in order,
-// then the keys of a last page that is not whole. `first` is a multiple of 64.
-void block_mean(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
-                std::int64_t first, std::int64_t last, float* mean);
-
-// Fills an f32 tile with the means of whole blocks first … first + count - 1. `scratch` has room
-// for 64 rows of f32.
+// Fills tile i of the means of the whole blocks among n keys of query t's sequence.
 void load_mean_tile(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
-                    std::int64_t block, std::int64_t first, int count, float* scratch, Tile& tile);
+                    std::int64_t n, const MeanTiles& means, std::int64_t i,
+                    const PoolScratch& scratch);
 
-// Fills an f32 tile with the partial block mean of query t, which sees n keys: that of the keys
-// after its last whole block.
-void load_partial_mean(const Kernels& kernels, const Problem& problem, std::int64_t t,
-                       PageSums sums, std::int64_t block, std::int64_t n, float* scratch,
-                       Tile& tile);
+// The block means of query t, which sees n keys. That of a partial block is in the scratch.
+BlockMeans block_means(const Kernels& kernels, const Problem& problem, std::int64_t t,
+                       PageSums sums, std::int64_t n, const MeanTiles& means, PoolScratch& scratch);
 
 }  // namespace misa::cpu

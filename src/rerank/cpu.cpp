@@ -9,8 +9,9 @@
 namespace misa::cpu {
 
 void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
-            std::span<const std::uint64_t> candidates, const QueryRows& all_heads, Operand operand,
-            void* pack, Tile& tile, Selector& selector, std::uint64_t* entries) {
+            std::span<const std::uint64_t> candidates, const Heads& heads, Selector& selector,
+            ScoreScratch& scratch) {
+  const QueryRows rows = rows_for_keys(heads);
   std::uint32_t positions[2][kPageSize];  // of the current tile and the next one
   alignas(64) float scores[kPageSize];
   const auto tile_positions = [&](std::size_t first, std::uint32_t* out) {
@@ -25,13 +26,12 @@ void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
   for (std::size_t first = 0; !current.empty(); first += kPageSize) {
     const auto next = tile_positions(first + kPageSize, positions[first / kPageSize % 2 ^ 1]);
     prefetch_tile(problem, t, next);
-    load_tile(kernels, problem, t, current, operand, pack, tile);
+    load_tile(kernels, problem, t, current, heads.operand, scratch.pack, scratch.tile);
     const int count = static_cast<int>(current.size());
-    kernels.score(operand, all_heads, tile, count, scores);
-    kernels.offer(scores, tile.position, count, selector, entries);
+    kernels.score(heads.operand, rows, scratch.tile, count, scores);
+    kernels.offer(scores, scratch.tile.position, count, selector, scratch.entries);
     current = next;
   }
-  kernels.compact(selector, entries);
 }
 
 }  // namespace misa::cpu

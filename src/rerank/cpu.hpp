@@ -6,15 +6,16 @@
 #include <span>
 
 #include "core/problem.hpp"
+#include "cpu/heads.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/query.hpp"
 
 namespace misa::cpu {
 
-// Scores the candidates of query t, pairs in ascending order of position, with all heads and offers
-// them to the selector. `pack` has room for the operands of 64 keys, `entries` for
-// selector.capacity entries.
+// Scores the candidates of query t, pairs that ascend by position, by all its heads and offers them
+// to the selector.
 void rerank(const Kernels& kernels, const Problem& problem, std::int64_t t,
-            std::span<const std::uint64_t> candidates, const QueryRows& all_heads, Operand operand,
-            void* pack, Tile& tile, Selector& selector, std::uint64_t* entries);
+            std::span<const std::uint64_t> candidates, const Heads& heads, Selector& selector,
+            ScoreScratch& scratch);
 
 }  // namespace misa::cpu

@@ -1,44 +1,59 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing of one query for the CPU backend: the values of heads, and the residual row. Keys and
-// block means come as tiles.
+// Routing for the CPU backend: the active heads and the residual row of one query.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
+#include "core/arena.hpp"
 #include "core/problem.hpp"
 #include "cpu/heads.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/ranking.hpp"
 
 namespace misa::cpu {
 
-// The sampled keys that a query sees.
-struct Samples {
-  std::span<const Tile> tiles;
-  int count;
-  float rms;  // of all elements of these keys
+// The keys of one sample grid of a sequence, which serve all its queries that have the same grid.
+struct SampledKeys {
+  Tile tiles[2];        // operands
+  float* squares;       // [128] |k|^2
+  std::int64_t stride;  // of the grid; 0: nothing is loaded
+  std::int64_t count;
 };
 
-// The value of every head, by which a router chooses: values[H]. fit_heads writes the fits that
-// nonlinearity_values and the residual row need. `dots`: scratch of H * 128 floats.
-void pooled_values(const Kernels& kernels, const Heads& heads, const BlockMeans& means, float* dots,
-                   float* values);
-void self_values(const Kernels& kernels, const Heads& heads, const Tile& last, float* dots,
-                 float* values);
-void fit_heads(const Kernels& kernels, const Heads& heads, const Samples& samples, float* dots,
-               const HeadFit& fit);
-void nonlinearity_values(const Kernels& kernels, const Problem& problem, std::int64_t t,
-                         const Heads& heads, const HeadFit& fit, float rms, float* values);
+// What routing a query computes in. What no query of the plan needs is null.
+struct RouteScratch {
+  SampledKeys samples;
+  Tile last_key;  // operands
+  void* pack;     // [64][D] operands
+  float* dots;    // [H][128]
+  HeadFit fit;
+  float* values;           // [H]
+  RankingScratch ranking;  // of H values
+  float* residual;         // [D]
+};
 
-// row[D] = sum of w_j slope_j q_j over the heads j that are not in `active`, which is ascending.
-void residual_row(const Kernels& kernels, const Problem& problem, std::int64_t t,
-                  std::span<const std::int32_t> active, const float* slope, float* row);
+// `sampled`: some query's routing looks at its sample grid. `pack` may be shared with other stages.
+RouteScratch take_route_scratch(Arena& arena, Router router, bool sampled, Operand operand,
+                                std::int64_t heads, std::int64_t dim, void* pack);
 
-// Writes operand rows whose sum times `weight` is the residual row, and returns how many. For e4m3
-// keys that is the row rounded to e4m3 with one scale, else exactly the row. `rows` has room for
-// kMaxResidualRows * D operands.
-inline constexpr int kMaxResidualRows = 3;
-int split_residual(std::span<const float> row, DType k_dtype, Operand operand, void* rows,
-                   float& weight);
+// A query and what its routing looks at.
+struct RouteQuery {
+  std::int64_t t;
+  std::int64_t n;        // keys that it sees
+  std::int64_t longest;  // keys of its sequence that may be loaded: n or more
+  bool sampled;          // its routing looks at its sample grid
+  const Heads& heads;
+  const BlockMeans& means;  // where the router looks at block means
+};
+
+struct Routed {
+  std::span<const std::int32_t> active;  // [h] heads, ascending
+  std::span<const float> residual;       // [D], empty without one
+};
+
+// What is returned lies in the scratch. Before another sequence, samples.stride is set to 0.
+Routed route(const Kernels& kernels, const Problem& problem, const RouteQuery& query,
+             RouteScratch& scratch);
 
 }  // namespace misa::cpu

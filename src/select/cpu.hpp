@@ -1,25 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selection for the CPU backend: what follows the selectors.
+// Selection for the CPU backend: what is done with the selectors once every score was offered. A
+// selection is a list of (position, score bits) pairs, ascending by position.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
 #include "cpu/kernels.hpp"
-#include "cpu/ranking.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa::cpu {
 
-// Adds another selector's entries.
-void merge(const Kernels& kernels, const Selector& from, Selector& into, std::uint64_t* scratch);
+// The best of what was offered to all selectors of a query that sees n keys, in the memory of the
+// first. `scratch` holds as many entries as a selector.
+std::span<const std::uint64_t> merge(const Kernels& kernels, std::span<Selector> selectors,
+                                     std::int64_t n, std::uint64_t* scratch);
 
-// Turns entries into (position, score bits) pairs, ascending by position; every position < n.
-void sort_by_position(std::uint64_t* entries, std::int64_t count, std::int64_t n,
-                      std::uint64_t* scratch);
+// All n keys, without their scores, in the memory of a selector.
+std::span<const std::uint64_t> select_all(const Selector& selector, std::int64_t n);
 
-// Writes row t: pairs, then the padding.
-void write_row(std::span<const std::uint64_t> pairs, std::int64_t t, std::int64_t top_k,
+// Writes row t of the outputs: the selection, then the padding.
+void write_row(std::span<const std::uint64_t> selection, std::int64_t t, std::int64_t top_k,
                const Selection& out);
 
 }  // namespace misa::cpu

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rows that score keys for one query, for the CPU backend.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "cpu/heads.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/query.hpp"
+
+namespace misa::cpu {
+
+// Rows that a residual row takes at the most.
+inline constexpr int kMaxResidualRows = 3;
+
+// All heads, copied to the buffers.
+QueryRows all_rows(const Heads& heads, const RowBuffers& buffers);
+
+// The active heads, then the rows whose sum is the residual row (if there is one): rounded to e4m3
+// with one scale where keys are e4m3 and the row is finite, otherwise the row itself.
+QueryRows active_rows(const Heads& heads, std::span<const std::int32_t> active,
+                      std::span<const float> residual, DType k_dtype, const RowBuffers& buffers);
+
+}  // namespace misa::cpu
