@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores and positions as one integer whose order is the order of selection: larger score first,
-// of equal scores the lower position, NaN last.
+// A score and a position in one integer, an entry. The larger entry is selected first: the larger
+// score, of equal scores the lower position, NaN last.
 #pragma once
 
 #include <bit>
@@ -9,7 +9,7 @@
 
 namespace misa {
 
-// Order-preserving image of a float: NaN is 0, -0 equals +0.
+// An integer in the order of the scores: NaN is 0, -0 equals +0.
 constexpr std::uint32_t ordered_bits(float score) {
   if (score != score) {
     return 0;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The floating-point mode that every result is computed in, whatever mode the calling thread is in.
+// The floating-point mode that every result is computed in, whatever mode the caller has set.
 #pragma once
 
 #include <cstdint>
 
 namespace misa {
 
-// While one lives, its thread rounds to nearest, keeps subnormal numbers and traps nothing, as
-// IEEE 754 has it by default; then the caller's mode is restored.
+// Sets the default mode of IEEE 754 for its thread: round to nearest, keep subnormal numbers, trap
+// nothing. The destructor restores the caller's mode.
 class DefaultFloatMode {
  public:
   DefaultFloatMode() : before_(read()) { write(kDefault); }
@@ -16,7 +16,7 @@ class DefaultFloatMode {
   DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
 
  private:
-  // The memory clobbers keep what is computed from memory on its side of a change.
+  // The memory clobbers keep the compiler from moving computations across a change of mode.
 #if defined(__x86_64__)
   using Bits = std::uint32_t;
   static constexpr Bits kDefault = 0x1f80;  // MXCSR: every exception masked, nothing else set
@@ -36,7 +36,7 @@ class DefaultFloatMode {
   }
   static void write(Bits bits) { asm volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
 #else
-  // No mode is known here that a thread could be left in.
+  // No control register is known for other architectures.
   using Bits = int;
   static constexpr Bits kDefault = 0;
   static Bits read() { return kDefault; }

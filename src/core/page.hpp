@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One page of the key cache: where its parts lie.
+// The layout of one page of the key cache.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 
 namespace misa {
 
-// Bytes of a page without padding: 64 keys of D e4m3 bytes, then 64 fp32 scales.
+// Bytes of a page without padding: 64 keys of D e4m3 elements, then their 64 fp32 scales.
 constexpr std::int64_t page_bytes(std::int64_t dim) {
   return kPageSize * (dim + static_cast<std::int64_t>(sizeof(float)));
 }
 
-// Bytes from the start of a page to the scale of token i; pages need not be aligned, so a scale is
-// copied in and out.
+// Bytes from the start of a page to the scale of token i. Pages need not be aligned, so a scale is
+// read and written by memcpy.
 constexpr std::int64_t scale_offset(std::int64_t dim, std::int64_t i) {
   return kPageSize * dim + static_cast<std::int64_t>(sizeof(float)) * i;
 }

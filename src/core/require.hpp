@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How arguments are refused: one line that names the argument, what was expected and what came.
+// Refusing arguments, with one line that names the argument, what was expected and what came.
 #pragma once
 
 #include <fmt/format.h>
@@ -12,7 +12,7 @@
 
 namespace misa {
 
-// Throws unless the condition holds; nothing is formatted or allocated if it does.
+// Throws unless the condition holds. Formats and allocates nothing if it does.
 template <class... Args>
 void require(bool condition, fmt::format_string<const Args&...> message, const Args&... args) {
   if (!condition) {
@@ -20,7 +20,7 @@ void require(bool condition, fmt::format_string<const Args&...> message, const A
   }
 }
 
-// a * b + c of numbers that are not negative, where a caller's shape may be too large for it.
+// a * b + c of numbers that are not negative. Throws if a caller's shape is too large for it.
 inline std::int64_t checked_multiply_add(std::string_view name, std::int64_t a, std::int64_t b,
                                          std::int64_t c = 0) {
   std::int64_t product = 0;
@@ -30,7 +30,7 @@ inline std::int64_t checked_multiply_add(std::string_view name, std::int64_t a, 
   return sum;
 }
 
-// A pointer may be null only where nothing is read through it.
+// Throws if a pointer to `count` elements is null, unless there are none, or is not aligned.
 inline void require_data(std::string_view name, const void* data, std::int64_t count,
                          std::size_t alignment) {
   require(count == 0 || data != nullptr, "{}: expected data for {} elements, got null", name,

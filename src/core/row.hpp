@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One query and the keys that it sees, in double: what the stages of the reference compute on.
+// One query and the keys that it sees, in double precision: the input of the reference's stages.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory for a plan's workspace, for calls that bring none.
+// A plan's workspace, for calls whose caller does not bring one.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,8 @@
 
 namespace misa {
 
-inline constexpr std::size_t kWorkspaceAlignment = 64;
+inline constexpr std::size_t kWorkspaceAlignment = 64;  // a cache line
 
-// Bytes that start on a cache line.
 class OwnWorkspace {
  public:
   explicit OwnWorkspace(std::size_t bytes)

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reading keys on the CPU: elements to f32 or bf16, and 64 rows to a tile with one key a lane.
+// Reading keys on the CPU: converts elements to f32 or bf16, and packs 64 rows into a tile with one
+// key per lane.
 
-#if defined(MISA_CACHE_CPU_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef MISA_CACHE_CPU_INL_H_
-#undef MISA_CACHE_CPU_INL_H_
+#if defined(MISA_CPU_LOAD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MISA_CPU_LOAD_INL_H_
+#undef MISA_CPU_LOAD_INL_H_
 #else
-#define MISA_CACHE_CPU_INL_H_
+#define MISA_CPU_LOAD_INL_H_
 #endif
 
 #include <cstring>
@@ -19,7 +20,7 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// e4m3 in the low byte of each 16-bit lane -> the bits of the same value in bf16, exactly.
+// Converts e4m3 in the low byte of each 16-bit lane to bf16, exactly.
 template <class D16, class V16 = hn::Vec<D16>>
 HWY_INLINE V16 DecodeE4m3(D16 d, V16 v) {
   // The eight subnormals, m * 2^-9.
@@ -28,13 +29,13 @@ HWY_INLINE V16 DecodeE4m3(D16 d, V16 v) {
   const hn::Repartition<std::uint8_t, D16> d8;
   const V16 magnitude = hn::And(v, hn::Set(d, 0x7f));
   const V16 sign = hn::ShiftLeft<8>(hn::AndNot(hn::Set(d, 0x7f), v));
-  // The exponent bias grows from 7 to 127; the mantissa from 3 bits to 7.
+  // The exponent's bias grows from 7 to 127, the mantissa from 3 bits to 7.
   const V16 normal = hn::Add(hn::ShiftLeft<4>(magnitude), hn::Set(d, 120 << 7));
-  // Bytes 2m and 2m + 1 of the table.
+  // The table lookup takes bytes 2m and 2m + 1.
   const V16 index =
       hn::Add(hn::Or(hn::ShiftLeft<1>(magnitude), hn::ShiftLeft<9>(magnitude)), hn::Set(d, 0x0100));
   const V16 low = hn::And(index, hn::Set(d, 0x0f0f));
-  // The table fills a block of 128 bits even where the indices fill half of one.
+  // The table fills a 128-bit block even where the indices fill half of one.
   const hn::FixedTag<std::uint8_t, HWY_MAX(16, hn::MaxLanes(decltype(d8)()))> d_table;
   const auto table = hn::LoadDup128(d_table, reinterpret_cast<const std::uint8_t*>(kSubnormal));
   const V16 subnormal = hn::BitCast(d, hn::TableLookupBytes(table, hn::BitCast(d8, low)));
@@ -43,7 +44,7 @@ HWY_INLINE V16 DecodeE4m3(D16 d, V16 v) {
   return hn::Or(bits, sign);
 }
 
-// A full vector of f32 from elements i … of a row.
+// A vector of f32: the elements of a row from i on.
 template <DType kType, class DF = hn::ScalableTag<float>>
 HWY_INLINE hn::Vec<DF> LoadF32(DF d, const void* row, int i) {
   const hn::RebindToUnsigned<DF> d32;
@@ -61,7 +62,7 @@ HWY_INLINE hn::Vec<DF> LoadF32(DF d, const void* row, int i) {
   }
 }
 
-// Calls body(constant type) for a run-time dtype.
+// Calls body with a dtype as a compile-time constant.
 template <class Body>
 HWY_INLINE void ForDType(DType dtype, const Body& body) {
   switch (dtype) {
@@ -93,16 +94,16 @@ inline void Convert(const void* row, DType dtype, int dim, cpu::Operand operand,
   }
 }
 
-// Transposes N rows of N words (N the lanes of a vector) into N rows of 64 words.
-//  1. Inside each group of four rows and each 128-bit block: a 4 x 4 transpose.
-//  2. Blocks of the groups that belong to the same word come together.
+// Transposes N rows of N words, N the lanes of a vector; the output's rows are 64 words apart.
+//  1. Transpose 4 x 4 words in each group of four rows and each 128-bit block.
+//  2. For each word, join the blocks of all groups.
 HWY_INLINE void TransposeBlock(const std::uint32_t* const* HWY_RESTRICT rows, int word,
                                std::uint32_t* HWY_RESTRICT out) {
   const hn::ScalableTag<std::uint32_t> d;
   const hn::Repartition<std::uint64_t, decltype(d)> d64;
   constexpr int kLanes = static_cast<int>(hn::MaxLanes(decltype(d)()));
   constexpr int kGroups = kLanes / 4;
-  hn::Vec<decltype(d)> part[kGroups][4];
+  hn::Vec<decltype(d)> group[kGroups][4];
 #pragma GCC unroll 4
   for (int g = 0; g < kGroups; ++g) {
     const auto a = hn::LoadU(d, rows[4 * g] + word);
@@ -113,23 +114,23 @@ HWY_INLINE void TransposeBlock(const std::uint32_t* const* HWY_RESTRICT rows, in
     const auto ab_high = hn::BitCast(d64, hn::InterleaveUpper(d, a, b));
     const auto ce_low = hn::BitCast(d64, hn::InterleaveLower(d, c, e));
     const auto ce_high = hn::BitCast(d64, hn::InterleaveUpper(d, c, e));
-    part[g][0] = hn::BitCast(d, hn::InterleaveLower(d64, ab_low, ce_low));
-    part[g][1] = hn::BitCast(d, hn::InterleaveUpper(d64, ab_low, ce_low));
-    part[g][2] = hn::BitCast(d, hn::InterleaveLower(d64, ab_high, ce_high));
-    part[g][3] = hn::BitCast(d, hn::InterleaveUpper(d64, ab_high, ce_high));
+    group[g][0] = hn::BitCast(d, hn::InterleaveLower(d64, ab_low, ce_low));
+    group[g][1] = hn::BitCast(d, hn::InterleaveUpper(d64, ab_low, ce_low));
+    group[g][2] = hn::BitCast(d, hn::InterleaveLower(d64, ab_high, ce_high));
+    group[g][3] = hn::BitCast(d, hn::InterleaveUpper(d64, ab_high, ce_high));
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     if constexpr (kGroups == 1) {
-      hn::Store(part[0][j], d, out + j * kPageSize);
+      hn::Store(group[0][j], d, out + j * kPageSize);
     } else if constexpr (kGroups == 2) {
-      hn::Store(hn::ConcatLowerLower(d, part[1][j], part[0][j]), d, out + j * kPageSize);
-      hn::Store(hn::ConcatUpperUpper(d, part[1][j], part[0][j]), d, out + (4 + j) * kPageSize);
+      hn::Store(hn::ConcatLowerLower(d, group[1][j], group[0][j]), d, out + j * kPageSize);
+      hn::Store(hn::ConcatUpperUpper(d, group[1][j], group[0][j]), d, out + (4 + j) * kPageSize);
     } else {
-      const auto even01 = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(part[1][j]), part[0][j]);
-      const auto odd01 = hn::OddEvenBlocks(part[1][j], hn::SwapAdjacentBlocks(part[0][j]));
-      const auto even23 = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(part[3][j]), part[2][j]);
-      const auto odd23 = hn::OddEvenBlocks(part[3][j], hn::SwapAdjacentBlocks(part[2][j]));
+      const auto even01 = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(group[1][j]), group[0][j]);
+      const auto odd01 = hn::OddEvenBlocks(group[1][j], hn::SwapAdjacentBlocks(group[0][j]));
+      const auto even23 = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(group[3][j]), group[2][j]);
+      const auto odd23 = hn::OddEvenBlocks(group[3][j], hn::SwapAdjacentBlocks(group[2][j]));
       hn::Store(hn::ConcatLowerLower(d, even23, even01), d, out + j * kPageSize);
       hn::Store(hn::ConcatLowerLower(d, odd23, odd01), d, out + (4 + j) * kPageSize);
       hn::Store(hn::ConcatUpperUpper(d, even23, even01), d, out + (8 + j) * kPageSize);
@@ -138,7 +139,7 @@ HWY_INLINE void TransposeBlock(const std::uint32_t* const* HWY_RESTRICT rows, in
   }
 }
 
-// rows [64] of which `count` are real; scratch [64][D] operands. Lanes beyond count repeat row 0.
+// rows [count], scratch [64][D] operands. Lanes after `count`, up to a whole vector, repeat row 0.
 inline void Pack(const void* const* rows, DType dtype, int count, int dim, cpu::Operand operand,
                  void* scratch, void* tile) {
   const int words = operand == cpu::Operand::f32 ? dim : dim / 2;

@@ -23,8 +23,8 @@ struct Hierarchy {
 
 bool lists(const std::string& list, const std::string& word) {
   std::istringstream words(list);
-  for (std::string each; std::getline(words, each, ',');) {
-    if (each == word) {
+  for (std::string item; std::getline(words, item, ',');) {
+    if (item == word) {
       return true;
     }
   }
@@ -52,22 +52,22 @@ std::string group_of(const fs::path& root, bool version2) {
 // From the lines of proc/self/mountinfo:
 //   id parent device root mount-point options [optional fields] - type source super-options
 std::vector<Hierarchy> hierarchies(const fs::path& root) {
-  std::vector<Hierarchy> found;
+  std::vector<Hierarchy> result;
   std::ifstream lines(root / "proc/self/mountinfo");
   for (std::string line; std::getline(lines, line);) {
     const std::size_t separator = line.find(" - ");
     if (separator == std::string::npos) {
       continue;
     }
-    std::istringstream before(line);
-    std::istringstream behind(line.substr(separator + 3));
+    std::istringstream fields(line);
+    std::istringstream source_fields(line.substr(separator + 3));
     std::string skipped;
-    std::string mounted;  // the group that stands at the mount point
+    std::string mounted;  // the group that the mount point shows
     std::string point;
     std::string type;
     std::string options;
-    before >> skipped >> skipped >> skipped >> mounted >> point;
-    behind >> type >> skipped >> options;
+    fields >> skipped >> skipped >> skipped >> mounted >> point;
+    source_fields >> type >> skipped >> options;
     const bool version2 = type == "cgroup2";
     if (!version2 && !(type == "cgroup" && lists(options, "cpu"))) {
       continue;
@@ -76,16 +76,16 @@ std::vector<Hierarchy> hierarchies(const fs::path& root) {
     if (group.empty()) {
       continue;
     }
-    // A group that does not stand below the mount, as in a container, is the mounted one.
-    const fs::path below = fs::path(group).lexically_relative(mounted);
-    const bool outside = below.empty() || *below.begin() == "..";
-    found.push_back(
-        {root / fs::path(point).relative_path(), outside ? fs::path(".") : below, version2});
+    // In a container the process's group may lie outside the mount: then it is the mounted one.
+    const fs::path relative = fs::path(group).lexically_relative(mounted);
+    const bool outside = relative.empty() || *relative.begin() == "..";
+    result.push_back(
+        {root / fs::path(point).relative_path(), outside ? fs::path(".") : relative, version2});
   }
-  return found;
+  return result;
 }
 
-// Processors' worth of one group; infinite without a quota.
+// The processors' worth of time that one group grants; infinite without a quota.
 double processors(const fs::path& group, bool version2) {
   std::string quota = "max";
   double period = 0;

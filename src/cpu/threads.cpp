@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Over oneTBB.
+// Parallel loops over oneTBB.
 #include "cpu/threads.hpp"
 
 #include <fmt/format.h>
@@ -25,22 +25,21 @@
 namespace misa {
 namespace {
 
-// No more than the process may use: beyond that the scheduler adds none, but prints a warning.
+// The most threads that oneTBB lets the process use. Asked for more it adds none, but warns.
 int most_threads() {
   using Control = tbb::global_control;
   return static_cast<int>(Control::active_value(Control::max_allowed_parallelism));
 }
 
-// Arenas that nobody holds, by their number of threads. Some versions of oneTBB never give back
-// what an arena took, so one that was made is used again: there are as many as were ever held at
-// once.
+// Task arenas that no context holds, by their number of threads. Some versions of oneTBB never free
+// what an arena took, so arenas are used again: there are only as many as were ever held at once.
 class IdleArenas {
  public:
   std::unique_ptr<tbb::task_arena> take(int threads) {
     const std::lock_guard lock(mutex_);
     Kind& kind = kinds_[threads];
     if (kind.idle.empty()) {
-      kind.idle.reserve(kind.made + 1);  // so that giving back cannot fail
+      kind.idle.reserve(kind.made + 1);  // so that give_back cannot fail
       ++kind.made;
       return std::make_unique<tbb::task_arena>(threads);
     }
@@ -64,16 +63,16 @@ class IdleArenas {
   std::map<int, Kind> kinds_;
 };
 
-// Never destroyed: contexts may outlive whatever is.
+// Never destroyed, because a context may outlive every static object.
 IdleArenas& idle_arenas() {
   static auto* const arenas = new IdleArenas;
   return *arenas;
 }
 
-// oneTBB ends the process where one of its threads cannot start the next. So as many threads as it
-// may start are started before, all at once, and ended: a limit that they meet is an error then.
+// oneTBB aborts if it cannot start a thread. So as many threads as it may start are first started
+// at once here and ended: a limit of the system becomes an error.
 void require_threads(int count) {
-  static std::atomic<int> most{1};  // that have been started so
+  static std::atomic<int> most{1};  // threads that were ever started here
   if (count <= most.load(std::memory_order_relaxed)) {
     return;
   }
@@ -94,19 +93,19 @@ void require_threads(int count) {
 
 }  // namespace
 
-// The arena that a context holds while it lives.
-struct Threads::Arena {
-  explicit Arena(int most) : threads(most), held(idle_arenas().take(threads)) {}
-  ~Arena() { idle_arenas().give_back(std::move(held), threads); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
+// The task arena that a context holds while it lives.
+struct Threads::TaskArena {
+  explicit TaskArena(int most) : threads(most), held(idle_arenas().take(threads)) {}
+  ~TaskArena() { idle_arenas().give_back(std::move(held), threads); }
+  TaskArena(const TaskArena&) = delete;
+  TaskArena& operator=(const TaskArena&) = delete;
 
   int threads;
   std::unique_ptr<tbb::task_arena> held;
 };
 
 Threads::Threads(int count)
-    : arena_(count > 1 ? std::make_unique<Arena>(std::min(count, most_threads())) : nullptr),
+    : arena_(count > 1 ? std::make_unique<TaskArena>(std::min(count, most_threads())) : nullptr),
       count_(count) {}
 Threads::~Threads() = default;
 
@@ -125,8 +124,8 @@ void Threads::run(std::int64_t count, void (*call)(const void*, std::int64_t, in
     return;
   }
   require_threads(arena_->threads);
-  // The scheduler orders the start before every task and every task before the end; the atomic says
-  // the same where a tool can see it, since the scheduler's library is not built for one.
+  // oneTBB orders the start before every task and every task before the end. Its library is not
+  // built for thread sanitizers, so this atomic shows them the same order.
   std::atomic<std::int64_t> order{0};
   order.store(1, std::memory_order_release);
   arena_->held->execute([&] {

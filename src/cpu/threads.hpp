@@ -7,11 +7,10 @@
 
 namespace misa {
 
-// As many threads as the process may use, by its processors and by what its control groups allow.
+// As many threads as the process has processors, or fewer if its control groups allow less time.
 int default_threads();
 
-// Runs body(i, thread) for i in [0, count) on the context's threads, in the default floating-point
-// mode; the order is unspecified.
+// The threads of a context.
 class Threads {
  public:
   explicit Threads(int count);
@@ -21,6 +20,7 @@ class Threads {
 
   [[nodiscard]] int count() const { return count_; }
 
+  // Calls body(i, thread) for i in [0, count) in any order, in the default floating-point mode.
   template <class Body>
   void for_each(std::int64_t count, const Body& body) const {
     run(
@@ -35,8 +35,8 @@ class Threads {
   void run(std::int64_t count, void (*call)(const void*, std::int64_t, int),
            const void* state) const;
 
-  struct Arena;
-  std::unique_ptr<Arena> arena_;  // null for one thread
+  struct TaskArena;
+  std::unique_ptr<TaskArena> arena_;  // null for one thread
   int count_;
 };
 

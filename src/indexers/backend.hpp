@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a backend is: a name, a requirement, a priority, and the two halves of a plan.
+// The interface of a backend: what it is and requires, and its plans.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +12,14 @@
 
 namespace misa {
 
-// A backend's half of a plan: what it worked out from shapes alone.
+// What a backend works out for a plan, from shapes alone.
 class BackendPlan {
  public:
   virtual ~BackendPlan() = default;
 
   [[nodiscard]] virtual std::size_t workspace_bytes() const = 0;
 
-  // Computes a validated problem whose shape is within the planned one.
+  // Computes a validated problem whose shape does not exceed the planned one.
   virtual void run(const Problem& problem, std::span<std::byte> workspace) const = 0;
 };
 
@@ -29,14 +29,14 @@ class Backend {
 
   [[nodiscard]] virtual BackendInfo info() const = 0;
 
-  // Throws Error if the context's workspace cap cannot hold the smallest chunk of queries. The plan
-  // may refer to the context, which outlives it.
+  // Throws Error if the context's workspace cap is too small for one query. The plan may refer to
+  // the context, which outlives it.
   [[nodiscard]] virtual std::unique_ptr<const BackendPlan> plan(
       const IndexerConfig& config, const Shape& shape, const Context::State& context) const = 0;
 };
 
 const Backend& reference_backend();
-std::span<const Backend* const> cpu_backends();   // one an instruction set, by falling priority
+std::span<const Backend* const> cpu_backends();   // one per instruction set, by falling priority
 std::span<const Backend* const> cuda_backends();  // in builds with CUDA, by falling priority
 
 struct Context::State {

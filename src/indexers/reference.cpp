@@ -25,23 +25,23 @@ std::vector<std::int32_t> all_heads(const Row& row) {
   return heads;
 }
 
-// Positions, ascending, and the scores that ranked them.
+// Positions, ascending, and their scores.
 struct Ranked {
   std::vector<std::int64_t> positions;
   std::vector<double> scores;
 };
 
-// The k best of positions that have these scores.
-Ranked best(const Ranked& from, std::int64_t k) {
+// The k best of them.
+Ranked best(const Ranked& all, std::int64_t k) {
   Ranked kept;
-  for (const std::int64_t i : top_k(from.scores, k)) {
-    kept.positions.push_back(from.positions[i]);
-    kept.scores.push_back(from.scores[i]);
+  for (const std::int64_t i : top_k(all.scores, k)) {
+    kept.positions.push_back(all.positions[i]);
+    kept.scores.push_back(all.scores[i]);
   }
   return kept;
 }
 
-// The positions that are scored: those of kept blocks, or all.
+// The positions that are scored: those of the kept blocks, or all.
 std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config,
                                  const Recipe& recipe) {
   std::vector<std::int64_t> positions;
@@ -129,7 +129,7 @@ std::span<T> output_row(std::span<T> output, std::int64_t t, std::int64_t width)
              : output.subspan(static_cast<std::size_t>(t * width), static_cast<std::size_t>(width));
 }
 
-// Writes as many values as the row holds and pads it.
+// Writes the values that fit a row of an output and pads the rest.
 template <class T, class Values>
 void write(std::span<T> row, const Values& values, T padding) {
   for (std::size_t i = 0; i < row.size(); ++i) {
@@ -153,7 +153,7 @@ void run_row(const Problem& problem, std::int64_t t) {
   write(output_row(out.residual, t, row.dim), routed.residual, 0.0F);
 }
 
-// Reads neither page sums nor a workspace: everything is recomputed from the keys, a row at a time.
+// Uses neither cached page sums nor a workspace: each row is computed from its keys.
 class ReferencePlan final : public BackendPlan {
  public:
   explicit ReferencePlan(const Threads& threads) : threads_(threads) {}

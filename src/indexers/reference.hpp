@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing of the reference: in double precision, a row at a time.
+// Routing in the reference, in double precision, one row at a time.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ struct Routed {
   std::vector<float> residual;      // [D] before rounding; empty without residual
 };
 
-// What the heads are worth under a router that ranks them (not `all`, not `fixed`).
+// What each head is worth to a router that ranks heads (not `all` or `fixed`).
 std::vector<double> head_values(const Row& row, const IndexerConfig& config);
 
-// Active heads and, with a residual, its row.
+// The active heads and, if the config has a residual, its row.
 Routed route(const Row& row, const IndexerConfig& config);
 
 }  // namespace misa::reference
