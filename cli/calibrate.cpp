@@ -56,9 +56,7 @@ Layer calibrate(const std::string& file, const IndexerConfig& config) {
       config,
       q,
       validated(inputs.w, q),
-      std::visit(
-          [&](const auto& k) { return std::variant<RaggedKeys, PagedKeys>(validated(k, q)); },
-          inputs.k),
+      std::visit([&](const auto& k) { return source_of(validated(k, q)); }, inputs.k),
       {}};
   Layer layer{file, trace.layer(), std::vector<double>(static_cast<std::size_t>(q.heads)), {}};
   Progress progress(one_line(file), q.tokens);

@@ -58,7 +58,7 @@ void run_on(const Planned& planned, const IndexerConfig& config, const Inputs<Ke
             const Selection& out, std::span<std::byte> workspace) {
   validate(out, config, in.q);
   validate_workspace(workspace, planned.plan->workspace_bytes());
-  Problem problem{planned.effective, in.q, in.w, in.k, out};
+  Problem problem{planned.effective, in.q, in.w, source_of(in.k), out};
   if (routes_every_head(config, in.q.heads)) {
     problem.out.heads = {};
     problem.out.residual = {};

@@ -5,19 +5,23 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/key_format.hpp"
 #include "misa/view.hpp"
 
 namespace misa {
 
-// Bytes of a page without padding: 64 keys of D e4m3 elements, then their 64 fp32 scales.
+// The format of the keys in a page.
+inline constexpr KeyFormat kPageFormat = format_of(DType::e4m3);
+
+// Bytes of a page without padding: the elements of 64 keys, then their 64 scales.
 constexpr std::int64_t page_bytes(std::int64_t dim) {
-  return kPageSize * (dim + static_cast<std::int64_t>(sizeof(float)));
+  return kPageSize * kPageFormat.key_bytes(dim);
 }
 
 // Bytes from the start of a page to the scale of token i. Pages need not be aligned, so a scale is
 // read and written by memcpy.
 constexpr std::int64_t scale_offset(std::int64_t dim, std::int64_t i) {
-  return kPageSize * dim + static_cast<std::int64_t>(sizeof(float)) * i;
+  return kPageSize * kPageFormat.element_bytes(dim) + kPageFormat.scale_bytes() * i;
 }
 
 inline float load_scale(const std::uint8_t* page, std::int64_t dim, std::int64_t i) {

@@ -31,7 +31,7 @@ void prefetch_key(const Problem& problem, std::int64_t t, std::int64_t position)
   constexpr std::int64_t kLine = 64;
   constexpr int kToL2 = 2;
   const auto* row = static_cast<const std::byte*>(problem.key(t, position).data);
-  const std::int64_t bytes = problem.q.dim * static_cast<std::int64_t>(size_of(problem.k_dtype()));
+  const std::int64_t bytes = format_of(problem.k_dtype()).element_bytes(problem.q.dim);
   for (std::int64_t i = 0; i < bytes; i += kLine) {
     __builtin_prefetch(row + i, 0, kToL2);
   }

@@ -23,10 +23,8 @@ void start_query(const Problem& problem, std::int64_t t, Query& query) {
 // Memory for a sequence's block means, after what other sequences use.
 void place_means(const Problem& problem, const WorkspaceSpec& spec, const Workspace& workspace,
                  const MeanCounts& used, const MeanCounts& counts, SequenceKeys& keys) {
-  const auto* paged = std::get_if<PagedKeys>(&problem.keys);
-  if (paged != nullptr && paged->cache.page_sums != nullptr) {
-    keys.sums.cached = paged->cache.page_sums;
-  } else {
+  const bool has_pages = counts.page_sums > 0;
+  if (!has_pages || problem.page_sum(keys.queries.first, 0) == nullptr) {
     keys.sums.computed = workspace.page_sums.data() + used.page_sums * spec.dim;
   }
   keys.router_means = {spec.router_block,

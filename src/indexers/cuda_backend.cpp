@@ -117,8 +117,9 @@ class Inputs {
     const auto element = static_cast<std::int64_t>(size_of(q_.dtype));
     q_at_ = add(q_.tokens * q_.heads * q_.dim * element);
     w_at_ = add(q_.tokens * q_.heads * std::int64_t{sizeof(float)});
-    k_at_ = add(k.tokens * k.dim * static_cast<std::int64_t>(size_of(k.dtype)));
-    scale_at_ = add(k.scale != nullptr ? k.tokens * std::int64_t{sizeof(float)} : 0);
+    const KeyFormat format = format_of(k.dtype);
+    k_at_ = add(k.tokens * format.element_bytes(k.dim));
+    scale_at_ = add(k.tokens * format.scale_bytes());
     starts_at_ = add(static_cast<std::int64_t>(k.starts.size_bytes()));
     ends_at_ = add(static_cast<std::int64_t>(k.ends.size_bytes()));
     bytes_.resize(pieces_.bytes());
@@ -129,9 +130,9 @@ class Inputs {
     }
     copy_rows(w_at_, w_.data, q_.tokens, w_.token_stride * std::int64_t{sizeof(float)},
               q_.heads * std::int64_t{sizeof(float)});
-    const auto k_element = static_cast<std::int64_t>(size_of(k.dtype));
-    copy_rows(k_at_, k.data, k.tokens, k.token_stride * k_element, k.dim * k_element);
-    copy_rows(scale_at_, k.scale, k.scale != nullptr ? k.tokens : 0, sizeof(float), sizeof(float));
+    copy_rows(k_at_, k.data, k.tokens, format.element_bytes(k.token_stride),
+              format.element_bytes(k.dim));
+    copy_rows(scale_at_, k.scale, k.tokens, format.scale_bytes(), format.scale_bytes());
     copy_rows(starts_at_, k.starts.data(), 1, 0, static_cast<std::int64_t>(k.starts.size_bytes()));
     copy_rows(ends_at_, k.ends.data(), 1, 0, static_cast<std::int64_t>(k.ends.size_bytes()));
   }
@@ -218,11 +219,11 @@ class CudaPlan final : public BackendPlan {
     if (problem.q.tokens == 0) {
       return;
     }
-    if (const auto* paged = std::get_if<PagedKeys>(&problem.keys)) {
+    if (const auto* paged = std::get_if<PagedSource>(&problem.keys)) {
       const RaggedCopy copy(problem, *paged);
       run_ragged(problem, copy.view(problem.q.dim));
     } else {
-      run_ragged(problem, std::get<RaggedKeys>(problem.keys));
+      run_ragged(problem, std::get<RaggedSource>(problem.keys));
     }
   }
 

@@ -12,15 +12,12 @@
 
 namespace misa::cpu {
 
-// The sums of the whole pages of one sequence: computed, by logical page, or those that the cache
-// keeps, by physical page.
+// The sums of the whole pages of one sequence: computed, or those that the key source keeps.
 struct PageSums {
   float* computed = nullptr;  // [pages, D]
-  const float* cached = nullptr;
 
   [[nodiscard]] const float* at(const Problem& problem, std::int64_t t, std::int64_t page) const {
-    return computed != nullptr ? computed + page * problem.q.dim
-                               : cached + problem.physical_page(t, page) * problem.q.dim;
+    return computed != nullptr ? computed + page * problem.q.dim : problem.page_sum(t, page);
   }
 };
 

@@ -80,7 +80,7 @@ TEST_F(SmokeChecker, RejectsWrongRouting) {
 TEST_F(SmokeChecker, ToleratesLittle) {
   const IndexerConfig config = IndexerConfig::misa_r(kTopK, 3);
   const Rows all = inputs_.all();
-  const Problem problem{config, inputs_.q(all), inputs_.w(all), inputs_.k(all), {}};
+  const Problem problem{config, inputs_.q(all), inputs_.w(all), source_of(inputs_.k(all)), {}};
   const BoundedRow row = bounded_row(problem, 1);
   const auto expect_narrow = [](const std::vector<Interval>& intervals, double share) {
     double largest = 0;

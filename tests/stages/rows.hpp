@@ -16,7 +16,8 @@ inline reference::Row random_row(std::int64_t n, std::int64_t heads = 4, std::ui
   const RaggedInputs inputs(make_pack(spec));
   const IndexerConfig config;
   const Rows all = inputs.all();
-  return reference::load_row({config, inputs.q(all), inputs.w(all), inputs.k(all), {}}, 0);
+  return reference::load_row({config, inputs.q(all), inputs.w(all), source_of(inputs.k(all)), {}},
+                             0);
 }
 
 }  // namespace misa::test

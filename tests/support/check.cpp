@@ -252,7 +252,7 @@ AssertionResult judge(const IndexerConfig& config, const Queries& q, const Weigh
       size(result.residual) != (config.residual ? tokens * q.dim : 0)) {
     return AssertionFailure() << "an output has the wrong size";
   }
-  const Problem problem{config, q, w, keys, {}};
+  const Problem problem{config, q, w, source_of(keys), {}};
   std::vector<Fault> faults(static_cast<std::size_t>(tokens));
   each(tokens, [&](std::int64_t t) {
     if (const Fault fault = judge_row(problem, backend, result, t)) {
