@@ -62,7 +62,6 @@ QueryChunk cut_chunk(const Problem& problem, const WorkspaceSpec& spec, const Wo
   QueryChunk chunk{};
   chunk.queries = workspace.queries.first(count);
   chunk.sequences = workspace.sequences.first(sequence_count);
-  // NOLINTNEXTLINE(clang-analyzer-core.DivideZero): a chunk has one query at least
   chunk.key_splits = std::clamp<std::int64_t>(spec.chunk_selectors / count, 1, spec.threads);
   for (std::int64_t i = 0; i < count; ++i) {
     Query& query = chunk.queries[i];
