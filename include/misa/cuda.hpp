@@ -86,4 +86,24 @@ class Plan {
   std::unique_ptr<State> state_;
 };
 
+/// Bytes of workspace that the two calls below take for q [tokens, H, dim] and `count` means.
+/// Throws Error, invalid_argument, for a size that no call has.
+std::size_t means_workspace_bytes(std::int64_t tokens, std::int64_t dim, std::int64_t count);
+
+/// misa::route_from_means and misa::keep_blocks_from_means (misa/indexer.hpp) on the current
+/// device. Every array lies in device memory, also what the spans hold. They run in order on
+/// `stream` and return at once: they neither synchronise nor allocate, and may be captured into a
+/// graph. Rows of means that are out of range are clamped, and a partial block's is none then. Rows
+/// of q start on 16 bytes; the workspace is aligned to 256 bytes. `backend` as in PlanOptions.
+///
+/// Both throw Error: invalid_argument or workspace before anything is enqueued, unsupported if the
+/// device cannot run the backend, internal, with CUDA's message, where a CUDA call fails.
+void route_from_means(const Queries& q, const Weights& w, const RaggedMeans& means, int heads,
+                      std::span<std::int32_t> out, std::span<std::byte> workspace, void* stream,
+                      std::string_view backend = "auto");
+void keep_blocks_from_means(const Queries& q, const Weights& w, const RaggedMeans& means,
+                            int filter_blocks, std::span<std::int32_t> out,
+                            std::span<std::byte> workspace, void* stream,
+                            std::string_view backend = "auto");
+
 }  // namespace misa::cuda

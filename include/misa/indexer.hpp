@@ -151,4 +151,22 @@ Selected select(const Context& context, const IndexerConfig& config, const Queri
 Selected select(const Context& context, const IndexerConfig& config, const Queries& q,
                 const Weights& w, const PagedKeys& k, Want want = {});
 
+/// The heads that Router::pooled chooses, from block means in place of keys: for callers that have
+/// the means and no single place that has all keys. How many keys a block has is their business.
+///
+/// Writes out [T, heads], ascending; -1 for a query without blocks. 0 <= heads <= H. On the CPU a
+/// thread takes at most 512 KB and 5 D bytes a block of the longest row; the context's workspace
+/// cap does not count. Throws Error before anything is written if an argument is wrong.
+void route_from_means(const Context& context, const Queries& q, const Weights& w,
+                      const RaggedMeans& means, int heads, std::span<std::int32_t> out);
+
+/// The blocks that the block filter keeps, from block means; memory and errors as above.
+///
+/// Writes out [T, filter_blocks], numbers of a query's blocks, ascending, -1 on the right: the
+/// first and the last one, and the best of the others; all of them if they are no more than
+/// filter_blocks, which is 2 or more.
+void keep_blocks_from_means(const Context& context, const Queries& q, const Weights& w,
+                            const RaggedMeans& means, int filter_blocks,
+                            std::span<std::int32_t> out);
+
 }  // namespace misa

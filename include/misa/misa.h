@@ -207,6 +207,33 @@ misa_status misa_run_paged(const misa_plan* plan, const misa_queries* q, const m
                            const misa_paged_keys* k, const misa_selection* out, void* workspace,
                            size_t workspace_bytes) MISA_NOEXCEPT;
 
+/* Routing and the block filter from given block means */
+
+typedef struct misa_ragged_means {
+  const float* data; /**< [M, D] */
+  int64_t count;     /**< M */
+  int64_t dim;
+  int64_t row_stride;
+  const int32_t* starts; /**< [T] */
+  size_t start_count;
+  const int32_t* ends; /**< [T] */
+  size_t end_count;
+  const int32_t* partial; /**< [T], or null: no query sees a block in part */
+  size_t partial_count;
+} misa_ragged_means;
+
+/** The heads that the pooled router chooses: out [T, heads]; out_count = T * heads. */
+misa_status misa_route_from_means(const misa_context* context, const misa_queries* q,
+                                  const misa_weights* w, const misa_ragged_means* means,
+                                  int32_t heads, int32_t* out, size_t out_count) MISA_NOEXCEPT;
+
+/** The blocks that the block filter keeps: out [T, filter_blocks]; out_count = T * filter_blocks.
+ */
+misa_status misa_keep_blocks_from_means(const misa_context* context, const misa_queries* q,
+                                        const misa_weights* w, const misa_ragged_means* means,
+                                        int32_t filter_blocks, int32_t* out,
+                                        size_t out_count) MISA_NOEXCEPT;
+
 /* The key cache */
 
 typedef struct misa_cache_span {

@@ -45,6 +45,19 @@ struct RaggedKeys {
   std::span<const std::int32_t> ends;    ///< ke [T], 0 <= ke <= L; ke <= ks is an empty row
 };
 
+/// Means of blocks of keys, in place of the keys. Query t sees the whole blocks whose means are
+/// rows starts[t] … ends[t] - 1, in order, and after them, if partial[t] is a row, a last block
+/// that it sees in part: the row is the mean of what it sees.
+struct RaggedMeans {
+  const float* data = nullptr;            ///< [M, D]
+  std::int64_t count = 0;                 ///< M, below 2^30
+  std::int64_t dim = 0;                   ///< D
+  std::int64_t row_stride = 0;            ///< elements from one mean to the next; 0: dim
+  std::span<const std::int32_t> starts;   ///< [T], 0 <= starts <= M
+  std::span<const std::int32_t> ends;     ///< [T], 0 <= ends <= M; ends <= starts is no whole block
+  std::span<const std::int32_t> partial;  ///< [T], -1 to M - 1, -1: none; empty: no query has one
+};
+
 /// The paged key cache: uint8 [pages, 64, D + 4], inside a page first 64 x D e4m3 bytes, then 64
 /// fp32 scales.
 struct CacheView {

@@ -15,9 +15,11 @@ from ._call import (
     WORKSPACE_CAP,
     Selected,
     checked_config,
+    checked_shape,
     device_plan,
     empty_selected,
     outputs,
+    run_from_means,
     run_on_device,
     select_into,
     select_paged_into,
@@ -39,6 +41,23 @@ def _checked_execution(backend: str, threads: int, workspace_cap: int) -> tuple[
 
 def _returned(like: Array, out: Selected) -> Selected:
     return Selected(*(_arrays.returned(like, array) for array in out))
+
+
+def _from_means(
+    call: str, arrays: dict[str, Array], width: int, backend: str, threads: int
+) -> Array:
+    """What the function of _core of this name gives of block means, [T, width]."""
+    backend, threads, _ = _checked_execution(backend, threads, 0)
+    _arrays.require_one_framework(arrays)
+    q = arrays["q"]
+    if _arrays.is_torch(q):
+        from .torch_ops import require_one_device
+
+        require_one_device(arrays)
+    tokens, _, _ = checked_shape("q", q, "[T, H, D]")
+    out = _arrays.empty(q, (tokens, max(width, 0)), "int32")
+    run_from_means(call, arrays, width, out, backend, threads)
+    return _arrays.returned(q, out)
 
 
 def select(
@@ -139,6 +158,65 @@ def select_paged(
     out = empty_selected(q, config, *wanted)
     select_paged_into(out, *arrays, page_sums, next_n, config, *execution)
     return _returned(q, out)
+
+
+def route_from_means(
+    q: Array,
+    w: Array,
+    means: Array,
+    starts: Array,
+    ends: Array,
+    *,
+    partial: Array | None = None,
+    heads: int,
+    backend: str = "auto",
+    threads: int = 0,
+) -> Array:
+    """The heads that the router "pooled" chooses, from block means in place of the keys.
+
+    For callers who know the means but have no place that has all keys, as when keys are sharded;
+    ``misa.select`` does it with the means of its keys (docs/spec.md, MISA).
+
+    q, w, backend, threads: as for :func:`select`.
+    means: float32 [M, D], a row a block; M is below 2^30. How many keys a block has does not
+        matter.
+    starts, ends: [T] int32; the whole blocks that query t sees are rows starts[t] to ends[t] - 1,
+        0 to M, none if ends[t] <= starts[t].
+    partial: [T] int32, the row that is the mean of the block that query t sees in part, its last
+        one; -1 where there is none. None: no query has one.
+    heads: h, 0 to H.
+
+    Returns int32 [T, h], ascending; -1 for a query that sees no block. Arrays and errors as for
+    :func:`select`; on CUDA tensors rows out of range are clamped, and a partial one is none.
+    """
+    named = {"q": q, "w": w, "means": means, "starts": starts, "ends": ends, "partial": partial}
+    return _from_means("route_from_means", named, integer("heads", heads), backend, threads)
+
+
+def keep_blocks_from_means(
+    q: Array,
+    w: Array,
+    means: Array,
+    starts: Array,
+    ends: Array,
+    *,
+    partial: Array | None = None,
+    filter_blocks: int,
+    backend: str = "auto",
+    threads: int = 0,
+) -> Array:
+    """The blocks that the block filter keeps, from block means in place of the keys.
+
+    Arguments and errors as for :func:`route_from_means` (docs/spec.md, HISA), but for
+
+    filter_blocks: blocks kept, 2 or more: a query's first and last one, and the best others.
+
+    Returns int32 [T, filter_blocks], numbers of the query's blocks from 0, ascending; -1 on the
+    right where it has fewer.
+    """
+    named = {"q": q, "w": w, "means": means, "starts": starts, "ends": ends, "partial": partial}
+    count = integer("filter_blocks", filter_blocks)
+    return _from_means("keep_blocks_from_means", named, count, backend, threads)
 
 
 def append(

@@ -121,13 +121,37 @@ def select_paged_into(
     return out
 
 
+def run_from_means(
+    call: str, arrays: dict[str, Array], width: int, out: Array, backend: str, threads: int
+) -> None:
+    """The function of _core of this name on block means, into ``out``."""
+    q = arrays["q"]
+    device = _arrays.cuda_device("q", q)
+    if device is None:
+        inputs = [_arrays.readable(name, array) for name, array in arrays.items()]
+        getattr(_core, call)(*inputs, width, _arrays.writable("out", out), backend, threads)
+        return
+    require_device_build()
+    count, _ = checked_shape("means", arrays["means"], "[M, D]")
+    workspace = _arrays.empty(q, (_core.means_workspace_bytes(*q.shape[::2], count),), "uint8")
+    inputs = [_arrays.on_stream(name, array) for name, array in arrays.items()]
+    getattr(_core, f"{call}_on_device")(
+        *inputs, width, _arrays.writable("out", out), _arrays.writable("workspace", workspace),
+        device, backend, _arrays.stream_of(q),
+    )  # fmt: skip
+
+
 def outputs(out: Selected) -> list[Array]:
     return [_arrays.writable(name, array) for name, array in out._asdict().items()]
 
 
-def device_plan(*arguments: Any) -> _core.DevicePlan:
+def require_device_build() -> None:
     if not hasattr(_core, "DevicePlan"):
         raise RuntimeError("device: this build of misa has no CUDA backends")
+
+
+def device_plan(*arguments: Any) -> _core.DevicePlan:
+    require_device_build()
     # What the backend "auto" is may change with the variable.
     return _cached_plan(os.environ.get("MISA_BACKEND", ""), *arguments)
 

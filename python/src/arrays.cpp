@@ -201,6 +201,33 @@ RaggedKeys RaggedArrays::keys() const {
           ends.span_of<std::int32_t>()};
 }
 
+MeansArrays::MeansArrays(nb::handle q_, nb::handle w_, nb::handle means, nb::handle starts_,
+                         nb::handle ends_, nb::handle partial_, Place place)
+    : q("q", q_, kElements, "[T, H, D]", place),
+      w("w", w_, nb::dtype<float>(), "[T, H]", place),
+      rows("means", means, nb::dtype<float>(), "[M, D]", place),
+      starts("starts", starts_, nb::dtype<std::int32_t>(), "[T]", place),
+      ends("ends", ends_, nb::dtype<std::int32_t>(), "[T]", place),
+      partial(optional_array("partial", partial_, nb::dtype<std::int32_t>(), "[T]", place)) {
+  if (partial) {  // one of no entries would be taken for none
+    require(partial->extent(0) == q.extent(0), "partial: expected {} entries (T), got {}",
+            q.extent(0), partial->extent(0));
+  }
+}
+
+Queries MeansArrays::queries() const { return python::queries(q); }
+Weights MeansArrays::weights() const { return python::weights(w); }
+
+RaggedMeans MeansArrays::means() const {
+  return {rows.data_of<float>(),
+          rows.extent(0),
+          rows.extent(1),
+          rows.stride(0),
+          starts.span_of<std::int32_t>(),
+          ends.span_of<std::int32_t>(),
+          partial ? partial->span_of<std::int32_t>() : std::span<const std::int32_t>{}};
+}
+
 namespace {
 
 std::string_view cache_layout(nb::handle cache) {

@@ -115,6 +115,23 @@ struct RaggedArrays {
   [[nodiscard]] RaggedKeys keys() const;
 };
 
+// The arrays of a call on block means.
+struct MeansArrays {
+  Array q;
+  Array w;
+  Array rows;
+  Array starts;
+  Array ends;
+  std::optional<Array> partial;
+
+  MeansArrays(nb::handle q, nb::handle w, nb::handle means, nb::handle starts, nb::handle ends,
+              nb::handle partial, Place place);
+
+  [[nodiscard]] Queries queries() const;
+  [[nodiscard]] Weights weights() const;
+  [[nodiscard]] RaggedMeans means() const;
+};
+
 // A paged cache in host memory, uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)], and its page
 // sums [pages, D] or None.
 class CacheArrays {

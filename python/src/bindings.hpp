@@ -14,6 +14,7 @@ IndexerConfig config_of(nanobind::handle config);
 void bind_config(nanobind::module_& module);
 void bind_plan(nanobind::module_& module);
 void bind_device_plan(nanobind::module_& module);
+void bind_means(nanobind::module_& module);
 void bind_cache(nanobind::module_& module);
 
 }  // namespace misa::python

@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.hpp"
+#include "core/recipe.hpp"
 
 namespace misa::python {
 
@@ -21,8 +22,8 @@ T field(nb::handle config, const char* name) {
   return nb::cast<T>(config.attr(name));
 }
 
-nb::dict defaults(std::string_view name, int top_k) {
-  const IndexerConfig config = indexer_by_name(name, top_k);
+// The fields of misa.Config but top_k.
+nb::dict fields_of(const IndexerConfig& config) {
   nb::dict fields;
   fields["router"] = name_of(config.router);
   fields["heads"] = config.heads;
@@ -33,8 +34,18 @@ nb::dict defaults(std::string_view name, int top_k) {
   fields["candidates"] = config.candidates;
   fields["dense_work"] = config.dense_work;
   fields["ordered"] = config.ordered;
-  fields["static_heads"] = nb::tuple();
+  fields["static_heads"] = nb::tuple(nb::cast(config.static_heads));
   return fields;
+}
+
+std::string_view name_of(RouterKeys keys) {
+  switch (keys) {
+    case RouterKeys::none: break;
+    case RouterKeys::block_means: return "block means";
+    case RouterKeys::sampled: return "sampled";
+    case RouterKeys::last: return "last";
+  }
+  return "none";
 }
 
 }  // namespace
@@ -57,11 +68,32 @@ IndexerConfig config_of(nb::handle config) {
 
 void bind_config(nb::module_& module) {
   module.def(
-      "defaults", &defaults, nb::arg("indexer"), nb::arg("top_k"),
+      "defaults",
+      [](std::string_view name, int top_k) { return fields_of(indexer_by_name(name, top_k)); },
+      nb::arg("indexer"), nb::arg("top_k"),
       "The fields of a named indexer, top_k aside; ValueError if there is none of the name.");
   module.def(
       "check_router", [](std::string_view name) { router_by_name(name); }, nb::arg("router"),
       "ValueError if there is no router of the name.");
+  module.def(
+      "effective_config",
+      [](nb::handle config, std::int64_t heads) {
+        return fields_of(effective_config(config_of(config), heads));
+      },
+      nb::arg("config"), nb::arg("heads"),
+      "The fields, top_k aside, of what a config computes for H heads: its own, or those without "
+      "routing where every head is routed.");
+  module.def(
+      "dense_keys",
+      [](nb::handle config, std::int64_t heads) { return dense_keys(config_of(config), heads); },
+      nb::arg("config"), nb::arg("heads"), "Rows of at most so many keys are DSA's.");
+  module.def(
+      "router_keys",
+      [](std::string_view name) { return name_of(traits_of(router_by_name(name)).keys); },
+      nb::arg("router"),
+      "The keys that a router looks at: none, sampled, last, or block means of all.");
+  module.def("sample_stride", &sample_stride, nb::arg("n"),
+             "From one sampled position to the next, of n that a query sees.");
   module.def(
       "indexer_names", [] { return list_of(indexer_names()); }, "Names of the indexers.");
   module.def(

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selecting in device memory: misa::cuda::Plan on the device that its arrays lie on.
+// Selecting in device memory: misa::cuda::Plan, and the calls on block means, on the device that
+// their arrays lie on.
 #include <cuda_runtime_api.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -87,6 +88,34 @@ class DevicePlan {
   std::optional<cuda::Plan> plan_;  // made once its device is current
 };
 
+// misa::cuda::route_from_means or keep_blocks_from_means, `call`, on the device of its arrays.
+template <auto call>
+void from_means(nb::handle q, nb::handle w, nb::handle means, nb::handle starts, nb::handle ends,
+                nb::handle partial, int width, nb::handle out, nb::handle workspace, int device,
+                std::string_view backend, std::uintptr_t stream) {
+  const Place place{device};
+  const MeansArrays in(q, w, means, starts, ends, partial, place);
+  const Output written("out", out, place, nb::dtype<std::int32_t>());
+  const Output scratch("workspace", workspace, place);
+  const Queries queries = in.queries();
+  const Weights weights = in.weights();
+  const RaggedMeans view = in.means();
+  const auto bytes = std::as_writable_bytes(scratch.span_of<std::uint8_t>());
+  const nb::gil_scoped_release released;
+  require_device(device);
+  const OnDevice here(device);
+  call(queries, weights, view, width, written.span_of<std::int32_t>(), bytes,
+       reinterpret_cast<void*>(stream), backend);
+}
+
+template <auto call>
+void bind_from_means(nb::module_& module, const char* name, const char* width) {
+  module.def(name, &from_means<call>, nb::arg("q").none(), nb::arg("w").none(),
+             nb::arg("means").none(), nb::arg("starts").none(), nb::arg("ends").none(),
+             nb::arg("partial").none(), nb::arg(width), nb::arg("out").none(),
+             nb::arg("workspace").none(), nb::arg("device"), nb::arg("backend"), nb::arg("stream"));
+}
+
 }  // namespace
 
 void bind_device_plan(nb::module_& module) {
@@ -103,6 +132,12 @@ void bind_device_plan(nb::module_& module) {
            nb::arg("ks").none(), nb::arg("ke").none(), nb::arg("k_scale").none(),
            nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
            nb::arg("residual").none(), nb::arg("workspace").none(), nb::arg("stream"));
+  module.def("means_workspace_bytes", &cuda::means_workspace_bytes, nb::arg("tokens"),
+             nb::arg("dim"), nb::arg("count"),
+             "Bytes that the calls on block means take on a device.");
+  bind_from_means<&cuda::route_from_means>(module, "route_from_means_on_device", "heads");
+  bind_from_means<&cuda::keep_blocks_from_means>(module, "keep_blocks_from_means_on_device",
+                                                 "filter_blocks");
 }
 
 }  // namespace misa::python

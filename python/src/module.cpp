@@ -46,6 +46,7 @@ NB_MODULE(_core, module) {
   module.def("backends", &backends, "Every backend of this build, by falling priority.");
   bind_config(module);
   bind_plan(module);
+  bind_means(module);
   bind_cache(module);
 #if MISA_HAVE_CUDA
   bind_device_plan(module);

@@ -22,7 +22,7 @@ SHAPE = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 9}
 OUTPUTS = misa.Selected._fields
 WRITTEN = {"append": ("cache", "page_sums"), "rebuild_page_sums": ("cache", "page_sums"),
            "Plan.run": (*OUTPUTS, "workspace")}  # fmt: skip
-OPTIONAL = ("k_scale", "page_sums", "filled", *OUTPUTS, "workspace")
+OPTIONAL = ("k_scale", "page_sums", "filled", "partial", *OUTPUTS, "workspace")
 ELEMENTS = ("q", "k")
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
@@ -46,10 +46,17 @@ def calls() -> dict[str, Call]:
     keys, slots = np.ones((3, 64), np.float32), np.arange(3)
     queries = {name: given[name] for name in ("q", "w")}
     pages = {"block_table": np.zeros((2, 1), np.int32), "context_lens": np.full(2, 9, np.int32)}
+    rows = {"starts": np.zeros(2, np.int32), "ends": np.full(2, 3, np.int32)}
+    means = {"means": np.ones((4, 64), np.float32), **rows, "partial": np.full(2, -1, np.int32)}
     held = {"cache": cache.data, "page_sums": cache.page_sums}
     return {
         "select": (partial(misa.select, config=CONFIG), given),
         "select_paged": (partial(misa.select_paged, config=CONFIG), {**queries, **held, **pages}),
+        "route_from_means": (partial(misa.route_from_means, heads=2), {**queries, **means}),
+        "keep_blocks_from_means": (
+            partial(misa.keep_blocks_from_means, filter_blocks=2),
+            {**queries, **means},
+        ),
         "append": (misa.append, {**held, "k": keys, "slots": slots}),
         "rebuild_page_sums": (
             misa.rebuild_page_sums,
@@ -171,6 +178,11 @@ def test_accepts(tmp_path: Path) -> None:
         (calls()["select"][0], {**calls()["select"][1], "heads": None}),
         (calls()["select_paged"][0], {**calls()["select_paged"][1], "residual": "yes"}),
         (calls()["append"][0], {**calls()["append"][1], "scale_format": None}),
+        (misa.route_from_means, {**calls()["route_from_means"][1], "heads": 2.5}),
+        (misa.route_from_means, {**calls()["route_from_means"][1], "heads": 9}),
+        (misa.route_from_means, {**calls()["route_from_means"][1], "heads": -1}),
+        (misa.keep_blocks_from_means, {**calls()["route_from_means"][1], "filter_blocks": 1}),
+        (misa.keep_blocks_from_means, {**calls()["route_from_means"][1], "filter_blocks": None}),
     ],
 )
 def test_refuses_options(call: Callable, argument: dict) -> None:
@@ -181,7 +193,8 @@ def test_refuses_options(call: Callable, argument: dict) -> None:
 
 def test_refuses_other_frameworks() -> None:
     torch = pytest.importorskip("torch")
-    for entry in ("select", "select_paged", "Plan.run"):
+    entries = ("select", "select_paged", "route_from_means", "keep_blocks_from_means", "Plan.run")
+    for entry in entries:
         call = calls()[entry]
         for argument, array in call[1].items():
             if argument not in ("q", *WRITTEN["Plan.run"]) and array.dtype.kind != "V":

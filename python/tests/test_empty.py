@@ -48,6 +48,17 @@ def _select_paged(cache_of: tuple[int, ...] = (64, D + 4)) -> dict[str, np.ndarr
     }
 
 
+def _means() -> dict[str, np.ndarray]:
+    return {
+        "q": _ones(T, H, D),
+        "w": _ones(T, H),
+        "means": _ones(L, D),
+        "starts": np.zeros(T, "i4"),
+        "ends": np.full(T, 9, "i4"),
+        "partial": np.full(T, -1, "i4"),
+    }
+
+
 def _append() -> dict[str, np.ndarray]:
     return {
         "cache": np.zeros((PAGES, 64, D + 4), "u1"),
@@ -95,6 +106,11 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
     ),
     "compare": (lambda **a: misa.compare(**a, configs=[CONFIG]), _select()),
     "Plan.run": (_run, _select()),
+    "route_from_means": (lambda **a: misa.route_from_means(**a, heads=2), _means()),
+    "keep_blocks_from_means": (
+        lambda **a: misa.keep_blocks_from_means(**a, filter_blocks=2),
+        _means(),
+    ),
     "append": (misa.append, _append()),
     "rebuild_page_sums": (misa.rebuild_page_sums, _rebuild()),
     "fp8_mqa_logits": (_fp8_mqa_logits, _logits()),

@@ -175,6 +175,31 @@ cuda = pytest.mark.skipif(
 )
 
 
+def means_call(dtype: str) -> dict[str, np.ndarray]:
+    inputs = random_inputs([(0, 1)] * 6, dtype=dtype)
+    rows = np.array([[0, 0, 3, 9, 40, 7], [40, 39, 9, 3, 40, 30], [-1, 4, 39, 0, -1, 8]], np.int32)
+    means = random_inputs([(0, 40)], seed=4).k
+    starts, ends, partial = (row.copy() for row in rows)
+    return {"q": inputs.q, "w": inputs.w, "means": means, "starts": starts, "ends": ends,
+            "partial": partial}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "e4m3"])
+@devices
+def test_means_equal_numpy(device: str, dtype: str) -> None:
+    given = means_call(dtype)
+    moved = {name: tensor(array, device) for name, array in given.items()}
+    heads = misa.route_from_means(**moved, heads=3)
+    kept = misa.keep_blocks_from_means(**moved, filter_blocks=6)
+    assert heads.device.type == kept.device.type == device
+    backend = "auto" if device == "cpu" else device
+    assert np.array_equal(heads.cpu(), misa.route_from_means(**given, heads=3, backend=backend))
+    wanted = misa.keep_blocks_from_means(**given, filter_blocks=6, backend=backend)
+    assert np.array_equal(kept.cpu(), wanted)
+    with pytest.raises(ValueError, match="means: expected a tensor on .* as the others are"):
+        misa.route_from_means(**moved | {"means": torch.empty(40, 64, device="meta")}, heads=3)
+
+
 @cuda
 @pytest.mark.parametrize("indexer", ["dsa", "misa", "misa-dagger", "misa-r", "hisa"])
 @pytest.mark.parametrize("path", list(traces()))

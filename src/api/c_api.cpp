@@ -135,6 +135,16 @@ misa::RaggedKeys keys_from(const misa_ragged_keys& k) {
           span_from("ke", k.ends, k.end_count)};
 }
 
+misa::RaggedMeans means_from(const misa_ragged_means& m) {
+  return {m.data,
+          m.count,
+          m.dim,
+          m.row_stride,
+          span_from("starts", m.starts, m.start_count),
+          span_from("ends", m.ends, m.end_count),
+          span_from("partial", m.partial, m.partial_count)};
+}
+
 misa::CacheView view_from(const misa_cache_view& c) {
   return {c.data, c.pages, c.dim, c.page_stride, c.page_sums};
 }
@@ -166,6 +176,18 @@ misa_status run(const misa_plan* plan, const misa_queries* q, const misa_weights
         .plan.run(queries_from(deref("q", q)), weights_from(deref("w", w)),
                   keys_from(deref("k", k)), selection_from(deref("out", out)),
                   span_from("workspace", static_cast<std::byte*>(workspace), workspace_bytes));
+  });
+}
+
+// A call on block means, of either kind.
+template <class Call>
+misa_status run_from_means(const Call& call, const misa_context* context, const misa_queries* q,
+                           const misa_weights* w, const misa_ragged_means* means,
+                           std::int32_t width, std::int32_t* out, std::size_t out_count) noexcept {
+  return guarded([&] {
+    call(deref("context", context).context, queries_from(deref("q", q)),
+         weights_from(deref("w", w)), means_from(deref("means", means)), width,
+         span_from("out", out, out_count));
   });
 }
 
@@ -257,6 +279,21 @@ misa_status misa_run_paged(const misa_plan* plan, const misa_queries* q, const m
                            const misa_paged_keys* k, const misa_selection* out, void* workspace,
                            std::size_t workspace_bytes) noexcept {
   return run(plan, q, w, k, out, workspace, workspace_bytes);
+}
+
+misa_status misa_route_from_means(const misa_context* context, const misa_queries* q,
+                                  const misa_weights* w, const misa_ragged_means* means,
+                                  std::int32_t heads, std::int32_t* out,
+                                  std::size_t out_count) noexcept {
+  return run_from_means(misa::route_from_means, context, q, w, means, heads, out, out_count);
+}
+
+misa_status misa_keep_blocks_from_means(const misa_context* context, const misa_queries* q,
+                                        const misa_weights* w, const misa_ragged_means* means,
+                                        std::int32_t filter_blocks, std::int32_t* out,
+                                        std::size_t out_count) noexcept {
+  return run_from_means(misa::keep_blocks_from_means, context, q, w, means, filter_blocks, out,
+                        out_count);
 }
 
 misa_status misa_cache_bytes(std::int64_t pages, std::int64_t dim, std::int64_t* bytes) noexcept {

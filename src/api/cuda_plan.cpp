@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public plan on a device: checks what can be checked without reading device memory.
+// The public plan on a device, and the calls on block means: they check what can be checked without
+// reading device memory.
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
@@ -9,6 +10,7 @@
 #include "core/require.hpp"
 #include "cuda/target.hpp"
 #include "indexers/cuda.hpp"
+#include "indexers/cuda_means.hpp"
 #include "misa/cuda.hpp"
 
 namespace misa::cuda {
@@ -43,7 +45,45 @@ void validate_plan(const IndexerConfig& config, const Shape& shape, const PlanOp
           "total_keys: expected 0 to {}, got {}", kMost, options.total_keys);
 }
 
+void validate_device_workspace(std::span<std::byte> workspace, std::size_t bytes) {
+  validate_workspace(workspace, bytes);
+  require_data("workspace", workspace.data(), 0, kWorkspaceAlignment);
+}
+
+// A call on block means but its output.
+MeansCall means_call(const Queries& queries, const Weights& weights, const RaggedMeans& means,
+                     std::span<std::byte> workspace, void* stream, std::string_view backend) {
+  const Queries q = validated(queries);
+  const Weights w = validated(weights, q);
+  const RaggedMeans resolved = validated_layout(means, q);
+  require_rows("q", q.data, q.dtype, {q.token_stride, q.head_stride});
+  validate_device_workspace(workspace, means_bytes(q.tokens, q.dim, resolved.count));
+  return {q, w, resolved, traits_of(target_for(backend)), workspace.data(), stream};
+}
+
 }  // namespace
+
+std::size_t means_workspace_bytes(std::int64_t tokens, std::int64_t dim, std::int64_t count) {
+  validate_means_sizes(tokens, dim, count);
+  return means_bytes(tokens, dim, count);
+}
+
+void route_from_means(const Queries& q, const Weights& w, const RaggedMeans& means, int heads,
+                      std::span<std::int32_t> out, std::span<std::byte> workspace, void* stream,
+                      std::string_view backend) {
+  const MeansCall call = means_call(q, w, means, workspace, stream, backend);
+  validate_routed_heads(heads, out, call.q);
+  route_from_means(call, heads, out.data());
+}
+
+void keep_blocks_from_means(const Queries& q, const Weights& w, const RaggedMeans& means,
+                            int filter_blocks, std::span<std::int32_t> out,
+                            std::span<std::byte> workspace, void* stream,
+                            std::string_view backend) {
+  const MeansCall call = means_call(q, w, means, workspace, stream, backend);
+  validate_kept_blocks(filter_blocks, out, call.q);
+  keep_blocks_from_means(call, filter_blocks, out.data());
+}
 
 struct Plan::State {
   State(const IndexerConfig& chosen, const Shape& bounds, const PlanOptions& options)
@@ -83,8 +123,7 @@ void Plan::run(const Queries& queries, const Weights& weights, const RaggedKeys&
   require_rows("q", q.data, q.dtype, {q.token_stride, q.head_stride});
   require_rows("k", k.data, k.dtype, {k.token_stride});
   validate(out, state_->config, q);
-  validate_workspace(workspace, workspace_bytes());
-  require_data("workspace", workspace.data(), 0, kWorkspaceAlignment);
+  validate_device_workspace(workspace, workspace_bytes());
   state_->step.run({q,
                     w,
                     {k.data, k.dtype, k.tokens, k.token_stride, k.scale, k.starts.data(),

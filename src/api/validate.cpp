@@ -13,6 +13,7 @@ namespace misa {
 namespace {
 
 constexpr std::int64_t kMaxKeys = std::numeric_limits<std::int32_t>::max();  // positions are int32
+constexpr std::int64_t kMaxMeans = kMaxKeys / 2;  // CUDA devices count two positions a block mean
 
 void validate_dtype(std::string_view name, DType dtype) {
   require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::e4m3,
@@ -114,6 +115,14 @@ void validate_output(std::string_view name, std::span<T> out, bool exists, std::
   require_data(name, out.data(), std::ssize(out), alignof(T));
 }
 
+// The one output of a call.
+void validate_whole_output(std::span<const std::int32_t> out, std::int64_t rows,
+                           std::int64_t columns) {
+  require(std::ssize(out) == checked_multiply_add("out", rows, columns),
+          "out: expected {} * {} elements, got {}", rows, columns, out.size());
+  require_data("out", out.data(), std::ssize(out), alignof(std::int32_t));
+}
+
 }  // namespace
 
 void validate(const IndexerConfig& config, const Shape& shape) {
@@ -204,6 +213,48 @@ RaggedKeys validated_layout(const RaggedKeys& k, const Queries& q) {
   return resolved;
 }
 
+void validate_means_sizes(std::int64_t tokens, std::int64_t dim, std::int64_t count) {
+  validate_count("q", "T", tokens);
+  validate_dim("q", dim);
+  require(count >= 0 && count <= kMaxMeans, "means: expected M = 0 to {}, got {}", kMaxMeans,
+          count);
+  checked_multiply_add("q", tokens, dim * std::int64_t{sizeof(float)});
+}
+
+RaggedMeans validated_layout(const RaggedMeans& means, const Queries& q) {
+  validate_means_sizes(q.tokens, q.dim, means.count);
+  require(means.dim == q.dim, "means: expected D = {} as q has, got {}", q.dim, means.dim);
+  RaggedMeans resolved = means;
+  resolved.row_stride = resolved_stride("means", "row", means.row_stride, means.dim, means.count);
+  validate_rows("means", means.data, means.count, resolved.row_stride, sizeof(float));
+  require(std::ssize(means.starts) == q.tokens, "starts: expected {} entries (T), got {}", q.tokens,
+          means.starts.size());
+  require(std::ssize(means.ends) == q.tokens, "ends: expected {} entries (T), got {}", q.tokens,
+          means.ends.size());
+  require(means.partial.empty() || std::ssize(means.partial) == q.tokens,
+          "partial: expected {} entries (T) or none, got {}", q.tokens, means.partial.size());
+  require_data("starts", means.starts.data(), q.tokens, alignof(std::int32_t));
+  require_data("ends", means.ends.data(), q.tokens, alignof(std::int32_t));
+  require_data("partial", means.partial.data(), std::ssize(means.partial), alignof(std::int32_t));
+  return resolved;
+}
+
+RaggedMeans validated(const RaggedMeans& means, const Queries& q) {
+  const RaggedMeans resolved = validated_layout(means, q);
+  for (std::size_t t = 0; t < means.starts.size(); ++t) {
+    require(means.starts[t] >= 0 && means.starts[t] <= means.count,
+            "starts[{}]: expected 0 to M = {}, got {}", t, means.count, means.starts[t]);
+    require(means.ends[t] >= 0 && means.ends[t] <= means.count,
+            "ends[{}]: expected 0 to M = {}, got {}", t, means.count, means.ends[t]);
+  }
+  for (std::size_t t = 0; t < means.partial.size(); ++t) {
+    require(means.partial[t] >= -1 && means.partial[t] < means.count,
+            "partial[{}]: expected -1 (none) to M - 1 = {}, got {}", t, means.count - 1,
+            means.partial[t]);
+  }
+  return resolved;
+}
+
 RaggedKeys validated(const RaggedKeys& k, const Queries& q) {
   const RaggedKeys resolved = validated_layout(k, q);
   for (std::size_t t = 0; t < k.starts.size(); ++t) {
@@ -283,6 +334,17 @@ void validate(const Selection& out, const IndexerConfig& config, const Queries& 
                   config.heads);
   validate_output("residual", out.residual, config.residual, "without a residual row", q.tokens,
                   q.dim);
+}
+
+void validate_routed_heads(int heads, std::span<const std::int32_t> out, const Queries& q) {
+  require(heads >= 0 && heads <= q.heads, "heads: expected 0 to H = {}, got {}", q.heads, heads);
+  validate_whole_output(out, q.tokens, heads);
+}
+
+void validate_kept_blocks(int filter_blocks, std::span<const std::int32_t> out, const Queries& q) {
+  // The first and the last block are always kept.
+  require(filter_blocks >= 2, "filter_blocks: expected 2 or more, got {}", filter_blocks);
+  validate_whole_output(out, q.tokens, filter_blocks);
 }
 
 void validate_workspace(std::span<const std::byte> workspace, std::size_t bytes) {

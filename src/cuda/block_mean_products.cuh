@@ -7,7 +7,7 @@
 //     memory.
 //  2. Queries whose keys start at the same key share the means of whole blocks, tile by tile: while
 //     one tile is multiplied the next is copied. Rows that the block-mean table has for another
-//     sequence are computed here.
+//     sequence are computed here; a table of given means has every row.
 //  3. x = q . mean, from parts that hold 22 bits (fp16) or all 24 bits (bf16) of the fp32 mean.
 //  4. Energies: a lane sums max(0, x) over two of every eight blocks, then the quad of a head adds
 //     up; the partial block is added last.
@@ -85,7 +85,7 @@ struct WarpTask {
 
 // Step 2: starts to copy the means of blocks first … first + count - 1 of a sequence, one row per
 // warp at a time.
-template <int dim, int parts>
+template <bool given, int dim, int parts>
 __device__ void load_means_tile(MeansTile<dim, parts>& tile, const MeansArguments& arguments,
                                 std::int32_t sequence_start, std::int32_t first, int count) {
   constexpr int kRowChunks = dim / 8;  // of 16 bytes
@@ -96,9 +96,9 @@ __device__ void load_means_tile(MeansTile<dim, parts>& tile, const MeansArgument
   const std::int64_t first_row = base_row(means, std::int64_t{sequence_start}) + first;
 
   const auto [wanted, found] =
-      look_up_rows<kWarpRows, kWarps>(means, sequence_start, first_row, count, tile.factors);
+      look_up_rows<kWarpRows, kWarps, given>(means, sequence_start, first_row, count, tile.factors);
   const std::uint32_t found_rows = __ballot_sync(kFullMask, found);
-  std::uint32_t missing_rows = __ballot_sync(kFullMask, wanted && !found);
+  [[maybe_unused]] std::uint32_t missing_rows = __ballot_sync(kFullMask, wanted && !found);
   for (int i = 0; i < kWarpRows; ++i) {
     if ((found_rows >> i & 1) != 0) {
       const int row = warp + i * kWarps;
@@ -111,13 +111,15 @@ __device__ void load_means_tile(MeansTile<dim, parts>& tile, const MeansArgument
       }
     }
   }
-  for (; missing_rows != 0; missing_rows &= missing_rows - 1) {
-    const int row = warp + (__ffs(static_cast<int>(missing_rows)) - 1) * kWarps;
-    const float factor = write_mean<parts == kFp16Parts>(
-        arguments.problem.k, means, sequence_start + std::int64_t{first + row} * means.block,
-        tile.rows[0][row], kTileMeans<parts> * operand_pitch(dim));
-    if (lane == 0) {
-      tile.factors[row] = factor;
+  if constexpr (!given) {
+    for (; missing_rows != 0; missing_rows &= missing_rows - 1) {
+      const int row = warp + (__ffs(static_cast<int>(missing_rows)) - 1) * kWarps;
+      const float factor = write_mean<parts == kFp16Parts>(
+          arguments.problem.k, means, sequence_start + std::int64_t{first + row} * means.block,
+          tile.rows[0][row], kTileMeans<parts> * operand_pitch(dim));
+      if (lane == 0) {
+        tile.factors[row] = factor;
+      }
     }
   }
 }
@@ -223,7 +225,7 @@ __device__ void write_energies(const std::uint16_t (&partial)[parts][dim], float
   }
 }
 
-template <DType type, bool fp16, int dim, MeansOutput output>
+template <DType type, bool fp16, int dim, MeansOutput output, bool given>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     mean_products_kernel(const __grid_constant__ MeansArguments arguments) {
   begin_kernel();
@@ -277,8 +279,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     for (std::int32_t tile = -kRows; tile < max_blocks; tile += kRows) {
       const std::int32_t next = tile + kRows;
       if (next < max_blocks) {
-        load_means_tile(shared.tiles[next / kRows % 2], arguments, run.sequence_start, next,
-                        min(kRows, max_blocks - next));
+        load_means_tile<given>(shared.tiles[next / kRows % 2], arguments, run.sequence_start, next,
+                               min(kRows, max_blocks - next));
       }
       commit_copies();
       if (tile < 0) {
@@ -332,33 +334,46 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 }
 
-template <DType type, bool fp16, int dim, MeansOutput output>
+template <DType type, bool fp16, int dim, MeansOutput output, bool given>
 void launch(const MeansArguments& arguments, cudaStream_t stream) {
   constexpr int kBytes = sizeof(MeansShared<dim, kMeanParts<fp16>>);
-  const auto kernel = mean_products_kernel<type, fp16, dim, output>;
+  const auto kernel = mean_products_kernel<type, fp16, dim, output, given>;
   const Queries& q = arguments.problem.q;
   const std::int64_t queries = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
   const auto grid = static_cast<unsigned>((q.tokens + queries - 1) / queries);
   launch_kernel("pooled routing", kernel, dim3(grid), kThreads, kBytes, stream, arguments);
 }
 
-template <DType type, bool fp16, MeansOutput output>
+template <DType type, bool fp16, MeansOutput output, bool given>
 void launch(const MeansArguments& arguments, cudaStream_t stream) {
   if (arguments.problem.q.dim == 64) {
-    launch<type, fp16, 64, output>(arguments, stream);
+    launch<type, fp16, 64, output, given>(arguments, stream);
   } else {
-    launch<type, fp16, 128, output>(arguments, stream);
+    launch<type, fp16, 128, output, given>(arguments, stream);
+  }
+}
+
+template <MeansOutput output, bool given>
+void launch(const MeansArguments& arguments, cudaStream_t stream) {
+  switch (arguments.problem.q.dtype) {
+    case DType::f32: return launch<DType::f32, false, output, given>(arguments, stream);
+    case DType::bf16: return launch<DType::bf16, false, output, given>(arguments, stream);
+    case DType::e4m3:
+      if constexpr (!given) {
+        if (arguments.means.fp16) {
+          return launch<DType::e4m3, true, output, given>(arguments, stream);
+        }
+      }
+      return launch<DType::e4m3, false, output, given>(arguments, stream);
   }
 }
 
 template <MeansOutput output>
 void launch(const MeansArguments& arguments, cudaStream_t stream) {
-  switch (arguments.problem.q.dtype) {
-    case DType::f32: return launch<DType::f32, false, output>(arguments, stream);
-    case DType::bf16: return launch<DType::bf16, false, output>(arguments, stream);
-    case DType::e4m3:
-      return arguments.means.fp16 ? launch<DType::e4m3, true, output>(arguments, stream)
-                                  : launch<DType::e4m3, false, output>(arguments, stream);
+  if (arguments.means.starts == nullptr) {
+    launch<output, true>(arguments, stream);
+  } else {
+    launch<output, false>(arguments, stream);
   }
 }
 

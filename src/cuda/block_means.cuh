@@ -132,15 +132,17 @@ struct RowLookup {
 
 // Looks up the `count` rows of a tile, of which row 0 is row `first_row` of the table, for the
 // sequence that starts at `sequence_start`. The rows are spread over `warps` warps, `rows` each,
-// and lane l of a warp looks up the l-th of them. Stores the factors of rows that are found.
-template <int rows, int warps>
+// and lane l of a warp looks up the l-th of them. Stores the factors of rows that are found: all of
+// them in a `given` table.
+template <int rows, int warps, bool given = false>
 __device__ RowLookup look_up_rows(const BlockMeans& means, std::int32_t sequence_start,
                                   std::int64_t first_row, int count, float* factors) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int tile_row = static_cast<int>(threadIdx.x) / 32 + lane * warps;
   const std::int64_t row = first_row + tile_row;
   const bool wanted = lane < rows && tile_row < count;
-  const bool found = wanted && row < means.capacity && means.starts[row] == sequence_start;
+  const bool found =
+      wanted && row < means.capacity && (given || means.starts[row] == sequence_start);
   if (found) {
     factors[tile_row] = means.factors[row];
   }

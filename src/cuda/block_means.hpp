@@ -10,7 +10,8 @@ namespace misa::cuda {
 // and its blocks are counted from there; base_row (block_means.cuh) says which rows it has.
 // Sequences that do not overlap share no row. Where they overlap, a row holds the block of the
 // sequence that starts last, and a kernel that needs another one's block computes its mean from the
-// keys.
+// keys. In a table of given means (pool/given.hpp), whose `starts` is null, every row holds the
+// block of whichever sequence looks it up.
 struct BlockMeans {
   std::int32_t* starts;   // [capacity] first key of a row's sequence; -1: the row is empty
   float* factors;         // [capacity] a mean is the sum of its parts times this

@@ -3,6 +3,7 @@
 // arrays hold is unknown, so kernels clamp whatever they use as an index.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -33,6 +34,18 @@ struct Problem {
   Weights w;
   RaggedSource k;
 };
+
+// Queries first … first + count - 1 of a problem.
+inline Problem chunk_of(Problem problem, std::int64_t first, std::int64_t count) {
+  problem.q.data =
+      static_cast<const std::byte*>(problem.q.data) +
+      first * problem.q.token_stride * static_cast<std::int64_t>(size_of(problem.q.dtype));
+  problem.w.data += first * problem.w.token_stride;
+  problem.k.starts += first;
+  problem.k.ends += first;
+  problem.q.tokens = problem.w.tokens = count;
+  return problem;
+}
 
 // What scores for a query: routed heads, and the row that stands for the others.
 struct Routing {

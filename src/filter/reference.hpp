@@ -8,10 +8,11 @@
 
 namespace misa::reference {
 
-// The positions, ascending, in the first and the last of `blocks` blocks and in the blocks `best`,
-// which ascend between them. The last block ends at `length`.
-std::vector<std::int64_t> positions_of_blocks(std::int64_t blocks, std::int64_t block,
-                                              std::int64_t length,
-                                              std::span<const std::int64_t> best);
+// The first and the last of `blocks` blocks, and the blocks `best`, which ascend between them.
+std::vector<std::int64_t> kept_blocks(std::int64_t blocks, std::span<const std::int64_t> best);
+
+// The positions, ascending, in blocks that ascend. The last block ends at `length`.
+std::vector<std::int64_t> positions_of_blocks(std::span<const std::int64_t> kept,
+                                              std::int64_t block, std::int64_t length);
 
 }  // namespace misa::reference

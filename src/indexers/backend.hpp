@@ -6,6 +6,7 @@
 #include <memory>
 #include <span>
 
+#include "core/means_problem.hpp"
 #include "core/problem.hpp"
 #include "cpu/threads.hpp"
 #include "misa/context.hpp"
@@ -33,6 +34,10 @@ class Backend {
   // the context, which outlives it.
   [[nodiscard]] virtual std::unique_ptr<const BackendPlan> plan(
       const IndexerConfig& config, const Shape& shape, const Context::State& context) const = 0;
+
+  // The pooled router's heads, and the blocks that the block filter keeps, from block means.
+  virtual void route(const MeansProblem& problem, const Context::State& context) const = 0;
+  virtual void keep_blocks(const MeansProblem& problem, const Context::State& context) const = 0;
 };
 
 const Backend& reference_backend();

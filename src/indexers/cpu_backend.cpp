@@ -5,6 +5,7 @@
 
 #include "indexers/backend.hpp"
 #include "indexers/cpu.hpp"
+#include "indexers/cpu_means.hpp"
 
 namespace misa {
 namespace cpu {
@@ -40,6 +41,14 @@ class CpuBackend final : public Backend {
                                           const Context::State& context) const override {
     return std::make_unique<CpuPlan>(kernels_, plan_workspace(config, shape, kernels_, context),
                                      context.threads);
+  }
+
+  void route(const MeansProblem& problem, const Context::State& context) const override {
+    route_from_means(kernels_, problem, context.threads);
+  }
+
+  void keep_blocks(const MeansProblem& problem, const Context::State& context) const override {
+    keep_blocks_from_means(kernels_, problem, context.threads);
   }
 
  private:

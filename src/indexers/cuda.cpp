@@ -56,18 +56,6 @@ std::size_t bytes_for(const IndexerConfig& config, const Shape& chunk, std::int6
   return ChunkWorkspace(config, chunk, total_keys, device, nullptr).bytes;
 }
 
-// Queries first … first + count - 1 of a problem.
-Problem chunk_of(Problem problem, std::int64_t first, std::int64_t count) {
-  problem.q.data =
-      static_cast<const std::byte*>(problem.q.data) +
-      first * problem.q.token_stride * static_cast<std::int64_t>(size_of(problem.q.dtype));
-  problem.w.data += first * problem.w.token_stride;
-  problem.k.starts += first;
-  problem.k.ends += first;
-  problem.q.tokens = problem.w.tokens = count;
-  return problem;
-}
-
 // Row `first` of an output; null if it is not wanted.
 template <class T>
 T* row_of(std::span<T> output, std::int64_t first, std::int64_t width) {

@@ -13,6 +13,7 @@
 #include "cuda/target.hpp"
 #include "indexers/backend.hpp"
 #include "indexers/cuda.hpp"
+#include "indexers/cuda_means.hpp"
 #include "misa/cache.hpp"
 #include "misa/error.hpp"
 
@@ -204,6 +205,49 @@ class Output {
   std::size_t at_;
 };
 
+// A call on block means: run(call, out), with everything on the device.
+template <class Run>
+void run_on_means(const MeansProblem& problem, const DeviceTraits& device, const Run& run) {
+  if (problem.out.empty()) {
+    return;
+  }
+  const auto& means = std::get<misa::RaggedSource>(problem.problem.keys);
+  const Inputs inputs(problem.problem, means);
+  Pieces pieces;
+  pieces.add(inputs.bytes().size());
+  const std::size_t partial = pieces.add(problem.partial.size_bytes());
+  const Output out(problem.out, pieces);
+  const std::size_t workspace =
+      pieces.add(means_bytes(problem.problem.q.tokens, means.dim, means.tokens));
+
+  const Stream stream;
+  const DeviceMemory memory(pieces.bytes(), stream);
+  const auto copy = [&](std::size_t to, const void* from, std::size_t bytes) {
+    check(cudaMemcpyAsync(memory.at(to), from, bytes, cudaMemcpyHostToDevice, stream.get()),
+          "cudaMemcpyAsync");
+  };
+  copy(0, inputs.bytes().data(), inputs.bytes().size());
+  copy(partial, problem.partial.data(), problem.partial.size_bytes());
+  const auto [q, w, k] = inputs.on_device(memory, 0);
+  const auto rows = static_cast<std::size_t>(q.tokens);
+  const auto* partial_rows = reinterpret_cast<const std::int32_t*>(memory.at(partial));
+  run({q,
+       w,
+       {static_cast<const float*>(k.data),
+        k.tokens,
+        q.dim,
+        k.stride,
+        {k.starts, rows},
+        {k.ends, rows},
+        {problem.partial.empty() ? nullptr : partial_rows, problem.partial.size()}},
+       device,
+       memory.at(workspace),
+       stream.get()},
+      out.on_device(memory).data());
+  out.fetch(memory, stream);
+  check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+}
+
 class CudaPlan final : public BackendPlan {
  public:
   CudaPlan(const IndexerConfig& config, const Shape& shape, std::size_t cap,
@@ -223,7 +267,7 @@ class CudaPlan final : public BackendPlan {
       const RaggedCopy copy(problem, *paged);
       run_ragged(problem, copy.view(problem.q.dim));
     } else {
-      run_ragged(problem, std::get<RaggedSource>(problem.keys));
+      run_ragged(problem, std::get<misa::RaggedSource>(problem.keys));
     }
   }
 
@@ -280,6 +324,18 @@ class CudaBackend final : public Backend {
       const IndexerConfig& config, const Shape& shape,
       const Context::State& context) const override {
     return std::make_unique<CudaPlan>(config, shape, context.workspace_cap, traits_of(target_));
+  }
+
+  void route(const MeansProblem& problem, const Context::State& /*context*/) const override {
+    run_on_means(problem, traits_of(target_), [&](const MeansCall& call, std::int32_t* out) {
+      route_from_means(call, static_cast<int>(problem.width), out);
+    });
+  }
+
+  void keep_blocks(const MeansProblem& problem, const Context::State& /*context*/) const override {
+    run_on_means(problem, traits_of(target_), [&](const MeansCall& call, std::int32_t* out) {
+      keep_blocks_from_means(call, static_cast<int>(problem.width), out);
+    });
   }
 
  private:

@@ -41,6 +41,36 @@ Ranked best(const Ranked& all, std::int64_t k) {
   return kept;
 }
 
+// The blocks that the block filter keeps of at least one, by their means.
+std::vector<std::int64_t> keep_blocks(const Row& row, const std::vector<std::vector<double>>& means,
+                                      int filter_blocks) {
+  std::vector<double> block_scores;
+  for (const std::vector<double>& mean : means) {
+    block_scores.push_back(score(row, mean, all_heads(row)));
+  }
+  std::vector<std::int64_t> best;
+  if (block_scores.size() > 2) {
+    const auto between = std::span(block_scores).subspan(1, block_scores.size() - 2);
+    for (const std::int64_t i : top_k(between, filter_blocks - 2)) {
+      best.push_back(1 + i);
+    }
+  }
+  return kept_blocks(std::ssize(means), best);
+}
+
+// The block means of query t, whose row has those of whole blocks where it has keys.
+std::vector<std::vector<double>> given_means(const Row& row, const MeansProblem& problem,
+                                             std::int64_t t) {
+  std::vector<std::vector<double>> means;
+  for (std::int64_t b = 0; b < row.length; ++b) {
+    means.emplace_back(row.key(b).begin(), row.key(b).end());
+  }
+  if (const float* partial = problem.partial_mean(t)) {
+    means.emplace_back(partial, partial + row.dim);
+  }
+  return means;
+}
+
 // The positions that are scored: those of the kept blocks, or all.
 std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config,
                                  const Recipe& recipe) {
@@ -50,18 +80,9 @@ std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config,
     std::iota(positions.begin(), positions.end(), 0);
     return positions;
   }
-  std::vector<double> block_scores;
-  for (const std::vector<double>& mean : block_means(row, config.filter_block)) {
-    block_scores.push_back(score(row, mean, all_heads(row)));
-  }
-  std::vector<std::int64_t> best;
-  if (block_scores.size() > 2) {
-    const auto between = std::span(block_scores).subspan(1, block_scores.size() - 2);
-    for (const std::int64_t i : top_k(between, config.filter_blocks - 2)) {
-      best.push_back(1 + i);
-    }
-  }
-  return positions_of_blocks(std::ssize(block_scores), config.filter_block, row.length, best);
+  const std::vector<std::vector<double>> means = block_means(row, config.filter_block);
+  return positions_of_blocks(keep_blocks(row, means, config.filter_blocks), config.filter_block,
+                             row.length);
 }
 
 Ranked select_row(const Row& row, const IndexerConfig& config, const Recipe& recipe, DType k_dtype,
@@ -179,6 +200,30 @@ class ReferenceBackend final : public Backend {
       const IndexerConfig& /*config*/, const Shape& /*shape*/,
       const Context::State& context) const override {
     return std::make_unique<ReferencePlan>(context.threads);
+  }
+
+  void route(const MeansProblem& problem, const Context::State& context) const override {
+    context.threads.for_each(problem.problem.q.tokens, [&](std::int64_t t, int /*thread*/) {
+      const reference::Row row = reference::load_row(problem.problem, t);
+      const auto means = reference::given_means(row, problem, t);
+      std::vector<std::int64_t> heads;
+      if (!means.empty()) {
+        heads = reference::top_k(reference::pooled_energy(row, means), problem.width);
+      }
+      write(problem.row(t), heads, -1);
+    });
+  }
+
+  void keep_blocks(const MeansProblem& problem, const Context::State& context) const override {
+    context.threads.for_each(problem.problem.q.tokens, [&](std::int64_t t, int /*thread*/) {
+      const reference::Row row = reference::load_row(problem.problem, t);
+      const auto means = reference::given_means(row, problem, t);
+      std::vector<std::int64_t> kept;
+      if (!means.empty()) {
+        kept = reference::keep_blocks(row, means, static_cast<int>(problem.width));
+      }
+      write(problem.row(t), kept, -1);
+    });
   }
 };
 

@@ -156,6 +156,45 @@ TEST(CApi, PagedEqualsTheCppInterface) {
   EXPECT_TRUE(test::same_bits(outputs.selected, expected));
 }
 
+TEST(CApi, MeansEqualTheCppInterface) {
+  const test::RaggedInputs inputs(pack(), 4);
+  const Queries q = inputs.q(inputs.all());
+  const Weights w = inputs.w(inputs.all());
+  const std::int64_t dim = q.dim;
+  std::vector<float> rows(static_cast<std::size_t>(20 * dim));
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    rows[i] = static_cast<float>(i * i % 89) - 44.0F;
+  }
+  const std::vector<std::int32_t> starts{0, 0, 3, 3, 3, 9, 0, 2};
+  const std::vector<std::int32_t> ends{15, 9, 20, 19, 3, 8, 20, 12};
+  const std::vector<std::int32_t> partial{16, -1, -1, 0, -1, 4, 19, 1};
+  const RaggedMeans view{rows.data(), 20, dim, 0, starts, ends, partial};
+  std::vector<std::int32_t> heads(8 * 3);
+  std::vector<std::int32_t> blocks(8 * 5);
+  const Context context;
+  route_from_means(context, q, w, view, 3, heads);
+  keep_blocks_from_means(context, q, w, view, 5, blocks);
+
+  Handles handles;
+  ASSERT_EQ(misa_context_create(nullptr, &handles.context), MISA_OK);
+  const misa_queries queries = c_queries(q);
+  const misa_weights weights = c_weights(w);
+  const misa_ragged_means means{rows.data(),    20, dim, 0, starts.data(), 8, ends.data(), 8,
+                                partial.data(), 8};
+  std::vector<std::int32_t> c_heads(heads.size());
+  std::vector<std::int32_t> c_blocks(blocks.size());
+  ASSERT_EQ(misa_route_from_means(handles.context, &queries, &weights, &means, 3, c_heads.data(),
+                                  c_heads.size()),
+            MISA_OK)
+      << misa_last_error();
+  ASSERT_EQ(misa_keep_blocks_from_means(handles.context, &queries, &weights, &means, 5,
+                                        c_blocks.data(), c_blocks.size()),
+            MISA_OK)
+      << misa_last_error();
+  EXPECT_EQ(c_heads, heads);
+  EXPECT_EQ(c_blocks, blocks);
+}
+
 TEST(CApi, CacheEqualsTheCppInterface) {
   constexpr std::int64_t kTokens = 70;
   std::vector<float> k(kTokens * 64);
@@ -288,6 +327,21 @@ TEST(CApi, NullPointersAreErrorsSmoke) {
   expect_invalid(misa_run_ragged(handles.plan, &q, &w, &ragged, nullptr, nullptr, 0), "out: ");
   expect_invalid(misa_run_paged(handles.plan, &q, &w, nullptr, &out, nullptr, 0), "k: ");
   expect_invalid(misa_run_paged(handles.plan, &q, &w, &paged, &out, nullptr, 8), "workspace: ");
+
+  const misa_ragged_means means{};
+  misa_ragged_means no_starts{};
+  no_starts.start_count = 1;
+  const auto route = [&](const misa_context* context, const misa_queries* queries,
+                         const misa_weights* weights, const misa_ragged_means* rows) {
+    return misa_route_from_means(context, queries, weights, rows, 1, nullptr, 0);
+  };
+  expect_invalid(route(nullptr, &q, &w, &means), "context: ");
+  expect_invalid(route(handles.context, nullptr, &w, &means), "q: ");
+  expect_invalid(route(handles.context, &q, nullptr, &means), "w: ");
+  expect_invalid(route(handles.context, &q, &w, nullptr), "means: ");
+  expect_invalid(route(handles.context, &q, &w, &no_starts), "starts: ");
+  expect_invalid(misa_keep_blocks_from_means(handles.context, &q, &w, &means, 2, nullptr, 1),
+                 "out: ");
 
   const misa_cache_span cache{};
   const misa_cache_view view{};

@@ -3,7 +3,12 @@
 // skipped where no device can run it.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -20,6 +25,51 @@ inline std::vector<std::string> cuda_backends_of_this_build() {
   }
   return names;
 }
+
+inline void expect_success(cudaError_t result) {
+  ASSERT_EQ(result, cudaSuccess) << cudaGetErrorName(result);
+}
+
+// A device array between two red zones of 0xff: a NaN in every dtype, -1 as an index.
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(std::size_t count) : count_(count) {
+    expect_success(cudaMalloc(reinterpret_cast<void**>(&memory_), bytes() + 2 * kZone));
+    expect_success(cudaMemset(memory_, 0xff, bytes() + 2 * kZone));
+  }
+  explicit Guarded(std::span<const T> values) : Guarded(values.size()) { write(values); }
+  ~Guarded() { cudaFree(memory_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  [[nodiscard]] T* data() const { return reinterpret_cast<T*>(memory_ + kZone); }
+  [[nodiscard]] std::span<T> span() const { return {data(), count_}; }
+
+  void write(std::span<const T> values) const {
+    expect_success(cudaMemcpy(data(), values.data(), values.size_bytes(), cudaMemcpyHostToDevice));
+  }
+
+  // The content; checks that the zones are as they were.
+  [[nodiscard]] std::vector<T> read() const {
+    std::vector<std::byte> all(bytes() + 2 * kZone);
+    expect_success(cudaMemcpy(all.data(), memory_, all.size(), cudaMemcpyDeviceToHost));
+    const auto untouched = [](std::byte b) { return b == std::byte{0xff}; };
+    EXPECT_TRUE(std::all_of(all.begin(), all.begin() + kZone, untouched)) << "written before";
+    EXPECT_TRUE(std::all_of(all.end() - kZone, all.end(), untouched)) << "written behind";
+    std::vector<T> values(count_);
+    std::memcpy(values.data(), all.data() + kZone, bytes());
+    return values;
+  }
+
+ private:
+  static constexpr std::ptrdiff_t kZone = 1 << 16;
+
+  [[nodiscard]] std::size_t bytes() const { return count_ * sizeof(T); }
+
+  std::size_t count_;
+  std::byte* memory_ = nullptr;
+};
 
 class EachCudaBackend : public EachBackend {
  protected:

@@ -24,51 +24,6 @@ using ::testing::StartsWith;
 
 constexpr int kTopK = 48;
 
-void expect_success(cudaError_t result) {
-  ASSERT_EQ(result, cudaSuccess) << cudaGetErrorName(result);
-}
-
-// A device array between two red zones of 0xff: a NaN in every dtype, -1 as an index.
-template <class T>
-class Guarded {
- public:
-  explicit Guarded(std::size_t count) : count_(count) {
-    expect_success(cudaMalloc(reinterpret_cast<void**>(&memory_), bytes() + 2 * kZone));
-    expect_success(cudaMemset(memory_, 0xff, bytes() + 2 * kZone));
-  }
-  explicit Guarded(std::span<const T> values) : Guarded(values.size()) { write(values); }
-  ~Guarded() { cudaFree(memory_); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-
-  [[nodiscard]] T* data() const { return reinterpret_cast<T*>(memory_ + kZone); }
-  [[nodiscard]] std::span<T> span() const { return {data(), count_}; }
-
-  void write(std::span<const T> values) const {
-    expect_success(cudaMemcpy(data(), values.data(), values.size_bytes(), cudaMemcpyHostToDevice));
-  }
-
-  // The content; checks that the zones are as they were.
-  [[nodiscard]] std::vector<T> read() const {
-    std::vector<std::byte> all(bytes() + 2 * kZone);
-    expect_success(cudaMemcpy(all.data(), memory_, all.size(), cudaMemcpyDeviceToHost));
-    const auto untouched = [](std::byte b) { return b == std::byte{0xff}; };
-    EXPECT_TRUE(std::all_of(all.begin(), all.begin() + kZone, untouched)) << "written before";
-    EXPECT_TRUE(std::all_of(all.end() - kZone, all.end(), untouched)) << "written behind";
-    std::vector<T> values(count_);
-    std::memcpy(values.data(), all.data() + kZone, bytes());
-    return values;
-  }
-
- private:
-  static constexpr std::ptrdiff_t kZone = 1 << 16;
-
-  [[nodiscard]] std::size_t bytes() const { return count_ * sizeof(T); }
-
-  std::size_t count_;
-  std::byte* memory_ = nullptr;
-};
-
 template <class T>
 std::span<const std::byte> bytes_of(const T* data, std::int64_t count) {
   return {reinterpret_cast<const std::byte*>(data), static_cast<std::size_t>(count)};
