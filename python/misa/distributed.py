@@ -6,7 +6,8 @@ heads and on its residual row, each ranks the keys it holds, and the best of all
 result on every rank is that of one rank that holds all keys. What is computed where:
 
 - Block means (pooled router, block filter) are sums of what each rank holds, in double precision,
-  added in the order of the ranks.
+  added in the order of the ranks; what they make of heads and blocks the library says
+  (`misa.route_from_means`, `misa.keep_blocks_from_means`).
 - The other routers read at most 128 keys a query (spec, MISA-R), which every rank gets.
 - Scores are those of `misa.select` on the keys that a rank holds, bit for bit but for the residual
   row of bfloat16 keys, which some instruction sets add in one part and others in three.
@@ -18,26 +19,21 @@ on one rank, as between two backends (docs/numerics.md, Routing).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import misa
 
+from . import _core  # type: ignore[attr-defined]  # compiled
 from ._arrays import cuda_device
 from ._call import WORKSPACE_CAP
+from ._ranks import Peers, Steps, run
 from .torch_ops import require_one_device, require_tensors
 
-T = TypeVar("T")
-# Local work that yields a collective and gets its result: whatever fails between two collectives
-# fails on every rank (see _run).
-Steps: TypeAlias = Generator[Callable[[], torch.Tensor], torch.Tensor, T]
-
-_SAMPLES = 128  # positions that a sampled router reads at most
 _CHUNK_BYTES = 256 << 20  # bytes that a step over queries may take; more queries take more steps
 _LOW = 0xFFFFFFFF  # low half of an entry
 _PADDING = torch.iinfo(torch.int64).min  # below every entry
@@ -75,10 +71,10 @@ def select(
     or a step fails on one: there the error itself (ValueError for an argument), elsewhere a
     RuntimeError that names the rank and its error.
     """
-    peers = _Peers(group)
+    peers = Peers(group)
     options = {"backend": backend, "threads": threads, "workspace_cap": workspace_cap}
     steps = _select(peers, q, w, k_local, ks, ke, k_scale, config, options)
-    found = _run(peers, steps)
+    found = run(peers, steps)
     return found._replace(
         scores=found.scores if scores else None,
         heads=found.heads if heads else None,
@@ -86,70 +82,11 @@ def select(
     )
 
 
-class _Peers:
-    """The ranks of a group and what they exchange."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        # Where small messages travel, whatever device the tensors of a rank are on.
-        hosts = "cpu" in str(dist.get_backend_config(group))
-        self.device = torch.device("cpu" if hosts else f"cuda:{torch.cuda.current_device()}")
-
-    def gather(self, local: torch.Tensor) -> torch.Tensor:
-        """[ranks, …] of equal shapes, in the order of the ranks."""
-        local = local.contiguous()
-        out = local.new_empty(self.size, *local.shape)
-        dist.all_gather(list(out.unbind()), local, group=self.group)
-        return out
-
-    def add(self, local: torch.Tensor) -> torch.Tensor:
-        """Sum of integers."""
-        dist.all_reduce(local, group=self.group)
-        return local
-
-    def first(self, local: torch.Tensor) -> torch.Tensor:
-        """The first rank's."""
-        local = local.contiguous()
-        dist.broadcast(local, group=self.group, group_src=0)
-        return local
-
-    def agree(self, error: Exception | None) -> None:
-        """Raises on every rank if there is an error on one."""
-        failed = torch.tensor([int(error is not None)], device=self.device)
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
-        if not failed.item():
-            return
-        errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, error and repr(error), group=self.group)
-        if error is not None:
-            raise error
-        raise RuntimeError("; ".join(f"rank {i}: {e}" for i, e in enumerate(errors) if e))
-
-
-def _run(peers: _Peers, steps: Steps[T]) -> T:
-    """Runs the steps of this rank and their collectives, unless a step failed on some rank."""
-    received: torch.Tensor | None = None
-    while True:
-        collective = result = error = None
-        try:
-            collective = steps.send(received)
-        except StopIteration as stop:
-            result = stop.value
-        except Exception as raised:
-            error = raised
-        peers.agree(error)
-        if collective is None:
-            return cast(T, result)
-        received = collective()
-
-
 @dataclass(frozen=True)
 class _Call:
     """Checked arguments of a rank."""
 
-    peers: _Peers
+    peers: Peers
     q: torch.Tensor  # [T, H, D]; e4m3 as uint8
     w: torch.Tensor  # [T, H]
     k: torch.Tensor  # [L_rank, D]; e4m3 as uint8
@@ -182,6 +119,11 @@ class _Call:
             q, w, k, ks, ke, k_scale=k_scale, config=config, **wanted, **self.options
         )
 
+    def on_means(self, means: _BlockMeans) -> dict[str, Any]:
+        """Arguments of `misa.route_from_means` and `misa.keep_blocks_from_means` but the count."""
+        options = {name: self.options[name] for name in ("backend", "threads")}
+        return {"q": self.q, "w": self.w, **means._asdict(), **options}
+
     def fetch(self, positions: torch.Tensor) -> Steps[tuple[torch.Tensor, torch.Tensor | None]]:
         """Keys [N, D] at positions [N] of all ranks' keys, and their scales [N] or None."""
         own = positions - self.offset
@@ -200,7 +142,7 @@ class _Call:
 
 
 def _select(
-    peers: _Peers,
+    peers: Peers,
     q: torch.Tensor,
     w: torch.Tensor,
     k: torch.Tensor,
@@ -211,9 +153,10 @@ def _select(
     options: dict[str, Any],
 ) -> Steps[misa.Selected]:
     call = yield from _checked(peers, q, w, k, ks, ke, k_scale, config, options)
-    if config.dense_work == 0:
+    dense_keys = _core.dense_keys(config, q.shape[1])
+    if dense_keys == 0:
         return (yield from _selected(call))
-    dense = call.n * q.shape[1] <= config.dense_work
+    dense = call.n <= dense_keys
     # Queries that DSA selects for, and the others; what neither reports stays an empty row's.
     heads = call.n.new_full((len(q), config.heads), -1).int() if config.router != "all" else None
     residual = torch.zeros_like(q[:, 0], dtype=torch.float32) if config.residual else None
@@ -236,8 +179,10 @@ def _select(
 def _selected(call: _Call) -> Steps[misa.Selected]:
     """The selection by one indexer for every query."""
     q, config = call.q, call.config
-    if config.router != "all" and config.heads == q.shape[1]:
-        return (yield from _every_head_routed(call))
+    effective = _core.effective_config(config, q.shape[1])
+    if effective["router"] != config.router:
+        unrouted = misa.Config("dsa", top_k=config.top_k, **effective)
+        return (yield from _every_head_routed(call, unrouted))
     heads, residual = yield from _route(call)
     rows = _rows(call, heads, residual)
     kept = None
@@ -265,17 +210,10 @@ def _selected(call: _Call) -> Steps[misa.Selected]:
     return misa.Selected(indices=indices, scores=scores, heads=heads, residual=residual)
 
 
-def _every_head_routed(call: _Call) -> Steps[misa.Selected]:
-    """h = H is DSA behind the same block filter (spec): nothing is routed or re-ranked."""
-    config, q = call.config, call.q
-    dsa = misa.Config(
-        "dsa",
-        top_k=config.top_k,
-        filter_block=config.filter_block,
-        filter_blocks=config.filter_blocks,
-        ordered=config.ordered,
-    )
-    found = yield from _selected(replace(call, config=dsa))
+def _every_head_routed(call: _Call, unrouted: misa.Config) -> Steps[misa.Selected]:
+    """The selection of the config that is left where every head is routed, and what it reports."""
+    q, config = call.q, call.config
+    found = yield from _selected(replace(call, config=unrouted))
     heads = torch.arange(config.heads, dtype=torch.int32, device=q.device)
     return found._replace(
         heads=torch.where(call.n[:, None] > 0, heads, -1).int(),
@@ -284,7 +222,7 @@ def _every_head_routed(call: _Call) -> Steps[misa.Selected]:
 
 
 def _checked(
-    peers: _Peers,
+    peers: Peers,
     q: torch.Tensor,
     w: torch.Tensor,
     k: torch.Tensor,
@@ -361,8 +299,9 @@ def _route(call: _Call) -> Steps[tuple[torch.Tensor | None, torch.Tensor | None]
     if config.router == "all":
         return None, None
     residual = None
-    if config.router in ("pooled", "self"):
-        heads = yield from (_pooled if config.router == "pooled" else _self)(call)
+    keys = _core.router_keys(config.router)
+    if keys in ("block means", "last"):
+        heads = yield from (_pooled if keys == "block means" else _self)(call)
         if config.residual:
             # With nothing of the routed heads in q and w, the row is made of the others.
             routed = heads.clamp(min=0).long()
@@ -394,8 +333,7 @@ def _sampled(
 
     The sample of at most 128 keys is its own sample, so this is the routing of all keys.
     """
-    powers = 2 ** torch.arange(25, device=q.device)
-    stride = powers[(call.n[:, None] > _SAMPLES * powers).sum(1)]
+    stride = call.n.new_tensor([_core.sample_stride(n) for n in call.n.tolist()])
     count = (call.n + stride - 1) // stride
     # Queries of one start and stride read one grid, each as far as it sees.
     grids, grid = torch.unique(torch.stack([call.ks, stride], 1), dim=0, return_inverse=True)
@@ -418,42 +356,16 @@ def _self(call: _Call) -> Steps[torch.Tensor]:
 
 def _pooled(call: _Call) -> Steps[torch.Tensor]:
     means = yield from _block_means(call, call.config.block)
-    heads = call.n.new_full((len(call.n), call.config.heads), -1)
-    for rows, clipped, _ in means.clipped(call):
-        energy = (call.w[rows].abs().double()[..., None] * clipped).sum(-1)
-        heads[rows] = _best(energy, call.config.heads).sort(-1).values
-    heads[call.n == 0] = -1
-    return heads.int()
+    return misa.route_from_means(heads=call.config.heads, **call.on_means(means))
 
 
-@dataclass(frozen=True)
-class _BlockMeans:
-    """Means of the keys of blocks of positions, in double precision (spec, MISA)."""
+class _BlockMeans(NamedTuple):
+    """Block means as `misa.route_from_means` takes them."""
 
-    block: int
-    # For each ks the queries that have it, and the means [b, D] of its full blocks.
-    sequences: list[tuple[torch.Tensor, torch.Tensor]]
-    last: torch.Tensor  # [T, D], mean of the keys seen of the block that is not seen in full
-
-    def clipped(
-        self, call: _Call
-    ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:
-        """Queries, their max(0, q . mean) [queries, H, b + 1] and how many blocks each has.
-
-        Zero beyond a query's blocks.
-        """
-        for every, full in self.sequences:
-            row_bytes = 8 * call.q.shape[1] * (len(full) + 1)
-            for rows in every.split(max(1, _CHUNK_BYTES // (2 * row_bytes))):
-                q = _values(call.q[rows])
-                whole, rest = call.n[rows] // self.block, call.n[rows] % self.block
-                column = torch.arange(len(full) + 1, device=q.device)
-                own = torch.einsum("thd,td->th", q, self.last[rows])[..., None]
-                dots = torch.einsum("thd,bd->thb", q, full)
-                dots = torch.cat([dots, torch.zeros_like(own)], -1)
-                dots = torch.where(column == whole[:, None, None], own, dots)
-                blocks = whole + (rest > 0)
-                yield rows, torch.where(column < blocks[:, None, None], dots.relu(), 0), blocks
+    means: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    partial: torch.Tensor
 
 
 def _block_means(call: _Call, block: int) -> Steps[_BlockMeans]:
@@ -461,8 +373,9 @@ def _block_means(call: _Call, block: int) -> Steps[_BlockMeans]:
     whole, rest = call.n // block, call.n % block
     rows = [(sequence == i).nonzero()[:, 0] for i in range(len(starts))]
     full = [int(whole[each].max()) for each in rows]
-    # Every sequence's full blocks, then a row for each query.
+    # Every sequence's whole blocks, then a row for each query's partial one.
     sums = call.q.new_zeros(sum(full) + len(call.n), call.q.shape[2], dtype=torch.float64)
+    firsts = torch.zeros_like(call.n)
     base = 0
     for start, each, blocks in zip(starts.tolist(), rows, full, strict=True):
         begin = max(start, call.offset)
@@ -480,30 +393,28 @@ def _block_means(call: _Call, block: int) -> Steps[_BlockMeans]:
             seen = (call.ks[last] + call.n[last] - low).clamp(max=high - low)
             last, seen = last[seen > 0], seen[seen > 0]
             sums[sum(full) + last] = prefix[seen - 1]
+        firsts[each] = base
         base += blocks
     gathered = yield partial(call.peers.gather, sums)
     total = gathered[0]
     for each in gathered[1:]:
         total = total + each
-    *whole_sums, last_sums = total.split([*full, len(call.n)])
-    means = [each / block for each in whole_sums]
-    last = last_sums / rest.clamp(min=1)[:, None]
-    return _BlockMeans(block, list(zip(rows, means, strict=True)), last)
+    counts = torch.cat([rest.new_full((base,), block), rest.clamp(min=1)])
+    own = base + torch.arange(len(rest), device=rest.device)
+    return _BlockMeans(
+        means=(total / counts[:, None]).float(),
+        starts=firsts.int(),
+        ends=(firsts + whole).int(),
+        partial=torch.where(rest > 0, own, -1).int(),
+    )
 
 
 def _kept_blocks(call: _Call) -> Steps[torch.Tensor]:
     """Blocks [T, filter_blocks] that the block filter keeps, -1 where there are fewer (HISA)."""
-    config = call.config
-    means = yield from _block_means(call, config.filter_block)
-    kept = call.n.new_full((len(call.n), config.filter_blocks), -1)
-    for rows, clipped, blocks in means.clipped(call):
-        value = (call.w[rows].double()[..., None] * clipped).sum(1)
-        between = torch.arange(value.shape[1], device=value.device)
-        hidden = (between == 0) | (between >= blocks[:, None] - 1)
-        best = _best(value, config.filter_blocks - 2, hidden)
-        kept[rows, 0] = torch.where(blocks > 0, 0, -1)
-        kept[rows, 1] = torch.where(blocks > 1, blocks - 1, -1)
-        kept[rows, 2 : 2 + best.shape[1]] = best
+    means = yield from _block_means(call, call.config.filter_block)
+    kept = misa.keep_blocks_from_means(
+        filter_blocks=call.config.filter_blocks, **call.on_means(means)
+    )
     return (yield partial(call.peers.first, kept))
 
 
@@ -611,15 +522,6 @@ def _decoded(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.where(order < 0, order ^ 0x7FFFFFFF, order).int().view(torch.float32)
     positions = (_LOW - (entries & _LOW)).masked_fill(padding, -1)
     return positions.int(), scores.masked_fill(padding, -torch.inf)
-
-
-def _best(values: torch.Tensor, count: int, hidden: torch.Tensor | None = None) -> torch.Tensor:
-    """Columns [rows, count at most] of the largest values; -1 where only hidden ones are left."""
-    column = torch.arange(values.shape[1], device=values.device)
-    entries = _entries(values.float(), column)
-    if hidden is not None:
-        entries = entries.masked_fill(hidden, _PADDING)
-    return _decoded(entries.topk(min(count, values.shape[1]), dim=1).values)[0].long()
 
 
 # Elements
