@@ -191,7 +191,7 @@ EXACT = [
 @backends
 @pytest.mark.parametrize("config", EXACT, ids=repr)
 def test_ties(config: misa.Config, backend: str) -> None:
-    """Small integers are exact in every order of addition, and scores are full of plateaus: the
+    """Small integers are exact in every order of addition, and scores are full of ties: the
     selection is the reference's to the position."""
     inputs = random_inputs([(0, 512), (0, 300), (300, 812)])
     rng = np.random.default_rng(1)

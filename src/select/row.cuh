@@ -52,7 +52,7 @@ struct Row {
 
 // The entries that are selected from: `count` candidates, and of the first `length` scores of the
 // row those whose key is at most `max_key`.
-struct RowSource {
+struct RowEntries {
   const RowCandidate* candidates;
   std::uint32_t count;
   const float* row;
@@ -286,7 +286,7 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
     count = shared.appended;
   }
 
-  RowSource source{candidates, count, row.scores, 0, 0};  // step 4a
+  RowEntries source{candidates, count, row.scores, 0, 0};  // step 4a
   std::uint64_t kth_entry = 0;
   const bool fits = count <= plan.capacity;
   if (fits && count < top_k) {  // step 4b

@@ -35,7 +35,7 @@ float normal_at(std::int64_t i) {
 }
 
 // `count` positions, spread over the row, score 2 and the rest 1.
-std::vector<float> plateau(std::int64_t n, std::int64_t count) {
+std::vector<float> tied_scores(std::int64_t n, std::int64_t count) {
   return row(n, [=](std::int64_t i) {
     return i * count / std::max<std::int64_t>(1, n) !=
                    (i + 1) * count / std::max<std::int64_t>(1, n)
@@ -85,15 +85,15 @@ constexpr std::array kRows{
              }},
     // Bins of the histograms that other selectors keep: k, 2048 and 4096, at capacity and beside
     // it.
-    ScoreRow{"plateau_of_k_minus_1",
-             [](std::int64_t n, std::int64_t k) { return plateau(n, k - 1); }},
-    ScoreRow{"plateau_of_k", [](std::int64_t n, std::int64_t k) { return plateau(n, k); }},
-    ScoreRow{"plateau_of_k_plus_1",
-             [](std::int64_t n, std::int64_t k) { return plateau(n, k + 1); }},
-    ScoreRow{"plateau_of_2047", [](std::int64_t n, std::int64_t) { return plateau(n, 2047); }},
-    ScoreRow{"plateau_of_2049", [](std::int64_t n, std::int64_t) { return plateau(n, 2049); }},
-    ScoreRow{"plateau_of_4095", [](std::int64_t n, std::int64_t) { return plateau(n, 4095); }},
-    ScoreRow{"plateau_of_4097", [](std::int64_t n, std::int64_t) { return plateau(n, 4097); }},
+    ScoreRow{"ties_of_k_minus_1",
+             [](std::int64_t n, std::int64_t k) { return tied_scores(n, k - 1); }},
+    ScoreRow{"ties_of_k", [](std::int64_t n, std::int64_t k) { return tied_scores(n, k); }},
+    ScoreRow{"ties_of_k_plus_1",
+             [](std::int64_t n, std::int64_t k) { return tied_scores(n, k + 1); }},
+    ScoreRow{"ties_of_2047", [](std::int64_t n, std::int64_t) { return tied_scores(n, 2047); }},
+    ScoreRow{"ties_of_2049", [](std::int64_t n, std::int64_t) { return tied_scores(n, 2049); }},
+    ScoreRow{"ties_of_4095", [](std::int64_t n, std::int64_t) { return tied_scores(n, 4095); }},
+    ScoreRow{"ties_of_4097", [](std::int64_t n, std::int64_t) { return tied_scores(n, 4097); }},
     ScoreRow{"ascending", ascending},
     ScoreRow{"descending",
              [](std::int64_t n, std::int64_t k) {
