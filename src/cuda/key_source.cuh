@@ -24,6 +24,12 @@ __device__ inline Range visible(const RaggedSource& keys, std::int64_t t) {
   return {start, length < keys.least_keys || length > keys.most_keys ? 0 : length};
 }
 
+// The position of a key, given by its index in the source, among those that a query sees; modulo
+// 2^32 for other keys.
+__device__ inline std::uint32_t position_in(const Range& range, std::uint32_t token) {
+  return token - range.start;
+}
+
 // Bytes from one key of a sequence to the next one.
 template <DType type>
 __device__ inline std::int64_t key_pitch(const RaggedSource& keys) {

@@ -72,7 +72,8 @@ struct Scores {
 // A key and its score, as scoring hands it to selection; one 8-byte store.
 struct alignas(8) Candidate {
   float score;
-  std::uint32_t position;  // from the first key of the query's own sequence
+  std::uint32_t key;  // its index in the source; position_in (key_source.cuh) counts from a query's
+                      // first key. Scoring has no register for that: 3 % of a step.
 };
 
 // The candidates of each query, in lists that one writer each fills: [T, lists, capacity] entries

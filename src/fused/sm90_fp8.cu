@@ -77,7 +77,6 @@ struct CandidateLists {
   std::uint32_t* counts;
   std::uint32_t first;
   std::uint32_t stride;
-  const std::int32_t* starts;  // where the keys of query g start: [4 g]
 };
 
 // A thread's queue in shared memory: addresses of its first entry and after its last one.
@@ -106,9 +105,8 @@ struct Queue {
     const std::uint32_t g = key >> kKeyBits;
     const std::uint32_t slot = atomicAdd(lists.counts + g * 4, 1U);
     if (slot < out.capacity) {
-      const std::uint32_t token = key & ((1U << kKeyBits) - 1);
-      out.entries[lists.first + g * lists.stride + slot] = {
-          __uint_as_float(score), token - static_cast<std::uint32_t>(lists.starts[g * 4])};
+      out.entries[lists.first + g * lists.stride + slot] = {__uint_as_float(score),
+                                                            key & ((1U << kKeyBits) - 1)};
     }
   }
 };
@@ -218,8 +216,7 @@ __device__ void score_tiles(const CUtensorMap& map, const FusedArguments& argume
   const CandidateLists lists{shared.counts + warpgroup * QueryTile<rows>::kQueries + lane % 4,
                              static_cast<std::uint32_t>(first + lane % 4) * list_stride +
                                  item.list * arguments.candidates.capacity,
-                             4 * list_stride,
-                             shared.starts + warpgroup * QueryTile<rows>::kQueries + lane % 4};
+                             4 * list_stride};
 
   // The thread's keys of each slice are thread_row and thread_row + 8. Their scales are loaded two
   // slices ahead.

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   const std::int64_t t = blockIdx.x;
   const CandidateChunks chunks(candidates, t);
-  const auto length = static_cast<std::uint32_t>(visible(keys, t).length);
+  const Range range = visible(keys, t);
+  const auto length = static_cast<std::uint32_t>(range.length);
   const OutputRow output = output_row(out, t, plan.top_k);
   const std::uint32_t selected = min(plan.top_k, length);
   const auto write = [&](std::uint32_t count, const auto& index_of) {
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
   // Constructed where it is needed, which is seldom: kept, it would take registers from candidates.
   const auto reread = [&] {
-    return RereadCandidates<Config>(CandidateChunks(candidates, t), length);
+    return RereadCandidates<Config>(CandidateChunks(candidates, t), range);
   };
   std::uint32_t count = 0;
   const auto select = [&](auto source) {
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   if (chunks.count > Registers::kChunks + Registers::kSpareChunks) [[unlikely]] {
     select(reread());
   } else {
-    select(Registers(chunks, length, 0, shared.spare.rows()));
+    select(Registers(chunks, range, 0, shared.spare.rows()));
   }
 
   write(count, [&](std::uint32_t i) { return stage.indices[i]; });

@@ -93,11 +93,14 @@ __device__ inline std::uint32_t candidate_key(std::uint32_t score) {
   return bits ^ (static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000U);
 }
 
-// Two loaded entries of a row of `length` keys, as (key, position) twice. Absent candidates have
+// Two loaded entries of a row that sees `range`, as (key, position) twice. Absent candidates have
 // the key 0.
-__device__ inline uint4 to_keys(const uint4& loaded, std::uint32_t length) {
-  return {loaded.y < length ? candidate_key(loaded.x) : 0, loaded.y,
-          loaded.w < length ? candidate_key(loaded.z) : 0, loaded.w};
+__device__ inline uint4 to_keys(const uint4& loaded, const Range& range) {
+  const std::uint32_t first = position_in(range, loaded.y);
+  const std::uint32_t second = position_in(range, loaded.w);
+  const auto length = static_cast<std::uint32_t>(range.length);
+  return {first < length ? candidate_key(loaded.x) : 0, first,
+          second < length ? candidate_key(loaded.z) : 0, second};
 }
 
 // Positions of a thread's candidates, two per slot. Two positions of 16 bits share a register; with
@@ -154,7 +157,7 @@ class RegisterCandidates {
   // Each lane locates one chunk of its warp.
   static_assert(Config::kSpareEntries % 2 == 0 && Config::kSlots + Config::kSpareEntries / 2 <= 32);
 
-  __device__ RegisterCandidates(const CandidateChunks& chunks, std::uint32_t length,
+  __device__ RegisterCandidates(const CandidateChunks& chunks, const Range& range,
                                 std::uint32_t first = 0, uint2 (*spare)[Config::kThreads] = nullptr)
       : spare_(spare) {
     const uint2 located =
@@ -166,14 +169,14 @@ class RegisterCandidates {
     }
 #pragma unroll
     for (int slot = 0; slot < Config::kSlots; ++slot) {
-      const uint4 pair = to_keys(loaded[slot], length);
+      const uint4 pair = to_keys(loaded[slot], range);
       keys_[slot] = {pair.x, pair.z};
       positions_.set(slot, pair.y, pair.w);
     }
     if (spare != nullptr) {
 #pragma unroll 1
       for (std::uint32_t chunk = kChunks; chunk < chunks.count; chunk += Config::kWarps) {
-        const uint4 pair = to_keys(chunks.load(located, chunk / Config::kWarps), length);
+        const uint4 pair = to_keys(chunks.load(located, chunk / Config::kWarps), range);
         spare_entry(spare_count_++) = {pair.x, pair.y};
         spare_entry(spare_count_++) = {pair.z, pair.w};
       }
@@ -229,17 +232,17 @@ class RegisterCandidates {
 template <class Config>
 class RereadCandidates {
  public:
-  __device__ RereadCandidates(const CandidateChunks& chunks, std::uint32_t length)
-      : chunks_(chunks), length_(length) {}
+  __device__ RereadCandidates(const CandidateChunks& chunks, const Range& range)
+      : chunks_(chunks), range_(range) {}
 
   template <class Visitor>
   __device__ void visit(const Visitor& visitor) const {
 #pragma unroll 1
     for (std::uint32_t first = 0; first < chunks_.count;
          first += RegisterCandidates<Config>::kChunks) {
-      RegisterCandidates<Config> candidates(chunks_, length_, first);
+      RegisterCandidates<Config> candidates(chunks_, range_, first);
       if (tied_ != 0) {
-        candidates.order_by_position(tied_, length_);
+        candidates.order_by_position(tied_, range_.length);
       }
       candidates.visit(visitor);
     }
@@ -248,7 +251,7 @@ class RereadCandidates {
 
  private:
   CandidateChunks chunks_;
-  std::uint32_t length_;
+  Range range_;
   std::uint32_t tied_ = 0;  // 0: visit the keys as they are
 };
 

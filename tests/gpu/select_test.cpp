@@ -465,7 +465,7 @@ Survivors survivors_of(const RowsOfScores& rows, const std::vector<float>& thres
       const std::int64_t list = t * lists + position / 64 % lists;
       const std::uint32_t place = survivors.counts[list]++;
       if (place < capacity) {
-        survivors.entries[list * capacity + place] = {rows[t][position], position};
+        survivors.entries[list * capacity + place] = {rows[t][position], start + position};
       }
     }
     start += static_cast<std::uint32_t>(rows[t].size());
