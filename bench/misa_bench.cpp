@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Benchmarks of the CPU backend, each beside its floating-point and byte model, and of the peer in
-// the same run: oneDNN's bf16 matrix product of the same size as dense scoring.
+// Benchmarks of the CPU backend with the operations and bytes that each needs, and in the same run
+// of a peer: oneDNN's bf16 matrix product of the same size as dense scoring.
 //
 // T = 256 queries, D = 128, top_k = 2048, causal rows at the end of the context.
 #include <benchmark/benchmark.h>
@@ -104,10 +104,10 @@ void report(benchmark::State& state, const Work& work) {
   state.counters["GB/s"] = rate(work.bytes * 1e-9);
 }
 
-// The peer: the dense products of scoring as bf16 matrix products of [T*H, D] by [D, L], a thread
-// on its own in pieces whose results stay in its cache and are overwritten: 1024 x 64 is the
-// fastest of the sizes tried (256 to 16384 rows, 64 to 4096 keys), and faster than oneDNN's own
-// threads, which meet at the end of every piece. The whole result would be T*H*L floats.
+// The peer: the dense products of scoring as bf16 matrix products of [T*H, D] by [D, L]. Every
+// thread computes its own tiles, whose results overwrite each other in its cache: 1024 x 64 is the
+// fastest tile of those tried (256 to 16384 rows, 64 to 4096 keys), and faster than oneDNN's own
+// threads, which synchronise after every tile. The whole result would be T*H*L floats.
 void matmul_onednn(benchmark::State& state, std::int64_t heads, std::int64_t keys) {
   using dnnl::memory;
   constexpr std::int64_t kRows = 1024;
@@ -122,10 +122,10 @@ void matmul_onednn(benchmark::State& state, std::int64_t heads, std::int64_t key
   const Input& in = input(heads, keys, DType::bf16);
   const Context context({.backend = "cpu"});
   for (auto _ : state) {
-    context.state().threads.for_each(rows / kRows, [&](std::int64_t piece, int) {
+    context.state().threads.for_each(rows / kRows, [&](std::int64_t row_tile, int) {
       omp_set_num_threads(1);
       dnnl::stream stream(engine);
-      auto* q_data = const_cast<std::byte*>(in.q.data()) + piece * kRows * kDim * kElement;
+      auto* q_data = const_cast<std::byte*>(in.q.data()) + row_tile * kRows * kDim * kElement;
       auto* k_data = const_cast<std::byte*>(in.k.data());
       memory q(a, engine, q_data);
       memory k(b, engine, k_data);
@@ -173,19 +173,19 @@ void score_dense(benchmark::State& state, std::int64_t heads, std::int64_t keys,
   };
   const Threads& threads = context.state().threads;
   std::vector<Scratch> scratch(static_cast<std::size_t>(threads.count()));
-  constexpr std::int64_t kBlock = 64;  // queries that share a packed page, as in the backend
+  constexpr std::int64_t kBlock = 64;  // queries per packed page, as in the backend
   for (auto _ : state) {
     threads.for_each(kQueries / kBlock, [&](std::int64_t block, int thread) {
-      Scratch& own = scratch[thread];
-      own.keys.data = own.tile;
+      Scratch& local = scratch[thread];
+      local.keys.data = local.tile;
       for (std::int64_t first = 0; first < keys; first += kPageSize) {
-        cpu::load_page(*kernels, problem, 0, first, kPageSize, operand, own.pack, own.keys);
+        cpu::load_page(*kernels, problem, 0, first, kPageSize, operand, local.pack, local.keys);
         for (std::int64_t t = block * kBlock; t < (block + 1) * kBlock; ++t) {
           const cpu::QueryRows query{rows.data() + static_cast<std::int64_t>(row) * t * heads,
                                      in.w.data() + t * heads, floor.data(),
                                      static_cast<int>(heads)};
-          kernels->score(operand, query, own.keys, kPageSize, own.scores);
-          benchmark::DoNotOptimize(own.scores[0]);
+          kernels->score(operand, query, local.keys, kPageSize, local.scores);
+          benchmark::DoNotOptimize(local.scores[0]);
         }
       }
     });
@@ -193,7 +193,7 @@ void score_dense(benchmark::State& state, std::int64_t heads, std::int64_t keys,
   report(state, score_work(kQueries, keys, heads, kDim, dtype));
 }
 
-// Selection alone, over scores that are already there: offers and compactions of the CPU backend.
+// Selection alone, from scores in memory: the CPU backend's offers and compactions.
 void select_only(benchmark::State& state, std::int64_t keys) {
   const Context context({.backend = "cpu", .threads = 1});
   const cpu::Kernels* kernels = nullptr;

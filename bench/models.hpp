@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a stage has to do, counted: the floating-point operations and the bytes that no
-// implementation can avoid. Times are read against these.
+// The floating-point operations and the bytes of a stage that no implementation can avoid. Times
+// are compared with these.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ struct Work {
   double bytes;
 };
 
-// Scoring: `rows` dot products of D and a max, a multiply and an add for each of pairs
-// (query, key); queries, weights and keys read once, nothing written.
+// Scoring: for each pair of query and key, `rows` dot products of D, each with a max, a multiply
+// and an add; queries, weights and keys are read once, nothing is written.
 inline Work score_work(std::int64_t queries, std::int64_t keys, std::int64_t rows, std::int64_t dim,
                        DType dtype) {
   const auto t = static_cast<double>(queries);
@@ -29,12 +29,12 @@ inline Work score_work(std::int64_t queries, std::int64_t keys, std::int64_t row
   return {t * l * h * (2 * d + 3), t * h * (d * element + 4) + l * key};
 }
 
-// Selection alone: each score read once, the indices written once.
+// Selection alone: each score is read once, each index is written once.
 inline Work select_work(std::int64_t queries, std::int64_t keys, std::int64_t top_k) {
   return {0, 4 * static_cast<double>(queries) * static_cast<double>(keys + top_k)};
 }
 
-// A whole step: what cost_of counts, over the queries of a causal tail.
+// A whole step: the sum of cost_of over the last queries of a causal context.
 inline Work step_work(const IndexerConfig& config, const Shape& shape) {
   Work work{0, 0};
   for (std::int64_t t = 0; t < shape.tokens; ++t) {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch on the CPU as a peer: the same dense step and the same routed step, written plainly.
+"""PyTorch on the CPU as a peer: the same dense and routed steps in plain PyTorch.
 
-Run beside misa_bench, on the same machine; prints medians. Needs torch; nothing else uses it.
+Run it on the machine of misa_bench; prints medians. Needs torch.
 """
 
 import argparse

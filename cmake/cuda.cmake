@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The CUDA side: built where this project is the top level and there is a compiler for it.
+# The CUDA backends: built by default where this project is the top level and there is nvcc.
 set(MISA_HAVE_NVCC OFF)
 if(PROJECT_IS_TOP_LEVEL AND NOT MISA_SANITIZE)  # the sanitizers' runtimes and CUDA's do not mix
   include(CheckLanguage)
@@ -11,15 +11,15 @@ endif()
 option(MISA_BUILD_CUDA "Build the CUDA backends (needs nvcc)" ${MISA_HAVE_NVCC})
 
 if(MISA_BUILD_CUDA)
-  # Machine code for A100 (and 8.6, 8.7), L40, H100 and H200, RTX 50. PTX of 9.0 for the devices
-  # between, 10.x and 11.0, and of 12.0 for what comes after it: the driver compiles it once. So
-  # every device from 8.0 on is served; `misa info` says what a list of your own serves.
+  # Machine code for A100 (and 8.6, 8.7), L40, H100 and H200, RTX 50. For 10.x and 11.0 there is PTX
+  # of 9.0, and for devices above 12.0 PTX of 12.0, which the driver compiles once. So every device
+  # from 8.0 on is supported; `misa info` says which devices a list of your own supports.
   set(MISA_DEFAULT_CUDA_ARCHITECTURES 80-real 89-real 90 120)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES ${MISA_DEFAULT_CUDA_ARCHITECTURES})
   endif()
   enable_language(CUDA)
-  if(CMAKE_CUDA_ARCHITECTURES MATCHES "^(native|all|all-major)$")  # the code has to know the list
+  if(CMAKE_CUDA_ARCHITECTURES MATCHES "^(native|all|all-major)$")  # the library needs the list
     string(TOUPPER "${CMAKE_CUDA_ARCHITECTURES}" list)
     string(REPLACE "-" "_" list "${list}")
     set(CMAKE_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES_${list}})
@@ -28,7 +28,7 @@ if(MISA_BUILD_CUDA)
     message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES: expected a list such as 90;120, got "
       "'${CMAKE_CUDA_ARCHITECTURES}'")
   endif()
-  set(MISA_CUDA_SM90_ARCHITECTURES 90a-real)  # wgmma and TMA as Hopper has them: nothing else
+  set(MISA_CUDA_SM90_ARCHITECTURES 90a-real)  # only Hopper has this wgmma
   if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has it
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
@@ -36,8 +36,8 @@ if(MISA_BUILD_CUDA)
   find_package(CUDAToolkit REQUIRED)
 endif()
 
-# The kernels of these sources as objects, for some architectures. What misa_flags says to the host
-# compiler is said to nvcc too; without -Wpedantic, which its generated code does not pass.
+# Compiles the kernels of these sources into objects for the architectures. The host compiler gets
+# the warnings of misa_flags except -Wpedantic, which nvcc's generated code does not pass.
 function(misa_add_kernels name architectures)
   add_library(${name} OBJECT ${ARGN})
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}")

@@ -24,7 +24,8 @@ install(FILES
 install(EXPORT misa_targets NAMESPACE misa:: FILE misa-targets.cmake
   DESTINATION ${MISA_CONFIG_DIR})
 
-# For pkg-config a static library states what it leaves to be linked, so that `--static` is not needed.
+# A static library's pkg-config file names all that has to be linked, so that `--static` is not
+# needed.
 set(MISA_PC_REQUIRES "")
 set(MISA_PC_LIBS "")
 get_target_property(type misa TYPE)

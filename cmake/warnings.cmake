@@ -5,11 +5,11 @@ target_compile_options(misa_flags INTERFACE
   -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion
   # GCC 12 sees overlaps in std::string's operator+ that cannot happen (its bug 105651).
   $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict>
-  # One rounding an operation wherever the code does not ask for a fused one: results must not
-  # depend on what the compiler chose to contract.
+  # One rounding per operation unless the code asks for a fused one: results must not depend on
+  # which operations the compiler fuses.
   -ffp-contract=off)
 if(PROJECT_IS_TOP_LEVEL)
-  target_compile_options(misa_flags INTERFACE -Werror)  # another compiler's news are not its users'
+  target_compile_options(misa_flags INTERFACE -Werror)  # users' compilers may warn of more
 endif()
 if(MISA_SANITIZE)
   target_compile_options(misa_flags INTERFACE -fsanitize=${MISA_SANITIZE} -fno-omit-frame-pointer

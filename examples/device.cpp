@@ -10,7 +10,7 @@
 
 namespace {
 
-// An engine has its tensors on the device already; here they are filled with one byte.
+// An engine's tensors are on the device already; here they are filled with one byte value.
 template <class T>
 T* device_array(std::size_t count, int byte) {
   void* data = nullptr;

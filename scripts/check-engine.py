@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the plugin in the engine of this environment, which has misa, the engine and pytest.
+"""Checks the plugin in the engine of this environment, which needs misa, the engine and pytest.
 
     check-engine.py vllm | sglang
 
 The engine loads the plugin and calls it with its own metadata; results are compared with
-misa.select. No GPU is needed: kernels that need one are replaced by loops. Prints the versions it
-passed on.
+misa.select. No GPU is needed: kernels that need one are replaced by loops. Prints the versions that
+passed.
 """
 
 import argparse

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What can be said of the sources without running them; `make check` is all of it.
-#   scripts/check.sh [STEP [FILE...]]    by default every step; on the files given or all tracked ones
+# Checks the sources without running them; `make check` runs all steps.
+#   scripts/check.sh [STEP [FILE...]]    by default every step, on all tracked files
 #
 #   spdx     every source names its licence
-#   floors   folders include what CONTRIBUTING.md says, and its grid of stages is the tree's
+#   floors   folders include what CONTRIBUTING.md permits, and its grid of stages matches the tree
 #   format   clang-format and ruff's formatter have nothing to change
 #   python   ruff's linter
 #   types    mypy, on the package as a whole
-#   tidy     clang-tidy, on what clang compiles of src/, cli/ and python/; the tests are left out,
-#            since what GoogleTest's macros expand to takes longer than all the rest
+#   tidy     clang-tidy, on the files of src/, cli/ and python/ that clang compiles; the tests are
+#            left out, since the expansions of GoogleTest's macros take longer than everything else
 set -euo pipefail
 cd "$(dirname "$0")/.."
 step=${1:-all}
 given=("${@:2}")
 
-# The tracked files of these patterns; of them those given, if any are.
+# The tracked files that match these patterns, limited to the given files if there are any.
 tracked() {
   if [ ${#given[@]} -eq 0 ]; then
     git ls-files "$@"
@@ -24,7 +24,7 @@ tracked() {
   fi
 }
 
-# What holds comments, other than documents and the page that reports are made from.
+# The files that can contain comments, without documents and the template of reports.
 sources() {
   tracked ':!*.md' ':!*.html' ':!*.json' ':!*.safetensors' ':!*/py.typed' ':!LICENSE' \
     ':!.gitignore' ':!tests/fuzz/corpus' ':!tests/golden/*.txt'
@@ -67,7 +67,7 @@ tidy() {
   tracked 'src/*.cpp' 'cli/*.cpp' 'python/*.cpp' | while read -r path; do
     if grep -qF "\"file\": \"$PWD/$path\"" build/asan/compile_commands.json; then echo "$path"; fi
   done | xargs -r -P"$(nproc)" -n1 clang-tidy --quiet -p build/asan 2>&1 |
-    sed '/ warnings* generated\.$/d'  # of other projects' headers; not shown
+    sed '/ warnings* generated\.$/d'  # counts of warnings in other projects' headers
 }
 
 case "$step" in

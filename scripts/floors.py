@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Holds the code to the table of floors in CONTRIBUTING.md, and keeps its grid of stages.
+"""Checks the code against the table of floors in CONTRIBUTING.md, and its grid of stages.
 
-An include goes to the file's own folder or to a folder that its row of the table names, and a row
-names lower floors alone: so no folder includes upwards, no stage another stage, and no folders form
-a cycle. What a row names is included somewhere.
+A file includes only from its own folder and the folders that its row of the table names, and a row
+names lower floors only. So no folder includes a higher one, no stage another stage, and no folders
+form a cycle. Every folder that a row names is included somewhere.
 
-  scripts/floors.py            checks, prints what is wrong and exits with 1
+  scripts/floors.py            checks; prints what is wrong and exits with 1
   scripts/floors.py --write    writes the grid of stages and backends into CONTRIBUTING.md
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 STAGES = ("cache", "pool", "filter", "route", "score", "select", "rerank")
-# A stage's files for a backend, by how they begin.
+# The prefixes of a stage's files for each backend.
 BACKENDS = {
     "reference": ("reference.",),
     "CPU": ("cpu.", "cpu-inl.", "cache."),
@@ -32,7 +32,7 @@ MARKS = ("<!-- grid: scripts/floors.py --write -->\n", "<!-- end of grid -->\n")
 
 
 def table() -> dict[str, tuple[int, set[str]]]:
-    """Floor of each folder, and the folders that it may include."""
+    """The floor of each folder, and the folders that it may include."""
     rows = re.findall(r"^\| `([\w/]+)/` \| (\d+) \| ([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     return {name: (int(floor), set(re.findall(r"`(\w+)/`", may))) for name, floor, may in rows}
 
@@ -66,7 +66,7 @@ def check() -> list[str]:
         for include in re.findall(r'^#include "([\w./-]+)"', (ROOT / source).read_text(), re.M):
             other = include.split("/")[0]
             if not (ROOT / "src" / include).exists() or other == folder:
-                continue  # the public interface, another project's, or its own folder's
+                continue  # of the public interface, another project or its own folder
             if source not in any_floor:
                 seen[folder].add(other)
             if folder not in floors:
@@ -84,9 +84,10 @@ def grid() -> str:
     for stage in STAGES:
         files = sorted(each.name for each in (ROOT / "src" / stage).iterdir())
         cells = []
-        for begins in BACKENDS.values():
-            own = [each for each in files if each.startswith(begins)]
-            cells.append(" ".join(f"`{each}`" for each in own if not each.endswith(("hpp", "cuh"))))
+        for prefixes in BACKENDS.values():
+            chosen = [name for name in files if name.startswith(prefixes)]
+            compiled = [name for name in chosen if not name.endswith(("hpp", "cuh"))]
+            cells.append(" ".join(f"`{name}`" for name in compiled))
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -99,7 +100,7 @@ def main() -> int:
         return 0
     faults = check()
     if written != grid():
-        faults.append("CONTRIBUTING.md: its grid is not the tree's: scripts/floors.py --write")
+        faults.append("CONTRIBUTING.md: the grid does not match the tree: floors.py --write")
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Finds identifiers that the code has left for the field's terms; prints them and exits with 1.
+"""Finds old identifiers that the code has replaced by usual terms; prints them and exits with 1.
 
-  scripts/names.py [FILE...]    by default every tracked source and document
+scripts/names.py [FILE...]    by default every tracked source and document
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# An identifier, or a pattern of them, and the term that stands for it.
-LEFT = {
+# A pattern of old identifiers, and the term that replaced them.
+REPLACED = {
     "find_cut|find_bound|sample_bound|bound_rank|bound_below": "k-th entry, gate threshold",
     "kWarp": "kFullMask, or what the value means",
     "Held|RowSource": "candidates, entries",
@@ -34,7 +34,7 @@ LEFT = {
     r"[Ss]labs?|kMaxSlab|kMaxWave|begin_wave|largest_wave": "query chunk",
     "work_of|mean_work": "cost_of, mean_cost",
 }
-PATTERN = re.compile(rf"(?<![\w.])(?:{'|'.join(LEFT)})(?!\w)")
+PATTERN = re.compile(rf"(?<![\w.])(?:{'|'.join(REPLACED)})(?!\w)")
 
 
 def tracked() -> list[str]:
@@ -54,7 +54,7 @@ def main() -> int:
             continue
         for number, line in enumerate(text.splitlines(), 1):
             for match in PATTERN.finditer(line):
-                term = next(new for old, new in LEFT.items() if re.fullmatch(old, match[0]))
+                term = next(new for old, new in REPLACED.items() if re.fullmatch(old, match[0]))
                 print(f"{name}:{number}: {match[0]}: the term is {term}")
                 found += 1
     return int(found > 0)

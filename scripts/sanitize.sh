@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds everything with sanitizers and runs the tests whose names hold Smoke. The address and undefined
-# sanitizers' build is clang's, the one that clang-tidy and the fuzzers take too; the others are GCC's.
+# Builds everything with sanitizers and runs the tests whose names contain Smoke. The preset asan
+# (address and undefined behaviour) is built by clang, and clang-tidy and the fuzzers use it too;
+# tsan (threads) is built by GCC.
 set -euo pipefail
 export TSAN_OPTIONS="suppressions=$PWD/tests/tsan.supp"
 scripts/venv.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs the package into build/venv and runs its tests. The module is built in build/release, so
-# that the C++ library compiled there is linked and not compiled again.
+# that the C++ library compiled there is reused.
 #   scripts/test-python.sh [EXTRAS]    extras of pyproject.toml, by default `test`
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds, tests, sanitises and benchmarks the CUDA backends on a machine with a device.
-#   tests/gpu.sh                          all of it, in build/cuda
-#   tests/gpu.sh FOLDER [STAGE...]        with the programs found under FOLDER, nothing is built;
+#   tests/gpu.sh                          builds in build/cuda and runs all stages
+#   tests/gpu.sh FOLDER [STAGE...]        runs the programs found under FOLDER without building;
 #                                         stages: test sanitize bench (default: all three)
 # Libraries that the machine lacks are looked for in FOLDER/lib.
 set -uo pipefail
@@ -24,7 +24,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# record NAME COMMAND...: one line of the summary.
+# record NAME COMMAND...: runs the command and adds a line to the summary.
 record() {
   local name=$1 start=$SECONDS status=ok
   shift
@@ -33,16 +33,16 @@ record() {
   printf '%-40s %-10s %4d s\n' "$name" "$status" $((SECONDS - start)) >>"$scratch/summary"
 }
 
-# run NAME PROGRAM ARGUMENTS...: the same for a program under $folder, beneath $wrapper.
+# run NAME PROGRAM ARGUMENTS...: the same for a program under $folder, started by $wrapper.
 run() {
   local name=$1 program
   program=$(find "$folder" -type f -name "$2" -perm -u+x | head -n 1)
   record "$name" "${wrapper[@]}" "${program:-$2 is not built}" "${@:3}"
 }
 
-# The same beside others, its output in one piece. Three at once: a dozen take longer than one by
-# one.
-run_beside() {
+# The same in the background, with its output printed when it ends. At most three run at once: a
+# dozen at once take longer than one after the other.
+run_parallel() {
   local log="$scratch/${1//\//-}.log"
   while [ "$(jobs -rp | wc -l)" -ge 3 ]; do
     wait -n
@@ -58,23 +58,23 @@ for stage in "${stages[@]}"; do
   case "$stage" in
     test)
       run "misa info" misa info
-      run_beside "tests/indexers" misa_tests_indexers --gtest_brief=1 --gtest_filter='*cuda_*'
-      run_beside "tests/gpu" misa_tests_gpu --gtest_brief=1
-      run_beside "tests/api" misa_tests_api --gtest_brief=1
-      MISA_GOLDEN=tests/golden run_beside "tests/golden" misa_tests_golden --gtest_brief=1 \
+      run_parallel "tests/indexers" misa_tests_indexers --gtest_brief=1 --gtest_filter='*cuda_*'
+      run_parallel "tests/gpu" misa_tests_gpu --gtest_brief=1
+      run_parallel "tests/api" misa_tests_api --gtest_brief=1
+      MISA_GOLDEN=tests/golden run_parallel "tests/golden" misa_tests_golden --gtest_brief=1 \
         --gtest_filter='*cuda_*'
       wait
       ;;
     sanitize)
       for tool in racecheck initcheck synccheck memcheck; do
         wrapper=(compute-sanitizer --tool "$tool" --error-exitcode 1)
-        # A launch takes racecheck 10 ms and more: what repeats others' launches by the thousand is
-        # left to the other tools.
+        # racecheck takes 10 ms or more per launch, so tests that repeat the launches of others
+        # thousands of times are left to the other tools.
         repeats=''
         [ "$tool" != racecheck ] || repeats='-*MemoryChangesNothing*:*AGraphReplays*'
-        run_beside "$tool tests/indexers" misa_tests_indexers --gtest_brief=1 \
+        run_parallel "$tool tests/indexers" misa_tests_indexers --gtest_brief=1 \
           --gtest_filter="*Smoke*cuda_*$repeats"
-        run_beside "$tool tests/gpu" misa_tests_gpu --gtest_brief=1 --gtest_filter="*Smoke*$repeats"
+        run_parallel "$tool tests/gpu" misa_tests_gpu --gtest_brief=1 --gtest_filter="*Smoke*$repeats"
       done
       wait
       wrapper=(env)
@@ -85,7 +85,7 @@ for stage in "${stages[@]}"; do
         run "steps, $heads heads" misa_bench_step --stages --heads "$heads" --keys 65536 131072 \
           --indexers dsa misa misa-dagger misa-r hisa
       done
-      # Dense steps leave the chip clocking lower: from here on sparse ones without them before.
+      # The chip clocks lower after dense steps, so sparse steps are measured again without them.
       run "re-ranked and filtered" misa_bench_step --stages --keys 65536 131072 \
         --indexers misa-r:h=3:m=4096 misa-dagger hisa
       for heads in 64 32; do

@@ -47,7 +47,7 @@ def step(queries, heads, keys, top_k):
     def logits():
         return deep_gemm.fp8_mqa_logits(q, (k, scale), w, starts, ends, clean_logits=False)
 
-    # Columns that a query does not see are left as they were; a selector is told the lengths.
+    # Columns that a query does not see are not written; selectors are given the lengths.
     scores = torch.nan_to_num(logits(), nan=float("-inf"))
     selectors = {"torch.topk": lambda: torch.topk(scores, top_k, dim=-1, sorted=False)}
     if flashinfer is not None:

@@ -3,8 +3,8 @@
 //
 // A figure is the median of 30 samples of 10 consecutive launches, with the 10th and 90th
 // percentile. The floor is the time to read every input once and write every output once at the
-// rate of a device copy, which is measured first. Inputs that fit the L2 cache stay there from
-// launch to launch.
+// rate of a device copy, which is measured first. Inputs that fit into the L2 cache stay there
+// between launches.
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -95,7 +95,7 @@ class Report {
   bool first_ = true;
 };
 
-// Bytes read and written a microsecond.
+// Bytes read and written per microsecond.
 double copy_rate() {
   constexpr std::int64_t kBytes = std::int64_t{1} << 30;
   const Device<std::uint8_t> from(kBytes);
@@ -115,7 +115,7 @@ std::vector<float> normal(std::int64_t count) {
   return values;
 }
 
-// A prime, so that no two rows start alike.
+// A prime, so that no two rows start at the same value.
 constexpr std::int64_t kNormals = 4'000'037;
 
 void time_top_k(Report& report, const std::vector<float>& normals, std::int64_t rows,
@@ -137,7 +137,7 @@ void time_top_k(Report& report, const std::vector<float>& normals, std::int64_t 
 
 constexpr std::int64_t kRows = 2048;
 
-// The last kRows queries of a sequence see `columns` keys each: their ranges, and the fallback.
+// The ranges of kRows queries that see `columns` keys each, and their fallback rows.
 struct Queries {
   explicit Queries(std::int64_t columns)
       : starts(std::vector<std::int32_t>(kRows, 0)),
@@ -175,8 +175,8 @@ void time_threshold(Report& report, const std::vector<float>& normals, std::int6
              static_cast<double>(scores.bytes() + thresholds.bytes()), time);
 }
 
-// As many candidates as the threshold lets through. Positions go to the lists in turn, 64 at a
-// time; each list is in random order.
+// As many candidates as typically pass the threshold. Runs of 64 positions are assigned to the
+// lists in turn; each list is in random order.
 void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_t lists,
                     std::int64_t capacity) {
   const Queries queries(columns);
@@ -186,7 +186,7 @@ void time_survivors(Report& report, std::int64_t columns, int top_k, std::int64_
   std::vector<misa::cuda::Candidate> row(lists * capacity);
   for (std::int64_t list = 0; list < lists; ++list) {
     for (std::int64_t i = 0; i < list_count; ++i) {
-      // Distinct: evenly spaced among the positions of the list.
+      // Evenly spaced among the positions of the list, so that they are distinct.
       const std::int64_t offset = i * (columns / lists) / list_count;
       const std::int64_t position = offset / 64 * 64 * lists + list * 64 + offset % 64;
       row[list * capacity + i] = {1.7F + tail(random), static_cast<std::uint32_t>(position)};

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times whole steps of the device plan: routing, scoring and selection of the last T queries of a
-// context of L keys. Run beside peers.py, which times the dense step of others on the same shapes.
+// context of L keys. peers.py times the dense step of other libraries on the same shapes.
 //
-// A figure is the median of 20 steps that stand in one stream between events, after 5 that are not
-// counted. FLOP are those that the indexer cannot do without (bench/models.hpp). With --stages
-// there are 20 further steps with events between their stages too.
+// A figure is the median of 20 steps in one stream with events between them, after 5 that are not
+// counted. FLOP are those that the indexer cannot do without (bench/models.hpp). --stages times the
+// stages of 20 further steps with events between them.
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -37,7 +37,7 @@ using misa::cuda::check;
 
 struct Options {
   std::string backend = "auto";
-  std::vector<std::string> indexers{"dsa", "misa"};  // as parse_variant takes them
+  std::vector<std::string> indexers{"dsa", "misa"};  // names that parse_variant accepts
   std::vector<std::int64_t> keys{65536};
   std::int64_t queries = 2048;
   std::int64_t heads = 64;
@@ -83,7 +83,7 @@ struct Data {
 
 struct StageTime {
   std::string name;
-  double median;  // microseconds of a step
+  double median;  // microseconds per step
 };
 
 struct Result {
@@ -130,11 +130,11 @@ std::vector<double> microseconds(const std::function<void()>& enqueue) {
   return times;
 }
 
-// The stages of a step in order; what a stage takes in several chunks is added up.
+// The stages of a step in order; the times of a stage in several chunks are added up.
 std::vector<StageTime> stage_times(const std::function<void()>& enqueue) {
   struct Mark {
     int run;
-    const char* stage;  // that begins; null: the step ends
+    const char* stage;  // the stage that begins; null at the end of the step
     cudaEvent_t event;
   };
   std::vector<Mark> marks;
@@ -210,7 +210,7 @@ std::vector<misa::cli::Variant> variants_of(const Options& options) {
   for (const std::string& name : options.indexers) {
     misa::cli::Variant variant = misa::cli::parse_variant(name, options.top_k);
     misa::IndexerConfig& config = variant.config;
-    if (config.router == misa::Router::fixed) {  // some heads; which ones does not matter here
+    if (config.router == misa::Router::fixed) {  // any heads will do
       config.static_heads.resize(config.heads);
       std::iota(config.static_heads.begin(), config.static_heads.end(), 0);
     }

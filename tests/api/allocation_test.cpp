@@ -29,7 +29,7 @@ void* count_and_allocate(std::size_t bytes, std::size_t alignment) {
 
 }  // namespace
 
-// The array forms call the others only where no sanitizer has put its own in their place.
+// The array forms are replaced too, because under a sanitizer they do not call the single forms.
 void* operator new(std::size_t bytes) {
   return count_and_allocate(bytes, alignof(std::max_align_t));
 }
@@ -63,7 +63,7 @@ void expect_no_allocation(const std::string& backend, const IndexerConfig& confi
   const auto k = inputs.k(inputs.all());
   const auto run = [&] { plan.run(q, w, k, {indices, {}, {}, {}}, workspace.span()); };
   if (threads > 1) {
-    run();  // the first one starts the threads
+    run();  // the first run starts the threads
   }
   const int before = allocations;
   run();
@@ -71,7 +71,7 @@ void expect_no_allocation(const std::string& backend, const IndexerConfig& confi
 }
 
 TEST(Allocation, TheCounterCounts) {
-  // Called by name, for a new-expression may be optimised away.
+  // Called as functions, because the compiler may remove a new-expression.
   const int before = allocations;
   ::operator delete(::operator new(1));
   ::operator delete[](::operator new[](1));
@@ -89,7 +89,7 @@ TEST(Allocation, RunsAllocateNothing) {
   const test::RaggedInputs ragged(pack);
   const test::PagedInputs paged(pack, {.page_sums = true});
   const Shape shape{40, 8, 64, 300, DType::bf16, DType::e4m3};
-  // Between them they go through every stage.
+  // Together they go through every stage.
   IndexerConfig filtered = IndexerConfig::hisa(40, 64, 2);
   filtered.router = Router::dispersion;
   filtered.heads = 2;
@@ -102,8 +102,8 @@ TEST(Allocation, RunsAllocateNothing) {
                                            filtered,
                                            by_length};
   for (const BackendInfo& backend : backends()) {
-    // The reference is exempt: it allocates as the formulas read best. So are CUDA devices, to
-    // which a call in host memory is copied first; their own plan is in tests/gpu.
+    // The reference may allocate, so that it can follow the formulas. CUDA backends copy inputs in
+    // host memory to the device first; tests/gpu checks plans for device memory.
     if (!backend.available || backend.name == "reference" || backend.name.starts_with("cuda")) {
       continue;
     }

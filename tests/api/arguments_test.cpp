@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every wrong argument is refused with a line that names it, and nothing is written.
+// Every wrong argument is refused with a message that names it, and nothing is written.
 #include <gmock/gmock.h>
 
 #include <functional>
@@ -32,7 +32,7 @@ constexpr std::int64_t kHuge = std::int64_t{1} << 60;
 constexpr std::int32_t kPoisonIndex = -77;
 constexpr float kPoisonScore = -77.0F;
 
-// What a call reads and writes; the values do not matter here.
+// The arrays that a call reads and writes; their values do not matter here.
 struct Buffers {
   std::vector<float> q = std::vector<float>(kTokens * kHeads * kDim);
   std::vector<float> w = std::vector<float>(kTokens * kHeads);
@@ -41,7 +41,7 @@ struct Buffers {
   std::vector<std::int32_t> ks{0, 0, 10, 10};
   std::vector<std::int32_t> ke{50, 51, 99, 100};
   std::vector<std::uint8_t> cache = std::vector<std::uint8_t>(kPages * 64 * (kDim + 4));
-  // Two sequences of two queries; the second one's last entry lies behind its context.
+  // Two sequences of two queries; the last page of the second is beyond its context.
   std::vector<std::int32_t> block_table{3, 1, 0, 1000};
   std::vector<std::int32_t> context_lens{128, 64};
   std::vector<std::int32_t> indices = std::vector<std::int32_t>(kTokens * kTopK, kPoisonIndex);
@@ -50,7 +50,7 @@ struct Buffers {
   std::vector<float> residual = std::vector<float>(kTokens * kDim, kPoisonScore);
 };
 
-// A right call, to be spoiled.
+// A correct call, of which each case makes one argument wrong.
 template <class Keys>
 struct Call {
   IndexerConfig config = IndexerConfig::misa_r(kTopK, 2);
@@ -80,13 +80,13 @@ struct Call {
 template <class Keys>
 struct Case {
   std::string argument;
-  std::string part;  // of the message
+  std::string expected;  // part of the message
   std::function<void(Call<Keys>&, Buffers&)> spoil;
 };
 
 template <class Keys>
 void expect_refused(const Case<Keys>& test) {
-  SCOPED_TRACE(test.argument + ": … " + test.part);
+  SCOPED_TRACE(test.argument + ": … " + test.expected);
   Buffers buffers;
   Call<Keys> call(buffers);
   test.spoil(call, buffers);
@@ -100,7 +100,7 @@ void expect_refused(const Case<Keys>& test) {
                 AnyOf(StartsWith(test.argument + ": expected "), StartsWith(test.argument + "[")));
     EXPECT_THAT(message, HasSubstr(": expected "));
     EXPECT_THAT(message, HasSubstr(", got "));
-    EXPECT_THAT(message, HasSubstr(test.part));
+    EXPECT_THAT(message, HasSubstr(test.expected));
     EXPECT_THAT(message, Not(HasSubstr("\n")));
   }
   EXPECT_THAT(buffers.indices, Each(kPoisonIndex));
@@ -114,7 +114,7 @@ const T* misaligned(const T* data) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(data) + 1);
 }
 
-// What both kinds of keys have in common.
+// The cases that ragged and paged keys have in common.
 template <class Keys>
 std::vector<Case<Keys>> common_cases() {
   using C = Call<Keys>;
@@ -234,7 +234,7 @@ TEST(Arguments, RaggedSmoke) {
   using C = Call<RaggedKeys>;
   using B = Buffers;
   auto cases = common_cases<RaggedKeys>();
-  const std::vector<Case<RaggedKeys>> own{
+  const std::vector<Case<RaggedKeys>> ragged{
       {"k", "got dtype 7", [](C& c, B&) { c.k.dtype = static_cast<DType>(7); }},
       {"k", "D = 64 as q has, got 128", [](C& c, B&) { c.k.dim = 128; }},
       {"k", "got -1", [](C& c, B&) { c.k.tokens = -1; }},
@@ -259,7 +259,7 @@ TEST(Arguments, RaggedSmoke) {
       {"ke", "[0]: expected 0 to L = 100, got 2147483647",
        [](C&, B& b) { b.ke[0] = std::numeric_limits<std::int32_t>::max(); }},
   };
-  cases.insert(cases.end(), own.begin(), own.end());
+  cases.insert(cases.end(), ragged.begin(), ragged.end());
   for (const auto& test : cases) {
     expect_refused(test);
   }
@@ -269,7 +269,7 @@ TEST(Arguments, PagedSmoke) {
   using C = Call<PagedKeys>;
   using B = Buffers;
   auto cases = common_cases<PagedKeys>();
-  const std::vector<Case<PagedKeys>> own{
+  const std::vector<Case<PagedKeys>> paged{
       {"cache", "data for 4", [](C& c, B&) { c.k.cache.data = nullptr; }},
       {"cache", "0 or more pages, got -1", [](C& c, B&) { c.k.cache.pages = -1; }},
       {"cache", "below 2^63", [](C& c, B&) { c.k.cache.pages = kHuge; }},
@@ -312,7 +312,7 @@ TEST(Arguments, PagedSmoke) {
       {"block_table", "[1, 1]: expected a page from 0 to 3, got 1000",
        [](C&, B& b) { b.context_lens[1] = 65; }},
   };
-  cases.insert(cases.end(), own.begin(), own.end());
+  cases.insert(cases.end(), paged.begin(), paged.end());
   for (const auto& test : cases) {
     expect_refused(test);
   }
@@ -327,7 +327,7 @@ void expect_accepted(const std::function<void(Call<Keys>&, Buffers&)>& change) {
   EXPECT_THAT(buffers.indices, Each(Not(kPoisonIndex)));
 }
 
-// The call that every case above spoils, and neighbours of what is refused.
+// The unchanged call, and calls that differ little from refused ones.
 TEST(Arguments, RightCallsAreAccepted) {
   expect_accepted<RaggedKeys>([](auto&, auto&) {});
   expect_accepted<PagedKeys>([](auto&, auto&) {});
@@ -372,7 +372,7 @@ TEST(Arguments, EmptyCallsAreRight) {
   EXPECT_EQ(selected.indices, std::vector<std::int32_t>(kTokens * 3, -1));
 }
 
-// A stride of fewer than two entries leads nowhere: any is taken, and changes nothing.
+// The stride of a dimension of fewer than two entries is never used, so any is accepted.
 TEST(Arguments, StridesOfNothingDoNotMatter) {
   for (const std::int64_t stride : {std::int64_t{-7}, std::int64_t{1}, std::int64_t{3}, kHuge}) {
     SCOPED_TRACE(stride);
@@ -413,7 +413,7 @@ TEST(Arguments, StridesOfNothingDoNotMatter) {
   }
 }
 
-// The dense token stride is the heads' times their number, also of one head.
+// The dense token stride is the head stride times the number of heads, even for one head.
 TEST(Arguments, PaddedQueriesOfOneHead) {
   constexpr std::int64_t kPadded = kDim + 16;
   std::vector<float> q(kTokens * kPadded, std::numeric_limits<float>::quiet_NaN());

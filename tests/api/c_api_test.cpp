@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C interface: equal to the C++ one, and nothing but a status and a message on failure.
+// The C interface gives the results of the C++ one, and on failure only a status and a message.
 #include <gmock/gmock.h>
 
 #include <cstring>
@@ -21,7 +21,7 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
-// The handles of a test.
+// The handles that a test uses.
 struct Handles {
   misa_context* context = nullptr;
   misa_plan* plan = nullptr;
@@ -288,7 +288,7 @@ TEST(CApi, ConfigsAreThoseOfTheNamedIndexers) {
   }
 }
 
-// A failure's status, with its message checked.
+// The status of a failed call; checks its message.
 void expect_invalid(misa_status status, const std::string& message) {
   EXPECT_EQ(status, MISA_INVALID_ARGUMENT);
   EXPECT_THAT(misa_last_error(), HasSubstr(message));

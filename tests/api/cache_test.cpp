@@ -39,7 +39,7 @@ std::vector<float> random_keys(std::int64_t count, std::int64_t dim, unsigned se
   return keys;
 }
 
-// A cache that owns its bytes, padded pages included; whatever is never written stays poisoned.
+// A cache that owns its bytes, padding included; bytes that are not written keep the poison value.
 struct Cache {
   std::int64_t pages;
   std::int64_t dim;
@@ -57,7 +57,7 @@ struct Cache {
   [[nodiscard]] CacheSpan span() { return {data.data(), pages, dim, stride, sums.data()}; }
   [[nodiscard]] CacheView view() const { return {data.data(), pages, dim, stride, sums.data()}; }
 
-  // Read by the layout that the header states.
+  // Reads by the layout in the public header.
   [[nodiscard]] float scale(std::int64_t slot) const {
     float value = 0;
     std::memcpy(&value, &data[slot / 64 * stride + 64 * dim + slot % 64 * 4], sizeof value);
@@ -105,14 +105,14 @@ TEST(Quantize, ErrorIsWithinHalfAStep) {
     for (std::size_t d = 0; d < key.size(); ++d) {
       // e4m3 has three mantissa bits: half a step is 2^-4 of the value, or 2^-10 of the scale
       // where it is subnormal. The two fp32 roundings (of value / scale, and of the scale itself
-      // where the largest value sits on 448) add 2^-23 of the value at most.
+      // where the largest value becomes 448) add 2^-23 of the value at most.
       const float step = std::max(std::abs(key[d]) * (0x1p-4F + 0x1p-22F), scale * 0x1p-10F);
       EXPECT_NEAR(scale * e4m3_to_float(bytes[d]), key[d], step);
     }
   }
 }
 
-// Neither what is written nor the caller's mode depends on the mode that the caller is in.
+// What is written does not depend on the caller's floating-point mode, and the mode is restored.
 TEST(Cache, FloatingPointModeOfTheCaller) {
   constexpr std::int64_t kCount = 70;
   std::vector<float> keys = random_keys(kCount, 64, 7);
@@ -152,7 +152,7 @@ TEST(Quantize, ScaleIsTheLargestOver448) {
 TEST(Quantize, PowersOfTwoNeverClip) {
   std::vector<std::uint8_t> bytes(64);
   std::vector<float> key(64);
-  // Around every power of two, and where max / 448 is one itself.
+  // Values near every power of two, and values for which max / 448 is a power of two.
   for (int exponent = -20; exponent < 120; ++exponent) {
     for (const float mantissa : {1.0F, 1.75F, std::nextafter(1.75F, 0.0F),
                                  std::nextafter(1.75F, 2.0F), std::nextafter(2.0F, 0.0F)}) {
@@ -240,7 +240,7 @@ TEST(PageSums, FollowAppendsOfAnySize) {
   EXPECT_EQ(whole.sidecar(1), whole.sum_of(1, 64));
   EXPECT_EQ(whole.sidecar(2), whole.sum_of(2, 150 - 128));
 
-  // The same keys, token by token: bit for bit the same, after every one.
+  // Appended one by one, the same keys give the same bits after every key.
   Cache single(3, 128, 4);
   const std::vector<float> keys = random_keys(150, 128, 1);
   for (std::int64_t slot = 0; slot < 150; ++slot) {
@@ -343,10 +343,10 @@ TEST(Cache, BytesOfACache) {
   EXPECT_EQ(cache_bytes(0, 64), 0);
 }
 
-// Every wrong argument is refused with a line that names it, and nothing is written.
+// Every wrong argument is refused with a message that names it, and nothing is written.
 struct BadCall {
   std::string argument;
-  std::string part;  // of the message
+  std::string expected;  // part of the message
   std::function<void(Cache&)> call;
 };
 
@@ -454,7 +454,7 @@ TEST(Cache, WrongArgumentsSmoke) {
       {"dim", "64 or 128, got 1", [](Cache&) { cache_bytes(1, 1); }},
   };
   for (const BadCall& bad : calls) {
-    SCOPED_TRACE(bad.argument + ": … " + bad.part);
+    SCOPED_TRACE(bad.argument + ": … " + bad.expected);
     Cache cache(3);
     try {
       bad.call(cache);
@@ -464,7 +464,7 @@ TEST(Cache, WrongArgumentsSmoke) {
       EXPECT_EQ(error.code(), ErrorCode::invalid_argument);
       EXPECT_THAT(message,
                   AnyOf(StartsWith(bad.argument + ": expected "), StartsWith(bad.argument + "[")));
-      EXPECT_THAT(message, HasSubstr(bad.part));
+      EXPECT_THAT(message, HasSubstr(bad.expected));
       EXPECT_THAT(message, HasSubstr(", got "));
       EXPECT_THAT(message, Not(HasSubstr("\n")));
     }

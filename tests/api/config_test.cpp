@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The named indexers and the names of things.
+// The named indexers, and the names of enumerators.
 #include <gmock/gmock.h>
 
 #include <limits>

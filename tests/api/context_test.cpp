@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Contexts: what they cost, how many threads they take, which backend a name stands for.
+// Contexts: their memory, their number of threads, and which backend a name selects.
 #include <gmock/gmock.h>
 #include <unistd.h>
 
@@ -29,7 +29,7 @@ std::int64_t resident_bytes() {
   return resident * ::sysconf(_SC_PAGESIZE);
 }
 
-// Memory that a call takes and does not give back, after those that fill caches.
+// Bytes per call that are not freed, after warm-up calls have filled caches.
 template <class Call>
 double bytes_kept(const Call& call) {
   constexpr int kCalls = 4000;
@@ -43,7 +43,7 @@ double bytes_kept(const Call& call) {
   return static_cast<double>(resident_bytes() - before) / kCalls;
 }
 
-// A page now and then may come from anywhere; an arena a call was kilobytes.
+// Bytes per call that other causes may explain; leaking a thread arena would be kilobytes.
 constexpr double kNoise = 256;
 
 TEST(ContextMemory, ACallOfItsOwnKeepsNone) {
@@ -86,7 +86,7 @@ TEST(ContextMemory, TheCInterfaceKeepsNone) {
             kNoise);
 }
 
-// A folder in which proc/ and sys/ stand as the kernel would show them.
+// A folder that holds proc/ and sys/ as the kernel would show them.
 class CpuQuota : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -150,7 +150,7 @@ TEST_F(CpuQuota, OfVersion1) {
   EXPECT_EQ(quota(), 2);
 }
 
-// In a container the mount shows the container's own group, whose path may be that of the host.
+// In a container the mount shows the container's group, while the path may be that of the host.
 TEST_F(CpuQuota, OfAGroupThatIsTheMountItself) {
   write("proc/self/mountinfo",
         "32 30 0:28 /docker/1f2e /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every wrong argument of a call on block means is refused with a line that names it, and nothing
-// is written.
+// Every wrong argument of a call on block means is refused with a message that names it, and
+// nothing is written.
 #include <gmock/gmock.h>
 
 #include <functional>
@@ -19,7 +19,7 @@ using ::testing::StartsWith;
 constexpr std::int32_t kPoison = -77;
 constexpr std::int64_t kHuge = std::int64_t{1} << 60;
 
-// A right call, to be spoiled.
+// A correct call, of which each case makes one argument wrong.
 struct MeansCall {
   std::vector<float> q_data = std::vector<float>(4 * 8 * 64);
   std::vector<float> w_data = std::vector<float>(4 * 8);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The commands that measure, run as the program runs them, on a trace written here.
+// The commands that measure, run in this process on a trace that the test writes.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -31,7 +31,7 @@ using nlohmann::json;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-// Every row sees more keys than are wanted, and fewer than MISA† re-ranks.
+// Every row sees more keys than top_k, and fewer than MISA† re-ranks.
 constexpr std::int64_t kQueries = 32;
 constexpr std::int64_t kHeads = 16;
 constexpr std::int64_t kDim = 64;
@@ -54,7 +54,7 @@ class Commands : public ::testing::Test {
 
   [[nodiscard]] std::string path(const std::string& name) const { return folder_ / name; }
 
-  // Random queries and keys; attention, if wanted, is the same everywhere.
+  // Random queries and keys; if there is attention, it is uniform.
   std::string write_trace(bool attention) const {
     std::mt19937_64 random(1);
     std::normal_distribution<float> normal;
@@ -183,7 +183,7 @@ TEST_F(Commands, CompareFindsWhatIsDsaByDefinition) {
       json::parse(run({"compare", write_trace(false), "--top-k", kTopK, "--runs", "1", "--indexers",
                        "dsa,misa-dagger,misa:h=16,auto,misa:h=1", "--json"}));
   const json& indexers = out.at("traces").at(0).at("indexers");
-  // Itself, every key re-ranked, every head routed, rows that are short enough.
+  // DSA itself, every key re-ranked, every head routed, and rows within dense_work.
   for (const std::size_t same : {0, 1, 2, 3}) {
     EXPECT_EQ(indexers.at(same).at("recall").at("min"), 1);
   }

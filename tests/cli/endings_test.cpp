@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the program ends: with the exit code that it documents whatever its standard streams are, by
-// the signal that it was sent, and without what it had begun to write.
+// How the program ends: with its documented exit code whatever its standard streams are, by the
+// signal that it was sent, and without leaving a partly written file.
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -30,15 +30,15 @@ using ::testing::SizeIs;
 
 using Arguments = std::vector<std::string>;
 
-// Where a command finds its inputs and writes its output.
-struct Place {
+// The files of a command: its inputs and its output.
+struct Files {
   Folder folder;
   std::string in = folder / "in";
-  std::string many = folder / "many";  // more tensors than a buffer of output holds
+  std::string many = folder / "many";  // so many tensors that inspect fills its output buffer
   std::string bad = folder / "bad";
   std::string out = folder / "out";
 
-  Place() {
+  Files() {
     write_tensors(in, ragged_input());
     Tensors tensors;
     for (int i = 0; i < 1000; ++i) {
@@ -51,16 +51,16 @@ struct Place {
 
 struct Command {
   std::string name;
-  int code;  // with the streams given
-  std::function<Arguments(const Place&)> arguments;
+  int code;  // exit code with all streams open
+  std::function<Arguments(const Files&)> arguments;
 };
 
-// How a list of the tests shows it.
+// How GoogleTest prints the parameter.
 void PrintTo(const Command& command, std::ostream* out) { *out << command.name; }
 
 std::vector<Command> commands() {
   const auto fixed = [](const Arguments& arguments) {
-    return [=](const Place&) { return arguments; };
+    return [=](const Files&) { return arguments; };
   };
   const Arguments tiny{"bench",  "--queries",  "2",        "--heads", "1",
                        "--keys", "64",         "--top-k",  "4",       "--runs",
@@ -73,44 +73,49 @@ std::vector<Command> commands() {
       {"info", 0, fixed({"info"})},
       {"info_json", 0, fixed({"info", "--json"})},
       {"inspect", 0,
-       [](const Place& at) {
-         return Arguments{"inspect", at.in};
+       [](const Files& files) {
+         return Arguments{"inspect", files.in};
        }},
       {"inspect_many", 0,
-       [](const Place& at) {
-         return Arguments{"inspect", at.many};
+       [](const Files& files) {
+         return Arguments{"inspect", files.many};
        }},
       {"inspect_json", 0,
-       [](const Place& at) {
-         return Arguments{"inspect", at.many, "--json"};
+       [](const Files& files) {
+         return Arguments{"inspect", files.many, "--json"};
        }},
       {"select", 0,
-       [](const Place& at) {
-         return Arguments{"select", at.in, "-o", at.out};
+       [](const Files& files) {
+         return Arguments{"select", files.in, "-o", files.out};
        }},
       {"select_json", 0,
-       [](const Place& at) {
-         return Arguments{"select", at.in, "-o", at.out, "--json"};
+       [](const Files& files) {
+         return Arguments{"select", files.in, "-o", files.out, "--json"};
        }},
       {"synth", 0,
-       [](const Place& at) {
-         return Arguments{"synth", "-o", at.out, "--keys", "99"};
+       [](const Files& files) {
+         return Arguments{"synth", "-o", files.out, "--keys", "99"};
        }},
       {"synth_json", 0,
-       [](const Place& at) { return Arguments{"synth", "-o", at.out, "--keys", "99", "--json"}; }},
+       [](const Files& files) {
+         return Arguments{"synth", "-o", files.out, "--keys", "99", "--json"};
+       }},
       {"compare", 0,
-       [](const Place& at) {
-         return Arguments{"compare", at.in, "--html", at.out, "--indexers", "dsa", "--runs", "1"};
+       [](const Files& files) {
+         return Arguments{"compare",    files.in, "--html", files.out,
+                          "--indexers", "dsa",    "--runs", "1"};
        }},
       {"compare_json", 0,
-       [](const Place& at) {
-         return Arguments{"compare", at.in, "--json", "--indexers", "dsa", "--runs", "1"};
+       [](const Files& files) {
+         return Arguments{"compare", files.in, "--json", "--indexers", "dsa", "--runs", "1"};
        }},
       {"calibrate", 0,
-       [](const Place& at) { return Arguments{"calibrate", at.in, "-o", at.out, "--heads", "2"}; }},
+       [](const Files& files) {
+         return Arguments{"calibrate", files.in, "-o", files.out, "--heads", "2"};
+       }},
       {"calibrate_json", 0,
-       [](const Place& at) {
-         return Arguments{"calibrate", at.in, "--json", "--heads", "2"};
+       [](const Files& files) {
+         return Arguments{"calibrate", files.in, "--json", "--heads", "2"};
        }},
       {"bench", 0, fixed(tiny)},
       {"bench_json", 0, fixed(tiny_json)},
@@ -120,16 +125,16 @@ std::vector<Command> commands() {
       {"bad_number", 2, fixed({"bench", "--keys", "many"})},
       {"bad_combination", 2, fixed({"bench", "--queries", "9", "--keys", "8"})},
       {"no_file", 2,
-       [](const Place& at) {
-         return Arguments{"inspect", at.folder / "none"};
+       [](const Files& files) {
+         return Arguments{"inspect", files.folder / "none"};
        }},
       {"bad_file", 2,
-       [](const Place& at) {
-         return Arguments{"compare", at.bad};
+       [](const Files& files) {
+         return Arguments{"compare", files.bad};
        }},
       {"no_output", 2,
-       [](const Place& at) {
-         return Arguments{"select", at.in, "-o", at.folder / "none/out"};
+       [](const Files& files) {
+         return Arguments{"select", files.in, "-o", files.folder / "none/out"};
        }},
       {"no_memory", 2, fixed({"bench", "--queries", "2147483647", "--keys", "2147483647"})},
   };
@@ -148,12 +153,12 @@ std::string reason(Stream stream) {
 class Endings : public ::testing::TestWithParam<Command> {};
 
 TEST_P(Endings, AreTheDocumentedCodeWhateverTheStreamsAre) {
-  const Place place;
-  const Arguments arguments = GetParam().arguments(place);
+  const Files files;
+  const Arguments arguments = GetParam().arguments(files);
   const auto run = [&](const Surroundings& surroundings) {
     const Outcome outcome = run_misa(arguments, surroundings);
     EXPECT_EQ(outcome.signal, 0);
-    for (const std::string& name : place.folder.names()) {
+    for (const std::string& name : files.folder.names()) {
       EXPECT_FALSE(name.starts_with(".")) << name;
     }
     return outcome;
@@ -184,24 +189,24 @@ TEST_P(Endings, AreTheDocumentedCodeWhateverTheStreamsAre) {
 INSTANTIATE_TEST_SUITE_P(, Endings, ::testing::ValuesIn(commands()),
                          [](const auto& param) { return param.param.name; });
 
-// Without standard descriptors of its own, the program opens its files under other numbers.
+// Where standard streams are closed, files that the program opens must not get their descriptors.
 TEST(SmokeProgram, PrintsNothingIntoItsOutput) {
-  const Place place;
-  const Arguments arguments{"select", place.in, "-o", place.out, "--top-k", "7"};
+  const Files files;
+  const Arguments arguments{"select", files.in, "-o", files.out, "--top-k", "7"};
   ASSERT_EQ(run_misa(arguments).code, 0);
-  const std::string bytes = read_bytes(place.out);
+  const std::string bytes = read_bytes(files.out);
   for (const Surroundings& surroundings :
        {Surroundings{.in = Stream::closed},
         {.out = Stream::closed},
         {.err = Stream::closed},
         {.in = Stream::closed, .out = Stream::closed, .err = Stream::closed}}) {
-    std::filesystem::remove(place.out);
+    std::filesystem::remove(files.out);
     EXPECT_EQ(run_misa(arguments, surroundings).signal, 0);
-    EXPECT_EQ(read_bytes(place.out), bytes);
+    EXPECT_EQ(read_bytes(files.out), bytes);
   }
 }
 
-// Starts a command that writes for long, and waits until its file has been made.
+// Starts a command that writes for a long time, and waits until its file exists.
 pid_t start_writing(const Folder& folder, Surroundings surroundings = {}) {
   const pid_t child = start_misa(
       {"synth", "-o", folder / "out", "--keys", "10000000", "--dim", "64", "--dtype", "F8_E4M3"},
@@ -212,7 +217,7 @@ pid_t start_writing(const Folder& folder, Surroundings surroundings = {}) {
   return child;
 }
 
-// Those that end a process which does nothing about them, but SIGKILL, SIGPIPE and SIGXFSZ.
+// The signals that end a process by default, without SIGKILL, SIGPIPE and SIGXFSZ.
 std::vector<int> ending_signals() {
   return {SIGHUP,  SIGINT,  SIGQUIT, SIGILL,    SIGTRAP,  SIGABRT,      SIGBUS,  SIGFPE,
           SIGUSR1, SIGSEGV, SIGUSR2, SIGALRM,   SIGTERM,  SIGSTKFLT,    SIGXCPU, SIGPROF,
@@ -252,14 +257,14 @@ TEST(Program, OutlivesSignalsOfPipesAndFileSizes) {
   EXPECT_THAT(folder.names(), IsEmpty());
 }
 
-// Whichever of the program's threads gets them, and however many come.
+// Any thread of the program may get the signals, and several may arrive at once.
 TEST(Program, LeavesNothingWhenSignalsComeTogether) {
-  const Place place;
-  const std::size_t before = place.folder.names().size();
+  const Files files;
+  const std::size_t before = files.folder.names().size();
   for (int i = 0; i < 10; ++i) {
     const pid_t child =
-        start_misa({"compare", place.in, "--html", place.out, "--runs", "2147483647"});
-    while (place.folder.names().size() == before) {
+        start_misa({"compare", files.in, "--html", files.out, "--runs", "2147483647"});
+    while (files.folder.names().size() == before) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     const std::array<int, 4> signals{SIGTERM, SIGINT, SIGTERM, SIGHUP};
@@ -267,11 +272,12 @@ TEST(Program, LeavesNothingWhenSignalsComeTogether) {
       ::kill(child, signal);
     }
     EXPECT_THAT(signals, ::testing::Contains(wait_for(child).signal));
-    EXPECT_THAT(place.folder.names(), SizeIs(before));
+    EXPECT_THAT(files.folder.names(), SizeIs(before));
   }
 }
 
-// Before, while and after a file is made and named: it is there whole or not at all.
+// Whether the signal comes before, while or after a file is written and renamed, the file is
+// complete or absent.
 TEST(Program, LeavesAWholeFileOrNoneWheneverASignalComes) {
   const Folder folder;
   const Arguments arguments{"synth", "-o", folder / "out", "--keys", "1", "--queries", "1"};
@@ -316,7 +322,7 @@ TEST(SmokeOutputFile, LeavesSignalsAsTheyWere) {
   std::signal(SIGUSR2, SIG_DFL);
 }
 
-// Progress is drawn on a terminal, which may be closed meanwhile.
+// Progress is shown on a terminal, which may be closed while the program runs.
 TEST(Program, OutlivesTheTerminalThatShowsItsProgress) {
   const Folder folder;
   const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
@@ -335,35 +341,35 @@ TEST(Program, OutlivesTheTerminalThatShowsItsProgress) {
   EXPECT_THAT(folder.names(), ElementsAre("out"));
 }
 
-// A limit on processes, or on memory where it leaves no room for a stack.
+// Threads cannot be created at a limit on processes, or on memory that leaves no room for a stack.
 TEST(Program, TellsOfThreadsThatCannotBeMade) {
-  const Place place;
-  const Arguments select{"select", place.in, "-o", place.out, "--threads"};
+  const Files files;
+  const Arguments select{"select", files.in, "-o", files.out, "--threads"};
   const auto run = [&](Arguments arguments, const char* threads) {
     arguments.emplace_back(threads);
     return run_misa(arguments, {.no_threads = true});
   };
-  // A machine of one processor needs none.
+  // With one processor no thread is created.
   const int code = std::thread::hardware_concurrency() > 1 ? 2 : 0;
   for (const Arguments& arguments :
        {select,
-        {"compare", place.in, "--html", place.out, "--indexers", "dsa", "--threads"},
+        {"compare", files.in, "--html", files.out, "--indexers", "dsa", "--threads"},
         {"bench", "--queries", "2", "--keys", "64", "--indexers", "dsa", "--threads"}}) {
     for (const char* threads : {"0", "2", "64"}) {
       const Outcome outcome = run(arguments, threads);
       EXPECT_EQ(outcome.code, code);
       if (code == 2) {
         EXPECT_THAT(outcome.err, AllOf(HasSubstr("misa: threads: expected "), EndsWith("\n")));
-        EXPECT_THAT(place.folder.names(), ElementsAre("bad", "in", "many"));
+        EXPECT_THAT(files.folder.names(), ElementsAre("bad", "in", "many"));
       }
     }
     EXPECT_EQ(run(arguments, "1").code, 0);
-    std::filesystem::remove(place.out);
+    std::filesystem::remove(files.out);
   }
   const Arguments calm[] = {{"info"},
-                            {"inspect", place.in},
-                            {"synth", "-o", place.out, "--keys", "99"},
-                            {"calibrate", place.in, "--heads", "2"}};
+                            {"inspect", files.in},
+                            {"synth", "-o", files.out, "--keys", "99"},
+                            {"calibrate", files.in, "--heads", "2"}};
   for (const Arguments& arguments : calm) {
     EXPECT_EQ(run_misa(arguments, {.no_threads = true}).code, 0);
   }

@@ -34,7 +34,7 @@ void place(int opened, int descriptor) {
   }
 }
 
-// `given` and `flags`: what is opened for a stream that is given.
+// `given` and `flags` say which file to open for Stream::given.
 void set_stream(int descriptor, Stream stream, const char* given, int flags) {
   const bool reads = descriptor == STDIN_FILENO;
   std::array<int, 2> pipe{};
@@ -50,7 +50,7 @@ void set_stream(int descriptor, Stream stream, const char* given, int flags) {
   }
 }
 
-// The kernel makes no thread or process from here on, as at a limit on their number.
+// From here on the kernel refuses to create threads and processes, as at a limit on their number.
 void refuse_threads() {
   std::array<sock_filter, 5> filter{{
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
@@ -71,7 +71,7 @@ void limit(int resource, rlim_t most) {
   ::setrlimit(resource, &limit);
 }
 
-// Forks and becomes misa; stdout and stderr go to these files unless the surroundings say
+// Forks and executes misa; stdout and stderr go to these files unless the surroundings say
 // otherwise.
 pid_t spawn(std::vector<std::string> arguments, const Surroundings& surroundings,
             const std::string& out, const std::string& err) {

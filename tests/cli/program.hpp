@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Running the built program, and the files that it is given.
+// Runs the built program and writes its input files.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@
 
 namespace misa::cli {
 
-// A folder of its own for a test, removed with it.
+// A temporary folder, removed by the destructor.
 class Folder {
  public:
   Folder();
@@ -25,30 +25,30 @@ class Folder {
   Folder& operator=(const Folder&) = delete;
 
   [[nodiscard]] std::string operator/(std::string_view name) const { return path_ / name; }
-  [[nodiscard]] std::vector<std::string> names() const;  // what it holds, sorted
+  [[nodiscard]] std::vector<std::string> names() const;  // of its entries, sorted
 
  private:
   std::filesystem::path path_;
 };
 
-// What a standard stream of the program leads to: what the tests give it, nothing at all, a disk
-// without room, or a pipe whose other end is closed.
+// What a standard stream of the program is: the tests' file, closed, a full disk, or a pipe whose
+// other end is closed.
 enum class Stream { given, closed, full, broken };
 
-// What the program finds around itself.
+// The environment that the program is started in.
 struct Surroundings {
   Stream in = Stream::given;
   Stream out = Stream::given;
   Stream err = Stream::given;
-  std::string terminal{};                     // stderr in place of a file, if there is one
-  std::vector<int> ignored{};                 // signals that whoever starts it ignores
-  std::optional<std::uint64_t> file_limit{};  // beyond which no file may grow
-  bool no_threads = false;                    // none but its first can be made
+  std::string terminal{};                     // used as stderr if not empty
+  std::vector<int> ignored{};                 // signals that the parent process ignores
+  std::optional<std::uint64_t> file_limit{};  // the size that no file may exceed, bytes
+  bool no_threads = false;                    // no thread beside the first can be created
 };
 
 struct Outcome {
-  int code;    // of the exit, or -1 if a signal ended it
-  int signal;  // that ended it, or 0
+  int code;    // exit code, or -1 if a signal ended the program
+  int signal;  // the signal that ended it, or 0
   std::string out;
   std::string err;
 };
@@ -59,10 +59,10 @@ Outcome run_misa(std::vector<std::string> arguments, const Surroundings& surroun
 // Starts misa without waiting for it; its output is dropped.
 pid_t start_misa(std::vector<std::string> arguments, const Surroundings& surroundings = {});
 
-// Waits for it to end.
+// Waits until the process ends.
 Outcome wait_for(pid_t child);
 
-// A tensor as a file holds it, and files made of them.
+// A tensor of a safetensors file, and the tensors of a file by name.
 struct Tensor {
   std::string dtype;
   std::vector<std::int64_t> shape;
@@ -85,7 +85,7 @@ std::vector<T> values_of(const Tensor& tensor) {
 void write_tensors(const std::string& path, const Tensors& tensors);
 Tensors read_tensors(const std::string& path);
 
-// A file of exactly these parts; the header's length is told as it is.
+// Writes a file of this header, with its true length before it, and this data.
 void write_raw(const std::string& path, std::string_view header, std::string_view data);
 void write_bytes(const std::string& path, std::string_view bytes);
 std::string read_bytes(const std::string& path);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The program from the outside: what it writes, what it prints, and how it refuses bad input.
+// The program as a user sees it: what it writes and prints, and how it refuses bad input.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -34,7 +34,7 @@ Arguments operator+(Arguments a, const Arguments& b) {
   return a;
 }
 
-// Runs what has to succeed; returns stdout.
+// Runs a command that has to succeed; returns stdout.
 std::string done(const Arguments& arguments) {
   const Outcome outcome = run_misa(arguments);
   EXPECT_EQ(outcome.code, 0) << ::testing::PrintToString(arguments);
@@ -42,7 +42,7 @@ std::string done(const Arguments& arguments) {
   return outcome.out;
 }
 
-// What has to be refused: exit code 2 and one line on stderr, which is returned.
+// Checks that a command was refused with exit code 2 and one line on stderr; returns the line.
 std::string refused(const Outcome& outcome) {
   EXPECT_EQ(outcome.code, 2) << outcome.err;
   EXPECT_EQ(outcome.out, "");
@@ -51,14 +51,14 @@ std::string refused(const Outcome& outcome) {
   return outcome.err.substr(0, outcome.err.size() - 1);
 }
 
-// Indexers small enough for the inputs below, as arguments and as the library knows them.
+// Indexers small enough for the inputs below, as arguments and as configurations.
 struct Named {
   std::string name;
   Arguments arguments;
   IndexerConfig config;
 };
 
-// How a list of the tests shows it.
+// How GoogleTest prints the parameter.
 void PrintTo(const Named& named, std::ostream* out) { *out << named.name; }
 
 std::vector<Named> indexers() {
@@ -98,7 +98,7 @@ Arguments synth(const std::string& path, const Arguments& more = {}) {
 
 class Select : public ::testing::TestWithParam<std::tuple<Named, std::string>> {};
 
-// More queries than the program takes at a time: its pieces are the library's whole.
+// The program selects in chunks; with more queries than a chunk the result is the library's.
 TEST_P(Select, WritesWhatTheLibrarySelects) {
   const auto& [indexer, backend] = GetParam();
   const Folder folder;
@@ -163,7 +163,7 @@ TEST(SmokeProgram, SelectsWithoutScoresUnlessAsked) {
   EXPECT_THAT(folder.names(), ElementsAre("in", "out"));
 }
 
-// More threads than this machine has change nothing, and the scheduler does not print about them.
+// More threads than the machine has change no result, and oneTBB prints no warning about them.
 TEST(SmokeProgram, TakesAnyNumberOfThreads) {
   const Folder folder;
   write_tensors(folder / "in", ragged_input());
@@ -204,7 +204,7 @@ TEST(SmokeProgram, TellsJson) {
   const json info = json::parse(done({"info", "--json"}));
   EXPECT_EQ(info.at("version"), version());
   EXPECT_EQ(info.at("backends").size(), backends().size());
-  // What a report of a fault needs is told, and known where it can be.
+  // Every fact that a report of a fault needs has a value.
   for (const char* fact : {"compiler", "build type", "highway", "onetbb", "fmt", "system",
                            "processors online", "processors allowed", "cpu quota", "cuda"}) {
     EXPECT_NE(info["facts"].value(fact, ""), "") << fact;
@@ -219,7 +219,7 @@ TEST(SmokeProgram, InspectsForPeople) {
   EXPECT_THAT(done({"info"}), HasSubstr("reference"));
 }
 
-// One line an entry, whatever the names hold: a table's columns, escapes and line breaks.
+// One line per entry, whatever the names contain: spaces, escapes and line breaks.
 TEST(SmokeProgram, InspectsNamesAndMetadataOfAnyKind) {
   const Folder folder;
   write_raw(folder / "in",
@@ -260,7 +260,7 @@ TEST(SmokeProgram, SynthIsAFunctionOfItsOptions) {
   EXPECT_THAT(values_of<std::int32_t>(tensors.at("ke")), ElementsAre(68, 69, 70, 138, 139, 140));
 }
 
-// What --help says of structured traces.
+// Holds what --help says about structured traces.
 TEST(Program, StructuredTracesHideNeedlesFromEnergy) {
   const Folder folder;
   done({"synth", "-o", folder / "in", "--kind", "structured", "--queries", "16", "--keys", "4096"});
@@ -370,7 +370,7 @@ struct BadInput {
   std::string message;
 };
 
-// How a list of the tests shows it.
+// How GoogleTest prints the parameter.
 void PrintTo(const BadInput& input, std::ostream* out) { *out << input.name; }
 
 template <class T>
@@ -517,7 +517,7 @@ TEST(SmokeProgram, RefusesFilesThatAreNone) {
     write_bytes(folder / "in", whole.substr(0, bytes));
     error(folder / "in");
   }
-  // A name that would make two lines of one.
+  // A name with a line break does not break the message into two lines.
   write_raw(folder / "in", R"({"two\nlines":{"dtype":"U7","shape":[1],"data_offsets":[0,1]}})",
             "x");
   EXPECT_THAT(error(folder / "in"), HasSubstr("'two\\x0alines': expected a dtype"));
@@ -555,7 +555,7 @@ TEST(SmokeProgram, RefusesToReplaceItsInput) {
   }
 }
 
-// A limit on the size of files stands for a disk that is full.
+// A limit on the size of files simulates a full disk.
 TEST(SmokeProgram, LeavesNothingOnAFullDisk) {
   const Folder folder;
   write_tensors(folder / "in", ragged_input());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The three ways a comparison is told, from one made by hand.
+// The three output formats of a comparison, for one made by hand.
 #include "report.hpp"
 
 #include <gmock/gmock.h>
@@ -155,8 +155,8 @@ TEST(ReportPage, NeedsNothingElse) {
   EXPECT_THAT(page, Not(HasSubstr("url(")));
 }
 
-// Walks a page's tags: every element is closed in order; void elements close themselves. What
-// scripts and styles hold is text.
+// Checks that every element of a page is closed in order. Void elements are not closed, and the
+// content of scripts and styles is text.
 void expect_well_formed(std::string_view page) {
   std::vector<std::string> open;
   std::size_t at = 0;

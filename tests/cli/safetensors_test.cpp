@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The reader takes what the format allows and nothing else; the writer's files appear whole.
+// The reader accepts what the format allows and nothing else; a written file appears complete.
 #include "safetensors.hpp"
 
 #include <gmock/gmock.h>
@@ -39,7 +39,7 @@ std::string error_of_header(std::string_view header, std::string_view data = {})
   return error;
 }
 
-// The header of one tensor, 4 bytes of U8 that are there.
+// A header with one tensor, x, which has these members.
 std::string tensor_header(std::string_view members) {
   return R"({"x":{)" + std::string(members) + "}}";
 }
@@ -118,7 +118,7 @@ TEST(SmokeSafetensors, RefusesHeadersThatAreTooLong) {
               EndsWith("header: expected 2 bytes at most (file of 10), got a length of 3"));
   write_bytes(folder / "f", std::string(8, '\xff') + "{}");
   EXPECT_THAT(error_of(folder / "f"), EndsWith("got a length of 18446744073709551615"));
-  // A hole in the file takes no room on the disk.
+  // The file is sparse, so it takes no room on the disk.
   write_bytes(folder / "f", std::string("\x01\xe1\xf5\x05\0\0\0\0{}", 10));
   std::filesystem::resize_file(folder / "f", 200'000'000);
   EXPECT_THAT(error_of(folder / "f"), HasSubstr("expected 100000000 bytes at most"));
@@ -270,7 +270,7 @@ TEST(SmokeSafetensors, RefusesPartsOfBytes) {
   EXPECT_THAT(error("C64", "[2305843009213693952,0]"), HasSubstr("expected data_offsets 0 bytes"));
 }
 
-// Of an entry only what the format knows is read.
+// Members of an entry that the format does not define are ignored.
 TEST(SmokeSafetensors, PassesOverUnknownMembers) {
   const Folder folder;
   const std::string deep = std::string(125, '[') + std::string(125, ']');
@@ -302,7 +302,7 @@ TEST(SmokeSafetensors, ReadsMetadataThatTheFormatAllows) {
               ElementsAre(std::pair(std::string("\xc3\xa9\0", 3), "\xf0\x9f\x98\x80\n")));
 }
 
-// As many as a large model has: reading takes time in proportion.
+// As many tensors as a large model has: the time to read them grows in proportion.
 TEST(SmokeSafetensors, ReadsManyTensors) {
   const Folder folder;
   std::string header;

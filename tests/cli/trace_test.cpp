@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inputs as files hold them.
+// Reading the inputs of a trace from files.
 #include "trace.hpp"
 
 #include <gmock/gmock.h>
@@ -70,7 +70,7 @@ TEST(SmokeTrace, ReadsPagedKeys) {
   EXPECT_THAT(keys.context_lens, ElementsAre(100, 64));
 }
 
-// What else a file holds is its own affair, in whichever dtype.
+// A file may hold other tensors, of any dtype.
 TEST(SmokeTrace, OtherTensorsMayStandBeside) {
   const Folder folder;
   for (const auto& input : {ragged_input, paged_input}) {

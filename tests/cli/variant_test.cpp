@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Indexers as the command line spells them.
+// Parsing the command line's names of indexers.
 #include "variant.hpp"
 
 #include <gtest/gtest.h>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Calls with arguments made from the fuzzer's bytes, backed by heap buffers of exactly the size
-// that the views claim. Whatever the library accepts must stay inside of them (the sanitizers
-// watch) and select positions that the query sees; everything else must come back as an Error.
+// that the views claim. A call that the library accepts must stay inside the buffers (the
+// sanitizers check that) and select positions that the query sees; any other call must throw an
+// Error.
 #include <fuzzer/FuzzedDataProvider.h>
 
 #include <algorithm>
@@ -17,10 +18,10 @@ namespace {
 
 using misa::DType;
 
-// Larger claims are honest but slow; the input is skipped.
+// Inputs with larger buffers are valid but slow, so they are skipped.
 constexpr __int128 kMostBytes = 1 << 20;
 
-// No view can claim as many bytes and be right.
+// No view of as many bytes can be valid.
 constexpr __int128 kAddressable = __int128{1} << 63;
 
 struct Skip {};
@@ -29,12 +30,12 @@ class Arguments {
  public:
   Arguments(const std::uint8_t* data, std::size_t size) : data_(data, size) {}
 
-  // A value of a small range; the least one once the bytes are used up.
+  // A value from a small range; the least one when the fuzzer's bytes are used up.
   std::int64_t in(std::int64_t least, std::int64_t most) {
     return data_.ConsumeIntegralInRange<std::int64_t>(least, most);
   }
 
-  // Mostly the right value, so that whole calls are right often enough.
+  // The right value in most cases, so that enough calls are right as a whole.
   std::int64_t near(std::int64_t right) {
     switch (in(0, 255)) {
       case 250: return -1;
@@ -56,14 +57,14 @@ class Arguments {
   // 0 asks for the dense stride.
   std::int64_t stride(std::int64_t dense) { return near(in(0, 1) == 0 ? 0 : sum(dense, in(0, 3))); }
 
-  // Exactly as many elements as a view claims; a claim that no memory can hold has one byte.
+  // As many elements as a view claims; one byte if no memory can hold the claim.
   template <class T = std::byte>
   T* claim(__int128 elements, std::size_t element = sizeof(T)) {
     return reinterpret_cast<T*>(bytes(std::clamp<__int128>(elements, -1, kAddressable) *
                                       static_cast<std::int64_t>(element)));
   }
 
-  // An array of its own, mostly of the right length: `rows` of `columns`.
+  // A new array, in most cases of the right length, `rows` times `columns`.
   template <class T>
   std::span<T> array(std::int64_t rows, std::int64_t columns = 1) {
     constexpr std::int64_t kMost = 4096;
@@ -86,7 +87,7 @@ class Arguments {
   }
 
  private:
-  // Wraps around: what comes in may be any number.
+  // Wraps around, because the operands may be any numbers.
   static std::int64_t sum(std::int64_t a, std::int64_t b) {
     return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) + static_cast<std::uint64_t>(b));
   }
@@ -124,7 +125,7 @@ class Arguments {
   std::unique_ptr<std::byte, FreeAligned> workspace_;
 };
 
-// Elements from the first of `rows` rows to the last element of the last one.
+// The number of elements from the start of the first row to the end of the last.
 __int128 extent(std::int64_t rows, __int128 stride, __int128 width) {
   if (rows <= 0) {
     return 0;

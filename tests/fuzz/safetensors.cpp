@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Files made of the fuzzer's bytes. The reader must refuse them or stay inside of them (the
-// sanitizers watch); an input that is accepted must be one that the indexers accept as well.
+// Files made of the fuzzer's bytes. The reader must refuse a file or stay inside it (the sanitizers
+// check that); the indexers must accept every input that the reader accepts.
 #include "safetensors.hpp"
 
 #include <sys/mman.h>
@@ -16,7 +16,7 @@
 
 namespace {
 
-// The bytes as a file in memory; each input replaces the one before.
+// The bytes as a file in memory; each input replaces the previous one.
 std::string file_of(const std::uint8_t* data, std::size_t size) {
   static const int descriptor = ::memfd_create("fuzz", 0);
   if (::ftruncate(descriptor, 0) != 0 ||

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every bit of every result stays what it is: hashes of what each backend returns, recorded once in
-// <backend>.txt beside this file, a line a case. A change that is meant to move nothing leaves them
-// equal; one that mends a fault records them anew and says why:
+// Holds every bit of every result: the hashes of what each backend returns are recorded in
+// <backend>.txt beside this file, one line per case. A change that should not change results leaves
+// them equal; a change that corrects results records them again and says why:
 //   MISA_GOLDEN_RECORD=tests/golden build/release/tests/misa_tests_golden
 //
 // A hash covers the indices sorted by position with their scores, every NaN as one NaN, the heads
-// and the residual row. Bits belong to a backend, on a device to its compute capability, elsewhere
-// to one compiler and architecture: the first line of a file names them, and others are not
-// compared.
+// and the residual row. The bits depend on the backend and, on a device, on its compute capability,
+// elsewhere on the compiler and the architecture. The first line of a file names these; on others
+// nothing is compared.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
@@ -30,7 +30,7 @@ namespace {
 
 constexpr int kTopK = 48;
 
-// FNV-1a of 64 bits.
+// 64-bit FNV-1a.
 class Hash {
  public:
   void add(std::uint32_t word) {
@@ -114,7 +114,7 @@ std::vector<NamedPack> packs() {
   return all;
 }
 
-// The published indexers, then every router with every other choice.
+// The published indexers, then every router with and without all other options.
 std::vector<NamedConfig> configs(std::int64_t heads) {
   std::vector<NamedConfig> all = named_configs(kTopK, 3);
   for (const std::string_view name : router_names()) {
@@ -153,7 +153,7 @@ Lines hashes(const Context& context) {
   return lines;
 }
 
-// What the bits belong to beside the backend.
+// What the bits depend on beside the backend.
 std::string owner(const std::string& backend) {
 #if defined(__clang__)
   const std::string compiler = "Clang";

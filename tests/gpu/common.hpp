@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests of devices share: every test runs for every CUDA backend of this build, and is
+// Shared by the tests on devices: every test runs for every CUDA backend of this build, and is
 // skipped where no device can run it.
 #pragma once
 
@@ -50,13 +50,13 @@ class Guarded {
     expect_success(cudaMemcpy(data(), values.data(), values.size_bytes(), cudaMemcpyHostToDevice));
   }
 
-  // The content; checks that the zones are as they were.
+  // The array's content; checks that the red zones are unchanged.
   [[nodiscard]] std::vector<T> read() const {
     std::vector<std::byte> all(bytes() + 2 * kZone);
     expect_success(cudaMemcpy(all.data(), memory_, all.size(), cudaMemcpyDeviceToHost));
     const auto untouched = [](std::byte b) { return b == std::byte{0xff}; };
     EXPECT_TRUE(std::all_of(all.begin(), all.begin() + kZone, untouched)) << "written before";
-    EXPECT_TRUE(std::all_of(all.end() - kZone, all.end(), untouched)) << "written behind";
+    EXPECT_TRUE(std::all_of(all.end() - kZone, all.end(), untouched)) << "written after";
     std::vector<T> values(count_);
     std::memcpy(values.data(), all.data() + kZone, bytes());
     return values;

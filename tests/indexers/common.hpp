@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests of the indexers share: every test runs for every backend of this machine.
+// Shared by the tests of the indexers: every test runs for every backend of this machine.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -25,7 +25,7 @@ class EachBackend : public ::testing::TestWithParam<std::string> {
   }
 };
 
-// A backend's name as a test's name may hold it.
+// A backend's name as part of a test's name, which cannot contain '-'.
 inline std::string identifier(std::string name) {
   std::replace(name.begin(), name.end(), '-', '_');
   return name;
@@ -40,12 +40,12 @@ struct NamedConfig {
   IndexerConfig config;
 };
 
-// The six indexers, MISA-R with re-rank too, small enough that every stage has work at a few
+// The six indexers, and MISA-R with a re-rank, small enough that every stage has work at a few
 // hundred positions.
 inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
   IndexerConfig automatic = IndexerConfig::automatic(top_k);
   automatic.heads = heads;
-  automatic.dense_work = 25 * top_k;  // rows of up to a few top_k where heads are 6 or 8
+  automatic.dense_work = 25 * top_k;  // with 6 or 8 heads, rows of up to a few times top_k keys
   std::vector<NamedConfig> configs{
       {"dsa", IndexerConfig::dsa(top_k)},
       {"misa", IndexerConfig::misa(top_k, heads)},
@@ -61,7 +61,7 @@ inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
   return configs;
 }
 
-// block filter x routing x residual x re-rank, every combination.
+// Every combination of block filter, router, residual and re-rank.
 inline std::vector<NamedConfig> compositions(int top_k, int heads) {
   std::vector<NamedConfig> configs;
   for (const bool filter : {false, true}) {

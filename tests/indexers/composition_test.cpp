@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block filter x routing x residual x re-rank, and the identities between them.
+// Combinations of block filter, router, residual and re-rank, and the identities between them.
 #include <gmock/gmock.h>
 
 #include "common.hpp"
@@ -21,7 +21,7 @@ class Composition : public EachBackend {
     return spec;
   }
 
-  // That two configurations choose the same positions by the same scores.
+  // Checks that two configurations select the same positions with the same scores.
   void expect_same(const IndexerConfig& a, const IndexerConfig& b, const RaggedInputs& inputs,
                    const std::string& what) const {
     const Selected left = run(context(), a, inputs);
@@ -29,7 +29,7 @@ class Composition : public EachBackend {
     EXPECT_TRUE(same_bits(chosen(left), chosen(right))) << what;
   }
 
-  // Without the heads and the residual row.
+  // The selection without its heads and residual row.
   static Selected chosen(const Selected& all) {
     return {all.tokens, all.top_k, all.indices, all.scores, {}, {}};
   }
@@ -113,7 +113,7 @@ TEST_P(Composition, SmokeEveryHeadRoutedIsDsa) {
       }
     }
     EXPECT_THAT(result.residual, Each(0.0F)) << named.name;
-    // Nothing is routed, and nothing re-ranked: a plan takes what DSA's takes.
+    // Nothing is routed or re-ranked, so the plan's workspace is that of DSA.
     const Shape shape{20, 8, 64, 5000, DType::f32, DType::f32};
     EXPECT_EQ(Plan(context(), config, shape).workspace_bytes(),
               Plan(context(), dsa, shape).workspace_bytes())
@@ -135,7 +135,7 @@ TEST_P(Composition, SmokeRowsOfLittleWorkAreDsa) {
   PackSpec by_length = spec();
   by_length.sequences = {{0, 1}, {41, 2}, {130, 2}, {400, 3}};
   const RaggedInputs inputs(make_pack(by_length));
-  constexpr Rows kDense{0, 4};  // of up to 129 positions
+  constexpr Rows kDense{0, 4};  // these see up to 129 positions
   constexpr Rows kLong{4, 4};
   const Selected dsa = run(context(), IndexerConfig::dsa(kTopK), inputs);
   for (const NamedConfig& named : compositions(kTopK, 3)) {
@@ -165,7 +165,8 @@ TEST_P(Composition, EveryBlockKeptIsNoFilter) {
 }
 
 TEST_P(Composition, TheFilterKeepsTheFirstAndTheLastBlock) {
-  // Keys of the first and the last block score worst, all others alike: only the rule keeps them.
+  // Keys of the first and the last block score lowest and all others are equal, so only the rule
+  // keeps these blocks.
   PackSpec one;
   one.sequences = {{640, 1}};
   one.heads = 1;
@@ -181,7 +182,7 @@ TEST_P(Composition, TheFilterKeepsTheFirstAndTheLastBlock) {
   const Selected result = run(context(), config, inputs);
   std::vector<std::int32_t> wanted;
   for (std::int32_t i = 0; i < 128; ++i) {
-    wanted.push_back(i);  // the first block and, of equal ones, the lowest
+    wanted.push_back(i);  // the first block and the lowest of the equal blocks
   }
   wanted[64] = 64;
   wanted.push_back(576);

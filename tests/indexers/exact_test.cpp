@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small integers, for which fp32 is exact: every backend equals the reference bit for bit, ties
-// included.
+// Inputs of small integers, for which fp32 is exact: every backend equals the reference bit for
+// bit, ties included.
 #include "common.hpp"
 
 namespace misa::test {
@@ -18,7 +18,7 @@ TEST_P(Exact, IntegersGiveTheReferencesBits) {
       spec.k_dtype = k_dtype;
       const RaggedInputs inputs(make_pack(spec));
       for (const NamedConfig& named : compositions(32, 3)) {
-        // Means over partial blocks, fits and deviations are not exact.
+        // Means of partial blocks, fits and deviations are not exact.
         const Router router = named.config.router;
         if (named.config.residual || named.config.filter_block > 0 || router == Router::pooled ||
             router == Router::nonlinearity || router == Router::dispersion) {

@@ -15,7 +15,8 @@ namespace {
 constexpr int kTopK = 48;
 constexpr std::int64_t kHeads = 6;
 
-// One sequence with every query of its last part; its keys are e4m3 where it is to be paged.
+// One sequence, whose last positions have queries; its keys are e4m3 by default, so that it can be
+// paged.
 Pack sequence(std::int64_t keys, std::int64_t queries, std::uint64_t seed = 1,
               DType k_dtype = DType::e4m3) {
   PackSpec spec;
@@ -27,7 +28,7 @@ Pack sequence(std::int64_t keys, std::int64_t queries, std::uint64_t seed = 1,
   return make_pack(spec);
 }
 
-// From the first token on, and far into a long context.
+// Queries from the first token on, and queries at the end of a long context.
 std::vector<Pack> sequences() { return {sequence(330, 330), sequence(2085, 43)}; }
 
 std::vector<NamedConfig> configs() {
@@ -47,7 +48,7 @@ std::vector<NamedConfig> configs() {
 
 class Invariance : public EachBackend {
  protected:
-  // Runs the rows in chunks, a call each.
+  // Runs the rows in chunks, one call per chunk.
   [[nodiscard]] Selected run_chunks(const IndexerConfig& config, const RaggedInputs& inputs,
                                     const std::vector<std::int64_t>& sizes) const {
     Selected whole;
@@ -60,7 +61,7 @@ class Invariance : public EachBackend {
     return whole;
   }
 
-  // The rows in runs of next_n, each a sequence of its own that ends there: a decode batch.
+  // A decode batch: each run of next_n rows becomes a sequence that ends with the last of them.
   [[nodiscard]] static Pack decode_batch(const Pack& pack, std::int64_t next_n) {
     std::vector<Pack> steps;
     const std::int64_t queries = pack.tokens() / next_n * next_n;
@@ -160,7 +161,7 @@ TEST_P(Invariance, FloatingPointModeOfTheCaller) {
   }
 }
 
-// The smallest cap, of the powers of two, that a plan for this call fits.
+// The smallest power of two that suffices as a workspace cap for this call.
 std::size_t smallest_cap(const std::string& backend, const IndexerConfig& config,
                          const Shape& shape) {
   ContextOptions options;

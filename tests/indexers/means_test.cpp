@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Routing and the block filter from given block means: what `select` makes of the keys of those
-// means, on every backend, and what the reference makes of means that no keys have.
+// Routing and the block filter from given block means, on every backend: equal to `select` on the
+// keys that have these means, and to the reference for means without keys.
 #include "support/means.hpp"
 
 #include <cmath>
@@ -32,8 +32,8 @@ class Means : public EachBackend {
   }
 };
 
-// Small integers whose means of blocks are exact: every whole block has 64 or 128 keys, every
-// partial one a power of two. So fp32 is exact, and ties are common.
+// Small integers whose block means are exact: whole blocks have 64 keys, the number of keys in a
+// partial block is a power of two. So fp32 is exact, and ties are common.
 std::vector<RaggedInputs> exact_packs() {
   std::vector<RaggedInputs> packs;
   for (const DType q_dtype : {DType::f32, DType::bf16, DType::e4m3}) {
@@ -67,7 +67,7 @@ TEST_P(Means, SmokeRouteAsSelectDoes) {
   }
 }
 
-// With as many positions as the filter keeps for sure, every kept block has one that is selected.
+// top_k exceeds the positions of all kept blocks but one, so every kept block has a selected one.
 TEST_P(Means, SmokeKeepBlocksAsSelectDoes) {
   constexpr int kKept = 4;
   constexpr int kBlock = 64;
@@ -95,8 +95,8 @@ TEST_P(Means, SmokeKeepBlocksAsSelectDoes) {
   }
 }
 
-// Means of small integers, with rows that sequences share, in any order of queries, and queries of
-// a pack to meet them; more blocks than a warp holds scores of.
+// Means of small integers in rows that several queries share, in any order, with more blocks than a
+// warp holds scores of; and the queries of a pack.
 struct SharedRows {
   RaggedInputs inputs;
   GivenMeans means;
@@ -148,7 +148,7 @@ TEST_P(Means, SmokeRowsMayBeShared) {
   }
 }
 
-// A query's blocks do not reach its neighbours, whatever they are.
+// Non-finite means of a query's blocks do not change its neighbours.
 TEST_P(Means, NotFinite) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   constexpr float kInf = std::numeric_limits<float>::infinity();

@@ -34,7 +34,7 @@ std::vector<Poison> poisons(const std::vector<float>& values, DType q_dtype, DTy
       all.push_back({"q" + suffix, [=](Pack& pack) { pack.set_q(kQuery, 2, 5, value); }});
     }
     if (k_dtype != DType::e4m3 || std::isnan(value)) {
-      // One key that is sampled and one that is not; the last one that the first query sees.
+      // A sampled key, one that is not sampled, and the last one that the first query sees.
       for (const std::int64_t position : {0, 301, 597}) {
         all.push_back({"k[" + std::to_string(position) + "]" + suffix,
                        [=](Pack& pack) { pack.set_k(1, position, 9, value); }});
@@ -97,7 +97,7 @@ TEST_P(NonFinite, Compositions) {
   check(DType::f32, DType::f32, compositions(kTopK, 3), {kNaN, kInfinity});
 }
 
-// A NaN in one query leaves its neighbours in the same sequence alone.
+// A NaN in one query does not change its neighbours in the same sequence.
 TEST_P(NonFinite, SmokeAQueryDoesNotReachItsNeighbours) {
   PackSpec spec;
   spec.sequences = {{600, kQueries}};

@@ -24,7 +24,7 @@ std::string name_of(const ShapeCase& shape) {
          std::to_string(shape.dim) + "_" + name_of(shape.q_dtype) + "_" + name_of(shape.k_dtype);
 }
 
-// How a list of the tests shows it.
+// How GoogleTest prints the parameter.
 void PrintTo(const ShapeCase& shape, std::ostream* out) { *out << name_of(shape); }
 
 std::string shape_name(const ::testing::TestParamInfo<ShapeCase>& info) {
@@ -33,7 +33,7 @@ std::string shape_name(const ::testing::TestParamInfo<ShapeCase>& info) {
 
 class Shapes : public ::testing::TestWithParam<ShapeCase> {
  protected:
-  // One pack of sequences of these lengths, ragged with padded strides, and paged if it can be.
+  // Checks a pack of sequences of these lengths, ragged with padded strides and, for e4m3, paged.
   void check(const std::vector<std::int64_t>& lengths, std::int64_t queries) const {
     const ShapeCase& shape = GetParam();
     PackSpec spec;
@@ -59,7 +59,7 @@ class Shapes : public ::testing::TestWithParam<ShapeCase> {
   }
 };
 
-// Around the multiples of pages, of blocks (128) and of k (64).
+// Lengths near multiples of the page size, the block size (128) and k (64).
 TEST_P(Shapes, MatchTheReferenceAroundEveryBoundary) {
   check({0,   1,   2,   63,  64,  65,  127, 128, 129,  191,  192,  193,  255,  256,
          257, 320, 383, 511, 512, 513, 640, 769, 1023, 1024, 1025, 1536, 2049, 3000},
@@ -75,7 +75,7 @@ std::vector<ShapeCase> every_shape() {
   for (const std::string& backend : available_backends()) {
     for (const std::int64_t heads : {1, 8, 32, 64}) {
       for (const std::int64_t dim : {64, 128}) {
-        // Each size with equal dtypes; every pair of dtypes at one size.
+        // All sizes with equal dtypes, and all pairs of dtypes at one size.
         const DType dtype = kDTypes[(heads + dim / 64) % 3];
         cases.push_back({backend, heads, dim, dtype, dtype});
       }
@@ -135,7 +135,7 @@ TEST_P(Lengths, IndexersMatchTheReferenceAroundEveryPage) {
   spec.heads = 2;
   const RaggedInputs inputs(make_pack(spec));
   for (const NamedConfig& named : named_configs(kTopK, 1)) {
-    // Judging a re-rank takes n^2 comparisons; the other shapes do that.
+    // Checking a re-rank takes n^2 comparisons, so only the shapes above do it.
     if (named.config.candidates == 0) {
       EXPECT_TRUE(valid(named.config, inputs, run(context(), named.config, inputs))) << named.name;
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selection on rows under which other selectors broke. Scores are exact (adversarial.hpp), so the
-// expected row is too.
+// Selection on rows on which other selectors failed. Scores are exact (adversarial.hpp), and so is
+// the expected row.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -29,7 +29,7 @@ std::vector<std::int32_t> by_sorting(const std::vector<float>& scores, std::int6
   return order;
 }
 
-// Every path to a selection that leaves the scores as they are.
+// Configurations that select on different paths without changing the scores.
 std::vector<NamedConfig> paths(int top_k) {
   IndexerConfig routed = IndexerConfig::misa(top_k, 2);
   routed.router = Router::weight;
@@ -40,7 +40,7 @@ std::vector<NamedConfig> paths(int top_k) {
 
 class TopK : public EachBackend {
  protected:
-  // Rows of n - 1 and n scores.
+  // Checks rows of n - 1 and n scores.
   void check(const ScoreRow& row, std::int64_t n, int top_k, DType k_dtype) const {
     std::vector<float> scores = row.make(n, top_k);
     if (k_dtype == DType::bf16) {
@@ -107,7 +107,7 @@ TEST_P(TopK, Bf16Keys) {
   }
 }
 
-// An infinite scale times an element of zero is NaN, so only finite rows can be planted in e4m3.
+// An infinite scale times an element of zero is NaN, so e4m3 keys can only have finite scores.
 TEST_P(TopK, E4m3Keys) {
   for (const ScoreRow& row : adversarial_rows()) {
     if (row.finite) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# C and C++ programs are built against an installation by what pkg-config says of it, after it was
-# moved to another prefix.
+# Builds C and C++ programs against an installation with pkg-config's flags, after moving it to
+# another prefix.
 #   pkg_config.sh INSTALLED WORK_DIR C_COMPILER CXX_COMPILER [FLAGS]
 set -euo pipefail
 installed=$1 work=$2 cc=$3 cxx=$4 flags=${5:-}
@@ -15,7 +15,7 @@ pc=$(find "$work/moved" -name misa.pc)
 libdir=$(dirname "$(dirname "$pc")")
 export PKG_CONFIG_PATH=$libdir/pkgconfig LD_LIBRARY_PATH=$libdir
 
-# What pkg-config prints are words to be split.
+# The flags that pkg-config prints have to be split into words.
 # shellcheck disable=SC2046,SC2086
 {
   $cc -std=c99 $flags $(pkg-config --cflags misa) -c "$sources/consumer.c" -o "$work/c.o"

@@ -23,10 +23,10 @@ std::vector<float> row(std::int64_t n, const Value& value) {
   return scores;
 }
 
-// A fixed scatter over the row: true for about n * share positions.
-bool scattered(std::int64_t i, double share) {
+// True for about the given fraction of positions, always the same ones.
+bool scattered(std::int64_t i, double fraction) {
   std::mt19937_64 random(static_cast<std::uint64_t>(i));
-  return std::uniform_real_distribution<double>()(random) < share;
+  return std::uniform_real_distribution<double>()(random) < fraction;
 }
 
 float normal_at(std::int64_t i) {
@@ -34,7 +34,7 @@ float normal_at(std::int64_t i) {
   return std::normal_distribution<float>()(random);
 }
 
-// `count` positions, spread over the row, score 2 and the rest 1.
+// Scores of 2 at `count` positions, spread over the row, and 1 at the others.
 std::vector<float> tied_scores(std::int64_t n, std::int64_t count) {
   return row(n, [=](std::int64_t i) {
     return i * count / std::max<std::int64_t>(1, n) !=
@@ -83,8 +83,7 @@ constexpr std::array kRows{
                  return static_cast<float>(i * 7919 % 16384) * 0x1p-126F;
                });
              }},
-    // Bins of the histograms that other selectors keep: k, 2048 and 4096, at capacity and beside
-    // it.
+    // Numbers of ties near the capacity of other selectors' histograms: k, 2048 and 4096.
     ScoreRow{"ties_of_k_minus_1",
              [](std::int64_t n, std::int64_t k) { return tied_scores(n, k - 1); }},
     ScoreRow{"ties_of_k", [](std::int64_t n, std::int64_t k) { return tied_scores(n, k); }},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of scores under which selectors break, and inputs whose scores are exactly those.
+// Rows of scores on which selectors fail, and inputs that have exactly these scores.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ std::span<const ScoreRow> adversarial_rows();
 
 // Two heads, q = ±e_0 with w = ±1 and keys v e_0: score = max(0, v) - max(0, -v) = v, exactly, in
 // every dtype of keys that holds v. e4m3 keys are ±1 with scale |v|, so they hold every finite v.
-// The last `queries` positions ask.
+// The last `queries` positions have queries.
 Pack pack_with_scores(std::span<const float> scores, std::int64_t queries, DType k_dtype);
 
 }  // namespace misa::test

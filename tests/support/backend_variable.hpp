@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The environment variable MISA_BACKEND in a test.
+// Sets the environment variable MISA_BACKEND in a test.
 #pragma once
 
 #include <cstdlib>
@@ -7,7 +7,7 @@
 
 namespace misa::test {
 
-// Set while one lives; then as it was before.
+// The variable is set while the object lives, and restored afterwards.
 class BackendVariable {
  public:
   explicit BackendVariable(const char* value) {

@@ -23,7 +23,7 @@ using ::testing::AssertionFailure;
 using ::testing::AssertionResult;
 using ::testing::AssertionSuccess;
 
-// What is wrong with a row; nothing if it is right.
+// What is wrong with a row; empty if it is right.
 using Fault = std::optional<std::string>;
 
 bool exact(const Interval& value) { return value.low == value.high; }
@@ -33,7 +33,7 @@ bool outranks(const Interval& a, std::int64_t i, const Interval& b, std::int64_t
   return a.low > b.high || (exact(a) && exact(b) && a.low == b.low && i < j);
 }
 
-// Members of a set as far as rounding leaves it open: certain ones are possible too.
+// The members of a set that rounding may change; certain members are possible ones too.
 struct Membership {
   std::vector<bool> certain;
   std::vector<bool> possible;
@@ -42,7 +42,7 @@ struct Membership {
       : certain(size, member), possible(size, member) {}
 };
 
-// Who is among the k best of `universe`.
+// Which members of `universe` are among the k best.
 Membership best_of(const std::vector<Interval>& values, const Membership& universe,
                    std::int64_t k) {
   const auto size = static_cast<std::int64_t>(values.size());
@@ -79,7 +79,7 @@ Fault judge_choice(const char* what, const std::vector<Interval>& values,
     }
   }
   for (std::int64_t j = 0; j < std::ssize(values); ++j) {
-    // Only what reaches the lowest chosen value can outrank a chosen one.
+    // Only a value not below the lowest chosen value can outrank a chosen one.
     if (is_chosen[j] || !universe.certain[j] || values[j].low < lowest_chosen) {
       continue;
     }
@@ -222,7 +222,8 @@ Fault judge_row(const Problem& problem, std::string_view backend, const Selected
   return judge_choice("position", values, universe, chosen);
 }
 
-// Calls task(0) … task(count - 1) on all processors: intervals take longer than any backend does.
+// Calls task(0) … task(count - 1) on several threads: computing intervals takes longer than any
+// backend takes.
 template <class Task>
 void each(std::int64_t count, const Task& task) {
   std::atomic<std::int64_t> next{0};
@@ -271,7 +272,7 @@ void append_to(std::vector<T>& whole, const std::vector<T>& part) {
   whole.insert(whole.end(), part.begin(), part.end());
 }
 
-// Rows of an output; its width is what there is of it a token.
+// Some rows of an output of `tokens` rows.
 template <class T>
 std::vector<T> slice_of(const std::vector<T>& output, std::int64_t tokens, Rows rows) {
   const std::int64_t width = std::ssize(output) / std::max<std::int64_t>(1, tokens);

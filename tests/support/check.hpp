@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Running indexers on generated inputs and judging what comes back.
+// Runs indexers on generated inputs and checks the results.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -33,14 +33,14 @@ void append_rows(Selected& whole, const Selected& part);
 // The rows [first, first + count) of a selection.
 Selected slice(const Selected& whole, Rows rows);
 
-// Equal bit for bit, whatever was returned.
+// Whether all outputs are equal bit for bit.
 ::testing::AssertionResult same_bits(const Selected& a, const Selected& b);
 
-// Judges every row by the rules of the specification. Stages are judged one after the other, each
-// on what the backend reported of the one before: the heads against the reference's values of
-// them, the residual row for those heads, the scores for those heads and that row, and the set by
-// those scores. A position may be in or out only where its interval (tolerance.hpp) leaves the
-// choice open; the backend's name says how wide it is.
+// Checks every row by the rules of the specification. Each stage is checked on what the backend
+// reported of the previous one: the heads against the reference's values for them, the residual row
+// for these heads, the scores for these heads and this row, and the set by these scores. Whether a
+// position is selected may differ only where its interval (tolerance.hpp) permits both; the width
+// of intervals depends on the backend.
 ::testing::AssertionResult valid(const IndexerConfig& config, const RaggedInputs& inputs,
                                  const Selected& result, std::string_view backend = "cpu");
 ::testing::AssertionResult valid(const IndexerConfig& config, const PagedInputs& inputs,

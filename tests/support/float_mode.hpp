@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// A floating-point mode that a framework may have left a thread in.
+// A floating-point mode in which a framework may call the library.
 #pragma once
 
 #include <cfenv>
 
 namespace misa::test {
 
-// While one lives, its thread rounds towards zero and, on x86-64, flushes subnormal numbers to zero
-// and takes them as zero.
+// While the object lives, its thread rounds towards zero and, on x86-64, flushes subnormal results
+// to zero and reads subnormal operands as zero.
 class OtherFloatMode {
  public:
   OtherFloatMode() {

@@ -36,7 +36,7 @@ class Source {
   std::mt19937_64 random_;
 };
 
-// Encodes one key; returns its scale. Integers are kept as they are, so that sums stay exact.
+// Encodes one key; returns its scale. Integers are not scaled, so that sums stay exact.
 float encode_key(std::span<const float> key, const PackSpec& spec, std::byte* out) {
   float scale = 1;
   if (spec.k_dtype == DType::e4m3 && spec.values != Values::integers) {
@@ -228,11 +228,11 @@ PagedInputs::PagedInputs(const Pack& pack, const PageLayout& layout)
     : QueryTensors(pack, layout.padding) {
   const PackSpec& spec = pack.spec;
   std::int64_t max_pages = 1;
-  std::int64_t pages = 1;  // one page that nobody owns
+  std::int64_t pages = 1;  // one page that no sequence uses
   for (const SequenceSpec& sequence : spec.sequences) {
-    const std::int64_t own = (sequence.keys + kPageSize - 1) / kPageSize;
-    max_pages = std::max(max_pages, own);
-    pages += own;
+    const std::int64_t used = (sequence.keys + kPageSize - 1) / kPageSize;
+    max_pages = std::max(max_pages, used);
+    pages += used;
   }
   std::vector<std::int32_t> order(static_cast<std::size_t>(pages));
   std::iota(order.begin(), order.end(), 0);

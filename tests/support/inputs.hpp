@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Generated inputs: a pack of sequences, encoded once and laid out ragged or paged. Padding of
-// every kind is filled with NaN, so that reading it shows.
+// Generated inputs: a pack of sequences, encoded once and laid out ragged or paged. All padding
+// is filled with NaN, so that reading it changes results.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,8 @@
 
 namespace misa::test {
 
-// The last `queries` positions of a sequence ask: query i sees keys - queries + 1 + i keys (none
-// where that is not positive).
+// The last `queries` positions of a sequence have queries: query i sees keys - queries + 1 + i keys
+// (none where that is not positive).
 struct SequenceSpec {
   std::int64_t keys;
   std::int64_t queries;
@@ -42,8 +42,8 @@ struct Pack {
   PackSpec spec;
   std::vector<std::byte> q;               // [T, H, D]
   std::vector<float> w;                   // [T, H]
-  std::vector<std::vector<std::byte>> k;  // a sequence: [keys, D]
-  std::vector<std::vector<float>> scale;  // a sequence: [keys]; all 1 unless keys are e4m3
+  std::vector<std::vector<std::byte>> k;  // per sequence: [keys, D]
+  std::vector<std::vector<float>> scale;  // per sequence: [keys]; all 1 unless keys are e4m3
 
   [[nodiscard]] std::int64_t tokens() const;
   void set_q(std::int64_t t, std::int64_t j, std::int64_t d, float value);
@@ -58,10 +58,10 @@ struct Rows {
   std::int64_t count;
 };
 
-// Some of the queries of a pack of one sequence, with no later key than the last of them sees.
+// Some of the queries of a pack of one sequence, and the keys up to the last one that they see.
 Pack cut(const Pack& pack, Rows rows);
 
-// Packs of the same heads, size and dtypes, one after the other.
+// The sequences of several packs of the same heads, size and dtypes.
 Pack concat(const std::vector<Pack>& packs);
 
 // Writes a value as element i of a row of any dtype.
@@ -84,8 +84,8 @@ class QueryTensors {
   Weights weights_;
 };
 
-// Keys of all sequences one after the other; `padding` is added to every stride, and as many
-// tokens stand between sequences.
+// The keys of all sequences, concatenated; `padding` is added to every stride, and as many unused
+// tokens separate the sequences.
 class RaggedInputs : public QueryTensors {
  public:
   explicit RaggedInputs(const Pack& pack, std::int64_t padding = 0);

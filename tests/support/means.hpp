@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block means of a pack's keys, as a caller without a place for all keys would bring them.
+// Block means of a pack's keys, as a caller that never has all keys in one place would give them.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ struct GivenMeans {
     return {rows.data(), count(), dim, 0, starts, ends, partial};
   }
 
-  // The means of blocks of `block` keys, in double: the whole blocks of a run of queries of one
-  // sequence, then the partial block of each of them.
+  // Means of blocks of `block` keys, computed in double. Per run of queries of one sequence: the
+  // whole blocks, then the partial block of each query.
   static GivenMeans of(const Queries& q, const Weights& w, const RaggedKeys& k,
                        std::int64_t block) {
     const IndexerConfig config;

@@ -16,14 +16,14 @@ namespace {
 using reference::Row;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kTiny = 0x1p-126;     // what one underflow can take
-constexpr double kSqrtTiny = 0x1p-63;  // and what it becomes under a square root
+constexpr double kTiny = 0x1p-126;     // the largest error of one underflow
+constexpr double kSqrtTiny = 0x1p-63;  // the same after a square root
 constexpr double kRange = 0x1p126;     // sums below this do not overflow, whatever their order
-constexpr double kMaxE4m3 = kE4m3Max;  // bounds an e4m3 key before it is scaled
-// Roundings of a dot product beyond its D additions: the product, the key's scale before or after,
-// and the three parts that an fp32 residual row takes in bf16.
+constexpr double kMaxE4m3 = kE4m3Max;  // the largest element of an e4m3 key, unscaled
+// Roundings of a dot product beside its D additions: the product, the key's scale before or after,
+// and the three bf16 parts of an fp32 residual row.
 constexpr std::int64_t kDotExtra = 4;
-// Roundings of a score beyond its additions: weight, scale, the residual row's parts and scale.
+// Roundings of a score beside its additions: weight, scale, the residual row's parts and scale.
 constexpr std::int64_t kScoreExtra = 6;
 
 constexpr Interval kUnknown{-kInfinity, kInfinity};
@@ -42,11 +42,12 @@ bool any_infinite(std::span<const double> v) {
 struct BoundedKey {
   std::span<const double> value;
   std::span<const double> magnitude;
-  double scale;            // infinite if any that takes part is
-  std::int64_t roundings;  // that its entries carry already
+  double scale;            // infinite if the scale of any key in the mean is
+  std::int64_t roundings;  // in the computation of its elements
 };
 
-// Collects terms weight * x; says NaN if one certainly is, and nothing if one may be anything.
+// Adds up terms weight * x. The interval is kCertainNaN if a term certainly is NaN, and kUnknown if
+// a term may have any value.
 class Sum {
  public:
   Sum(DType k_dtype, const Products& products)
@@ -108,8 +109,8 @@ class Sum {
   }
 
  private:
-  // Of a dot product on a tensor core, as a share of what is added; what a step is off by is itself
-  // cut off by those that follow.
+  // The error of a dot product on a tensor core, relative to the magnitude of its terms. Later
+  // steps truncate the error of a step too.
   [[nodiscard]] double steps_error(std::int64_t dim) const {
     const auto steps = static_cast<double>((dim + products_.step - 1) / products_.step);
     const double error = steps * static_cast<double>(products_.step + 1) * products_.unit;
@@ -194,12 +195,12 @@ Interval widen(double value, double error) { return {value - error, value + erro
 
 // A fit of max(0, x) over the sample and how far an fp32 fit may be from it.
 //
-// Let delta be the rms of what x is off by: the errors of the dot products, and gamma_{n+8} max|x|
+// Let delta be the rms of the error of x: the errors of the dot products, and gamma_{n+8} max|x|
 // for the centring. Slopes lie in [0, 1], for max(0, x) is monotone and 1-Lipschitz, so moments
-// move by at most 2 |dx| delta + delta^2 each, and with t = delta / std(x) the slope by
-// (4 t + 2 t^2) / (1 - t)^2 <= 6 t where t <= 1/8; beyond that it may be anything in [-1, 2]. The
-// rms of the rest is a distance: it moves by 2 delta for the data and (6 t) std(x) for the slope,
-// 8 delta in all; where t > 1/8 everything in it is below 27 delta.
+// change by at most 2 |dx| delta + delta^2 each, and with t = delta / std(x) the slope by
+// (4 t + 2 t^2) / (1 - t)^2 <= 6 t where t <= 1/8; for larger t it may be anything in [-1, 2]. The
+// rms of the residuals is a distance: it changes by 2 delta for the data and (6 t) std(x) for the
+// slope, 8 delta in all; where t > 1/8 each of its terms is below 27 delta.
 struct FitBounds {
   bool unknown = false;
   bool nan = false;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How far an fp32 backend may be from the reference, from norms and the number of roundings.
+// How far an fp32 backend may be from the reference, by norms and the number of roundings.
 //
 // A sum of n products of magnitude sum |a_i b_i| = A, in any order and with or without fused
-// operations, is off by at most gamma_n A, gamma_n = n u / (1 - n u), u = 2^-24, plus what
-// underflow takes: hardware that flushes subnormal operands and results loses at most 2^-126 a
-// step. From that:
+// operations, is off by at most gamma_n A, gamma_n = n u / (1 - n u), u = 2^-24, plus the
+// error of underflow: hardware that flushes subnormal operands and results loses at most 2^-126 per
+// step. It follows:
 //
 //   dot      e_j = gamma_{D+4} sum_d |q_d k_d| + underflow                      (+4: see kDotExtra)
 //   head     max(0, x) is 1-Lipschitz; where x + e <= 0 it is exactly 0
@@ -13,11 +13,11 @@
 //   fit      see fit_bounds
 //
 // A tensor core adds the K products of a step and the running sum at once: it aligns them to the
-// largest and cuts them off at `unit` times it, so a step is off by (K + 1) unit m, where m bounds
-// whatever is added or held: the larger of the sums of positive and of negative products. A dot
-// takes D / K steps; that error comes beside the roundings above.
+// largest and truncates them to multiples of `unit` times it, so a step is off by (K + 1) unit m,
+// where m is the larger of the sums of positive and of negative products, which no product or
+// running sum exceeds. A dot product takes D / K steps; this error is added to the roundings above.
 //
-// Where a magnitude could overflow fp32, or an infinity takes part, nothing is promised.
+// Where a magnitude could overflow fp32, or an operand is infinite, any value is permitted.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,8 @@
 
 namespace misa::test {
 
-// Where a backend's value may lie. A certain NaN is {-inf, -inf}, for it ranks below every number;
-// nothing promised is {-inf, inf}.
+// The interval in which a backend's value has to lie. A certain NaN is {-inf, -inf}, because NaN
+// ranks below every number; {-inf, inf} permits any value.
 struct Interval {
   double low;
   double high;
@@ -40,25 +40,24 @@ struct Interval {
   [[nodiscard]] bool contains(double value) const;
 };
 
-// How a backend adds products up: each with a rounding of its own, or in the steps of a tensor
-// core.
+// How a backend adds up products: with one rounding each, or in the steps of a tensor core.
 struct Products {
   std::int64_t step = 1;  // K
   double unit = 0;
-  double weights = std::numeric_limits<double>::infinity();  // heads' weights below do not overflow
+  double weights = std::numeric_limits<double>::infinity();  // weights below this do not overflow
 };
 
 struct Arithmetic {
   Products score;
   Products rerank;
-  Products route;  // what routing, the block filter and the residual row come from
+  Products route;  // of routing, the block filter and the residual row
 };
 
-// By the backend's name.
+// The arithmetic of a backend.
 Arithmetic arithmetic_of(std::string_view backend, const IndexerConfig& config, const Queries& q,
                          DType k_dtype);
 
-// A row of the reference and what the bounds need besides.
+// A row of the reference, and what else the intervals depend on.
 struct BoundedRow {
   reference::Row row;
   std::vector<double> k_magnitude;  // [n, D] |k|
@@ -79,7 +78,7 @@ std::vector<Interval> all_head_intervals(const BoundedRow& row);
 // [ceil(n / filter_block)] block scores.
 std::vector<Interval> block_intervals(const BoundedRow& row, std::int64_t block);
 
-// [H] what a router that ranks heads makes of them.
+// [H] the values by which a router ranks heads.
 std::vector<Interval> head_intervals(const BoundedRow& row, const IndexerConfig& config);
 
 // [D] the residual row for the given heads.
