@@ -80,7 +80,7 @@ def arrays(dtype: torch.dtype, kind: str, keys: int = 1500) -> Arrays:
         return torch.randn(*shape, generator=generator)
 
     q, w, k = normal(len(ks), HEADS, DIM), normal(len(ks), HEADS), normal(keys, DIM)
-    if kind == "plateaus":
+    if kind == "ties":
         # Few distinct scores, all of them exact: ties everywhere.
         q, k, w = (q * 0.6).round(), (k * 0.6).round(), w.sign()
         k[::3] = k[0]
@@ -91,7 +91,7 @@ def arrays(dtype: torch.dtype, kind: str, keys: int = 1500) -> Arrays:
     scale = None
     if dtype == torch.float8_e4m3fn:
         scale = torch.rand(keys, generator=generator) + 0.5
-        if kind == "plateaus":
+        if kind == "ties":
             scale = torch.ones(keys)
     return Arrays(q.to(dtype), w, k.to(dtype), ks, ke, scale)
 
@@ -103,8 +103,8 @@ CASES = {
         ("normal", torch.float32),
         ("normal", torch.bfloat16),
         ("normal", torch.float8_e4m3fn),
-        ("plateaus", torch.float32),
-        ("plateaus", torch.float8_e4m3fn),
+        ("ties", torch.float32),
+        ("ties", torch.float8_e4m3fn),
         ("not finite", torch.bfloat16),
         ("not finite", torch.float8_e4m3fn),
     )
