@@ -14,11 +14,11 @@
 
 namespace misa {
 
-/// How a token's scale is chosen: max(amax, 1e-4) / 448, as it is or rounded up to a power of two.
+/// A token's scale: max(amax, 1e-4) / 448 (f32), or that rounded up to a power of two (ue8m0).
 enum class ScaleFormat : std::uint8_t { f32, ue8m0 };
 
-/// A cache that is written. page_sums [pages, D], if not null, is kept equal to the sum of the
-/// dequantised keys of each page, tokens in order, from token 0 to the last one appended.
+/// A writable cache. page_sums [pages, D], if not null, is kept equal to the sum of the dequantised
+/// keys of each page, added in order from token 0 to the last one appended.
 struct CacheSpan {
   std::uint8_t* data = nullptr;
   std::int64_t pages = 0;
@@ -43,9 +43,9 @@ std::int64_t cache_bytes(std::int64_t pages, std::int64_t dim);
 /// makes the scale infinite and the key's finite entries zero.
 float quantize(std::span<const float> key, ScaleFormat format, std::span<std::uint8_t> out);
 
-/// Quantises keys into slots [N] (page * 64 + offset; -1 skips the token) and brings the page sums
-/// of the touched pages up to date from the cache's bytes. Appending at an offset ends the page's
-/// content there: what an earlier user of the page left behind it no longer counts.
+/// Quantises keys into slots [N] (page * 64 + offset; -1 skips the token) and recomputes the sums
+/// of the touched pages from the cache's bytes. A page's content then ends with the last token
+/// appended to it: later tokens left by an earlier user of the page no longer count.
 void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::int64_t> slots,
             ScaleFormat format = ScaleFormat::f32);
 

@@ -14,13 +14,13 @@
 namespace misa {
 
 struct ContextOptions {
-  /// "auto", "cpu", "cuda", or a backend's own name. "auto" is the one that the environment
-  /// variable MISA_BACKEND names, else the one of highest priority that this machine can run; "cpu"
-  /// and "cuda" are the best of those for the CPU or a CUDA device. The arrays of a call are in
-  /// host memory whatever the backend; misa/cuda.hpp takes arrays in device memory.
+  /// "auto", "cpu", "cuda", or a backend's own name. "auto" is the backend that the environment
+  /// variable MISA_BACKEND names, otherwise the one of highest priority that this machine can run;
+  /// "cpu" and "cuda" choose the one of highest priority of their kind. The arrays of a call are in
+  /// host memory with every backend; misa/cuda.hpp is for arrays in device memory.
   std::string_view backend = "auto";
-  int threads = 0;  ///< 0: as many as the process may use, by its processors and its CPU quota
-  std::size_t workspace_cap = kDefaultWorkspaceCap;  ///< bytes a plan's workspace may take
+  int threads = 0;  ///< 0: as many as the process's CPU affinity and quota allow
+  std::size_t workspace_cap = kDefaultWorkspaceCap;  ///< limit of a plan's workspace, in bytes
 };
 
 /// A backend as `misa info` lists it.
@@ -29,7 +29,7 @@ struct BackendInfo {
   std::string isa;          ///< the instruction set it runs, e.g. "AVX-512 BF16"
   std::string requirement;  ///< what it needs to run
   bool available = false;
-  int priority = 0;  ///< "auto" takes the highest available
+  int priority = 0;  ///< "auto" chooses the highest available
 };
 
 /// A cheap handle, shared by the plans made from it.
@@ -49,7 +49,7 @@ class Context {
   std::shared_ptr<const State> state_;
 };
 
-/// Every backend of this build, available or not, by falling priority.
+/// Every backend of this build, available or not, in order of decreasing priority.
 std::vector<BackendInfo> backends();
 
 /// The library's version, "major.minor.patch".
@@ -58,11 +58,11 @@ std::string_view version();
 /// A fact about this build or the machine it runs on.
 struct Fact {
   std::string name;   ///< e.g. "compiler"
-  std::string value;  ///< e.g. "GCC 12.2.0"; empty where it cannot be told
+  std::string value;  ///< e.g. "GCC 12.2.0"; empty if unknown
 };
 
-/// What a report of a fault should say of this build and this machine: compiler, libraries, system,
-/// processors and what limits them, CUDA architectures and devices, variables that misa reads.
+/// What a bug report should say about this build and this machine: compiler, libraries, system,
+/// processors and their limits, CUDA architectures and devices, environment variables of misa.
 std::vector<Fact> facts();
 
 }  // namespace misa

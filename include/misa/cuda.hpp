@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// The CUDA side. This header needs no toolkit: a stream is the `void*` that a cudaStream_t is.
+/// Calls on arrays in device memory. This header does not need the CUDA toolkit: a stream is a
+/// cudaStream_t passed as `void*`.
 #pragma once
 
 #include <cstddef>
@@ -16,13 +17,13 @@ namespace misa::cuda {
 
 inline constexpr int kMaxTopK = 16384;
 
-/// Scores [rows, columns] fp32 in device memory, whoever made them.
+/// Scores [rows, columns] fp32 in device memory, of any origin.
 struct Logits {
   const float* data = nullptr;  ///< aligned to 4 bytes; rows need no further alignment
   std::int64_t rows = 0;
   std::int64_t columns = 0;
   std::int64_t row_stride = 0;  ///< elements from one row to the next, >= columns; 0: columns
-  /// [rows] int32 in device memory, or null where every row is `columns` long. A row's length is
+  /// [rows] int32 in device memory, or null if every row is `columns` long. A row's length is
   /// min(lengths[row], columns); zero or negative is an empty row. Nothing beyond it is read.
   const std::int32_t* lengths = nullptr;
 };
@@ -33,29 +34,29 @@ struct TopK {
   float* scores = nullptr;          ///< [rows, top_k] their scores, -inf where padded; null: none
 };
 
-/// The top_k largest scores of every row: of equal ones the lower position wins, NaN ranks below
-/// every number, -0 equals +0. A row of no more than top_k positions selects all of them. Written
-/// scores hold +0 for -0 and one NaN for every NaN. The outputs are a function of the row alone,
-/// bit for bit.
+/// The top_k largest scores of every row: ties go to the lower position, NaN ranks below every
+/// number, -0 equals +0. A row of no more than top_k positions selects all of them. In the written
+/// scores, -0 becomes +0 and every NaN becomes the same NaN. The result of a row depends on that
+/// row alone, bit for bit.
 ///
 /// Runs on the current device, in order on `stream`, and returns at once: it neither synchronises
 /// nor allocates, and may be captured into a graph.
 ///
 /// Throws Error: invalid_argument for an argument out of range (0 <= rows, columns < 2^31,
-/// 1 <= top_k <= kMaxTopK), internal, with CUDA's message, where a CUDA call fails.
+/// 1 <= top_k <= kMaxTopK), internal, with CUDA's message, if a CUDA call fails.
 void top_k(const Logits& logits, int top_k, const TopK& out, void* stream);
 
 struct PlanOptions {
-  std::int64_t total_keys = 0;  ///< L: the most keys that a call brings, of all sequences
-  std::size_t workspace_cap = kDefaultWorkspaceCap;  ///< bytes a plan's workspace may take
-  /// "auto", "cuda", or a CUDA backend's own name, as in ContextOptions: "auto" is what the
-  /// environment variable MISA_BACKEND names, which has to be one of these, else the best that the
-  /// device can run.
+  std::int64_t total_keys = 0;  ///< L: the most keys of one call, over all sequences
+  std::size_t workspace_cap = kDefaultWorkspaceCap;  ///< limit of the workspace, in bytes
+  /// "auto", "cuda", or a CUDA backend's own name, as in ContextOptions: "auto" is the backend that
+  /// the environment variable MISA_BACKEND names, which must be one of these, otherwise the one of
+  /// highest priority that the device can run.
   std::string_view backend = "auto";
 };
 
-/// An indexer on the device that was current when it was planned. Everything that `run` is given
-/// lies in device memory, also what the spans hold.
+/// An indexer on the device that was current when the plan was made. Every array given to `run`,
+/// including those in spans, is in device memory.
 class Plan {
  public:
   /// Throws Error: invalid_argument, workspace if the cap is too small, unsupported if the device
@@ -72,12 +73,12 @@ class Plan {
   /// Writes the selection for every query, in order on `stream`, and returns at once: it neither
   /// synchronises nor allocates, and may be captured into a graph. Positions ascend inside a row.
   ///
-  /// What ks and ke hold is not known here: 0 <= ks, ke <= L is enforced by clamping, and a row
-  /// that would see more than the planned max_keys is cut there. Rows of q and of k start on 16
-  /// bytes; the workspace is aligned to 256 bytes.
+  /// The values of ks and ke cannot be checked on the host: they are clamped to 0 to L, and a row
+  /// that would see more than the planned max_keys is cut off there. Rows of q and k are aligned to
+  /// 16 bytes, the workspace to 256 bytes.
   ///
   /// Throws Error: invalid_argument or workspace before anything is enqueued, internal, with CUDA's
-  /// message, where a CUDA call fails.
+  /// message, if a CUDA call fails.
   void run(const Queries& q, const Weights& w, const RaggedKeys& k, const Selection& out,
            std::span<std::byte> workspace, void* stream) const;
 
@@ -86,18 +87,18 @@ class Plan {
   std::unique_ptr<State> state_;
 };
 
-/// Bytes of workspace that the two calls below take for q [tokens, H, dim] and `count` means.
-/// Throws Error, invalid_argument, for a size that no call has.
+/// Bytes of workspace that the two calls below need for q [tokens, H, dim] and `count` means.
+/// Throws Error, invalid_argument, for a size out of range.
 std::size_t means_workspace_bytes(std::int64_t tokens, std::int64_t dim, std::int64_t count);
 
 /// misa::route_from_means and misa::keep_blocks_from_means (misa/indexer.hpp) on the current
-/// device. Every array lies in device memory, also what the spans hold. They run in order on
+/// device. Every array, including those in spans, is in device memory. They run in order on
 /// `stream` and return at once: they neither synchronise nor allocate, and may be captured into a
-/// graph. Rows of means that are out of range are clamped, and a partial block's is none then. Rows
-/// of q start on 16 bytes; the workspace is aligned to 256 bytes. `backend` as in PlanOptions.
+/// graph. `starts` and `ends` out of range are clamped; a `partial` out of range counts as -1. Rows
+/// of q are aligned to 16 bytes, the workspace to 256 bytes. `backend` is as in PlanOptions.
 ///
 /// Both throw Error: invalid_argument or workspace before anything is enqueued, unsupported if the
-/// device cannot run the backend, internal, with CUDA's message, where a CUDA call fails.
+/// device cannot run the backend, internal, with CUDA's message, if a CUDA call fails.
 void route_from_means(const Queries& q, const Weights& w, const RaggedMeans& means, int heads,
                       std::span<std::int32_t> out, std::span<std::byte> workspace, void* stream,
                       std::string_view backend = "auto");

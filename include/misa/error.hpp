@@ -16,8 +16,8 @@ enum class ErrorCode {
   internal = 5,          ///< a defect of this library
 };
 
-/// Thrown by every function of this library that can fail. The message names the argument, what
-/// was expected and what came.
+/// Thrown by every function of this library that can fail. The message names the argument, the
+/// expected value and the actual one.
 class Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// The indexers: which positions of its context each query attends to.
+/// The indexers: they select the positions of its context that each query attends to.
 ///
 ///   score(t, s, J) = sum over j in J of w[t,j] * max(0, q[t,j] . k[s])
 ///
-/// DSA takes the top k of the score over all heads. MISA (arXiv 2605.07363) routes each query to a
-/// few heads and scores with those. The named indexers are points of one space: block filter x
-/// head routing x linear residual x re-rank.
+/// DSA selects the top k by the score over all heads. MISA (arXiv 2605.07363) routes each query to
+/// a few heads and scores with those. Every indexer combines four optional stages: block filter,
+/// head routing, linear residual row, re-rank.
 #pragma once
 
 #include <cstddef>
@@ -21,12 +21,12 @@
 
 namespace misa {
 
-/// How the active heads J(t) of a query are chosen: the h heads of largest value, ties to the
-/// lower head, NaN below every number.
+/// How the active heads J(t) of a query are chosen: the h heads with the largest value, where ties
+/// go to the lower head and NaN ranks below every number.
 enum class Router : std::uint8_t {
   all,           ///< no routing: every head scores
   pooled,        ///< mean over blocks of |w * max(0, q . block mean)| (MISA)
-  nonlinearity,  ///< what a linear fit of the ReLU leaves over, on sampled keys (MISA-R)
+  nonlinearity,  ///< the error of a linear fit of the ReLU, on sampled keys (MISA-R)
   dispersion,    ///< |w| * standard deviation of max(0, q . k) over the sampled keys
   self,          ///< w * max(0, q . k of the last key that the query sees)
   qnorm,         ///< |q|
@@ -34,9 +34,9 @@ enum class Router : std::uint8_t {
   fixed,         ///< the heads of IndexerConfig::static_heads ("static" on the command line)
 };
 
-/// What an indexer computes. The named constructors give the published points.
+/// What an indexer computes. The named constructors give the published configurations.
 struct IndexerConfig {
-  int top_k = 2048;  ///< positions wanted a query, 1 or more
+  int top_k = 2048;  ///< positions selected per query, 1 or more
   Router router = Router::all;
   int heads = 0;                ///< h: routed heads, 1 to H; 0 only with residual; ignored by `all`
   int block = 1024;             ///< B of the pooled router, a multiple of 64
@@ -44,8 +44,8 @@ struct IndexerConfig {
   int filter_block = 0;         ///< HISA's B, a multiple of 64; 0: no block filter
   int filter_blocks = 64;       ///< blocks that the filter keeps, the first and the last included
   int candidates = 0;           ///< m: positions re-ranked by all heads; 0: no re-rank
-  std::int64_t dense_work = 0;  ///< a row of at most so many heads x positions is DSA's; 0: none
-  bool ordered = false;         ///< positions ascend inside a row
+  std::int64_t dense_work = 0;  ///< rows of at most this many heads x positions use DSA; 0: none
+  bool ordered = false;         ///< whether the positions of a row ascend
   std::vector<std::int32_t>
       static_heads;  ///< Router::fixed: distinct heads, exactly `heads` of them
 
@@ -55,14 +55,15 @@ struct IndexerConfig {
   static IndexerConfig misa_r(int top_k = 2048, int heads = 7, int candidates = 0);
   static IndexerConfig hisa(int top_k = 2048, int filter_block = 128, int filter_blocks = 64);
 
-  /// Whether a row that sees n positions takes all H heads and no other choice of the
-  /// configuration, as DSA does. An empty row is one of them.
+  /// Whether a row that sees n positions is computed as by DSA, with all H heads, whatever else the
+  /// configuration says. True for an empty row.
   [[nodiscard]] bool takes_every_head(std::int64_t model_heads, std::int64_t n) const {
     return n * model_heads <= dense_work;
   }
 
-  /// By length: DSA up to 512 top_k heads x positions (at 64 heads and top 2048, 16,384 positions),
-  /// where routing and re-ranking would cost as much; beyond, MISA-R with 2 top_k candidates.
+  /// Depends on the row's length: DSA up to 512 * top_k heads x positions (16,384 positions at 64
+  /// heads and top 2048), where routing and re-ranking would cost as much; MISA-R with 2 * top_k
+  /// candidates for longer rows.
   static IndexerConfig automatic(int top_k = 2048);
 };
 
@@ -71,22 +72,22 @@ std::span<const std::string_view> indexer_names();  ///< dsa, misa, misa-dagger,
 std::span<const std::string_view> router_names();   ///< all, pooled, … static
 std::string_view name_of(Router router);
 
-/// What a name stands for; throw Error on an unknown one.
+/// The configuration or router of that name; throw Error if there is none.
 IndexerConfig indexer_by_name(std::string_view name, int top_k = 2048);
 Router router_by_name(std::string_view name);
 
-/// Everything that fixes the cost of a call and is known before its data.
+/// What a plan needs to know about its calls before it has their data.
 struct Shape {
-  std::int64_t tokens = 0;    ///< T: the most queries a call brings
+  std::int64_t tokens = 0;    ///< T: the most queries of one call
   std::int64_t heads = 0;     ///< H
   std::int64_t dim = 0;       ///< D
-  std::int64_t max_keys = 0;  ///< the most keys that one query sees
+  std::int64_t max_keys = 0;  ///< the most keys seen by one query
   DType q_dtype = DType::f32;
   DType k_dtype = DType::f32;
 };
 
-/// Where the results go; every span is dense row-major and an empty one is not written. A row
-/// that dense_work makes DSA's has in `heads` and `residual` what an empty row has.
+/// Where the results go; every span is dense row-major and an empty one is not written. In a row
+/// that uses DSA because of dense_work, `heads` and `residual` are those of an empty row.
 struct Selection {
   std::span<std::int32_t>
       indices;  ///< [T, top_k] positions relative to the query's sequence, -1 on the right
@@ -95,15 +96,15 @@ struct Selection {
   std::span<float> residual;      ///< [T, D] the residual row before rounding; 0 for empty rows
 };
 
-/// A validated choice of indexer for a bounded shape on one backend: asked for once, run often.
-/// `run` allocates nothing beyond the workspace it is given. One plan may run in several threads
-/// at once, each with a workspace of its own.
+/// A validated choice of indexer for a bounded shape on one backend: made once, run often. `run`
+/// allocates nothing beyond the workspace it is given. One plan may run in several threads at once,
+/// each with its own workspace.
 ///
-/// The CUDA backends are the exception, because the arrays of this class are in host memory: a run
-/// there takes device memory for copies of its arrays and for what it computes in, and host memory
-/// to pack them; workspace_bytes() is 0. The context's cap bounds what it computes in, but is
-/// raised where the keys that a call brings need more for a single query. misa::cuda::Plan, for
-/// arrays in device memory, allocates nothing.
+/// The CUDA backends are the exception, because the arrays of this class are in host memory. There
+/// a run allocates device memory for copies of its arrays and for intermediate results, and host
+/// memory to pack them; workspace_bytes() is 0. The context's cap limits the intermediate results,
+/// but is raised if the keys of a call need more for a single query. misa::cuda::Plan, for arrays
+/// in device memory, allocates nothing.
 class Plan {
  public:
   Plan(Context context, IndexerConfig config, const Shape& shape);
@@ -116,8 +117,8 @@ class Plan {
   [[nodiscard]] const IndexerConfig& config() const;
   [[nodiscard]] const Shape& shape() const;
 
-  /// Writes the selection for every query. The workspace is aligned to 64 bytes and holds at least
-  /// workspace_bytes(). Throws Error before anything is written if an argument is wrong.
+  /// Writes the selection for every query. The workspace is aligned to 64 bytes and has at least
+  /// workspace_bytes() bytes. Throws Error before anything is written if an argument is wrong.
   void run(const Queries& q, const Weights& w, const RaggedKeys& k, const Selection& out,
            std::span<std::byte> workspace) const;
   void run(const Queries& q, const Weights& w, const PagedKeys& k, const Selection& out,
@@ -151,20 +152,21 @@ Selected select(const Context& context, const IndexerConfig& config, const Queri
 Selected select(const Context& context, const IndexerConfig& config, const Queries& q,
                 const Weights& w, const PagedKeys& k, Want want = {});
 
-/// The heads that Router::pooled chooses, from block means in place of keys: for callers that have
-/// the means and no single place that has all keys. How many keys a block has is their business.
+/// The heads that Router::pooled chooses, computed from block means instead of keys: for callers
+/// that have the means but not all keys in one place. A block may have any number of keys.
 ///
-/// Writes out [T, heads], ascending; -1 for a query without blocks. 0 <= heads <= H. On the CPU a
-/// thread takes at most 512 KB and 5 D bytes a block of the longest row; the context's workspace
-/// cap does not count. Throws Error before anything is written if an argument is wrong.
+/// Writes out [T, heads], ascending; -1 for a query without blocks. 0 <= heads <= H. On the CPU
+/// each thread allocates at most 512 KB plus 5 * D bytes per block of the longest row; the
+/// context's workspace cap does not apply. Throws Error before anything is written if an argument
+/// is wrong.
 void route_from_means(const Context& context, const Queries& q, const Weights& w,
                       const RaggedMeans& means, int heads, std::span<std::int32_t> out);
 
-/// The blocks that the block filter keeps, from block means; memory and errors as above.
+/// The blocks that the block filter keeps, computed from block means; memory and errors as above.
 ///
-/// Writes out [T, filter_blocks], numbers of a query's blocks, ascending, -1 on the right: the
-/// first and the last one, and the best of the others; all of them if they are no more than
-/// filter_blocks, which is 2 or more.
+/// Writes out [T, filter_blocks]: for each query the numbers of its first block, its last block and
+/// the best of the others, ascending, with -1 on the right. A query with at most filter_blocks
+/// blocks keeps all of them. filter_blocks is 2 or more.
 void keep_blocks_from_means(const Context& context, const Queries& q, const Weights& w,
                             const RaggedMeans& means, int filter_blocks,
                             std::span<std::int32_t> out);

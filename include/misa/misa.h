@@ -7,12 +7,12 @@
  * Every function that can fail returns a misa_status and leaves a message for misa_last_error. No
  * exception crosses this interface and nothing aborts. Outputs are written only on success.
  *
- * Structs carry no size or version field: a struct never changes within one version of the shared
- * library's soname, and what is new comes as a new struct with a new function. A caller that was
- * built for another layout is therefore refused by the loader, before it could pass one.
+ * Structs have no size or version field: a struct never changes while the soname of the shared
+ * library stays the same, and additions are new structs with new functions. The loader therefore
+ * refuses a caller that was built for another layout.
  *
- * A struct that is zeroed and then filled in is right: zero strides are the dense ones, a null
- * array that a call need not have is absent. Counts beside arrays count elements.
+ * Zero a struct, then fill it in: a stride of 0 means dense, and a null optional array is absent.
+ * The count next to an array is in elements.
  */
 #ifndef MISA_MISA_H
 #define MISA_MISA_H
@@ -52,7 +52,7 @@ enum { /* a router */
        MISA_ROUTER_STATIC = 7
 };
 
-/** The message of this thread's last call that failed; empty before there was one. Valid until the
+/** The message of this thread's last failed call; empty if none has failed. Valid until the
  * thread's next failure. */
 const char* misa_last_error(void) MISA_NOEXCEPT;
 
@@ -72,16 +72,16 @@ typedef struct misa_backend_info {
 /** How many backends this build has, available or not. */
 misa_status misa_backend_count(size_t* count) MISA_NOEXCEPT;
 
-/** The backend at an index, by falling priority. */
+/** The backend at an index, in order of decreasing priority. */
 misa_status misa_backend_at(size_t index, misa_backend_info* info) MISA_NOEXCEPT;
 
 typedef struct misa_context_options {
   const char* backend;  /**< "auto", "cpu", "cuda" or a backend's own name; null: "auto" */
   int32_t threads;      /**< 0: as many as the process may use */
-  size_t workspace_cap; /**< bytes a plan's workspace may take; 0: misa_default_workspace_cap() */
+  size_t workspace_cap; /**< limit of a plan's workspace, bytes; 0: misa_default_workspace_cap() */
 } misa_context_options;
 
-/** What a cap of 0 stands for, in bytes. */
+/** The limit that a workspace_cap of 0 means, in bytes. */
 size_t misa_default_workspace_cap(void) MISA_NOEXCEPT;
 
 typedef struct misa_context misa_context;
@@ -90,7 +90,7 @@ typedef struct misa_context misa_context;
 misa_status misa_context_create(const misa_context_options* options,
                                 misa_context** context) MISA_NOEXCEPT;
 
-/** Plans made from the context keep what they need of it. Null is ignored. */
+/** Plans made from the context stay valid. Null is ignored. */
 void misa_context_destroy(misa_context* context) MISA_NOEXCEPT;
 
 /* Plans */
@@ -132,8 +132,8 @@ misa_status misa_plan_create(const misa_context* context, const misa_config* con
 void misa_plan_destroy(misa_plan* plan) MISA_NOEXCEPT;
 
 /** Bytes of host memory that a run needs, at most the context's cap. A run allocates nothing else,
- * but on a CUDA backend: there it is 0, and a run takes device memory for copies of its arrays and
- * for what it computes in (misa/indexer.hpp). */
+ * except on a CUDA backend: there this is 0, and a run allocates device memory for copies of its
+ * arrays and for intermediate results (misa/indexer.hpp). */
 misa_status misa_plan_workspace_bytes(const misa_plan* plan, size_t* bytes) MISA_NOEXCEPT;
 
 /* Runs */
@@ -183,7 +183,7 @@ typedef struct misa_paged_keys {
   int64_t block_table_stride;
   const int32_t* context_lens; /**< [batch] */
   size_t batch;
-  int64_t next_n; /**< queries a sequence, 1 or more */
+  int64_t next_n; /**< queries per sequence, 1 or more */
 } misa_paged_keys;
 
 /** Each array is dense row-major; one of count 0 is not written. */
@@ -198,8 +198,8 @@ typedef struct misa_selection {
   size_t residual_count;
 } misa_selection;
 
-/** workspace is aligned to 64 bytes and holds at least misa_plan_workspace_bytes. One plan may run
- * in several threads at once, each with a workspace of its own. */
+/** workspace is aligned to 64 bytes and has at least misa_plan_workspace_bytes bytes. One plan may
+ * run in several threads at once, each with its own workspace. */
 misa_status misa_run_ragged(const misa_plan* plan, const misa_queries* q, const misa_weights* w,
                             const misa_ragged_keys* k, const misa_selection* out, void* workspace,
                             size_t workspace_bytes) MISA_NOEXCEPT;
@@ -218,7 +218,7 @@ typedef struct misa_ragged_means {
   size_t start_count;
   const int32_t* ends; /**< [T] */
   size_t end_count;
-  const int32_t* partial; /**< [T], or null: no query sees a block in part */
+  const int32_t* partial; /**< [T], or null: no query has a partial block */
   size_t partial_count;
 } misa_ragged_means;
 

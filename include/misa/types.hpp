@@ -16,8 +16,8 @@ inline constexpr int kPageSize = 64;
 /// Largest number of indexer heads that a call accepts.
 inline constexpr int kMaxHeads = 256;
 
-/// Bytes that a plan's workspace may take unless the caller says otherwise. docs/performance.md has
-/// what a smaller one costs.
+/// Default upper limit of a plan's workspace, in bytes. docs/performance.md tells what a smaller
+/// limit costs.
 inline constexpr std::size_t kDefaultWorkspaceCap = std::size_t{512} << 20;
 
 /// Largest finite e4m3 value.
@@ -30,7 +30,7 @@ enum class DType : std::uint8_t {
   e4m3,  ///< OCP FP8 E4M3: no infinity, largest finite value 448, NaN is 0x7f and 0xff
 };
 
-/// Bytes an element takes.
+/// Bytes per element.
 constexpr std::size_t size_of(DType type) {
   return type == DType::f32 ? 4 : type == DType::bf16 ? 2 : 1;
 }

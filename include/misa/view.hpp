@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// Non-owning views of the tensors that callers bring. Strides count elements unless they say
+/// Non-owning views of the caller's tensors. Strides are in elements unless their comment says
 /// bytes; the innermost dimension is always contiguous.
 #pragma once
 
@@ -31,31 +31,31 @@ struct Weights {
   std::int64_t token_stride = 0;  ///< elements from one token to the next; 0: heads
 };
 
-/// Contiguous keys k [L, D] shared by a pack of sequences: query t sees the keys s with
-/// ks[t] <= s < ke[t]. Consecutive queries of equal ks are taken to be one sequence, which lets
-/// them share work; the result does not depend on it.
+/// Contiguous keys k [L, D] of one or more packed sequences: query t sees the keys s with
+/// ks[t] <= s < ke[t]. Consecutive queries with equal ks are computed as one sequence, so that they
+/// share work; the result does not depend on this.
 struct RaggedKeys {
   const void* data = nullptr;
   DType dtype = DType::f32;
   std::int64_t tokens = 0;               ///< L
   std::int64_t dim = 0;                  ///< D
   std::int64_t token_stride = 0;         ///< elements from one key to the next; 0: dim
-  const float* scale = nullptr;          ///< [L], one a token, for e4m3 only
+  const float* scale = nullptr;          ///< [L], one per token, for e4m3 only
   std::span<const std::int32_t> starts;  ///< ks [T], 0 <= ks <= L
   std::span<const std::int32_t> ends;    ///< ke [T], 0 <= ke <= L; ke <= ks is an empty row
 };
 
 /// Means of blocks of keys, in place of the keys. Query t sees the whole blocks whose means are
-/// rows starts[t] … ends[t] - 1, in order, and after them, if partial[t] is a row, a last block
-/// that it sees in part: the row is the mean of what it sees.
+/// rows starts[t] to ends[t] - 1, in order. If partial[t] is not -1, it also sees a part of the
+/// next block, and row partial[t] is the mean of that part.
 struct RaggedMeans {
   const float* data = nullptr;            ///< [M, D]
   std::int64_t count = 0;                 ///< M, below 2^30
   std::int64_t dim = 0;                   ///< D
   std::int64_t row_stride = 0;            ///< elements from one mean to the next; 0: dim
   std::span<const std::int32_t> starts;   ///< [T], 0 <= starts <= M
-  std::span<const std::int32_t> ends;     ///< [T], 0 <= ends <= M; ends <= starts is no whole block
-  std::span<const std::int32_t> partial;  ///< [T], -1 to M - 1, -1: none; empty: no query has one
+  std::span<const std::int32_t> ends;     ///< [T], 0 <= ends <= M; ends <= starts: no whole block
+  std::span<const std::int32_t> partial;  ///< [T], -1 to M - 1; -1 or an empty span: none
 };
 
 /// The paged key cache: uint8 [pages, 64, D + 4], inside a page first 64 x D e4m3 bytes, then 64
@@ -76,9 +76,9 @@ struct PagedKeys {
   CacheView cache;
   const std::int32_t* block_table = nullptr;  ///< [batch, max_pages] page numbers
   std::int64_t max_pages = 0;
-  std::int64_t block_table_stride = 0;         ///< elements a row; 0: max_pages
+  std::int64_t block_table_stride = 0;         ///< elements from one row to the next; 0: max_pages
   std::span<const std::int32_t> context_lens;  ///< [batch]; zero or negative is an empty sequence
-  std::int64_t next_n = 1;                     ///< queries a sequence
+  std::int64_t next_n = 1;                     ///< queries per sequence
 };
 
 }  // namespace misa

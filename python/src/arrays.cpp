@@ -61,8 +61,8 @@ std::string text_of(nb::handle object) {
   return text.starts_with("torch.") ? text.substr(6) : text;
 }
 
-// Throws for an object that is no array, or one that neither DLPack nor the buffer protocol
-// carries: of another byte order, sparse, without memory.
+// Throws for an object that is not an array, or one that neither DLPack nor the buffer protocol can
+// describe (other byte order, sparse, without memory).
 [[noreturn]] void refuse(std::string_view name, nb::handle object, const std::string& expected) {
   std::string got = nb::inst_name(object).c_str();
   for (const char* property : {"dtype", "layout", "device"}) {
@@ -82,7 +82,7 @@ std::string text_of(nb::handle object) {
               fmt::format("{}: expected {}, got {}", name, expected, got));
 }
 
-// The array that an object is, of whichever framework, once its dtype and place are right.
+// The object as an array, of any framework, after a check of its dtype and place.
 template <class Any>
 Any cast(std::string_view name, nb::handle object, std::optional<nb::dlpack::dtype> dtype,
          std::string_view layout, Place place) {
@@ -209,7 +209,7 @@ MeansArrays::MeansArrays(nb::handle q_, nb::handle w_, nb::handle means, nb::han
       starts("starts", starts_, nb::dtype<std::int32_t>(), "[T]", place),
       ends("ends", ends_, nb::dtype<std::int32_t>(), "[T]", place),
       partial(optional_array("partial", partial_, nb::dtype<std::int32_t>(), "[T]", place)) {
-  if (partial) {  // one of no entries would be taken for none
+  if (partial) {  // the C++ interface reads an empty one as absent
     require(partial->extent(0) == q.extent(0), "partial: expected {} entries (T), got {}",
             q.extent(0), partial->extent(0));
   }
@@ -235,7 +235,7 @@ std::string_view cache_layout(nb::handle cache) {
   return flat ? "[pages, 64 * (D + 4)]" : "[pages, 64, D + 4]";
 }
 
-// D of a cache, whose pages must be dense inside.
+// D of a cache. Its pages must be dense; only the page stride may have padding.
 std::int64_t cache_dim(const Array& cache) {
   constexpr std::int64_t kScale = sizeof(float);
   if (cache.dimensions() == 2) {
@@ -243,7 +243,7 @@ std::int64_t cache_dim(const Array& cache) {
     require(bytes % kPageSize == 0, "cache: expected pages of 64 * (D + 4) bytes, got {}", bytes);
     return bytes / kPageSize - kScale;
   }
-  // The stride of an array without elements, 0, says nothing.
+  // The stride is 0 for an array without elements.
   const std::int64_t apart = cache.stride(1);
   require(cache.extent(1) == kPageSize && (apart == 0 || apart == cache.extent(2)),
           "cache: expected pages of 64 tokens, dense inside, got {} tokens {} bytes apart",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arrays that Python brings, seen without a copy, as the views of the C++ interface.
+// Python arrays as the views of the C++ interface, without a copy.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -18,9 +18,9 @@ namespace misa::python {
 
 namespace nb = nanobind;
 
-// Where an array has to lie: in memory that the CPU reads, or on one CUDA device.
+// Where an array must be: in host memory or on one CUDA device.
 struct Place {
-  int device = kHost;  // its number
+  int device = kHost;  // the CUDA device's number, or kHost
 
   static constexpr int kHost = -1;
   [[nodiscard]] bool host() const { return device == kHost; }
@@ -28,14 +28,14 @@ struct Place {
 
 enum class Access : bool { read, write };
 
-// f32, bf16 or e4m3, the latter two also as their bits: uint16 and uint8.
+// Any of f32, bf16 and e4m3; the last two also as their bits, in uint16 and uint8.
 inline constexpr std::optional<nb::dlpack::dtype> kElements = std::nullopt;
 
-// An argument; holds the array while the call runs. Its last dimension is contiguous.
+// An array argument, kept alive during the call. Its last dimension is contiguous.
 class Array {
  public:
-  // Throws Error unless `object` is an array of this dtype, of as many dimensions as `layout`
-  // names, e.g. "[T, H, D]", that lies in `place` and allows the access.
+  // Throws Error unless `object` is an array of this dtype in `place` that allows the access and
+  // has as many dimensions as `layout`, e.g. "[T, H, D]".
   Array(std::string_view name, nb::handle object, std::optional<nb::dlpack::dtype> dtype,
         std::string_view layout, Place place, Access access = Access::read);
 
@@ -43,26 +43,26 @@ class Array {
   [[nodiscard]] std::int64_t extent(std::size_t dimension) const {
     return static_cast<std::int64_t>(array_.shape(dimension));
   }
-  // Elements from one entry to the next; 0, which the views take for dense, where there is no next.
+  // Elements from one entry to the next; 0, which means dense in the views, for a single entry.
   [[nodiscard]] std::int64_t stride(std::size_t dimension) const;
 
-  // Of an array of kElements.
+  // For an array of kElements only.
   [[nodiscard]] DType dtype() const;
   [[nodiscard]] const void* data() const { return array_.data(); }
 
-  // T is the type of the dtype that was asked for.
+  // T is the C++ type of the constructor's dtype.
   template <class T>
   [[nodiscard]] const T* data_of() const {
     return static_cast<const T*>(array_.data());
   }
 
-  // The same of an array that was asked for to be written.
+  // The same, for an array with Access::write only.
   template <class T>
   [[nodiscard]] T* writable_data_of() const {
     return const_cast<T*>(data_of<T>());
   }
 
-  // A dense array of one dimension.
+  // For a dense array of one dimension only.
   template <class T>
   [[nodiscard]] std::span<const T> span_of() const {
     return {data_of<T>(), static_cast<std::size_t>(extent(0))};
@@ -73,19 +73,19 @@ class Array {
   nb::ndarray<nb::ro> array_;
 };
 
-// None is no array.
+// std::nullopt if `object` is None.
 std::optional<Array> optional_array(std::string_view name, nb::handle object,
                                     nb::dlpack::dtype dtype, std::string_view layout, Place place,
                                     Access access = Access::read);
 
-// An argument that is written as a whole: contiguous; None is an empty one.
+// A contiguous array that the call fills; None is an empty one.
 class Output {
  public:
-  // A workspace holds bytes.
+  // The default dtype is for a workspace.
   Output(std::string_view name, nb::handle object, Place place,
          nb::dlpack::dtype dtype = nb::dtype<std::uint8_t>());
 
-  // T is the type of the dtype that was asked for.
+  // T is the C++ type of the constructor's dtype.
   template <class T>
   [[nodiscard]] std::span<T> span_of() const {
     if (!array_.is_valid()) {
@@ -139,7 +139,7 @@ class CacheArrays {
   CacheArrays(nb::handle cache, nb::handle page_sums, Access access);
 
   [[nodiscard]] CacheView view() const;
-  [[nodiscard]] CacheSpan span() const;  // of one that was asked for to be written
+  [[nodiscard]] CacheSpan span() const;  // with Access::write only
 
  private:
   Array cache_;
@@ -163,7 +163,7 @@ struct OutputArrays {
 Queries queries(const Array& q);
 Weights weights(const Array& w);
 
-// "f32", "bf16" or "e4m3", in an argument of that name.
+// The type called "f32", "bf16" or "e4m3"; `name` is the argument's name, for the error message.
 DType dtype_by_name(std::string_view name, std::string_view dtype);
 
 }  // namespace misa::python

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parts of the module, each bound in the file of its name.
+// The parts of the Python module; bind_config is in config.cpp and so on.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -8,7 +8,7 @@
 
 namespace misa::python {
 
-// What a misa.Config says.
+// A misa.Config as the C++ configuration.
 IndexerConfig config_of(nanobind::handle config);
 
 void bind_config(nanobind::module_& module);

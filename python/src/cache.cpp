@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writing the paged key cache.
+// Writes to the paged key cache.
 #include <nanobind/stl/string_view.h>
 
 #include "arrays.hpp"

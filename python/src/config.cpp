@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Names, and the fields of misa.Config.
+// The names of indexers and routers, and the fields of misa.Config.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -22,7 +22,7 @@ T field(nb::handle config, const char* name) {
   return nb::cast<T>(config.attr(name));
 }
 
-// The fields of misa.Config but top_k.
+// The fields of misa.Config except top_k.
 nb::dict fields_of(const IndexerConfig& config) {
   nb::dict fields;
   fields["router"] = name_of(config.router);
@@ -71,29 +71,28 @@ void bind_config(nb::module_& module) {
       "defaults",
       [](std::string_view name, int top_k) { return fields_of(indexer_by_name(name, top_k)); },
       nb::arg("indexer"), nb::arg("top_k"),
-      "The fields of a named indexer, top_k aside; ValueError if there is none of the name.");
+      "The fields of a named indexer except top_k; ValueError if there is none of that name.");
   module.def(
       "check_router", [](std::string_view name) { router_by_name(name); }, nb::arg("router"),
-      "ValueError if there is no router of the name.");
+      "ValueError if there is no router of that name.");
   module.def(
       "effective_config",
       [](nb::handle config, std::int64_t heads) {
         return fields_of(effective_config(config_of(config), heads));
       },
       nb::arg("config"), nb::arg("heads"),
-      "The fields, top_k aside, of what a config computes for H heads: its own, or those without "
-      "routing where every head is routed.");
+      "The fields, except top_k, that decide what a config computes for H heads: its own, or those "
+      "of a config without routing if it routes every head.");
   module.def(
       "dense_keys",
       [](nb::handle config, std::int64_t heads) { return dense_keys(config_of(config), heads); },
-      nb::arg("config"), nb::arg("heads"), "Rows of at most so many keys are DSA's.");
+      nb::arg("config"), nb::arg("heads"), "Rows of at most this many keys use DSA.");
   module.def(
       "router_keys",
       [](std::string_view name) { return name_of(traits_of(router_by_name(name)).keys); },
-      nb::arg("router"),
-      "The keys that a router looks at: none, sampled, last, or block means of all.");
+      nb::arg("router"), "The keys that a router reads: none, sampled, last, or block means.");
   module.def("sample_stride", &sample_stride, nb::arg("n"),
-             "From one sampled position to the next, of n that a query sees.");
+             "The distance between sampled positions for a query that sees n keys.");
   module.def(
       "indexer_names", [] { return list_of(indexer_names()); }, "Names of the indexers.");
   module.def(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selecting in device memory: misa::cuda::Plan, and the calls on block means, on the device that
-// their arrays lie on.
+// Selection in device memory: misa::cuda::Plan and the calls on block means, each on the device of
+// its arrays.
 #include <cuda_runtime_api.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -14,7 +14,7 @@
 namespace misa::python {
 namespace {
 
-// Makes a device current while it lives.
+// Makes a device current for this object's lifetime.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -37,7 +37,7 @@ class OnDevice {
 
 void require_device(int device) {
   int count = 0;
-  const cudaError_t result = cudaGetDeviceCount(&count);  // leaves it as it is if it fails
+  const cudaError_t result = cudaGetDeviceCount(&count);  // leaves count unchanged if it fails
   if (device >= count) {
     const std::string why =
         result == cudaSuccess ? "" : fmt::format(" ({})", cudaGetErrorString(result));
@@ -85,10 +85,10 @@ class DevicePlan {
 
  private:
   int device_;
-  std::optional<cuda::Plan> plan_;  // made once its device is current
+  std::optional<cuda::Plan> plan_;  // constructed after its device is made current
 };
 
-// misa::cuda::route_from_means or keep_blocks_from_means, `call`, on the device of its arrays.
+// `call` is misa::cuda::route_from_means or misa::cuda::keep_blocks_from_means.
 template <auto call>
 void from_means(nb::handle q, nb::handle w, nb::handle means, nb::handle starts, nb::handle ends,
                 nb::handle partial, int width, nb::handle out, nb::handle workspace, int device,
@@ -134,7 +134,7 @@ void bind_device_plan(nb::module_& module) {
            nb::arg("residual").none(), nb::arg("workspace").none(), nb::arg("stream"));
   module.def("means_workspace_bytes", &cuda::means_workspace_bytes, nb::arg("tokens"),
              nb::arg("dim"), nb::arg("count"),
-             "Bytes that the calls on block means take on a device.");
+             "Workspace bytes that the calls on block means need on a device.");
   bind_from_means<&cuda::route_from_means>(module, "route_from_means_on_device", "heads");
   bind_from_means<&cuda::keep_blocks_from_means>(module, "keep_blocks_from_means_on_device",
                                                  "filter_blocks");

@@ -8,7 +8,7 @@
 namespace misa::python {
 namespace {
 
-// Of route_from_means and keep_blocks_from_means, `call` is one.
+// `call` is misa::route_from_means or misa::keep_blocks_from_means.
 template <auto call>
 void from_means(nb::handle q, nb::handle w, nb::handle means, nb::handle starts, nb::handle ends,
                 nb::handle partial, int width, nb::handle out, std::string_view backend,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// misa._core: the C++ interface over arrays of any framework. The package around it has the names
-// that users see.
+// misa._core: the C++ interface for arrays of any framework. The Python package around it defines
+// the public names.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -15,7 +15,7 @@ namespace nb = nanobind;
 namespace misa::python {
 namespace {
 
-// A wrong argument is a ValueError, too small a workspace a MemoryError, the rest RuntimeErrors.
+// A wrong argument is a ValueError, too small a workspace a MemoryError, any other a RuntimeError.
 void translate(const std::exception_ptr& pending, void* /*payload*/) {
   try {
     std::rethrow_exception(pending);
@@ -38,12 +38,13 @@ NB_MODULE(_core, module) {
       .def_ro("isa", &BackendInfo::isa, "The instruction set that it runs.")
       .def_ro("requirement", &BackendInfo::requirement, "What it needs to run.")
       .def_ro("available", &BackendInfo::available)
-      .def_ro("priority", &BackendInfo::priority, "\"auto\" takes the highest available.")
+      .def_ro("priority", &BackendInfo::priority, "\"auto\" chooses the highest available.")
       .def("__repr__", [](const BackendInfo& info) {
         return fmt::format("<backend {}: {}, {}>", info.name, info.isa,
                            info.available ? "available" : "needs " + info.requirement);
       });
-  module.def("backends", &backends, "Every backend of this build, by falling priority.");
+  module.def("backends", &backends,
+             "Every backend of this build, in order of decreasing priority.");
   bind_config(module);
   bind_plan(module);
   bind_means(module);

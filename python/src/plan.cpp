@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selecting in host memory: plans, and calls that plan for themselves.
+// Selection in host memory: plans, and calls that make a plan and run it once.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 
@@ -17,7 +17,7 @@ Context context_of(std::string_view backend, int threads, std::int64_t workspace
   return Context({backend, threads, static_cast<std::size_t>(workspace_cap)});
 }
 
-// The most keys that a query sees. Entries out of range are refused when the plan runs.
+// The most keys seen by one query. Entries out of range are refused when the plan runs.
 std::int64_t longest(const RaggedKeys& k) {
   std::int64_t most = 0;
   for (std::size_t t = 0; t < std::min(k.starts.size(), k.ends.size()); ++t) {
@@ -72,7 +72,7 @@ class HostPlan {
   Plan plan_;
 };
 
-// Plans and runs; nothing here needs the interpreter.
+// Makes a plan and runs it without the interpreter's lock.
 template <class Keys>
 void plan_and_run(const Context& context, const IndexerConfig& config, const Queries& q,
                   const Weights& w, const Keys& k, DType k_dtype, const Selection& out) {

@@ -21,7 +21,7 @@ struct misa_plan {
 
 namespace {
 
-// Of a fixed size: reporting that memory ran out must not take any.
+// Of fixed size, because reporting that memory ran out must not allocate.
 constexpr std::size_t kMessageBytes = 512;
 thread_local char last_error[kMessageBytes] = "";
 
@@ -73,15 +73,15 @@ T& deref(std::string_view name, T* pointer) {
   return *pointer;
 }
 
-// An enumeration that C spells as an int32. A value that is none of E's stays none and is refused
-// where it is used.
+// Converts an int32 to the enumeration E. A value that E does not name is refused later, where the
+// library validates it.
 template <class E>
 E enum_from(std::string_view name, std::int32_t value) {
   misa::require(value >= 0 && value <= 255, "{}: expected a named value, got {}", name, value);
   return static_cast<E>(value);
 }
 
-// A null array of a count that is not 0 is refused here, where its name is known.
+// Refuses a null array with a count above 0 here, where the argument's name is known.
 template <class T>
 std::span<T> span_from(std::string_view name, T* data, std::size_t count) {
   misa::require(data != nullptr || count == 0, "{}: expected {} elements, got null", name, count);
@@ -179,7 +179,7 @@ misa_status run(const misa_plan* plan, const misa_queries* q, const misa_weights
   });
 }
 
-// A call on block means, of either kind.
+// Calls misa::route_from_means or misa::keep_blocks_from_means.
 template <class Call>
 misa_status run_from_means(const Call& call, const misa_context* context, const misa_queries* q,
                            const misa_weights* w, const misa_ragged_means* means,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The named points of the space of indexers.
+// The named indexers and routers.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -24,7 +24,7 @@ constexpr auto kRouterNames = [] {
   return names;
 }();
 
-// Where a name stands in a list.
+// The index of a name in a list; `kind` is what the error message calls the name.
 std::size_t index_of(std::string_view name, std::string_view kind,
                      std::span<const std::string_view> names) {
   const auto found = std::find(names.begin(), names.end(), name);

@@ -39,26 +39,26 @@ const Backend& choose_backend(std::span<const Backend* const> from, std::string_
                               std::string_view name) {
   std::string_view argument = "backend";
   // NOLINTNEXTLINE(concurrency-mt-unsafe): we set no variable
-  if (const char* wanted = std::getenv("MISA_BACKEND");
-      name == "auto" && wanted != nullptr && *wanted != '\0') {
+  if (const char* variable = std::getenv("MISA_BACKEND");
+      name == "auto" && variable != nullptr && *variable != '\0') {
     argument = "MISA_BACKEND";
-    name = wanted;
+    name = variable;
   }
   std::vector<std::string> names{"auto"};
-  std::string requirement;  // of the last backend that was asked for and cannot run
+  std::string requirement;  // of the last backend that matches but cannot run
   for (const Backend* backend : from) {
     const BackendInfo info = backend->info();
     const std::string family = info.name.substr(0, info.name.find('-'));
-    const bool wanted = name == "auto" || name == family || name == info.name;
-    if (info.available && wanted) {
+    const bool matches = name == "auto" || name == family || name == info.name;
+    if (info.available && matches) {
       return *backend;
     }
-    if (wanted) {
+    if (matches) {
       requirement = info.requirement;
     }
-    for (const std::string& each : {family, info.name}) {
-      if (info.available && std::find(names.begin(), names.end(), each) == names.end()) {
-        names.push_back(each);
+    for (const std::string& accepted : {family, info.name}) {
+      if (info.available && std::find(names.begin(), names.end(), accepted) == names.end()) {
+        names.push_back(accepted);
       }
     }
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public plan on a device, and the calls on block means: they check what can be checked without
-// reading device memory.
+// The public plan for arrays in device memory, and the calls on block means there. Only what does
+// not need a read of device memory is checked.
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
@@ -19,7 +19,7 @@ namespace {
 // Keys and queries are read 16 bytes at a time.
 constexpr std::int64_t kRowAlignment = 16;
 
-// Pieces of a workspace are aligned to this, counted from its start.
+// Buffers inside a workspace are aligned to this, relative to its start.
 constexpr std::size_t kWorkspaceAlignment = 256;
 
 const Target& target_for(std::string_view backend) {
@@ -50,7 +50,7 @@ void validate_device_workspace(std::span<std::byte> workspace, std::size_t bytes
   require_data("workspace", workspace.data(), 0, kWorkspaceAlignment);
 }
 
-// A call on block means but its output.
+// A validated call on block means, without its output.
 MeansCall means_call(const Queries& queries, const Weights& weights, const RaggedMeans& means,
                      std::span<std::byte> workspace, void* stream, std::string_view backend) {
   const Queries q = validated(queries);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a report of a fault should say of a build and of the machine that it runs on.
+// What a bug report should say about a build and the machine that it runs on.
 #include <fmt/format.h>
 #include <hwy/highway.h>
 #include <oneapi/tbb/info.h>
@@ -36,7 +36,7 @@ std::string operating_system() {
                              : std::string();
 }
 
-// The first line of a file of /proc that starts so, behind its colon.
+// The text after the colon in the first line of a /proc file that begins with `start`.
 std::string line_of(const char* file, std::string_view start) {
   std::ifstream lines(file);
   for (std::string line; std::getline(lines, line);) {

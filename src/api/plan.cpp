@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A plan: everything that depends on shapes alone, then runs that only check and compute.
+// A plan computes what depends on shapes alone; its runs then only check and compute.
 #include <algorithm>
 #include <numeric>
 #include <utility>
@@ -18,7 +18,7 @@ IndexerConfig validated(const IndexerConfig& config, const Shape& shape) {
   return config;
 }
 
-// A backend's plan for what a configuration computes.
+// A backend's plan for the effective configuration, which skips stages that change nothing.
 struct Planned {
   IndexerConfig effective;
   std::unique_ptr<const BackendPlan> plan;
@@ -39,8 +39,8 @@ struct Inputs {
       : q(validated(queries)), w(validated(weights, q)), k(validated(keys, q)) {}
 };
 
-// The heads and the residual row of a configuration that routes every head: all of them, and none
-// that is left to stand for.
+// Writes the heads and the residual row if every head is routed: all heads, and zeros, because the
+// residual row replaces no head.
 void report_every_head(const Problem& problem, const IndexerConfig& config, const Selection& out) {
   std::ranges::fill(out.residual, 0.0F);
   for (std::int64_t t = 0; !out.heads.empty() && t < problem.q.tokens; ++t) {

@@ -13,7 +13,7 @@ namespace misa {
 namespace {
 
 constexpr std::int64_t kMaxKeys = std::numeric_limits<std::int32_t>::max();  // positions are int32
-constexpr std::int64_t kMaxMeans = kMaxKeys / 2;  // CUDA devices count two positions a block mean
+constexpr std::int64_t kMaxMeans = kMaxKeys / 2;  // CUDA kernels count two positions per block mean
 
 void validate_dtype(std::string_view name, DType dtype) {
   require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::e4m3,
@@ -33,8 +33,8 @@ void validate_count(std::string_view name, std::string_view what, std::int64_t c
   require(count >= 0, "{}: expected {} = 0 or more, got {}", name, what, count);
 }
 
-// The stride of `count` entries that take `least` elements each; 0 is the dense one. Nothing is
-// ever read through the stride of fewer than two entries, so any is taken there.
+// The stride of `count` entries of `least` elements each, where 0 means dense. With fewer than two
+// entries the stride is never used, so every value is accepted.
 std::int64_t resolved_stride(std::string_view name, std::string_view what, std::int64_t stride,
                              std::int64_t least, std::int64_t count) {
   if (stride == 0 || count < 2) {
@@ -45,7 +45,7 @@ std::int64_t resolved_stride(std::string_view name, std::string_view what, std::
   return stride;
 }
 
-// That the bytes of `count` rows can be counted, and that there is something to read.
+// Checks that the size of `count` rows in bytes does not overflow, and checks their pointer.
 void validate_rows(std::string_view name, const void* data, std::int64_t count, std::int64_t stride,
                    std::size_t element) {
   const std::int64_t elements = checked_multiply_add(name, count, stride);
@@ -93,8 +93,8 @@ void validate_filter(const IndexerConfig& config) {
   require(config.filter_block >= kPageSize && config.filter_block % kPageSize == 0,
           "filter_block: expected a multiple of {} or 0 (none), got {}", kPageSize,
           config.filter_block);
-  // The first and the last block are always kept, and of the last one a single position may be
-  // visible.
+  // The first and the last block are always kept, and the last one may have a single visible
+  // position.
   require(config.filter_blocks >= 2, "filter_blocks: expected 2 or more, got {}",
           config.filter_blocks);
   const std::int64_t least = (std::int64_t{config.filter_blocks} - 1) * config.filter_block + 1;
@@ -115,7 +115,7 @@ void validate_output(std::string_view name, std::span<T> out, bool exists, std::
   require_data(name, out.data(), std::ssize(out), alignof(T));
 }
 
-// The one output of a call.
+// Checks an output that is not optional.
 void validate_whole_output(std::span<const std::int32_t> out, std::int64_t rows,
                            std::int64_t columns) {
   require(std::ssize(out) == checked_multiply_add("out", rows, columns),
@@ -151,31 +151,31 @@ Queries validated(const Queries& q) {
   validate_heads("q", q.heads);
   validate_dim("q", q.dim);
   Queries resolved = q;
-  // Tokens may stand outside heads, or heads outside tokens: the outer ones are farther apart than
-  // the inner ones reach.
-  const auto reach = [&](std::int64_t count, std::int64_t stride) {
+  // Tokens or heads may be the outer dimension, whose stride is at least the extent of the inner
+  // one.
+  const auto extent = [&](std::int64_t count, std::int64_t stride) {
     return checked_multiply_add("q", std::max<std::int64_t>(count - 1, 0), stride, q.dim);
   };
   if (q.token_stride > 0 && q.tokens > 1 && q.head_stride > q.token_stride) {
     resolved.token_stride = resolved_stride("q", "token", q.token_stride, q.dim, q.tokens);
     resolved.head_stride = resolved_stride("q", "head", q.head_stride,
-                                           reach(q.tokens, resolved.token_stride), q.heads);
+                                           extent(q.tokens, resolved.token_stride), q.heads);
   } else {
-    // The dense token stride keeps the padding of the last head, so that the head stride of a
-    // single head leads to the next token.
-    const bool leads_on = q.token_stride == 0 && q.tokens > 1;
-    const std::int64_t led = leads_on ? q.heads + 1 : q.heads;
+    // The dense token stride is H head strides, the last head's padding included. The head stride
+    // then matters even for a single head.
+    const bool separates_tokens = q.token_stride == 0 && q.tokens > 1;
+    const std::int64_t strided = separates_tokens ? q.heads + 1 : q.heads;
     resolved.head_stride =
-        resolved_stride("q", "head", q.head_stride, q.dim, q.tokens > 0 ? led : 0);
+        resolved_stride("q", "head", q.head_stride, q.dim, q.tokens > 0 ? strided : 0);
     const std::int64_t padded = checked_multiply_add("q", q.heads, resolved.head_stride);
     resolved.token_stride = q.token_stride == 0
                                 ? padded
                                 : resolved_stride("q", "token", q.token_stride,
-                                                  reach(q.heads, resolved.head_stride), q.tokens);
+                                                  extent(q.heads, resolved.head_stride), q.tokens);
   }
   const std::int64_t elements =
       checked_multiply_add("q", std::max<std::int64_t>(q.tokens - 1, 0), resolved.token_stride,
-                           reach(q.heads, resolved.head_stride));
+                           extent(q.heads, resolved.head_stride));
   checked_multiply_add("q", elements, static_cast<std::int64_t>(size_of(q.dtype)));
   require_data("q", q.data, q.tokens, size_of(q.dtype));
   return resolved;

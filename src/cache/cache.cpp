@@ -16,7 +16,7 @@ std::int64_t validated_page_stride(const CacheView& cache) {
   require(cache.dim == 64 || cache.dim == 128, "cache: expected D = 64 or 128, got {}", cache.dim);
   require(cache.pages >= 0, "cache: expected 0 or more pages, got {}", cache.pages);
   const std::int64_t bytes = page_bytes(cache.dim);
-  // Nothing is read through the stride of fewer than two pages, so any is taken there.
+  // With fewer than two pages the stride is never used, so every value is accepted.
   const bool dense = cache.page_stride == 0 || cache.pages < 2;
   const std::int64_t stride = dense ? bytes : cache.page_stride;
   require(stride >= bytes && stride % 4 == 0,
@@ -30,8 +30,8 @@ std::int64_t validated_page_stride(const CacheView& cache) {
 
 namespace {
 
-// sum[D] = the first `tokens` keys of a page. The order is fixed: scale * element is rounded once,
-// then added, tokens in order.
+// sum[D] = the sum of the first `tokens` keys of a page. The order of rounding is part of the
+// result: scale * element is rounded once, then added, tokens in order.
 void sum_page(const std::uint8_t* page, int dim, int tokens, float* sum) {
   const DefaultFloatMode mode;
   std::fill_n(sum, dim, 0.0F);
@@ -43,7 +43,7 @@ void sum_page(const std::uint8_t* page, int dim, int tokens, float* sum) {
   }
 }
 
-// A validated cache: its pages by number.
+// A validated cache whose pages are accessed by number.
 class Pages {
  public:
   explicit Pages(const CacheView& cache) : cache_(cache), stride_(validated_page_stride(cache)) {}
@@ -85,7 +85,7 @@ class Pages {
   CacheSpan writable_;
 };
 
-// Ascending, without repetition; a repeated value is an error.
+// Sorts the values; a repeated value is an error.
 template <class T>
 std::vector<T> sorted_distinct(std::string_view name, std::vector<T> values) {
   std::sort(values.begin(), values.end());
@@ -135,10 +135,10 @@ float quantize(std::span<const float> key, ScaleFormat format, std::span<std::ui
   require(out.size() == key.size(), "out: expected {} bytes, got {}", key.size(), out.size());
   require(format == ScaleFormat::f32 || format == ScaleFormat::ue8m0,
           "scale format: expected f32 or ue8m0, got {}", static_cast<int>(format));
-  constexpr float kLeastMax = 1e-4F;  // a key of zeros has a scale to divide by
-  float largest = kLeastMax;
+  constexpr float kMinAmax = 1e-4F;  // so that the scale of an all-zero key is not 0
+  float largest = kMinAmax;
   for (const float value : key) {
-    largest = std::max(largest, std::abs(value));  // a NaN is passed over
+    largest = std::max(largest, std::abs(value));  // ignores a NaN
   }
   float scale = largest / kE4m3Max;
   if (format == ScaleFormat::ue8m0 && std::isfinite(scale)) {
@@ -181,8 +181,8 @@ void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::in
     std::memcpy(page + scale_offset(cache.dim, token), &scale, sizeof scale);
   }
 
-  // From the bytes up to the last token appended, not by adding to the old sum: what that counted
-  // may be gone (a page reused, a speculated token rolled back).
+  // Recomputed from the bytes, because the old sum may count tokens that are no longer valid (a
+  // page was reused, or a speculated token was rolled back).
   for (std::size_t i = 0; pages.has_sums() && i < written.size(); ++i) {
     const std::int64_t page = written[i] / kPageSize;
     if (i + 1 == written.size() || written[i + 1] / kPageSize != page) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the calls that read a paged key cache share with those that write it.
+// The check that calls reading and writing a paged key cache share.
 #pragma once
 
 #include <cstdint>
