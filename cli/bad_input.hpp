@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How bad input is refused: one line that names it, what was expected and what came.
+// Errors about bad input: one line that names the input, what was expected and what was found.
 #pragma once
 
 #include <fmt/format.h>

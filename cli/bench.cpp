@@ -50,14 +50,14 @@ struct Options {
 
 constexpr std::array<std::string_view, 2> kDims{"64", "128"};
 
-// As safetensors files spell them.
+// The names in safetensors files.
 constexpr std::array<std::string_view, 3> kDtypes{"F32", "BF16", "F8_E4M3"};
 
 DType dtype_by_name(std::string_view name) {
   return name == "F32" ? DType::f32 : name == "BF16" ? DType::bf16 : DType::e4m3;
 }
 
-// The first stage of a re-ranked indexer alone: its candidates, as they are ranked.
+// The configuration of an indexer's first stage: it selects the candidates of the re-rank.
 IndexerConfig first_stage(IndexerConfig config) {
   if (config.candidates > 0) {
     config.top_k = config.candidates;
@@ -66,7 +66,7 @@ IndexerConfig first_stage(IndexerConfig config) {
   return config;
 }
 
-// Normal values, encoded.
+// Normally distributed values, encoded as `dtype`.
 std::vector<std::byte> random_values(std::int64_t count, DType dtype, std::mt19937_64& random) {
   std::normal_distribution<float> normal;
   std::vector<std::byte> values(static_cast<std::size_t>(count) * size_of(dtype));
@@ -128,7 +128,7 @@ struct Result {
   Variant variant;
   Timing first_stage;  // routing, scoring and the selection of what is kept for the next stage
   Timing step;
-  Cost cost;  // a query
+  Cost cost;  // per query
 };
 
 Result measure_variant(const Context& context, const Variant& variant, const StepInputs& inputs,
@@ -143,8 +143,8 @@ Result measure_variant(const Context& context, const Variant& variant, const Ste
   return result;
 }
 
-// Selection alone: the top_k of each query's random scores, offered as scoring offers them, a page
-// at a time and a query a thread. None on a backend without such a stage: the reference sorts.
+// Times selection alone: the top_k of random scores, one query per thread, offered one page at a
+// time, as scoring offers them. std::nullopt for a backend without a selector.
 std::optional<Timing> time_selection(const Context& context, const Options& options) {
   const auto tables = cpu::kernels();
   const auto table = std::find_if(tables.begin(), tables.end(), [&](const cpu::Kernels* kernels) {
@@ -161,7 +161,7 @@ std::optional<Timing> time_selection(const Context& context, const Options& opti
   std::vector<std::uint32_t> positions(scores.size());
   std::iota(positions.begin(), positions.end(), 0U);
 
-  // Room for as many again as are kept, as the backend has it.
+  // As in the CPU backends: room for twice the entries that are kept.
   const std::int64_t capacity = 2 * std::int64_t{options.top_k} + 2 * cpu::kSelectorSlack;
   using Entries = std::vector<std::uint64_t>;
   const Threads& threads = context.state().threads;
@@ -170,14 +170,14 @@ std::optional<Timing> time_selection(const Context& context, const Options& opti
   std::vector<Entries> scratch = entries;
   return measure(options.runs, [&] {
     threads.for_each(options.queries, [&](std::int64_t, int thread) {
-      const auto own = static_cast<std::size_t>(thread);
-      cpu::Selector selector{entries[own].data(), 0, capacity, options.top_k, 0};
+      const auto worker = static_cast<std::size_t>(thread);
+      cpu::Selector selector{entries[worker].data(), 0, capacity, options.top_k, 0};
       for (std::int64_t s = 0; s < options.keys; s += kPageSize) {
         const auto valid = static_cast<int>(std::min<std::int64_t>(kPageSize, options.keys - s));
         kernels.offer(&scores[static_cast<std::size_t>(s)], &positions[static_cast<std::size_t>(s)],
-                      valid, selector, scratch[own].data());
+                      valid, selector, scratch[worker].data());
       }
-      kernels.compact(selector, scratch[own].data());
+      kernels.compact(selector, scratch[worker].data());
     });
   });
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that starts on a cache line and is not initialised.
+// Uninitialised memory, aligned to a cache line.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// misa calibrate: one list of heads a layer, for `misa select --router static`.
+// misa calibrate: one list of heads per layer, for `misa select --router static`.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -39,12 +39,12 @@ struct Options {
   bool json = false;
 };
 
-// One trace is one layer.
+// The result for one trace, which is one layer.
 struct Layer {
   std::string file;
   std::string layer;
-  std::vector<double> values;       // [H] the router's value, mean over the rows that see a key
-  std::vector<std::int64_t> heads;  // the h of largest mean, ascending
+  std::vector<double> values;       // [H] mean of the router's value over the rows that see a key
+  std::vector<std::int64_t> heads;  // the h heads of largest mean, ascending
 };
 
 Layer calibrate(const std::string& file, const IndexerConfig& config) {
@@ -97,7 +97,7 @@ void run(const Options& options) {
   IndexerConfig config = IndexerConfig::dsa();
   config.router = router_by_name(options.router);
   config.heads = options.heads;
-  std::optional<OutputFile> file;  // made first: what cannot be written should not be waited for
+  std::optional<OutputFile> file;  // opened first, so that a wrong path fails before the work
   if (!options.output.empty()) {
     require_no_overwrite(options.output, options.files);
     file.emplace(options.output);

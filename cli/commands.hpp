@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The subcommands of the misa program. Each adds itself to the program with its options, its help
-// and the callback that runs it; what goes wrong is thrown.
+// The subcommands of the misa program. Each function adds one subcommand with its options, its help
+// and the callback that runs it, which throws errors.
 #pragma once
 
 #include <CLI/App.hpp>

@@ -27,10 +27,10 @@
 namespace misa::cli {
 namespace {
 
-// 1024 positions are a sixteenth of a context of 16K, as DSA's 2048 are of 32K.
+// 1024 positions are 1/16 of a context of 16K, as DSA's 2048 positions are of 32K.
 constexpr int kTopK = 1024;
 
-// Heads that the routers are asked for where the page shows which they pick: MISA's own number.
+// Heads per query in the page's plot of which heads the routers choose; MISA's default.
 constexpr std::int64_t kHeadUseHeads = 8;
 
 struct Options {
@@ -49,11 +49,11 @@ struct AttentionRow {
   std::vector<float> weights;
 };
 
-// What one trace's selections are held against: DSA's sets and the attention that the file
-// carries, over the rows that see more than top_k keys.
-class Judge {
+// Compares selections on one trace with DSA's selection and with the attention recorded in the
+// file, over the rows that see more than top_k keys.
+class Evaluator {
  public:
-  Judge(const Context& context, const Trace& trace, int top_k)
+  Evaluator(const Context& context, const Trace& trace, int top_k)
       : top_k_(top_k), dense_(select(context, IndexerConfig::dsa(top_k), trace.inputs())) {
     for (std::int64_t t = 0; t < trace.inputs().q.tokens; ++t) {
       if (trace.inputs().visible(t) > top_k) {
@@ -131,14 +131,16 @@ std::vector<int> head_counts(std::int64_t heads) {
   return counts;
 }
 
-// Mean recall against h: MISA, and MISA-R, which can do without routed heads. Needs long rows.
+// Mean recall for each number of heads h: MISA, and MISA-R, which also runs with h = 0. Needs rows
+// that see more than top_k keys.
 std::vector<Curve> recall_by_heads(const Context& context, const StepInputs& inputs,
-                                   const Judge& judge, int top_k) {
+                                   const Evaluator& evaluator, int top_k) {
   Curve misa{"MISA", {}};
   Curve misa_r{"MISA-R", {}};
   const auto add = [&](Curve& curve, const IndexerConfig& config) {
     const Selected selected = select(context, config, inputs);
-    curve.points.push_back({static_cast<double>(config.heads), judge.recall_of(selected)->mean});
+    curve.points.push_back(
+        {static_cast<double>(config.heads), evaluator.recall_of(selected)->mean});
   };
   add(misa_r, IndexerConfig::misa_r(top_k, 0));
   for (const int h : head_counts(inputs.q.heads)) {
@@ -148,7 +150,7 @@ std::vector<Curve> recall_by_heads(const Context& context, const StepInputs& inp
   return {misa, misa_r};
 }
 
-// How often each router picks each head, over the rows that see any key.
+// How often each router chooses each head, over the rows that see any key.
 std::vector<HeadUse> head_use(const Context& context, const StepInputs& inputs, int heads,
                               int top_k) {
   std::vector<HeadUse> use;
@@ -173,13 +175,13 @@ std::vector<HeadUse> head_use(const Context& context, const StepInputs& inputs, 
   return use;
 }
 
-// Seconds a query over prefixes of an eighth, a quarter, a half and all of the context.
+// Seconds per query over prefixes of 1/8, 1/4, 1/2 and all of the context.
 Curve time_by_keys(const Context& context, const StepInputs& inputs, const Variant& variant,
                    int runs) {
   const std::int64_t longest = inputs.shape().max_keys;
   Curve curve{variant.label, {}};
-  for (const std::int64_t part : {8, 4, 2, 1}) {
-    if (const std::int64_t keys = longest / part; keys > 0) {
+  for (const std::int64_t divisor : {8, 4, 2, 1}) {
+    if (const std::int64_t keys = longest / divisor; keys > 0) {
       const Prefix prefix(inputs, keys);
       const Timing step = time_step(context, variant.config, prefix.inputs(), runs).step;
       curve.points.push_back(
@@ -193,14 +195,14 @@ Timing divided(const Timing& timing, double by) {
   return {timing.median / by, timing.fastest / by, timing.slowest / by, timing.runs};
 }
 
-IndexerResult compare_indexer(const Context& context, const StepInputs& inputs, const Judge& judge,
-                              const Variant& variant, int runs) {
+IndexerResult compare_indexer(const Context& context, const StepInputs& inputs,
+                              const Evaluator& evaluator, const Variant& variant, int runs) {
   const Selected selected = select(context, variant.config, inputs);
   const StepTiming timing = time_step(context, variant.config, inputs, runs);
   return {variant.name,
           variant.label,
-          judge.recall_of(selected),
-          judge.attention_of(selected),
+          evaluator.recall_of(selected),
+          evaluator.attention_of(selected),
           divided(timing.step, static_cast<double>(inputs.q.tokens)),
           mean_cost(variant.config, inputs),
           timing.workspace_bytes};
@@ -211,26 +213,26 @@ TraceResult compare_trace(const Context& context, const std::string& file,
                           Progress& progress) {
   const Trace trace(file);
   const StepInputs& inputs = trace.inputs();
-  const Judge judge(context, trace, options.top_k);
+  const Evaluator evaluator(context, trace, options.top_k);
   TraceResult result;
   result.file = file;
   if (const auto model = trace.metadata().find("model"); model != trace.metadata().end()) {
     result.model = model->second;
   }
   result.shape = inputs.shape();
-  result.long_rows = judge.rows();
-  result.attention_bound = judge.attention_bound();
+  result.long_rows = evaluator.rows();
+  result.attention_bound = evaluator.attention_bound();
   for (const Variant& variant : variants) {
     about(variant, [&] {
-      result.indexers.push_back(compare_indexer(context, inputs, judge, variant, options.runs));
+      result.indexers.push_back(compare_indexer(context, inputs, evaluator, variant, options.runs));
     });
     progress.add(1);
   }
-  if (!options.html.empty() && judge.rows() > 0) {
+  if (!options.html.empty() && evaluator.rows() > 0) {
     const int heads = static_cast<int>(std::min(kHeadUseHeads, inputs.q.heads));
     result.sweeps = {heads,
                      head_use(context, inputs, heads, options.top_k),
-                     recall_by_heads(context, inputs, judge, options.top_k),
+                     recall_by_heads(context, inputs, evaluator, options.top_k),
                      {}};
     for (const Variant& variant : variants) {
       result.sweeps->time_by_keys.push_back(time_by_keys(context, inputs, variant, options.runs));
@@ -240,7 +242,7 @@ TraceResult compare_trace(const Context& context, const std::string& file,
   return result;
 }
 
-// The processor's name as Linux tells it; elsewhere that it is not known.
+// The processor's name from /proc/cpuinfo.
 std::string processor() {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);) {
@@ -278,7 +280,7 @@ Comparison compare(const Options& options) {
 }
 
 void run(const Options& options) {
-  std::optional<OutputFile> page;  // made first: what cannot be written should not be waited for
+  std::optional<OutputFile> page;  // opened first, so that a wrong path fails before the work
   if (!options.html.empty()) {
     require_no_overwrite(options.html, options.files);
     page.emplace(options.html);

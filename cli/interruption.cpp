@@ -12,10 +12,10 @@
 namespace misa::cli {
 namespace {
 
-// A signal handler can reach nothing else.
+// Global, because a signal handler can access nothing else.
 std::atomic_flag locked;
-std::array<char, PATH_MAX> name;  // of the file; empty: none
-std::array<bool, _NSIG> handled;  // by us, for the interruption that lives
+std::array<char, PATH_MAX> name;  // of the file to remove; empty: none
+std::array<bool, _NSIG> handled;  // the signals that the current Interruption handles
 
 void lock() {
   while (locked.test_and_set(std::memory_order_acquire)) {
@@ -25,14 +25,14 @@ void lock() {
 
 void unlock() { locked.clear(std::memory_order_release); }
 
-// Never unlocks, so that no thread makes or renames the file before the process ends.
+// Never unlocks, so that no thread creates or renames the file before the process ends.
 extern "C" void remove_and_end(int signal) {
   lock();
   if (name.front() != '\0') {
     ::unlink(name.data());
   }
   std::signal(signal, SIG_DFL);
-  std::raise(signal);  // blocked until this returns
+  std::raise(signal);  // delivered when this handler returns
 }
 
 bool is_default(int signal) {
@@ -41,7 +41,7 @@ bool is_default(int signal) {
          now.sa_handler == SIG_DFL;
 }
 
-// Whether the process goes on when it gets this signal and does nothing about it.
+// Whether the default action of this signal does not end the process.
 bool is_harmless(int signal) {
   switch (signal) {
     case SIGCHLD:
@@ -60,9 +60,9 @@ bool is_harmless(int signal) {
 Interruption::Interruption() {
   struct sigaction action {};
   action.sa_handler = remove_and_end;
-  sigfillset(&action.sa_mask);  // a second one could not get the lock
+  sigfillset(&action.sa_mask);  // the handler of a second signal would wait for the lock
   for (int signal = 1; signal < _NSIG; ++signal) {
-    // Fails for those that cannot be handled.
+    // Fails for signals that cannot be handled.
     handled[signal] =
         !is_harmless(signal) && is_default(signal) && ::sigaction(signal, &action, nullptr) == 0;
   }
@@ -80,7 +80,7 @@ Interruption::~Interruption() {
 Interruption::Section::Section() {
   sigset_t all;
   sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &blocked_before_);  // a handler in this thread would wait
+  ::pthread_sigmask(SIG_SETMASK, &all, &blocked_before_);  // a handler would wait for the lock
   lock();
 }
 

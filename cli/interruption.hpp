@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is removed if a signal ends the process.
+// Removes an unfinished file if a signal ends the process.
 #pragma once
 
 #include <csignal>
@@ -7,17 +7,17 @@
 
 namespace misa::cli {
 
-// While it lives, signals that would end the process first remove the file that is remembered, then
-// end it as they would have. Those that are ignored or handled are left alone. One at a time.
+// While an instance exists, a signal that would end the process removes the remembered file first.
+// Signals that are ignored or already handled are not changed. At most one instance may exist.
 class Interruption {
  public:
   Interruption();
-  ~Interruption();  // forgets the file and leaves signals as they were
+  ~Interruption();  // forgets the file and restores the signals
   Interruption(const Interruption&) = delete;
   Interruption& operator=(const Interruption&) = delete;
 
-  // No signal removes anything while a section lives: what is done to the file, and what is
-  // remembered of it, are one step.
+  // While a section exists, signals wait, so that a change of the file and of the remembered name
+  // is one step for them.
   class Section {
    public:
     Section();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The misa program. Exit code 0: done; 2: what the user gave is wrong, told in one line on stderr;
-// 1: a defect of the program. What was given includes the machine's limits and stdout: one that is
-// closed, full or a pipe that nobody reads is an error like a full disk. Where stderr cannot be
-// written the line is lost and the code stays.
+// The misa program. Exit code 0: success; 2: a user error, reported in one line on stderr; 1: a
+// defect of the program. The machine's limits and a stdout that cannot be written (closed, full, or
+// a pipe without a reader) count as user errors, like a full disk. If stderr cannot be written, the
+// line is lost and the exit code stays.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -31,11 +31,11 @@ using misa::ErrorCode;
 constexpr int kInternal = 1;
 constexpr int kUserError = 2;
 
-// Called where an exception has been caught and none may follow.
+// Called from exception handlers, so it must not throw.
 int fail(int code, std::string_view message) noexcept {
   try {
     misa::cli::write_err(fmt::format("misa: {}\n", misa::cli::one_line(message)));
-  } catch (const std::exception&) {  // the message is lost, as where stderr is closed
+  } catch (const std::exception&) {  // the message is lost, as when stderr is closed
   }
   return code;
 }
@@ -92,8 +92,8 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   misa::cli::hold_standard_descriptors();
-  // A file that grows beyond its limit and a pipe that nobody reads are then errors of write, told
-  // like a full disk.
+  // Writes beyond the file size limit or to a pipe without a reader then fail with an error, as on
+  // a full disk.
   std::signal(SIGXFSZ, SIG_IGN);
   std::signal(SIGPIPE, SIG_IGN);
   try {

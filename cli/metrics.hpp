@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a selection is worth and what it costs: recall, attention mass and time.
+// Quality and cost of a selection: recall, attention mass and time.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ double best_attention_mass(std::span<const float> attention, std::int64_t top_k)
 // The p quantile (0 <= p <= 1) of at least one value, linear between order statistics.
 double quantile(std::vector<double> values, double p);
 
-// A figure over rows.
+// A measure over rows.
 struct Summary {
   double mean;
   double low;  // 5 % quantile
@@ -33,7 +33,7 @@ Summary summarize(const std::vector<double>& values);
 
 double mean(std::span<const double> values);
 
-// Seconds a run takes.
+// Seconds per run.
 struct Timing {
   double median = 0;
   double fastest = 0;
@@ -41,7 +41,7 @@ struct Timing {
   int runs = 0;
 };
 
-// Times `runs` runs after one that is not counted, which touches the memory for the first time.
+// Times `runs` runs after an untimed one, which touches the memory for the first time.
 Timing measure(int runs, const std::function<void()>& run);
 
 }  // namespace misa::cli

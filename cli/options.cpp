@@ -15,8 +15,8 @@
 namespace misa::cli {
 namespace {
 
-// Bytes of the character that the text begins with if that is a control character, breaks the line
-// or turns the direction of what follows, as UTF-8; otherwise 0.
+// The size in bytes of the text's first UTF-8 character if that is a control character, breaks the
+// line or changes the text's direction; otherwise 0.
 std::size_t control_bytes(std::string_view text) {
   const auto at = [&](std::size_t i) {
     return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U;

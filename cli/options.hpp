@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the subcommands have in common.
+// Options and output that the subcommands share.
 #pragma once
 
 #include <CLI/App.hpp>
@@ -24,14 +24,14 @@ Context make_context(const RunOptions& options);
 // --json
 void add_json_option(CLI::App& command, bool& json);
 
-// Accepts whole numbers from least to most, the largest int if it is left out.
+// Accepts whole numbers from least to most, which is the largest int by default.
 CLI::Validator whole_number(std::int64_t least, std::int64_t most);
 CLI::Validator whole_number(std::int64_t least);
 
 // Accepts these words.
 CLI::Validator one_of(std::span<const std::string_view> words);
 
-// To stdout. A json converts to an ordered_json, which keeps its members as they were added.
+// Prints to stdout. An ordered_json keeps its members in the order in which they were added.
 void print_json(const nlohmann::ordered_json& json);
 
 // The same text with control characters escaped.

@@ -23,7 +23,7 @@ std::string error_text(int error) { return std::generic_category().message(error
 }  // namespace
 
 OutputFile::OutputFile(std::string path) : path_(std::move(path)), target_(path_) {
-  std::error_code ignored;  // what is wrong with the folder shows when the file is made
+  std::error_code ignored;  // an error of the folder shows when the file is created
   if (fs::path(path_).filename().empty()) {
     fail("expected a file name");
   }
@@ -34,7 +34,7 @@ OutputFile::OutputFile(std::string path) : path_(std::move(path)), target_(path_
     if (::access(path_.c_str(), W_OK) != 0) {
       fail(error_text(errno));
     }
-    target_ = fs::canonical(path_);  // of a link, the file that it points to
+    target_ = fs::canonical(path_);  // for a link, the file that it points to
   }
   const fs::path folder = fs::path(target_).parent_path();
   for (int attempt = 0; descriptor_ < 0; ++attempt) {
@@ -42,7 +42,7 @@ OutputFile::OutputFile(std::string path) : path_(std::move(path)), target_(path_
     Interruption::Section section;
     descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (descriptor_ >= 0) {
-      section.remember(temporary_);  // shorter than PATH_MAX, or open had refused it
+      section.remember(temporary_);  // shorter than PATH_MAX, as open succeeded
     } else if (errno != EEXIST) {
       fail(error_text(errno));
     }

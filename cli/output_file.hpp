@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A file that appears under its name whole or not at all.
+// An output file that appears under its name complete or not at all.
 #pragma once
 
 #include <cstddef>
@@ -11,23 +11,23 @@
 
 namespace misa::cli {
 
-// Written under another name in the same folder, which is removed if commit is not reached, also
-// when a signal ends the process that a handler can catch. One at a time.
+// Writes to a temporary file in the same folder, which is removed if commit is not called, also
+// when the process ends by a signal that can be handled. At most one instance may exist.
 class OutputFile {
  public:
-  // Throws Error if a file of this name cannot be made.
+  // Throws Error if a file of this name cannot be created.
   explicit OutputFile(std::string path);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
 
-  // Sets aside what the whole file takes, so that a disk without room is told of before the work,
-  // where the file system can.
+  // Reserves space for the whole file, if the file system can, so that a full disk is reported
+  // before the work.
   void reserve(std::uint64_t bytes);
 
   void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
 
-  // Brings the bytes to the disk and gives the file its name.
+  // Syncs the file to disk and renames it to its final name.
   void commit();
 
  private:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How far long work has come, on stderr if that is a terminal.
+// A line on stderr that shows the progress of long work, if stderr is a terminal.
 #pragma once
 
 #include <chrono>

@@ -188,7 +188,7 @@ std::string to_text(const Comparison& comparison) {
 std::string to_html(const Comparison& comparison) {
   // Names of files need not be UTF-8.
   std::string data = to_json(comparison).dump(-1, ' ', false, json::error_handler_t::replace);
-  // In a script element "<" may begin its end tag or a comment, whatever it stands in.
+  // In a script element "<" may begin the end tag or a comment, even inside a string.
   for (std::size_t at = data.find('<'); at != std::string::npos; at = data.find('<', at)) {
     data.replace(at, 1, "\\u003c");
   }

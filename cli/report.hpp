@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What `compare` found, and the three ways it is told: a table, JSON, a page.
+// The results of `compare` and their three formats: table, JSON, HTML page.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@
 
 namespace misa::cli {
 
-// Share of attention that the selected positions hold: of all of it, and of what DSA's hold.
+// Attention on the selected positions, as a share of all attention and of that on DSA's selection.
 struct AttentionKept {
   double absolute;
   double of_dsa;
@@ -24,10 +24,10 @@ struct AttentionKept {
 struct IndexerResult {
   std::string name;
   std::string label;
-  std::optional<Summary> recall;  // of DSA's set; none where every row is short
+  std::optional<Summary> recall;  // of DSA's set; none if no row sees more than top_k keys
   std::optional<AttentionKept> attention;
-  Timing query;  // seconds a query
-  Cost cost;     // a query
+  Timing query;  // seconds per query
+  Cost cost;     // per query
   std::size_t workspace_bytes = 0;
 };
 
@@ -41,23 +41,23 @@ struct Curve {
   std::vector<Point> points;
 };
 
-// How often a router picks each head: shares of rows, [H].
+// How often a router chooses each head, as shares of the rows, [H].
 struct HeadUse {
   std::string router;
   std::vector<double> share;
 };
 
-// What only the page draws.
+// What only the HTML page shows.
 struct Sweeps {
-  int head_use_heads = 0;  // h that the head use is counted at
+  int head_use_heads = 0;  // h of head_use
   std::vector<HeadUse> head_use;
   std::vector<Curve> recall_by_heads;  // x: h
-  std::vector<Curve> time_by_keys;     // x: keys that a query sees; y: seconds a query
+  std::vector<Curve> time_by_keys;     // x: keys that a query sees; y: seconds per query
 };
 
 struct TraceResult {
   std::string file;
-  std::string model;  // what the file says of its model; may be empty
+  std::string model;  // from the file's metadata; may be empty
   Shape shape;
   std::int64_t long_rows = 0;             // rows of n > top_k; the others select everything
   std::optional<double> attention_bound;  // the most attention that top_k positions can hold
@@ -78,10 +78,10 @@ struct Comparison {
 
 nlohmann::ordered_json to_json(const Comparison& comparison);
 
-// A table a trace, for a terminal.
+// One table per trace, for a terminal.
 std::string to_text(const Comparison& comparison);
 
-// One file that needs nothing else to be viewed.
+// An HTML page that needs no other file.
 std::string to_html(const Comparison& comparison);
 
 }  // namespace misa::cli

@@ -24,13 +24,13 @@ namespace {
 
 using nlohmann::json;
 
-// The format's own bound on the header.
+// The format's limit on the header.
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;
 constexpr std::uint64_t kLengthBytes = 8;
 
 struct Dtype {
   std::string_view name;
-  std::uint64_t bits;  // of an element; elements are packed
+  std::uint64_t bits;  // per element; elements are packed
 };
 constexpr Dtype kDtypes[] = {{"BOOL", 8},    {"F4", 4},          {"F6_E2M3", 6},     {"F6_E3M2", 6},
                              {"U8", 8},      {"I8", 8},          {"F8_E5M2", 8},     {"F8_E4M3", 8},
@@ -39,7 +39,7 @@ constexpr Dtype kDtypes[] = {{"BOOL", 8},    {"F4", 4},          {"F6_E2M3", 6},
                              {"U32", 32},    {"F32", 32},        {"C64", 64},        {"F64", 64},
                              {"I64", 64},    {"U64", 64}};
 
-// Bits of an element; 0 for a name that is none.
+// Bits per element; 0 for an unknown name.
 std::uint64_t dtype_bits(std::string_view name) {
   for (const Dtype& dtype : kDtypes) {
     if (dtype.name == name) {
@@ -52,8 +52,8 @@ std::uint64_t dtype_bits(std::string_view name) {
 constexpr std::string_view kMetadata = "__metadata__";
 constexpr std::array<std::string_view, 3> kMembers{"dtype", "shape", "data_offsets"};
 
-// Refuses what could not be seen in the parsed header, a name of a tensor or of its members that
-// comes twice, and nesting so deep that it is meant to harm.
+// Refuses excessive nesting, and repeated names of tensors or of their members, which the parsed
+// header would no longer show.
 class HeaderGuard : public nlohmann::json_sax<json> {
  public:
   bool null() override { return true; }
@@ -87,7 +87,7 @@ class HeaderGuard : public nlohmann::json_sax<json> {
 
  private:
   bool open() {
-    constexpr int kDeepest = 127;  // as the format's own reader has it
+    constexpr int kDeepest = 127;  // the limit of the format's own reader
     if (++depth_ > kDeepest) {
       fail("header: expected nesting of {} levels at most, got more", kDeepest);
     }
@@ -115,7 +115,7 @@ json parse_header(const std::string& text) {
   if (text.empty() || text.front() != '{') {
     fail("header: expected a JSON object that starts with '{{'");
   }
-  // The parser would take it for the end.
+  // The parser would read a zero byte as the end of the text.
   if (text.find('\0') != std::string::npos) {
     fail("header: expected a JSON object, got a zero byte");
   }
@@ -191,7 +191,7 @@ Metadata parse_metadata(const json& entry) {
   return metadata;
 }
 
-// That the tensors, in the order of their data, cover it exactly.
+// Checks that the tensors, sorted by offset, cover the data exactly.
 void check_cover(const std::vector<TensorInfo>& tensors, std::uint64_t data_bytes) {
   std::uint64_t end = 0;
   for (const TensorInfo& tensor : tensors) {
@@ -211,7 +211,7 @@ void check_cover(const std::vector<TensorInfo>& tensors, std::uint64_t data_byte
 }
 
 int open_file(const std::string& path) {
-  // Not blocking, so that a pipe is refused instead of waited for.
+  // O_NONBLOCK, so that opening a pipe does not wait; it is refused later.
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor < 0) {
     throw Error(ErrorCode::io, fmt::format("{}: cannot be read: {}", path,
@@ -232,7 +232,7 @@ TensorInfo tensor_info(std::string name, std::string dtype, std::vector<std::int
   for (const std::int64_t size : shape) {
     overflow |= __builtin_mul_overflow(elements, static_cast<std::uint64_t>(size), &elements);
   }
-  // Eight elements take as many bytes as one takes bits.
+  // Eight elements have as many bytes as one element has bits.
   const std::uint64_t bits = dtype_bits(dtype);
   const std::uint64_t rest = elements % 8 * bits;
   std::uint64_t bytes = 0;
@@ -292,7 +292,7 @@ void SafetensorsReader::read_header() {
       tensors_.push_back(parse_tensor(name, entry));
     }
   }
-  // Of two that start at one place, the empty one comes first.
+  // Of two tensors with the same offset, the empty one comes first.
   std::sort(tensors_.begin(), tensors_.end(), [](const TensorInfo& a, const TensorInfo& b) {
     return std::pair(a.offset, a.bytes) < std::pair(b.offset, b.bytes);
   });
@@ -331,7 +331,7 @@ void SafetensorsReader::read_at(std::uint64_t offset, std::span<std::byte> out) 
 SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<TensorInfo> tensors,
                                      const Metadata& metadata)
     : file_(path) {
-  // The largest elements first, so that each tensor is aligned to its own.
+  // The largest element types first, so that every tensor is aligned to its element size.
   std::stable_sort(tensors.begin(), tensors.end(), [](const TensorInfo& a, const TensorInfo& b) {
     return dtype_bits(a.dtype) > dtype_bits(b.dtype);
   });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reading and writing safetensors files: an 8-byte header length, a JSON header that names each
 // tensor's dtype, shape and place, then the tensors' bytes. Members of a tensor's entry that the
-// format does not know are passed over.
+// format does not define are ignored.
 #pragma once
 
 #include <cstddef>
@@ -25,12 +25,12 @@ struct TensorInfo {
   std::uint64_t bytes = 0;
 };
 
-// A tensor that is to be written; its offset follows when the file is laid out.
+// A tensor to be written; the writer sets its offset.
 TensorInfo tensor_info(std::string name, std::string dtype, std::vector<std::int64_t> shape);
 
 using Metadata = std::map<std::string, std::string>;
 
-// "F32 [54, 64]", as messages and listings show a tensor.
+// "F32 [54, 64]", the form of a tensor in messages and listings.
 std::string describe(std::string_view dtype, std::span<const std::int64_t> shape);
 
 // A file whose header has been checked: every dtype is known, and the tensors cover the file's
@@ -48,7 +48,7 @@ class SafetensorsReader {
   [[nodiscard]] const Metadata& metadata() const { return metadata_; }
   [[nodiscard]] std::uint64_t file_bytes() const { return file_bytes_; }
 
-  // A copy of a tensor's bytes, wherever they stand in the file.
+  // A copy of a tensor's bytes, aligned even if they are not aligned in the file.
   [[nodiscard]] Buffer read(const TensorInfo& tensor) const;
 
  private:
@@ -64,17 +64,17 @@ class SafetensorsReader {
   Metadata metadata_;
 };
 
-// A file that is written tensor by tensor and piece by piece, and appears whole or not at all.
+// Writes each tensor in one or more appends. The file appears complete or not at all.
 class SafetensorsWriter {
  public:
-  // Throws Error if the file cannot be made.
+  // Throws Error if the file cannot be created.
   SafetensorsWriter(const std::string& path, std::vector<TensorInfo> tensors,
                     const Metadata& metadata);
 
   // Adds the next bytes of a tensor.
   void append(std::string_view name, std::span<const std::byte> bytes);
 
-  // To be called when every tensor is complete.
+  // Must be called after every tensor is complete.
   void commit() { file_.commit(); }
 
   [[nodiscard]] std::uint64_t file_bytes() const { return file_bytes_; }

@@ -36,7 +36,7 @@ struct Options {
   std::string output;
   std::string indexer = "dsa";
   int top_k = IndexerConfig().top_k;
-  // What an indexer may lack, and has a default of its own for.
+  // Options that only some indexers have, with defaults that depend on the indexer.
   std::optional<int> heads;
   std::optional<int> block;
   std::optional<int> candidates;
@@ -51,8 +51,7 @@ struct Options {
   RunOptions run;
 };
 
-// The indexer of that name with the options that were given. One that it would have to ignore is
-// refused.
+// The named indexer with the given options. An option that the indexer would ignore is refused.
 IndexerConfig config_from(const Options& options) {
   IndexerConfig config = indexer_by_name(options.indexer, options.top_k);
   config.ordered = options.ordered;
@@ -99,7 +98,7 @@ IndexerConfig config_from(const Options& options) {
   return config;
 }
 
-// The queries [first, first + count) of the inputs; of paged ones whole sequences.
+// The queries [first, first + count) of the inputs; with paged keys, whole sequences.
 StepInputs rows_of(const StepInputs& all, std::int64_t first, std::int64_t count) {
   StepInputs rows = all;
   const std::int64_t values = first * all.q.heads * all.q.dim;
@@ -119,8 +118,8 @@ StepInputs rows_of(const StepInputs& all, std::int64_t first, std::int64_t count
   return rows;
 }
 
-// Queries that are selected for and written at a time: enough to feed every thread, few enough that
-// progress shows and the results need little memory.
+// Queries in one run of the plan: enough to occupy every thread, few enough to show progress and to
+// keep the results small.
 std::int64_t rows_at_a_time(const StepInputs& inputs, int top_k) {
   constexpr std::int64_t kRows = 256;
   constexpr std::int64_t kBytes = std::int64_t{64} << 20;
@@ -131,7 +130,7 @@ std::int64_t rows_at_a_time(const StepInputs& inputs, int top_k) {
   return std::max<std::int64_t>(1, rows / least) * least;
 }
 
-// The arrays of a chunk of results, and the file that they are added to.
+// The result arrays of one chunk, and the file to which they are appended.
 class Output {
  public:
   Output(const std::string& path, const IndexerConfig& config, const StepInputs& inputs,
@@ -146,7 +145,7 @@ class Output {
     residual_.resize(config.residual ? chunk_rows * dim_ : 0);
   }
 
-  // The arrays for as many rows.
+  // The first `count` rows of the arrays.
   [[nodiscard]] Selection rows(std::int64_t count) {
     return {first(indices_, count * top_k_), first(scores_, count * top_k_),
             first(head_list_, count * heads_), first(residual_, count * dim_)};
@@ -179,7 +178,7 @@ class Output {
     return list;
   }
 
-  // An array that is not wanted is empty.
+  // An output that was not requested stays empty.
   template <class T>
   static std::span<T> first(std::vector<T>& array, std::int64_t count) {
     return std::span(array).first(std::min(array.size(), static_cast<std::size_t>(count)));
@@ -231,7 +230,7 @@ void report(const Options& options, const Context& context, const Plan& plan,
               {"out_bytes", bytes}});
 }
 
-// Selects chunk by chunk; returns the seconds that the plan ran.
+// Selects chunk by chunk; returns the seconds spent in the plan.
 double select_into(Output& output, const Plan& plan, const StepInputs& inputs) {
   const Buffer workspace(plan.workspace_bytes());
   const std::int64_t total = inputs.q.tokens;
@@ -266,7 +265,7 @@ void run(const Options& options) {
   report(options, context, plan, inputs, seconds, output.bytes());
 }
 
-// A number that is kept only if it is given.
+// Adds an option for a number that stays empty if it is not given.
 template <class T>
 void add_number(CLI::App& command, const std::string& name, std::optional<T>& value, int least,
                 const std::string& help) {
@@ -333,7 +332,7 @@ void add_select(CLI::App& app) {
                    "How heads are chosen: pooled, nonlinearity, dispersion, self, qnorm, weight or "
                    "static (misa, misa-dagger: pooled, misa-r, auto: nonlinearity, hisa: none)")
       ->type_name("NAME")
-      ->check(one_of(router_names().subspan(1)));  // without `all`, which routes nothing
+      ->check(one_of(router_names().subspan(1)));  // without `all`, which does not route
   add_number(*command, "--block", options->block, 1,
              "Keys in a block of the pooled router, a multiple of 64 (1024)");
   command

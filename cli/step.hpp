@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One step of an indexer over the tensors of a file or of memory: run, or timed.
+// Runs or times one step of an indexer over tensors in memory.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +23,8 @@ struct StepInputs {
   [[nodiscard]] Shape shape() const;
 };
 
-// The same step over prefixes: a query sees at most the first `keys` of its context. Owns what
-// differs and refers to the inputs for the rest.
+// The inputs of the same step with shorter contexts: a query sees at most the first `keys` keys.
+// Owns the lengths and refers to the original inputs for the rest.
 class Prefix {
  public:
   Prefix(const StepInputs& inputs, std::int64_t keys);
@@ -45,11 +45,11 @@ struct StepTiming {
   std::size_t workspace_bytes;
 };
 
-// Times the step with its plan and memory made beforehand, as a server would run it.
+// Times the step without the creation of its plan and memory, which a server does once.
 StepTiming time_step(const Context& context, const IndexerConfig& config, const StepInputs& inputs,
                      int runs);
 
-// What the step's queries cost on average.
+// The mean cost of the step's queries.
 Cost mean_cost(const IndexerConfig& config, const StepInputs& inputs);
 
 }  // namespace misa::cli

@@ -23,7 +23,7 @@ namespace {
 void hold_standard_descriptors() {
   for (const int descriptor : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
     if (::fcntl(descriptor, F_GETFD) < 0) {
-      // Gets the lowest free number, which is this one. A folder is there on every machine, and
+      // open returns the lowest free number, which is this one. The root folder always exists and
       // can neither be read nor written.
       (void)::open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     }

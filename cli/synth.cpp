@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// misa synth: traces of any size, made up. Everything is a function of the seed and of where a
-// value stands, so that values are written as they are made and both layouts hold the same ones.
+// misa synth: synthetic traces of any size. A value depends only on the seed and its place in the
+// trace, so that values are written as they are generated and both layouts have the same ones.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -42,26 +42,27 @@ struct Options {
   std::string layout = "ragged";
   std::string dtype = "BF16";
   std::int64_t sequences = 1;
-  std::int64_t queries = 64;  // a sequence
-  std::int64_t keys = 16384;  // a sequence
+  std::int64_t queries = 64;  // per sequence
+  std::int64_t keys = 16384;  // per sequence
   std::int64_t heads = 64;
   std::int64_t dim = 128;
   std::uint64_t seed = 1;
   bool json = false;
 };
 
-// Structured traces. Every key has nearly the same component along one direction. The first half of
-// the heads look along it, so that each adds nearly the same to every score. The others look
-// against it and are silent, but for one in kSeekers of them a query: those fire on its needles.
-constexpr float kShared = 8;      // that component, in standard deviations of the others
-constexpr float kSpread = 0.1F;   // and its own deviation
-constexpr float kAgainst = 0.5F;  // -4 for a silent head, whose deviation is about 1
-constexpr float kNeedle = 8;      // brings the heads that seek it to +4
+// Structured traces. Every key has nearly the same component along one direction. The queries of
+// the first half of the heads point along it, so that each head adds nearly the same to every
+// score. Those of the other heads point against it, so that their ReLU gives 0, except for one head
+// in kSeekers per query: it also points at needles, and its ReLU is positive for those alone.
+constexpr float kShared = 8;      // mean of that component, in standard deviations of the others
+constexpr float kSpread = 0.1F;   // its standard deviation
+constexpr float kAgainst = 0.5F;  // q . k is -4 on average, with a deviation of about 1
+constexpr float kNeedle = 8;      // raises q . k to +4 for a needle
 constexpr std::int64_t kNeedleKinds = 8;
 constexpr std::int64_t kKeysANeedle = 64;
 constexpr std::int64_t kSeekers = 8;
 
-// What a stream of random numbers is for.
+// What random numbers are used for.
 enum class Stream : std::uint32_t { directions, queries, weights, keys, pages };
 
 // The generator of one row of one stream.
@@ -136,7 +137,7 @@ class Source {
     }
   }
 
-  // One key, [D]; s counts through all sequences.
+  // One key, [D]; s counts over all sequences.
   void key(std::int64_t s, std::span<float> out) const {
     auto random = generator(seed_, Stream::keys, s);
     fill_normal(out, random);
@@ -180,12 +181,12 @@ void encode(std::span<const float> values, std::string_view dtype, std::vector<s
   }
 }
 
-// Keys of e4m3 with their scale: of a page or of one token.
+// Quantises a key to e4m3; returns its scale.
 float quantize_to(std::span<const float> key, std::byte* out) {
   return quantize(key, ScaleFormat::f32, {reinterpret_cast<std::uint8_t*>(out), key.size()});
 }
 
-// The file that is written, and what its parts have in common.
+// The output file, and what writing its tensors has in common.
 class Synthesis {
  public:
   explicit Synthesis(const Options& options)
@@ -274,7 +275,7 @@ class Synthesis {
     }
   }
 
-  // Physical pages are shuffled, as those of a server in use are.
+  // Physical pages are shuffled, as in a server after some use.
   void write_pages() {
     const std::int64_t count = options_.sequences * pages_;
     std::vector<std::int32_t> logical(static_cast<std::size_t>(count));  // of each physical page
@@ -311,7 +312,7 @@ class Synthesis {
 
   const Options& options_;
   Source source_;
-  std::int64_t pages_;  // a sequence
+  std::int64_t pages_;  // per sequence
   SafetensorsWriter file_;
   Progress progress_;
 };

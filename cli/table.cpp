@@ -11,7 +11,7 @@ namespace misa::cli {
 
 std::string aligned(const std::vector<Cells>& rows) {
   std::vector<std::size_t> widths(rows.front().size());
-  // Code points, as fmt's own padding counts them: no cell holds a wide or combining character.
+  // In code points, as in fmt's padding: no cell has a wide or combining character.
   const auto width = [](std::string_view text) {
     return static_cast<std::size_t>(
         std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; }));

@@ -9,8 +9,8 @@ namespace misa::cli {
 
 using Cells = std::vector<std::string>;
 
-// At least one row, all of as many cells. Columns are as wide as their widest cell; the first is
-// set to the left, the others to the right.
+// Formats one or more rows with equal numbers of cells. The first column is aligned to the left,
+// the others to the right.
 std::string aligned(const std::vector<Cells>& rows);
 
 }  // namespace misa::cli

@@ -22,8 +22,8 @@ constexpr std::int64_t kAttentionRows = 32;
 
 using Names = std::vector<std::string_view>;
 
-// That what is required is there, and nothing of the other layout: the file would not say which of
-// the two it means. Other tensors are none of ours.
+// Checks that the required tensors are present and that those of the other layout are absent, as
+// both together would be ambiguous. Any other tensor is ignored.
 void check_names(const SafetensorsReader& file, const Names& required, const Names& other,
                  std::string_view layout) {
   for (const std::string_view name : other) {
@@ -37,7 +37,7 @@ void check_names(const SafetensorsReader& file, const Names& required, const Nam
   }
 }
 
-// An element type of queries and keys.
+// The element type of queries or keys.
 DType value_type(const TensorInfo& tensor) {
   if (tensor.dtype == "F32") {
     return DType::f32;
@@ -53,7 +53,7 @@ DType value_type(const TensorInfo& tensor) {
 // The end of a row that sees nothing.
 constexpr std::int64_t kEmpty = 0;
 
-// A size that a tensor is free to choose.
+// A size that may have any value.
 constexpr std::int64_t kAny = -1;
 
 // `symbols` names the sizes, as in "[T, H]".

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The input of the indexers as a file holds it.
+// The input of the indexers, read from a file.
 #pragma once
 
 #include <cstdint>
@@ -17,27 +17,27 @@ namespace misa::cli {
 // `inputs` returns is valid input of the library. docs/formats.md says what a file holds.
 class Trace {
  public:
-  // Throws Error, naming the file and the tensor, what was expected and what came.
+  // Throws Error, which names the file and the tensor, what was expected and what was found.
   explicit Trace(const std::string& path);
   Trace(const Trace&) = delete;
   Trace& operator=(const Trace&) = delete;
 
   [[nodiscard]] const std::string& path() const { return path_; }
-  // What the file name says after "layer", e.g. 3 of trace_layer3.safetensors; the whole name
-  // without its suffix if it does not say.
+  // The number after "layer" in the file name, e.g. 3 for trace_layer3.safetensors; the file name
+  // without its suffix if there is none.
   [[nodiscard]] std::string layer() const;
   [[nodiscard]] const Metadata& metadata() const { return metadata_; }
 
   [[nodiscard]] const StepInputs& inputs() const { return inputs_; }
 
-  // Whether the file carries the model's own attention for query t, and that attention over the
+  // Whether the file has the model's own attention for query t, and that attention over the
   // positions that t sees.
   [[nodiscard]] bool has_attention(std::int64_t t) const;
   [[nodiscard]] std::vector<float> attention(std::int64_t t) const;
 
  private:
   const Buffer& read(const SafetensorsReader& file, const TensorInfo& tensor);
-  // `rows` names the dimensions of q and w that make T: "T" or "B, next_n".
+  // `rows` names the dimensions of q and w that are flattened to T: "T" or "B, next_n".
   void read_queries(const SafetensorsReader& file, std::string_view rows);
   void read_ragged(const SafetensorsReader& file);
   void read_paged(const SafetensorsReader& file);
@@ -45,7 +45,7 @@ class Trace {
   std::string path_;
   Metadata metadata_;
   std::vector<Buffer> data_;
-  std::vector<std::int32_t> starts_;  // ks and ke where the file leaves them out
+  std::vector<std::int32_t> starts_;  // ks and ke if the file does not have them
   std::vector<std::int32_t> ends_;
   StepInputs inputs_;
   std::span<const std::uint16_t> attention_;  // [32, L] bf16; empty if there is none

@@ -17,8 +17,8 @@ namespace {
               fmt::format("--indexers {}: expected {}, got '{}'", text, expected, got));
 }
 
-// The text up to the next colon, taken off the front.
-std::string_view take(std::string_view& rest) {
+// Removes the text up to the next colon from the front of `rest` and returns it.
+std::string_view pop_front_part(std::string_view& rest) {
   const std::size_t end = std::min(rest.find(':'), rest.size());
   const std::string_view part = rest.substr(0, end);
   rest.remove_prefix(std::min(end + 1, rest.size()));
@@ -36,7 +36,7 @@ int number(std::string_view text, std::string_view value, int unit = 1) {
   return static_cast<int>(result);
 }
 
-// A number, of top_k's if it ends with k.
+// A number, or a multiple of top_k if it ends with k.
 int multiple(std::string_view text, std::string_view value, int top_k) {
   return value.ends_with('k') ? number(text, value.substr(0, value.size() - 1), top_k)
                               : number(text, value);
@@ -70,10 +70,10 @@ std::string label_of(std::string_view name, const IndexerConfig& config) {
 
 Variant parse_variant(std::string_view text, int top_k) {
   std::string_view rest = text;
-  const std::string_view name = take(rest);
+  const std::string_view name = pop_front_part(rest);
   IndexerConfig config = indexer_by_name(name, top_k);
   while (!rest.empty()) {
-    const std::string_view setting = take(rest);
+    const std::string_view setting = pop_front_part(rest);
     const std::size_t equals = std::min(setting.find('='), setting.size());
     const std::string_view key = setting.substr(0, equals);
     const std::string_view value = setting.substr(std::min(equals + 1, setting.size()));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Indexers as `compare` and `bench` are told them: a name and what differs from its published
-// setting, e.g. misa-r:h=3:m=2k.
+// Indexers in the arguments of `compare` and `bench`: a name and the settings that differ from the
+// published ones, e.g. misa-r:h=3:m=2k.
 #pragma once
 
 #include <fmt/format.h>
@@ -26,10 +26,10 @@ inline constexpr std::string_view kVariantHelp =
     "misa, misa-dagger, misa-r, hisa or auto; m=2k means twice top-k; a query of at most WORK "
     "heads x keys is dsa's";
 
-// Throws Error on a name, a setting or a value that is none.
+// Throws Error for an unknown name, setting or value.
 Variant parse_variant(std::string_view text, int top_k);
 
-// Runs body; an Error of it names the variant.
+// Runs body and adds the variant's name to the message of its Error.
 template <class Body>
 void about(const Variant& variant, const Body& body) {
   try {

@@ -6,7 +6,7 @@
 
 namespace misa::cli {
 
-// Holds kReportData once, where the JSON of the comparison goes.
+// Contains kReportData once; the JSON of the comparison replaces it.
 extern const std::string_view kReportTemplate;
 inline constexpr std::string_view kReportData = "\"comparison\"";
 
