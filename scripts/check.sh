@@ -5,6 +5,7 @@
 #
 #   spdx     every source names its licence
 #   floors   folders include what CONTRIBUTING.md permits, and its grid of stages matches the tree
+#   names    no identifier that the code has left for the field's terms
 #   format   clang-format and ruff's formatter have nothing to change
 #   python   ruff's linter
 #   types    mypy, on the package as a whole
@@ -45,6 +46,10 @@ floors() {
   scripts/floors.py
 }
 
+names() {
+  scripts/names.py
+}
+
 format() {
   tracked '*.cpp' '*.hpp' '*.h' '*.c' '*.cu' '*.cuh' | xargs -r clang-format --dry-run -Werror
   scripts/venv.sh
@@ -71,8 +76,8 @@ tidy() {
 }
 
 case "$step" in
-  all) for each in spdx floors format python types tidy; do echo "check: $each"; "$each"; done ;;
-  spdx | floors | format | python | types | tidy) "$step" ;;
+  all) for each in spdx floors names format python types tidy; do echo "check: $each"; "$each"; done ;;
+  spdx | floors | names | format | python | types | tidy) "$step" ;;
   sources) sources ;;
-  *) echo "check.sh: expected spdx, floors, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
+  *) echo "check.sh: expected spdx, floors, names, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
 esac

@@ -84,10 +84,8 @@ def grid() -> str:
     for stage in STAGES:
         files = sorted(each.name for each in (ROOT / "src" / stage).iterdir())
         cells = []
-        for prefixes in BACKENDS.values():
-            chosen = [name for name in files if name.startswith(prefixes)]
-            compiled = [name for name in chosen if not name.endswith(("hpp", "cuh"))]
-            cells.append(" ".join(f"`{name}`" for name in compiled))
+        for pattern in BACKENDS.values():
+            cells.append(" ".join(f"`{name}`" for name in files if re.fullmatch(pattern, name)))
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
