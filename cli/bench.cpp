@@ -84,7 +84,7 @@ std::vector<std::byte> random_values(std::int64_t count, DType dtype, std::mt199
   return values;
 }
 
-// The last queries of one context of random keys; query t sees keys - queries + t + 1 of them.
+// The last queries of one context of random keys; query t sees the first keys - queries + t + 1.
 class RandomStep {
  public:
   explicit RandomStep(const Options& options) {

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indexers for sparse attention: which positions of its context each query attends to.
+"""Indexers for sparse attention: they select the positions that each query attends to.
 
     score(t, s, J) = sum over j in J of w[t, j] * max(0, q[t, j] . k[s])
     result(t)      = the top k over s
 
-:func:`select` takes contiguous keys, :func:`select_paged` a paged key cache, both arrays of NumPy,
-PyTorch or CuPy. docs/python.md describes the interface, docs/formats.md the layouts.
+:func:`select` is for contiguous keys, :func:`select_paged` for a paged key cache; both accept
+arrays of NumPy, PyTorch or CuPy. docs/python.md describes the interface, docs/formats.md the
+layouts.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from ._config import Config
 
 
 def backends() -> list[_core.BackendInfo]:
-    """Every backend of this build, available or not, by falling priority."""
+    """Every backend of this build, available or not, in order of decreasing priority."""
     return _core.backends()
 
 
 def indexer_names() -> list[str]:
-    """The names that :class:`Config` takes."""
+    """The names of the indexers, for ``Config.indexer``."""
     return _core.indexer_names()
 
 
 def router_names() -> list[str]:
-    """The routers that :class:`Config` takes."""
+    """The names of the routers, for ``Config.router``."""
     return _core.router_names()
 
 

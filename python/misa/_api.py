@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users call: thin over misa._core, which checks every argument."""
+"""The public functions and classes: a thin layer over misa._core, which checks every argument."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _returned(like: Array, out: Selected) -> Selected:
 def _from_means(
     call: str, arrays: dict[str, Array], width: int, backend: str, threads: int
 ) -> Array:
-    """What the function of _core of this name gives of block means, [T, width]."""
+    """Calls the function of _core named `call` on block means; returns [T, width]."""
     backend, threads, _ = _checked_execution(backend, threads, 0)
     _arrays.require_one_framework(arrays)
     q = arrays["q"]
@@ -76,24 +76,23 @@ def select(
     threads: int = 0,
     workspace_cap: int = WORKSPACE_CAP,
 ) -> Selected:
-    """Selects positions for every query of a pack of sequences with contiguous keys.
+    """Selects positions for every query of one or more packed sequences with contiguous keys.
 
-    q: [T, H, D] float32, bfloat16 or float8_e4m3fn (also its bits, uint8); D is 64 or 128.
+    q: [T, H, D] float32, bfloat16 or float8_e4m3fn (also as its bits, uint8); D is 64 or 128.
     w: [T, H] float32, every scale folded in.
-    k: [L, D], a dtype as for q.
+    k: [L, D], one of the dtypes of q.
     ks, ke: [T] int32; query t sees the keys s with ks[t] <= s < ke[t].
     k_scale: [L] float32, with float8_e4m3fn keys only.
-    scores, heads, residual: the optional outputs wanted, see :class:`Selected`.
-    backend: "auto", "cpu", "cuda" or a name of :func:`backends`, one that takes arrays where these
-        lie: host memory is for all of them, CUDA tensors are for "cuda" and its backends. "auto" is
-        what the environment variable MISA_BACKEND names, else the best that the machine can run.
-    threads: of the CPU, 0 for as many as the process may use.
-    workspace_cap: bytes.
+    scores, heads, residual: whether to return these optional outputs, see :class:`Selected`.
+    backend: "auto", "cpu", "cuda" or a name from :func:`backends`. Every backend accepts arrays in
+        host memory; CUDA tensors need "cuda" or one of its backends. "auto" is the backend that the
+        environment variable MISA_BACKEND names, otherwise the best one that the machine can run.
+    threads: CPU threads, 0 for as many as the process may use.
+    workspace_cap: limit of the workspace, in bytes.
 
-    All arrays are of one framework and on one device; the last dimension is contiguous, the other
-    strides are honoured without a copy. On CUDA tensors the call runs on PyTorch's current stream
-    and does not wait for it; entries of ks and ke out of range are clamped there instead of
-    refused.
+    All arrays are of one framework and on one device. The last dimension is contiguous; other
+    strides need no copy. On CUDA tensors the call runs on PyTorch's current stream and does not
+    wait for it, and entries of ks and ke out of range are clamped instead of refused.
 
     Raises ValueError for a wrong argument, MemoryError if the workspace's cap is too small,
     RuntimeError if no backend can do it.
@@ -135,12 +134,12 @@ def select_paged(
     w: [T, H] float32.
     cache: uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)] (docs/formats.md); pages may be padded.
     block_table: int32 [B, max_pages] page numbers.
-    context_lens: int32 [B] keys of each sequence; zero or negative is an empty one.
-    page_sums: float32 [pages, D], see :func:`append`; without them they are summed from the cache.
+    context_lens: int32 [B] keys of each sequence; zero or negative is an empty sequence.
+    page_sums: float32 [pages, D], see :func:`append`; computed from the cache if not given.
 
-    The rest, and the errors, as for :func:`select`. On CUDA tensors the pages of the block table
-    are gathered into B * max_pages * 64 contiguous keys first, page numbers out of range clamped,
-    and page_sums are not read.
+    Other arguments and errors are as for :func:`select`. On CUDA tensors the pages of the block
+    table are first gathered into B * max_pages * 64 contiguous keys, where page numbers out of
+    range are clamped; page_sums are not read.
     """
     checked_config(config)
     wanted = _checked_wanted(scores, heads, residual)
@@ -172,22 +171,22 @@ def route_from_means(
     backend: str = "auto",
     threads: int = 0,
 ) -> Array:
-    """The heads that the router "pooled" chooses, from block means in place of the keys.
+    """The heads that the router "pooled" chooses, computed from block means instead of keys.
 
-    For callers who know the means but have no place that has all keys, as when keys are sharded;
-    ``misa.select`` does it with the means of its keys (docs/spec.md, MISA).
+    For callers that have the means but not all keys in one place, for example with sharded keys.
+    ``misa.select`` does the same with the means of its keys (docs/spec.md, MISA).
 
     q, w, backend, threads: as for :func:`select`.
-    means: float32 [M, D], a row a block; M is below 2^30. How many keys a block has does not
-        matter.
-    starts, ends: [T] int32; the whole blocks that query t sees are rows starts[t] to ends[t] - 1,
-        0 to M, none if ends[t] <= starts[t].
-    partial: [T] int32, the row that is the mean of the block that query t sees in part, its last
-        one; -1 where there is none. None: no query has one.
+    means: float32 [M, D], one row per block; M is below 2^30. A block may have any number of keys.
+    starts, ends: [T] int32, 0 to M; query t sees the whole blocks of rows starts[t] to ends[t] - 1,
+        none if ends[t] <= starts[t].
+    partial: [T] int32; if query t also sees a part of the next block, the row that is the mean of
+        that part, otherwise -1. None: no query has a partial block.
     heads: h, 0 to H.
 
-    Returns int32 [T, h], ascending; -1 for a query that sees no block. Arrays and errors as for
-    :func:`select`; on CUDA tensors rows out of range are clamped, and a partial one is none.
+    Returns int32 [T, h], ascending; -1 for a query that sees no block. Arrays and errors are as for
+    :func:`select`; on CUDA tensors starts and ends out of range are clamped, and an entry of
+    partial out of range counts as -1.
     """
     named = {"q": q, "w": w, "means": means, "starts": starts, "ends": ends, "partial": partial}
     return _from_means("route_from_means", named, integer("heads", heads), backend, threads)
@@ -205,14 +204,16 @@ def keep_blocks_from_means(
     backend: str = "auto",
     threads: int = 0,
 ) -> Array:
-    """The blocks that the block filter keeps, from block means in place of the keys.
+    """The blocks that the block filter keeps, computed from block means instead of keys.
 
-    Arguments and errors as for :func:`route_from_means` (docs/spec.md, HISA), but for
+    ``misa.select`` does the same with the means of its keys (docs/spec.md, HISA).
 
-    filter_blocks: blocks kept, 2 or more: a query's first and last one, and the best others.
+    filter_blocks: blocks kept per query, 2 or more: the first, the last, and the best others.
 
-    Returns int32 [T, filter_blocks], numbers of the query's blocks from 0, ascending; -1 on the
-    right where it has fewer.
+    Other arguments and errors are as for :func:`route_from_means`.
+
+    Returns int32 [T, filter_blocks], for each query the numbers of its blocks, counted from 0,
+    ascending; -1 on the right if it has fewer.
     """
     named = {"q": q, "w": w, "means": means, "starts": starts, "ends": ends, "partial": partial}
     count = integer("filter_blocks", filter_blocks)
@@ -227,16 +228,17 @@ def append(
     scale_format: str = "f32",
     page_sums: Array | None = None,
 ) -> None:
-    """Quantises keys into a paged cache in host memory and brings the page sums up to date.
+    """Quantises keys into a paged cache in host memory and updates the page sums.
 
     cache: uint8, as for :func:`select_paged`; written.
     k: [N, D] float32 or bfloat16.
     slots: int64 [N], page * 64 + offset, each at most once; -1 skips the key.
-    scale_format: "f32", a key's scale is max(amax, 1e-4) / 448; "ue8m0", rounded up to a power of
-        two.
+    scale_format: "f32": a key's scale is max(amax, 1e-4) / 448; "ue8m0": that rounded up to a power
+        of two.
     page_sums: float32 [pages, D], the sum of the dequantised keys of each page; written.
 
-    Appending at an offset ends the page's content there. Raises ValueError for a wrong argument.
+    A page's content then ends with the last key appended to it. Raises ValueError for a wrong
+    argument.
     """
     _core.append(
         _arrays.writable("cache", cache),
@@ -254,7 +256,7 @@ def rebuild_page_sums(
 
     cache, page_sums: as for :func:`append`; the sums are written.
     pages: int32 [N] page numbers.
-    filled: int32 [N], how many tokens of each page count; all 64 without it.
+    filled: int32 [N], how many tokens of each page count; all 64 if not given.
 
     Raises ValueError for a wrong argument.
     """
@@ -283,10 +285,10 @@ class Cache:
         self.data = np.zeros((pages, PAGE_SIZE, dim + 4), np.uint8)
         self.page_sums = np.zeros((pages, dim), np.float32)
         self.scale_format = scale_format
-        self.append(np.empty((0, dim), np.float32), np.empty(0, np.int64))  # it only validates
+        self.append(np.empty((0, dim), np.float32), np.empty(0, np.int64))  # validates only
 
     def append(self, k: Array, slots: Array) -> None:
-        """Quantises keys k [N, dim] into slots [N], see :func:`append`."""
+        """Quantises keys k [N, dim] into slots [N]; see :func:`append`."""
         append(self.data, k, slots, scale_format=self.scale_format, page_sums=self.page_sums)
 
     def select(
@@ -299,15 +301,16 @@ class Cache:
 
 
 class Plan:
-    """An indexer for a bounded shape on one backend: made once, run often, without allocating more
-    than outputs and workspace that are not given.
-    On a CUDA backend, arrays in host memory (device "cpu") are copied to the device, which takes
-    memory there for the time of a run.
+    """An indexer for a bounded shape on one backend: made once, run often. A run allocates only the
+    outputs and the workspace that are not given to it.
 
-    tokens, heads, dim, max_keys: the most queries T that a run brings, H, D, and the most keys that
-        one query sees.
+    With device "cpu" and a CUDA backend, a run copies its arrays to the device and allocates memory
+    there until it ends.
+
+    tokens, heads, dim, max_keys: the most queries T of one run, H, D, and the most keys seen by one
+        query.
     q_dtype, k_dtype: dtypes of the framework or "f32", "bf16", "e4m3".
-    total_keys: L, the most keys that a run brings; max_keys unless given. Counts on CUDA alone.
+    total_keys: L, the most keys of one run; max_keys if not given. Used on CUDA devices only.
     device: "cpu", "cuda:N", or "cuda" for "cuda:0".
 
     Raises ValueError for a wrong argument, MemoryError if the workspace's cap is too small,
@@ -353,7 +356,7 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        """The name of the backend that runs it."""
+        """The name of the plan's backend."""
         return self._plan.backend
 
     def run(
@@ -370,8 +373,8 @@ class Plan:
     ) -> Selected:
         """Selects positions for every query; arguments as for :func:`select`.
 
-        out: where the selection goes, contiguous; a new one of indices alone without it.
-        workspace: uint8 [workspace_bytes or more], aligned to 64 bytes, on CUDA to 256.
+        out: contiguous arrays for the selection; if not given, new ones for the indices alone.
+        workspace: uint8 [workspace_bytes or more], aligned to 64 bytes, on CUDA devices to 256.
         """
         inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
         _arrays.require_one_framework(inputs)
@@ -400,12 +403,13 @@ def compare(
     scores: bool = False,
     backend: str = "auto",
 ) -> list[dict[str, Any]]:
-    """What each of some indexers finds of a baseline's selection; arrays of NumPy or PyTorch.
+    """How much of a baseline's selection each config finds; arrays of NumPy or PyTorch.
 
-    Arguments as for :func:`select`. A dict a config: its ``indexer``, ``heads`` and ``candidates``;
-    ``recall_mean`` and ``recall_min``, the share of the baseline's positions that it selects, over
-    the rows that are not empty (NaN if all are); with ``scores`` also ``score_mass``, the sum over
-    those rows of the baseline's scores of the positions found, as a share of the sum of all.
+    Arguments are as for :func:`select`. Returns a dict per config: its ``indexer``, ``heads`` and
+    ``candidates``; ``recall_mean`` and ``recall_min``, the share of the baseline's positions that
+    it selects, over the rows that are not empty (NaN if all are); with ``scores`` also
+    ``score_mass``, the sum over those rows of the baseline's scores at the positions found, as a
+    share of the sum of all its scores.
     """
     call: dict[str, Any] = {"k_scale": k_scale, "backend": backend}
     wanted = select(q, w, k, ks, ke, config=baseline, scores=scores, **call)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to a framework: element types, bits, empty arrays, streams.
+"""What depends on the framework of an array: element types, bits, empty arrays, streams.
 
-NumPy, PyTorch, CuPy and, in host memory, JAX are known.
+Supports NumPy, PyTorch, CuPy and, in host memory, JAX.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CPU, _CUDA_HOST = 1, 3  # DLPack's device types
 
 
 def is_torch(array: Array) -> bool:
-    """Whether it is a tensor of PyTorch, which is not imported for the question."""
+    """Whether the array is a PyTorch tensor; does not import PyTorch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 
@@ -42,7 +42,7 @@ def _type_name(array: Array) -> str:
 
 
 def require_one_framework(arrays: Mapping[str, Array]) -> None:
-    """ValueError unless all arrays are of the framework of the first; None is left out."""
+    """Raises ValueError unless all arrays are of the first one's framework; None is skipped."""
     (first, like), *others = arrays.items()
     expected = _framework(checked(first, like))
     for name, array in others:
@@ -53,7 +53,7 @@ def require_one_framework(arrays: Mapping[str, Array]) -> None:
 
 
 def dtype_name(name: str, dtype: Any) -> str:
-    """The library's name, "f32", "bf16" or "e4m3", of a framework's dtype or of such a name."""
+    """The library's name of a dtype, "f32", "bf16" or "e4m3"; accepts these names too."""
     text = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
     text = text.removeprefix("torch.")
     if text in _DTYPES.values():
@@ -64,15 +64,15 @@ def dtype_name(name: str, dtype: Any) -> str:
 
 
 def checked(name: str, array: Array) -> Array:
-    """The array; ValueError if it is none."""
+    """Returns the array; raises ValueError if it is not an array."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise ValueError(f"{name}: expected an array, got {_type_name(array)}")
     return array
 
 
 def to_numpy(name: str, array: Array) -> np.ndarray:
-    """The array in host memory, a copy if it lay elsewhere; PyTorch's e4m3 as the bits. ValueError
-    if it is none, or has no elements to be read."""
+    """The array in host memory, copied if it is elsewhere; PyTorch's e4m3 as its bits. Raises
+    ValueError if it is not an array or its elements cannot be read."""
     array = checked(name, readable(name, array))
     if not is_torch(array):
         return np.asarray(array)
@@ -85,14 +85,14 @@ def to_numpy(name: str, array: Array) -> np.ndarray:
 
 
 def host_array(name: str, array: Array, dtypes: tuple[str, ...], layout: str) -> np.ndarray:
-    """:func:`to_numpy` of an array of one of these dtypes and of as many dimensions as ``layout``
-    names; ValueError for another one."""
-    found = to_numpy(name, array)
-    if found.dtype.name not in dtypes or found.ndim != layout.count(",") + 1:
+    """:func:`to_numpy` of an array with one of these dtypes and as many dimensions as ``layout``;
+    raises ValueError for any other."""
+    host = to_numpy(name, array)
+    if host.dtype.name not in dtypes or host.ndim != layout.count(",") + 1:
         raise ValueError(
-            f"{name}: expected {' or '.join(dtypes)} {layout}, got {array.dtype} {found.shape}"
+            f"{name}: expected {' or '.join(dtypes)} {layout}, got {array.dtype} {host.shape}"
         )
-    return found
+    return host
 
 
 def _bits(array: Array) -> Array:
@@ -116,16 +116,16 @@ def _unmasked(name: str, array: Array) -> Array:
 
 
 def readable(name: str, array: Array) -> Array:
-    """An input as DLPack and the buffer protocol carry it. The elements of q and k are their bits:
-    uint8 those of e4m3, uint16 those of NumPy's bf16. None stays None."""
+    """An input in a form that DLPack and the buffer protocol can describe: q and k in e4m3 become
+    uint8, NumPy's bf16 becomes uint16. None stays None."""
     if is_torch(array):
-        array = array.detach().resolve_neg()  # neither protocol tells of a negation put off
+        array = array.detach().resolve_neg()  # neither protocol can describe a lazy negation
     array = _unmasked(name, array)
     return _bits(array) if name in ("q", "k") else array
 
 
 def writable(name: str, array: Array) -> Array:
-    """An output as DLPack and the buffer protocol carry it; None stays None."""
+    """An output in a form that DLPack and the buffer protocol can describe; None stays None."""
     if is_torch(array):
         if array.is_neg():
             raise ValueError(f"{name}: expected a writable tensor, got a negated view")
@@ -135,7 +135,7 @@ def writable(name: str, array: Array) -> Array:
 
 
 def cuda_device(name: str, array: Array) -> int | None:
-    """The number of the CUDA device that an array lies on; None for host memory."""
+    """The number of the CUDA device that an array is on; None for host memory."""
     if isinstance(array, np.ndarray):
         return None
     if is_torch(array):
@@ -150,7 +150,7 @@ def cuda_device(name: str, array: Array) -> int | None:
 
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     """An uninitialised array of ``like``'s framework and device; dtype is a name, e.g. "int32".
-    JAX's arrays cannot be written: NumPy's stand in for them, see :func:`returned`."""
+    JAX arrays are read-only, so NumPy arrays are used for them until :func:`returned`."""
     if isinstance(like, np.ndarray) or _is_host_jax(like):
         return np.empty(shape, dtype)
     if is_torch(like):
@@ -172,7 +172,7 @@ def _is_host_jax(array: Array) -> bool:
 
 
 def returned(like: Array, array: Array) -> Array:
-    """An array made by :func:`empty`, as ``like``'s framework has it."""
+    """An array made by :func:`empty`, converted to ``like``'s framework."""
     if array is None or not _is_host_jax(like):
         return array
     import jax
@@ -180,20 +180,20 @@ def returned(like: Array, array: Array) -> Array:
     return jax.numpy.asarray(array)
 
 
-_LEGACY_STREAM = 1  # what DLPack calls CUDA's default stream
+_LEGACY_STREAM = 1  # DLPack's number for CUDA's default stream
 
 
 def on_stream(name: str, array: Array) -> Array:
-    """An input of a run on a device; of CuPy a DLPack capsule, which makes CUDA's default stream
-    wait for whatever computes the array."""
+    """An input of a run on a device. A CuPy array becomes a DLPack capsule, which makes CUDA's
+    default stream wait until the array is computed."""
     if array is None or is_torch(array) or cuda_device(name, array) is None:
         return readable(name, array)
     return readable(name, array).__dlpack__(stream=_LEGACY_STREAM)
 
 
 def stream_of(like: Array) -> int:
-    """The CUDA stream that a run on ``like``'s device is put on: PyTorch's current one; for CuPy
-    CUDA's default stream."""
+    """The CUDA stream for a run on ``like``'s device: PyTorch's current stream, or CUDA's default
+    stream for CuPy."""
     if is_torch(like) and like.is_cuda:
         import torch
 

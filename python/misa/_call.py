@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A selection by checked options, into arrays that are there: what the functions that users call
-and the operators of PyTorch have in common."""
+"""Selection with checked options into given arrays: what the public functions and the PyTorch
+operators share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE_SIZE = 64
 """Tokens in one page of the key cache."""
 
 WORKSPACE_CAP: int = _core.DEFAULT_WORKSPACE_CAP
-"""Bytes that a plan's workspace may take, unless told otherwise."""
+"""Default limit of a plan's workspace, in bytes."""
 
 
 class Selected(NamedTuple):
@@ -25,10 +25,10 @@ class Selected(NamedTuple):
 
     indices: int32 [T, top_k], positions relative to the query's sequence, -1 on the right.
     scores: float32 [T, top_k], the scores that ranked them, -inf where padded; or None.
-    heads: int32 [T, h], active heads, ascending, -1 for empty rows; None unless asked for and
-        routed.
-    residual: float32 [T, D], the residual row before rounding, 0 for empty rows; None unless asked
-        for and the config has one.
+    heads: int32 [T, h], active heads, ascending, -1 for empty rows; None unless requested and the
+        config routes heads.
+    residual: float32 [T, D], the residual row before rounding, 0 for empty rows; None unless
+        requested and the config has one.
     """
 
     indices: Array
@@ -82,7 +82,7 @@ def select_into(
     threads: int,
     workspace_cap: int,
 ) -> Selected:
-    """Like :func:`misa.select`, into the arrays of ``out``, which is returned."""
+    """Like :func:`misa.select`, but writes into ``out`` and returns it."""
     device = _arrays.cuda_device("q", q)
     if device is None:
         named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
@@ -112,7 +112,7 @@ def select_paged_into(
     threads: int,
     workspace_cap: int,
 ) -> Selected:
-    """Like :func:`misa.select_paged` in host memory, into ``out``, which is returned."""
+    """Like :func:`misa.select_paged` in host memory, but writes into ``out`` and returns it."""
     named = {"q": q, "w": w, "cache": cache, "block_table": block_table,
              "context_lens": context_lens}  # fmt: skip
     inputs = [_arrays.readable(name, array) for name, array in named.items()]
@@ -124,7 +124,7 @@ def select_paged_into(
 def run_from_means(
     call: str, arrays: dict[str, Array], width: int, out: Array, backend: str, threads: int
 ) -> None:
-    """The function of _core of this name on block means, into ``out``."""
+    """Calls the function of _core named `call` on block means; writes into ``out``."""
     q = arrays["q"]
     device = _arrays.cuda_device("q", q)
     if device is None:
@@ -152,7 +152,7 @@ def require_device_build() -> None:
 
 def device_plan(*arguments: Any) -> _core.DevicePlan:
     require_device_build()
-    # What the backend "auto" is may change with the variable.
+    # The plan of the backend "auto" depends on this variable.
     return _cached_plan(os.environ.get("MISA_BACKEND", ""), *arguments)
 
 
@@ -161,7 +161,7 @@ def _cached_plan(_variable: str, *arguments: Any) -> _core.DevicePlan:
     return _core.DevicePlan(*arguments)
 
 
-# Plans that outlive the interpreter would be reported as leaked.
+# nanobind would report plans that outlive the interpreter as leaks.
 atexit.register(_cached_plan.cache_clear)
 
 

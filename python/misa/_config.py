@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which indexer, and its options."""
+"""The choice of an indexer and its options."""
 
 from __future__ import annotations
 
@@ -40,52 +40,52 @@ def _integers(name: str, values: Any) -> tuple[int, ...]:
     return tuple(integer(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
-_INDEXERS_OWN: Any = None  # until __post_init__ has put the named indexer's value there
+_NOT_GIVEN: Any = None  # __post_init__ replaces it by the named indexer's value
 
 
 @dataclass(frozen=True)
 class Config:
     """What an indexer computes; immutable and hashable.
 
-    ``indexer`` is one of :func:`indexer_names`. A field left out takes the named indexer's value;
-    the fields are those of ``misa::IndexerConfig`` (misa/indexer.hpp):
+    ``indexer`` is one of :func:`indexer_names`. A field that is not given has the named indexer's
+    value. The fields are those of ``misa::IndexerConfig`` (misa/indexer.hpp):
 
-    top_k: positions wanted a query.
+    top_k: positions selected per query.
     router: how the active heads are chosen, one of :func:`router_names`.
     heads: h, how many are routed; ignored by the router "all".
     block: B of the pooled router, a multiple of 64.
-    residual: whether one linear row stands for the heads that are not routed (MISA-R).
+    residual: whether one linear row replaces the heads that are not routed (MISA-R).
     filter_block, filter_blocks: HISA's block size, a multiple of 64 or 0 for no filter, and how
         many blocks are kept.
     candidates: m, positions that all heads re-rank; 0 for no re-rank.
-    dense_work: a row of at most so many heads x positions is DSA's; 0 for none.
-    ordered: whether positions ascend inside a row.
+    dense_work: rows of at most this many heads x positions use DSA; 0 for none.
+    ordered: whether the positions of a row ascend.
     static_heads: the heads of the router "static".
 
-    Two are equal if all fields are, whether given or left out. ``dataclasses.replace`` leaves out
-    again what was left out, so that it follows a new indexer or top_k; ``dataclasses.asdict`` has
-    the fields that were given.
+    Two configs are equal if all fields are, whether given or not. ``dataclasses.replace`` does not
+    copy the fields that were not given, so that they follow a new indexer or top_k;
+    ``dataclasses.asdict`` returns the fields that were given.
 
     Raises ValueError for an unknown name or a value of the wrong type. What depends on the number
-    of heads H is checked when the config meets its arrays.
+    of heads H is checked when the config is used with arrays.
     """
 
     indexer: str = "misa"
     _: KW_ONLY
     top_k: int = 2048
-    router: str = _INDEXERS_OWN
-    heads: int = _INDEXERS_OWN
-    block: int = _INDEXERS_OWN
-    residual: bool = _INDEXERS_OWN
-    filter_block: int = _INDEXERS_OWN
-    filter_blocks: int = _INDEXERS_OWN
-    candidates: int = _INDEXERS_OWN
-    dense_work: int = _INDEXERS_OWN
-    ordered: bool = _INDEXERS_OWN
-    static_heads: tuple[int, ...] = _INDEXERS_OWN
+    router: str = _NOT_GIVEN
+    heads: int = _NOT_GIVEN
+    block: int = _NOT_GIVEN
+    residual: bool = _NOT_GIVEN
+    filter_block: int = _NOT_GIVEN
+    filter_blocks: int = _NOT_GIVEN
+    candidates: int = _NOT_GIVEN
+    dense_work: int = _NOT_GIVEN
+    ordered: bool = _NOT_GIVEN
+    static_heads: tuple[int, ...] = _NOT_GIVEN
 
     def __post_init__(self) -> None:
-        # The dataclasses module reads the fields to copy from the instance, which has those given.
+        # dataclasses.replace and asdict read the fields of the instance: keep the given ones only.
         given = {n: f for n, f in self.__dataclass_fields__.items() if getattr(self, n) is not None}
         object.__setattr__(self, "__dataclass_fields__", given)
         for name in ("indexer", "router"):

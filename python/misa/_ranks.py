@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks of a torch.distributed group, and work that they do between collectives."""
+"""The ranks of a torch.distributed group, and their local work between collectives."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Callable[[], torch.Tensor], torch.Tensor, T]
-"""Local work that yields a collective and gets its result: whatever fails between two collectives
-fails on every rank (see :func:`run`)."""
+"""Local work that yields its collectives and receives their results. An error between two
+collectives on one rank is raised on every rank (see :func:`run`)."""
 
 
 class Peers:
-    """The ranks of a group and what they exchange."""
+    """The ranks of a group and the collectives between them."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        # Where small messages travel, whatever device the tensors of a rank are on.
+        # The device for small messages, independent of the device of a rank's tensors.
         hosts = "cpu" in str(dist.get_backend_config(group))
         self.device = torch.device("cpu" if hosts else f"cuda:{torch.cuda.current_device()}")
 
     def gather(self, local: torch.Tensor) -> torch.Tensor:
-        """[ranks, …] of equal shapes, in the order of the ranks."""
+        """The tensors of all ranks, of equal shapes, as [ranks, …]."""
         local = local.contiguous()
         out = local.new_empty(self.size, *local.shape)
         dist.all_gather(list(out.unbind()), local, group=self.group)
         return out
 
     def add(self, local: torch.Tensor) -> torch.Tensor:
-        """Sum of integers."""
+        """The sum over ranks of an integer tensor, in place."""
         dist.all_reduce(local, group=self.group)
         return local
 
     def first(self, local: torch.Tensor) -> torch.Tensor:
-        """The first rank's."""
+        """The tensor of the first rank."""
         local = local.contiguous()
         dist.broadcast(local, group=self.group, group_src=0)
         return local
 
     def agree(self, error: Exception | None) -> None:
-        """Raises on every rank if there is an error on one."""
+        """Raises on every rank if one has an error."""
         failed = torch.tensor([int(error is not None)], device=self.device)
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
         if not failed.item():
@@ -58,7 +58,7 @@ class Peers:
 
 
 def run(peers: Peers, steps: Steps[T]) -> T:
-    """Runs the steps of this rank and their collectives, unless a step failed on some rank."""
+    """Runs the steps of this rank and their collectives; stops if a step fails on any rank."""
     received: torch.Tensor | None = None
     while True:
         collective = result = error = None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepGEMM-shaped scoring functions for A/B tests, in NumPy.
+"""Scoring functions with DeepGEMM's signatures for A/B tests, in NumPy.
 
 They materialise the logits, which the indexers of this package never do, and copy their arguments
-to the host: for tests of small shapes. The result is of the framework and on the device of ``q``.
+to the host, so they are for small shapes. The result has the framework and the device of ``q``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ._call import PAGE_SIZE
 from .reference import values
 
 SPLIT = 256
-"""Keys that a multiprocessor takes at once, which the schedule counts in."""
+"""Keys in one key split, the unit of the schedule."""
 
 
 def _like(q: Array, result: np.ndarray) -> Array:
@@ -89,7 +89,7 @@ def fp8_paged_mqa_logits(
     """Scores of the keys of a paged cache.
 
     q: e4m3 [B, next_n, H, D]. fused_kv_cache: uint8 [pages, 64, 1, D + 4], laid out as
-    docs/formats.md says. weights: float32 [B * next_n, H]. context_lens: int32 [B]; row i of a
+    docs/formats.md describes. weights: float32 [B * next_n, H]. context_lens: int32 [B]; row i of a
     sequence sees the first context_len - next_n + 1 + i keys. block_table: int32 [B, max_pages].
     schedule_metadata is ignored. clean_logits: whether the logits of other keys are -inf; else they
     are unspecified (here 0).
@@ -107,8 +107,8 @@ def fp8_paged_mqa_logits(
     scales = np.ascontiguousarray(pages[:, PAGE_SIZE * dim :]).view(np.float32)
     out = np.full((batch, next_n, max_context_len), -np.inf if clean_logits else 0, np.float32)
     for b, length in enumerate(lengths):
-        held = table[b, : -(-max(int(length), 0) // PAGE_SIZE)]
-        keys = (elements[held] * scales[held, :, None]).reshape(-1, dim)[: max(int(length), 0)]
+        used = table[b, : -(-max(int(length), 0) // PAGE_SIZE)]
+        keys = (elements[used] * scales[used, :, None]).reshape(-1, dim)[: max(int(length), 0)]
         rows = _logits(queries[b], of_weights.reshape(batch, next_n, heads)[b], keys)
         for i in range(next_n):
             seen = max(int(length) - next_n + 1 + i, 0)
@@ -117,12 +117,12 @@ def fp8_paged_mqa_logits(
 
 
 def get_paged_mqa_logits_metadata(context_lens: Array, block_kv: int, num_sms: int) -> Array:
-    """How the splits of SPLIT keys of all sequences are shared out among multiprocessors.
+    """The schedule: how the key splits of all sequences are distributed over multiprocessors.
 
     context_lens: int32 [B]. block_kv: 64.
 
     Returns int32 [num_sms + 1, 2]: multiprocessor i starts at split [i, 1] of sequence [i, 0] and
-    ends where the next one starts. Raises ValueError for another page size and a wrong argument.
+    ends where the next one starts. Raises ValueError for another page size or a wrong argument.
     """
     if block_kv != PAGE_SIZE:
         raise ValueError(f"block_kv: expected {PAGE_SIZE}, got {block_kv}")
@@ -130,8 +130,8 @@ def get_paged_mqa_logits_metadata(context_lens: Array, block_kv: int, num_sms: i
     splits = -(-np.maximum(lengths, 0) // SPLIT)
     ends = np.cumsum(splits)
     total = int(splits.sum())
-    share, rest = divmod(total, num_sms)
-    starts = np.arange(num_sms + 1) * share + np.minimum(np.arange(num_sms + 1), rest)
+    per_sm, rest = divmod(total, num_sms)
+    starts = np.arange(num_sms + 1) * per_sm + np.minimum(np.arange(num_sms + 1), rest)
     sequence = np.searchsorted(ends, starts, side="right")
     before = np.concatenate([[0], ends])[sequence]
     return _like(context_lens, np.stack([sequence, starts - before], 1).astype(np.int32))

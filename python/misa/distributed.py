@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection over keys that are sharded across the ranks of a torch.distributed group.
 
-Every rank holds a contiguous part of the keys and all queries. The ranks agree on each query's
-heads and on its residual row, each ranks the keys it holds, and the best of all are merged, so the
-result on every rank is that of one rank that holds all keys. What is computed where:
+Every rank has a contiguous part of the keys and all queries. The ranks agree on the heads and the
+residual row of each query, each rank selects the best of its own keys, and these are merged. The
+result on every rank is that of one rank with all keys. What is computed where:
 
-- Block means (pooled router, block filter) are sums of what each rank holds, in double precision,
-  added in the order of the ranks; what they make of heads and blocks the library says
+- Block means (pooled router, block filter): each rank sums its own keys in double precision, and
+  the sums are added in the order of the ranks. The library chooses heads and blocks from the means
   (`misa.route_from_means`, `misa.keep_blocks_from_means`).
-- The other routers read at most 128 keys a query (spec, MISA-R), which every rank gets.
-- Scores are those of `misa.select` on the keys that a rank holds, bit for bit but for the residual
-  row of bfloat16 keys, which some instruction sets add in one part and others in three.
+- The other routers read at most 128 keys per query (spec, MISA-R), which every rank receives.
+- Scores are those of `misa.select` on the keys of a rank, bit for bit, except for the residual row
+  with bfloat16 keys, which some instruction sets add in one part and others in three.
 
-Heads or blocks whose values differ by less than single precision rounds may rank differently than
-on one rank, as between two backends (docs/numerics.md, Routing).
+Heads or blocks whose values differ by less than the rounding of single precision may rank
+differently than on one rank, as between two backends (docs/numerics.md, Routing).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ._call import WORKSPACE_CAP
 from ._ranks import Peers, Steps, run
 from .torch_ops import require_one_device, require_tensors
 
-_CHUNK_BYTES = 256 << 20  # bytes that a step over queries may take; more queries take more steps
-_LOW = 0xFFFFFFFF  # low half of an entry
+_CHUNK_BYTES = 256 << 20  # limit of the memory of one chunk of queries
+_LOW = 0xFFFFFFFF  # the low 32 bits of an entry
 _PADDING = torch.iinfo(torch.int64).min  # below every entry
 
 
@@ -56,29 +56,30 @@ def select(
     threads: int = 0,
     workspace_cap: int = WORKSPACE_CAP,
 ) -> misa.Selected:
-    """`misa.select` on the keys of all ranks, laid one after the other in the order of the ranks.
+    """`misa.select` on the keys of all ranks, concatenated in the order of the ranks.
 
-    A collective: every rank of `group` (None: the default one) calls it with the same arguments but
-    for its keys. All tensors are on one device, which the group has a backend for.
+    A collective: every rank of `group` (None: the default group) calls it with the same arguments,
+    except for its keys. All tensors are on one device for which the group has a backend.
 
     q: [T, H, D] float32, bfloat16, or float8_e4m3fn (or its bytes as uint8).
     w: [T, H] float32.
-    k_local: [L_rank, D] in a dtype of q; L_rank may differ and may be 0. k_scale: [L_rank] float32
-        with e4m3 keys.
-    ks, ke: [T] int32, query t sees the keys s with ks[t] <= s < ke[t] of all L = sum of L_rank.
+    k_local: [L_rank, D] in one of the dtypes of q; L_rank may differ and may be 0.
+    k_scale: [L_rank] float32, with e4m3 keys only.
+    ks, ke: [T] int32; query t sees the keys s with ks[t] <= s < ke[t] of all L keys, where L is the
+        sum of L_rank.
 
-    Returns what `misa.select` returns, the same on every rank. Raises on every rank if an argument
-    or a step fails on one: there the error itself (ValueError for an argument), elsewhere a
-    RuntimeError that names the rank and its error.
+    Returns what `misa.select` returns, the same on every rank. If an argument or a step fails on
+    one rank, every rank raises: that rank the error itself (ValueError for an argument), the others
+    a RuntimeError that names the rank and its error.
     """
     peers = Peers(group)
     options = {"backend": backend, "threads": threads, "workspace_cap": workspace_cap}
     steps = _select(peers, q, w, k_local, ks, ke, k_scale, config, options)
-    found = run(peers, steps)
-    return found._replace(
-        scores=found.scores if scores else None,
-        heads=found.heads if heads else None,
-        residual=found.residual if residual else None,
+    selected = run(peers, steps)
+    return selected._replace(
+        scores=selected.scores if scores else None,
+        heads=selected.heads if heads else None,
+        residual=selected.residual if residual else None,
     )
 
 
@@ -92,14 +93,14 @@ class _Call:
     k: torch.Tensor  # [L_rank, D]; e4m3 as uint8
     k_scale: torch.Tensor | None
     ks: torch.Tensor  # [T] int64
-    n: torch.Tensor  # [T] int64, keys that a query sees
-    offset: int  # of this rank's first key
-    longest: int  # keys of the rank that has most
+    n: torch.Tensor  # [T] int64, the number of keys that a query sees
+    offset: int  # position of this rank's first key among all keys
+    longest: int  # the largest number of keys on one rank
     config: misa.Config
     options: dict[str, Any]
 
-    def part(self, rows: torch.Tensor, config: misa.Config) -> _Call:
-        """The queries of a mask [T] alone, with an indexer of their own."""
+    def restricted(self, rows: torch.Tensor, config: misa.Config) -> _Call:
+        """The call restricted to the queries of a mask [T], with another indexer."""
         return replace(
             self, q=self.q[rows], w=self.w[rows], ks=self.ks[rows], n=self.n[rows], config=config
         )
@@ -113,26 +114,26 @@ class _Call:
         config: misa.Config,
         **wanted: Any,
     ) -> misa.Selected:
-        """`misa.select` on this rank, for keys and their scales and for ks and ke."""
+        """`misa.select` on this rank; keys are (k, k_scale), spans are (ks, ke)."""
         (k, k_scale), (ks, ke) = keys, (span.int() for span in spans)
         return misa.select(
             q, w, k, ks, ke, k_scale=k_scale, config=config, **wanted, **self.options
         )
 
     def on_means(self, means: _BlockMeans) -> dict[str, Any]:
-        """Arguments of `misa.route_from_means` and `misa.keep_blocks_from_means` but the count."""
+        """Arguments of `misa.route_from_means` and `keep_blocks_from_means`, except the count."""
         options = {name: self.options[name] for name in ("backend", "threads")}
         return {"q": self.q, "w": self.w, **means._asdict(), **options}
 
     def fetch(self, positions: torch.Tensor) -> Steps[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Keys [N, D] at positions [N] of all ranks' keys, and their scales [N] or None."""
-        own = positions - self.offset
-        held = ((own >= 0) & (own < len(self.k))).nonzero()[:, 0]
-        parts = [self.k] if self.k_scale is None else [self.k, self.k_scale[:, None]]
-        raw = [part[own[held]].view(torch.uint8) for part in parts]
-        # One rank holds a key and the others add zeros.
-        packed = raw[0].new_zeros(len(positions), sum(part.shape[1] for part in raw))
-        packed[held] = torch.cat(raw, dim=1)
+        """Keys [N, D] at positions [N] among the keys of all ranks; their scales [N] or None."""
+        local = positions - self.offset
+        here = ((local >= 0) & (local < len(self.k))).nonzero()[:, 0]
+        arrays = [self.k] if self.k_scale is None else [self.k, self.k_scale[:, None]]
+        raw = [array[local[here]].view(torch.uint8) for array in arrays]
+        # Each key is on one rank; the other ranks add zeros.
+        packed = raw[0].new_zeros(len(positions), sum(array.shape[1] for array in raw))
+        packed[here] = torch.cat(raw, dim=1)
         received = yield partial(self.peers.add, packed)
         width = raw[0].shape[1]
         k = received[:, :width].contiguous().view(self.k.dtype)
@@ -157,23 +158,24 @@ def _select(
     if dense_keys == 0:
         return (yield from _selected(call))
     dense = call.n <= dense_keys
-    # Queries that DSA selects for, and the others; what neither reports stays an empty row's.
+    # Dense rows use DSA, the others the config. Dense rows keep the heads and the residual of an
+    # empty row.
     heads = call.n.new_full((len(q), config.heads), -1).int() if config.router != "all" else None
     residual = torch.zeros_like(q[:, 0], dtype=torch.float32) if config.residual else None
     every_head = misa.Config("dsa", top_k=config.top_k, ordered=config.ordered)
-    of_dense = yield from _selected(call.part(dense, every_head))
-    of_others = yield from _selected(call.part(~dense, config))
-    found = misa.Selected(
+    of_dense = yield from _selected(call.restricted(dense, every_head))
+    of_others = yield from _selected(call.restricted(~dense, config))
+    selected = misa.Selected(
         indices=call.n.new_empty(len(q), config.top_k).int(),
         scores=w.new_empty(len(q), config.top_k),
         heads=heads,
         residual=residual,
     )
     for rows, part in ((dense, of_dense), (~dense, of_others)):
-        for whole, some in zip(found, part, strict=True):
-            if some is not None:
-                whole[rows] = some
-    return found
+        for output, values in zip(selected, part, strict=True):
+            if values is not None:
+                output[rows] = values
+    return selected
 
 
 def _selected(call: _Call) -> Steps[misa.Selected]:
@@ -197,10 +199,10 @@ def _selected(call: _Call) -> Steps[misa.Selected]:
     for at in range(0, len(q), step):
         part = slice(at, at + step)
         positions = None if kept is None else _positions(call, kept[part], part)
-        found = yield from _top(call, rows, part, first, positions)
+        top = yield from _top(call, rows, part, first, positions)
         if config.candidates:
-            found = yield from _top(call, (call.q, call.w), part, config.top_k, _decoded(found)[0])
-        best.append(found)
+            top = yield from _top(call, (call.q, call.w), part, config.top_k, _decoded(top)[0])
+        best.append(top)
     entries = torch.cat(best) if best else call.ks.new_empty(0, config.top_k)
     indices, scores = _decoded(entries)
     if config.ordered:
@@ -211,11 +213,11 @@ def _selected(call: _Call) -> Steps[misa.Selected]:
 
 
 def _every_head_routed(call: _Call, unrouted: misa.Config) -> Steps[misa.Selected]:
-    """The selection of the config that is left where every head is routed, and what it reports."""
+    """The selection if every head is routed: by the config without routing; reports all heads."""
     q, config = call.q, call.config
-    found = yield from _selected(replace(call, config=unrouted))
+    selected = yield from _selected(replace(call, config=unrouted))
     heads = torch.arange(config.heads, dtype=torch.int32, device=q.device)
-    return found._replace(
+    return selected._replace(
         heads=torch.where(call.n[:, None] > 0, heads, -1).int(),
         residual=torch.zeros_like(q[:, 0], dtype=torch.float32) if config.residual else None,
     )
@@ -235,24 +237,24 @@ def _checked(
     given = {"q": q, "w": w, "k_local": k, "ks": ks, "ke": ke, "k_scale": k_scale}
     require_tensors(given, "k_scale")
     require_one_device(given)
-    cuda_device("q", q)  # on neither the CPU nor a CUDA device there is nothing to exchange
+    cuda_device("q", q)  # refuses any device but the CPU and CUDA devices
     if q.ndim != 3:
         raise ValueError(f"q: expected [T, H, D], got {q.ndim} dimensions")
-    for name, each in (("ks", ks), ("ke", ke)):
-        if each.dtype != torch.int32 or each.shape != q.shape[:1]:
+    for name, span in (("ks", ks), ("ke", ke)):
+        if span.dtype != torch.int32 or span.shape != q.shape[:1]:
             raise ValueError(
-                f"{name}: expected int32 [{q.shape[0]}], got {each.dtype} {list(each.shape)}"
+                f"{name}: expected int32 [{q.shape[0]}], got {span.dtype} {list(span.shape)}"
             )
     if k.ndim != 2 or k.shape[1] != q.shape[-1]:
         raise ValueError(f"k_local: expected [L, {q.shape[-1]}], got {list(k.shape)}")
-    # No query: it only validates.
+    # Without queries, the call only validates.
     misa.select(
         q[:0], w[:0], k, ks[:0], ke[:0], k_scale=k_scale, config=config, backend=options["backend"]
     )
     if w.shape != q.shape[:2]:
         raise ValueError(f"w: expected {list(q.shape[:2])}, got {list(w.shape)}")
 
-    # What has to be the same on every rank, and the one number that may differ.
+    # Checksums of what must be the same on every rank, and this rank's number of keys.
     spans = torch.stack([ks, ke]).cpu().numpy().tobytes()
     same = f"{config} {q.shape} {q.dtype} {k.dtype} {q.device.type}".encode()
     header = torch.tensor([zlib.crc32(same), zlib.crc32(spans), len(k)], device=peers.device)
@@ -266,10 +268,10 @@ def _checked(
     total = sum(lengths)
     if total >= 2**31:
         raise ValueError(f"k_local: expected fewer than 2^31 keys on all ranks, got {total}")
-    for name, each in (("ks", ks), ("ke", ke)):
-        wrong = ((each < 0) | (each > total)).nonzero()[:, 0].tolist()
+    for name, span in (("ks", ks), ("ke", ke)):
+        wrong = ((span < 0) | (span > total)).nonzero()[:, 0].tolist()
         if wrong:
-            got = each[wrong[0]].item()
+            got = span[wrong[0]].item()
             raise ValueError(f"{name}[{wrong[0]}]: expected 0 to L = {total}, got {got}")
     starts = ks.long()
     return _Call(
@@ -291,9 +293,10 @@ def _checked(
 
 
 def _route(call: _Call) -> Steps[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Active heads [T, h] int32, ascending, and the residual row [T, D]; None where there is none.
+    """Active heads [T, h] int32, ascending, and the residual row [T, D], as `misa.select` returns
+    them; None if the config has none.
 
-    As `misa.select` returns them; the first rank's, so that every rank has the same.
+    They are those of the first rank, so that every rank has the same.
     """
     config = call.config
     if config.router == "all":
@@ -303,10 +306,10 @@ def _route(call: _Call) -> Steps[tuple[torch.Tensor | None, torch.Tensor | None]
     if keys in ("block means", "last"):
         heads = yield from (_pooled if keys == "block means" else _self)(call)
         if config.residual:
-            # With nothing of the routed heads in q and w, the row is made of the others.
-            routed = heads.clamp(min=0).long()
-            w = call.w.scatter(1, routed, 0)
-            q = call.q.scatter(1, routed[..., None].expand(-1, -1, call.q.shape[2]), 0)
+            # The residual row is that of the other heads: the routed ones are 0 in q and w.
+            at = heads.clamp(min=0).long()
+            w = call.w.scatter(1, at, 0)
+            q = call.q.scatter(1, at[..., None].expand(-1, -1, call.q.shape[2]), 0)
             every = misa.Config("misa-r", top_k=1, heads=0)
             residual = (yield from _sampled(call, q, w, every)).residual
     else:
@@ -318,8 +321,8 @@ def _route(call: _Call) -> Steps[tuple[torch.Tensor | None, torch.Tensor | None]
             residual=config.residual,
             static_heads=config.static_heads,
         )
-        found = yield from _sampled(call, call.q, call.w, chosen)
-        heads, residual = found.heads, found.residual
+        routed = yield from _sampled(call, call.q, call.w, chosen)
+        heads, residual = routed.heads, routed.residual
     heads = yield partial(call.peers.first, heads)
     if residual is not None:
         residual = yield partial(call.peers.first, residual)
@@ -331,11 +334,11 @@ def _sampled(
 ) -> Steps[misa.Selected]:
     """Routes with the sample S(t) of each query in place of its keys (spec, MISA-R).
 
-    The sample of at most 128 keys is its own sample, so this is the routing of all keys.
+    A sample of at most 128 keys is its own sample, so the result is that of routing with all keys.
     """
     stride = call.n.new_tensor([_core.sample_stride(n) for n in call.n.tolist()])
     count = (call.n + stride - 1) // stride
-    # Queries of one start and stride read one grid, each as far as it sees.
+    # Queries with equal start and stride share one grid; each reads it up to its last visible key.
     grids, grid = torch.unique(torch.stack([call.ks, stride], 1), dim=0, return_inverse=True)
     counts = count.new_zeros(len(grids)).scatter_reduce(0, grid, count, "amax")
     begins = counts.cumsum(0) - counts
@@ -360,7 +363,7 @@ def _pooled(call: _Call) -> Steps[torch.Tensor]:
 
 
 class _BlockMeans(NamedTuple):
-    """Block means as `misa.route_from_means` takes them."""
+    """Block means in the form of the arguments of `misa.route_from_means`."""
 
     means: torch.Tensor
     starts: torch.Tensor
@@ -372,45 +375,45 @@ def _block_means(call: _Call, block: int) -> Steps[_BlockMeans]:
     starts, sequence = torch.unique(call.ks, return_inverse=True)
     whole, rest = call.n // block, call.n % block
     rows = [(sequence == i).nonzero()[:, 0] for i in range(len(starts))]
-    full = [int(whole[each].max()) for each in rows]
-    # Every sequence's whole blocks, then a row for each query's partial one.
+    full = [int(whole[queries].max()) for queries in rows]
+    # The whole blocks of every sequence, then one row per query for its partial block.
     sums = call.q.new_zeros(sum(full) + len(call.n), call.q.shape[2], dtype=torch.float64)
     firsts = torch.zeros_like(call.n)
     base = 0
-    for start, each, blocks in zip(starts.tolist(), rows, full, strict=True):
+    for start, queries, blocks in zip(starts.tolist(), rows, full, strict=True):
         begin = max(start, call.offset)
-        end = min(start + int(call.n[each].max()), call.offset + len(call.k))
+        end = min(start + int(call.n[queries].max()), call.offset + len(call.k))
         stop = -(-(end - start) // block) if begin < end else 0
         for b in range((begin - start) // block, stop):
             low = max(start + b * block, begin)
             high = min(start + (b + 1) * block, end)
-            held = slice(low - call.offset, high - call.offset)
-            scale = None if call.k_scale is None else call.k_scale[held]
-            prefix = _values(call.k[held], scale).cumsum(0)
+            local = slice(low - call.offset, high - call.offset)
+            scale = None if call.k_scale is None else call.k_scale[local]
+            prefix = _values(call.k[local], scale).cumsum(0)
             if b < blocks:
                 sums[base + b] = prefix[-1]
-            last = each[(whole[each] == b) & (rest[each] > 0)]
+            last = queries[(whole[queries] == b) & (rest[queries] > 0)]
             seen = (call.ks[last] + call.n[last] - low).clamp(max=high - low)
             last, seen = last[seen > 0], seen[seen > 0]
             sums[sum(full) + last] = prefix[seen - 1]
-        firsts[each] = base
+        firsts[queries] = base
         base += blocks
     gathered = yield partial(call.peers.gather, sums)
     total = gathered[0]
-    for each in gathered[1:]:
-        total = total + each
+    for rank_sums in gathered[1:]:
+        total = total + rank_sums
     counts = torch.cat([rest.new_full((base,), block), rest.clamp(min=1)])
-    own = base + torch.arange(len(rest), device=rest.device)
+    partial_rows = base + torch.arange(len(rest), device=rest.device)
     return _BlockMeans(
         means=(total / counts[:, None]).float(),
         starts=firsts.int(),
         ends=(firsts + whole).int(),
-        partial=torch.where(rest > 0, own, -1).int(),
+        partial=torch.where(rest > 0, partial_rows, -1).int(),
     )
 
 
 def _kept_blocks(call: _Call) -> Steps[torch.Tensor]:
-    """Blocks [T, filter_blocks] that the block filter keeps, -1 where there are fewer (HISA)."""
+    """Blocks [T, filter_blocks] that the block filter keeps (HISA), -1 on the right if fewer."""
     means = yield from _block_means(call, call.config.filter_block)
     kept = misa.keep_blocks_from_means(
         filter_blocks=call.config.filter_blocks, **call.on_means(means)
@@ -419,7 +422,7 @@ def _kept_blocks(call: _Call) -> Steps[torch.Tensor]:
 
 
 def _positions(call: _Call, blocks: torch.Tensor, part: slice) -> torch.Tensor:
-    """Positions [queries, blocks * block] that queries see in their kept blocks, else -1."""
+    """Positions [queries, blocks * block] of the kept blocks; -1 if the query cannot see them."""
     block = call.config.filter_block
     inside = torch.arange(block, device=blocks.device)
     positions = (blocks[..., None] * block + inside).flatten(1)
@@ -433,13 +436,13 @@ def _positions(call: _Call, blocks: torch.Tensor, part: slice) -> torch.Tensor:
 def _rows(
     call: _Call, heads: torch.Tensor | None, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [T, R, D] and weights [T, R] whose score over all R rows is the routed one."""
+    """Queries [T, R, D] and weights [T, R] whose score over all R rows equals the routed score."""
     if heads is None:
         return call.q, call.w
     at = heads.clamp(min=0).long()
     w = call.w.gather(1, at)
     q = call.q.gather(1, at[..., None].expand(-1, -1, call.q.shape[2]))
-    # With every head routed there is nothing left for a residual row to stand for.
+    # With every head routed, the residual row replaces no head.
     if residual is None or heads.shape[1] == call.q.shape[1]:
         return q, w
     scale = residual.new_ones(len(residual), 1)
@@ -448,15 +451,15 @@ def _rows(
         scale = residual.abs().amax(1, keepdim=True) / 448
         parts = [_e4m3(torch.where(scale == 0, 0, residual / scale)).float()]
     elif call.q.dtype == call.k.dtype == torch.bfloat16:
-        # Three rows whose sum is the float32 row: each takes the leading 8 bits of what is left.
+        # Three bfloat16 rows whose sum is the float32 row: each has the leading 8 bits of the rest.
         rest, parts = residual, []
         for _ in range(3):
             parts.append((rest.view(torch.int32) & -(2**16)).view(torch.float32))
             rest = torch.where(rest.isfinite(), rest - parts[-1], 0)
     else:
         q = _values(q).float()
-    # x = max(0, x) - max(0, -x), and adding a zero is exact.
-    linear = torch.stack([row for each in parts for row in (each, -each)], dim=1)
+    # A linear row as two ReLU rows: x = max(0, x) - max(0, -x), where adding the zero is exact.
+    linear = torch.stack([row for part in parts for row in (part, -part)], dim=1)
     linear = _raw(_e4m3(linear)) if q.dtype == torch.uint8 else linear.to(q.dtype)
     signed = torch.cat([scale, -scale], 1).repeat(1, len(parts))
     return torch.cat([q, linear], 1), torch.cat([w, signed], 1)
@@ -469,9 +472,9 @@ def _top(
     k: int,
     positions: torch.Tensor | None,
 ) -> Steps[torch.Tensor]:
-    """Entries [queries, k] of the k best positions of all ranks, falling; padding on the right.
+    """Entries [queries, k] of the k best positions of all ranks, descending, padded on the right.
 
-    positions [queries, m]: the only ones that count, -1 where there are fewer; None: all.
+    positions [queries, m]: the candidates, -1 for none; None: all positions.
     """
     ks, n, length = call.ks[part], call.n[part], len(call.k)
     keys = call.k, call.k_scale
@@ -480,24 +483,24 @@ def _top(
         end = (ks + n - call.offset).clamp(0, length)
         first = (begin + call.offset - ks)[:, None]
     else:
-        own = positions + ks[:, None] - call.offset
-        held = (positions >= 0) & (own >= 0) & (own < length)
-        count = held.sum(1)
-        # In order of position, so that ties go to the lower one.
-        own = torch.where(held, own, length).sort(1).values
-        taken = own[own < length]
-        keys = call.k[taken], None if call.k_scale is None else call.k_scale[taken]
+        local = positions + ks[:, None] - call.offset
+        here = (positions >= 0) & (local >= 0) & (local < length)
+        count = here.sum(1)
+        # Sorted by position, so that ties go to the lower one.
+        local = torch.where(here, local, length).sort(1).values
+        used = local[local < length]
+        keys = call.k[used], None if call.k_scale is None else call.k_scale[used]
         end = count.cumsum(0)
         begin = end - count
     width = max(1, min(k, call.longest))
     config = misa.Config("dsa", top_k=width)
-    found = call.run(rows[0][part], rows[1][part], keys, (begin, end), config, scores=True)
-    index = found.indices.long()
+    local_top = call.run(rows[0][part], rows[1][part], keys, (begin, end), config, scores=True)
+    index = local_top.indices.long()
     if positions is None:
         at = index + first
     else:
-        at = own.gather(1, index.clamp(min=0)) + call.offset - ks[:, None]
-    entries = _entries(found.scores, at).masked_fill(index < 0, _PADDING)
+        at = local.gather(1, index.clamp(min=0)) + call.offset - ks[:, None]
+    entries = _entries(local_top.scores, at).masked_fill(index < 0, _PADDING)
     gathered = yield partial(call.peers.gather, entries)
     merged = gathered.transpose(0, 1).flatten(1)
     best = merged.topk(min(k, merged.shape[1]), dim=1).values
@@ -505,7 +508,7 @@ def _top(
 
 
 def _entries(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """int64 in the order of selection (docs/numerics.md): float32 score first, lower position next.
+    """int64 entries in the order of selection (docs/numerics.md): by score, then lower position.
 
     NaN is below every number, -0 equals +0.
     """
@@ -528,12 +531,12 @@ def _decoded(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _raw(x: torch.Tensor) -> torch.Tensor:
-    """x with e4m3 as bytes, which every torch operation can move."""
+    """x with e4m3 as bytes, which every torch operation supports."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _values(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """What rows of elements stand for, in double precision."""
+    """Rows of elements, times their scales, in double precision."""
     x = x.view(torch.float8_e4m3fn).float() if x.dtype == torch.uint8 else x
     return x.double() if scale is None else x.double() * scale.double()[:, None]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification as executable NumPy: every indexer and router in float64, a query at a time.
+"""The specification as executable NumPy: every indexer and router in float64, one query at a time.
 
-Independent of the C++ library, slow, and meant to be read. A query and the keys that it sees are a
-:class:`Row`; the stages are functions of one. Sources: DSA, DeepSeek-V3.2; MISA and MISA-dagger,
-arXiv 2605.07363; HISA, the block filter; MISA-R, this project's own.
+Independent of the C++ library, slow, and written for readers. A query and the keys that it sees
+form a :class:`Row`, and every stage is a function of one. Sources: DSA, DeepSeek-V3.2; MISA and
+MISA-dagger, arXiv 2605.07363; HISA, the block filter; MISA-R, this project's own.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ._call import PAGE_SIZE, Selected
 from ._config import Config
 
 MAX_SAMPLES = 128
-"""Most positions of the grid that MISA-R samples."""
+"""The most positions in the sample grid of MISA-R."""
 FIRE_CHANCE = 0.1
-"""gamma: the chance kept for heads that the sample never made fire."""
+"""gamma: the chance of a positive product assumed for heads that have none in the sample."""
 E4M3_MAX = 448.0
 
 
@@ -26,7 +26,7 @@ E4M3_MAX = 448.0
 
 
 def _e4m3_values() -> np.ndarray:
-    """float64 [256]: what each byte stands for (OCP FP8 E4M3)."""
+    """float64 [256]: the value of each byte (OCP FP8 E4M3)."""
     code = np.arange(128)
     exponent, mantissa = code >> 3, code & 7
     normal = (8 + mantissa) * 2.0 ** (exponent - 10)
@@ -39,8 +39,8 @@ E4M3 = _e4m3_values()
 
 
 def values(array: np.ndarray) -> np.ndarray:
-    """float64 of an array in float32, bfloat16 (or its bits, uint16) or e4m3 (or its bits,
-    uint8)."""
+    """An array in float32, bfloat16 (or its bits, uint16) or e4m3 (or its bits, uint8) as
+    float64."""
     if array.dtype.name in ("uint8", "float8_e4m3fn"):
         return E4M3[array.view(np.uint8)]
     if array.dtype.name in ("uint16", "bfloat16"):
@@ -82,7 +82,7 @@ def relu(x: np.ndarray) -> np.ndarray:
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """Where the k largest are, ascending: of equal ones the lower position, NaN last."""
+    """Positions of the k largest scores, ascending; ties go to the lower position, NaN is last."""
     order = np.lexsort((-np.nan_to_num(scores, nan=0, posinf=np.inf, neginf=-np.inf),
                         np.isnan(scores)))  # fmt: skip
     return np.sort(order[:k])
@@ -114,8 +114,8 @@ def sample_positions(n: int) -> np.ndarray:
 
 def sampled_fits(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[H] each, over the sample, with x = q_j . k: the least-squares slope of max(0, x) on x (0
-    where x has no variance), the rms of what the fit leaves over, and max(0, x)'s standard
-    deviation."""
+    where x has no variance), the rms of the fit's error, and the standard deviation of
+    max(0, x)."""
     sample = row.k[sample_positions(len(row.k))]
     slopes, rests, spreads = [], [], []
     for q in row.q:
@@ -136,7 +136,7 @@ def rms(x: np.ndarray) -> float:
 
 
 def head_values(row: Row, config: Config) -> np.ndarray:
-    """[H]: what the router ranks heads by."""
+    """[H]: the values by which the router ranks heads."""
     if config.router == "pooled":
         means = block_means(row, config.block)
         return np.abs(row.w * relu(means @ row.q.T)).mean(0)
@@ -171,7 +171,7 @@ def residual_row(row: Row, heads: np.ndarray) -> np.ndarray:
 
 
 def rounded_residual(row: Row, residual: np.ndarray) -> np.ndarray:
-    """float64 [D]: the row that scores; where keys are e4m3, rounded with the scale max / 448."""
+    """float64 [D]: the row used for scoring; with e4m3 keys, rounded with the scale max / 448."""
     if not row.quantised or not np.all(np.isfinite(residual)):
         return residual.astype(np.float64)
     scale = np.float32(np.abs(residual).max() / np.float32(E4M3_MAX))
@@ -182,7 +182,7 @@ def rounded_residual(row: Row, residual: np.ndarray) -> np.ndarray:
 
 
 def kept_positions(row: Row, config: Config) -> np.ndarray:
-    """What the block filter leaves: the first and the last block, and the best of the others."""
+    """Positions that the block filter keeps: of the first, the last, and the best other blocks."""
     n, block = len(row.k), config.filter_block
     if block == 0:
         return np.arange(n)
@@ -203,14 +203,14 @@ def routed_scores(row: Row, heads: np.ndarray, residual: np.ndarray | None) -> n
 
 
 def is_dense(row: Row, config: Config) -> bool:
-    """Whether the row is so short that it is DSA's."""
+    """Whether the row is short enough to use DSA."""
     return len(row.w) * len(row.k) <= config.dense_work
 
 
 def select_row(
     row: Row, config: Config, heads: np.ndarray, residual: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, ascending, and their scores, given the routing."""
+    """The selected positions, ascending, and their scores, for given heads and residual row."""
     every = np.arange(len(row.w))
     if is_dense(row, config):
         positions, found = np.arange(len(row.k)), scores(row, row.k, every)

@@ -3,7 +3,7 @@
 
 Both are opaque to torch.compile and have fake implementations; on CUDA tensors both run on the
 current stream without a synchronisation and may be captured into a CUDA graph. misa.select and
-misa.select_paged call them for tensors, with the fields of a Config spread out.
+misa.select_paged call them for tensors, with the fields of a Config as separate arguments.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ._call import (
 from ._config import Config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-"""indices, scores, heads and residual; one that is not wanted or does not exist is empty, of one
-dimension."""
+"""indices, scores, heads and residual; one that is not requested or does not exist is an empty
+tensor of one dimension."""
 
 Tensors = Mapping[str, Tensor | None]
-"""The tensors of a call by their names; None where an optional one was left out."""
+"""The tensors of a call by name; None for an optional one that is not given."""
 
 
 @lru_cache(maxsize=256)
@@ -66,7 +66,7 @@ def _selected(outputs: Outputs) -> Selected:
 
 
 def require_tensors(arguments: Mapping[str, object], optional: str) -> None:
-    """ValueError unless all arguments are tensors; the optional one may be None."""
+    """Raises ValueError unless all arguments are tensors; the optional one may be None."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor) and not (name == optional and value is None):
             raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -83,7 +83,7 @@ def _common_device(tensors: Tensors) -> torch.device:
 
 
 def require_one_device(tensors: Tensors) -> None:
-    """ValueError that names a tensor on another device than most are."""
+    """Raises ValueError that names a tensor on another device than most of them."""
     common = _common_device(tensors)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != common:
@@ -119,7 +119,7 @@ def select_op(
     threads: int,
     workspace_cap: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and errors of :func:`misa.select`, with the fields of a Config spread out; returns
+    """Like :func:`misa.select`, with the fields of a Config as separate arguments; returns
     :data:`Outputs`."""
     config = _config(
         top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
@@ -158,8 +158,8 @@ def select_paged_op(
     threads: int,
     workspace_cap: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and errors of :func:`misa.select_paged`, with the fields of a Config spread out;
-    returns :data:`Outputs`."""
+    """Like :func:`misa.select_paged`, with the fields of a Config as separate arguments; returns
+    :data:`Outputs`."""
     config = _config(
         top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
         ordered, tuple(static_heads),
@@ -188,7 +188,7 @@ def select_paged_op(
 
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.uint16)
 _FLOAT, _INT, _BYTE = (torch.float32,), (torch.int32,), (torch.uint8,)
-# Dtypes and dimensions; those of one letter are of one size, * is any.
+# Dtypes and dimensions; equal letters are equal sizes, * is any size.
 _RAGGED = {"q": (_ELEMENTS, "THD"), "w": (_FLOAT, "TH"), "k": (_ELEMENTS, "LD"), "ks": (_INT, "T"),
            "ke": (_INT, "T"), "k_scale": (_FLOAT, "L")}  # fmt: skip
 _PAGED = {
@@ -229,8 +229,8 @@ def _fake(
     want_heads: bool,
     want_residual: bool,
 ) -> Outputs:
-    # What is traced with fake tensors is run later, and the run tells of every error as it is. Here
-    # the compiler would wrap it into one of its own.
+    # With fake tensors nothing is checked: the real run follows and reports every error, while the
+    # compiler would wrap an error from here into one of its own.
     if not isinstance(tensors["q"], FakeTensor):
         require_one_device(tensors)
         _require_layouts(tensors, layouts)
@@ -278,7 +278,7 @@ def _no_gradients(ctx, inputs, output):
 
 
 for _op in (select_op, select_paged_op):
-    # PyTorch asks for the backward formula of an operator without gradients and never calls it.
+    # PyTorch needs a backward formula even for an operator without gradients, but never calls it.
     _op.register_autograd(lambda ctx, *gradients: None, setup_context=_no_gradients)
 
 
@@ -338,12 +338,12 @@ def select_paged(
 def gather(
     cache: Tensor, block_table: Tensor, context_lens: Tensor, next_n: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The keys of a paged cache as contiguous ones, on the tensors' device and without waiting for
-    it.
+    """The keys of a paged cache as contiguous keys, on the tensors' device without a
+    synchronisation.
 
     cache: uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)].
     block_table: int32 [B, max_pages]; page numbers out of range are clamped.
-    context_lens: int32 [B], cut at max_pages * 64.
+    context_lens: int32 [B], limited to max_pages * 64.
 
     Returns k uint8 [L, D], k_scale float32 [L], ks and ke int32 [B * next_n], L = B * max_pages *
     64: sequence b has the keys from b * max_pages * 64 on. Raises ValueError for a wrong argument.

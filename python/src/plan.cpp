@@ -60,8 +60,8 @@ class HostPlan {
     const Selection selection = out.selection();
     const nb::gil_scoped_release released;
     if (workspace.is_none()) {
-      const OwnWorkspace own(plan_.workspace_bytes());
-      plan_.run(queries, weights, keys, selection, own.span());
+      const OwnWorkspace allocated(plan_.workspace_bytes());
+      plan_.run(queries, weights, keys, selection, allocated.span());
     } else {
       plan_.run(queries, weights, keys, selection, bytes);
     }

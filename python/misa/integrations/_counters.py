@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which path a serving engine's rows took, and why."""
+"""Counts which path selected for the rows of a serving engine, and logs why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import logging
 class Counters:
     """Rows of this process by path: misa_prefill, misa_decode, engine_prefill, engine_decode.
 
-    What an engine replays from a captured graph runs no Python and is not counted.
+    Rows of a replayed CUDA graph are not counted, because the replay runs no Python.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -20,8 +20,8 @@ class Counters:
         self._reasons: set[str] = set()
 
     def add(self, path: str, rows: int) -> None:
-        """Counts the rows of one call. Logs the counts whenever the number of calls doubles: the
-        processes that serve a model answer no questions, but their log can be read.
+        """Counts the rows of one call. Logs the counts whenever the number of calls doubles: only
+        the log of an engine's worker processes can be observed.
         """
         self.rows[path] += rows
         self._calls += 1
@@ -29,9 +29,9 @@ class Counters:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.rows.items()))
             self._logger.info("MISA: rows so far: %s", counts)
 
-    def takes(self, work: str, rows: int, reason: str | None) -> bool:
-        """Counts rows of `work` (prefill or decode) as MISA's, or as the engine's if there is a
-        reason, which is logged once. Returns whether they are MISA's.
+    def misa_selects(self, work: str, rows: int, reason: str | None) -> bool:
+        """Counts the rows of `work` (prefill or decode) for MISA, or for the engine if there is a
+        reason to leave them to it, which is logged once. Returns whether MISA selects for them.
         """
         if reason is not None and reason not in self._reasons:
             self._reasons.add(reason)

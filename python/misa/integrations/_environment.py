@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a serving engine is told through MISA_* variables or the model's own config."""
+"""Settings for a serving engine, from MISA_* variables or from the model's own config."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(item) for item in text.split(","))
 
 
-# A variable MISA_<NAME> for every field of misa.Config: how it is read and what it must look like.
-# top_k is the model's to say.
+# For every field of misa.Config except top_k, which the model decides: how its variable MISA_<NAME>
+# is parsed and what it must look like.
 _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "router": (str, "a router's name"),
     "heads": (int, "an integer"),
@@ -36,7 +36,7 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 # The fields of a model's config in the release of arXiv 2605.07363, as fields of misa.Config.
-# use_misa turns the indexer on, and misa_stage1_topk, where it is not 0, re-ranks.
+# use_misa turns the indexer on, and a misa_stage1_topk other than 0 turns on the re-rank.
 _MODEL_FIELDS = {
     "misa_topk_heads": "heads",
     "misa_k_block_size": "block",
@@ -46,14 +46,14 @@ _MODEL_FIELDS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """An indexer for an engine, top_k aside, and which of its calls to take."""
+    """An indexer for an engine, without top_k, and whether it also selects for decode."""
 
     indexer: str
     overrides: tuple[tuple[str, Any], ...] = ()
     decode: bool = False
 
     def config(self, top_k: int) -> misa.Config:
-        """The indexer for a model that wants `top_k` positions."""
+        """The indexer for a model that selects `top_k` positions."""
         return _config(self, top_k)
 
     def config_for(self, model: Any) -> misa.Config:
@@ -82,12 +82,12 @@ def _config(settings: Settings, top_k: int) -> misa.Config:
 def read_settings(
     model: object | None = None, environment: Mapping[str, str] = os.environ
 ) -> Settings | None:
-    """The settings that the environment names, else those of the model, else None.
+    """The settings from the environment, otherwise those of the model, otherwise None.
 
     Args:
         model: a Hugging Face config; without `use_misa` it names no indexer.
         environment: MISA_INDEXER names the indexer; MISA_<FIELD> overrides a field of misa.Config,
-            also where the model named the indexer; MISA_DECODE=1 takes decode too.
+            also if the model named the indexer; MISA_DECODE=1 selects for decode too.
 
     Raises:
         ValueError: a variable that cannot be read, or an indexer that does not exist.

@@ -3,9 +3,9 @@
 
 SGLang selects the tokens of DSA models in two methods of its `Indexer`: `_get_topk_ragged` for
 prefill, on gathered keys, and `_get_topk_paged` for decode. Both are wrapped by SGLang's hooks. A
-wrapper selects from the bytes of the key cache and gives positions the meaning that the attention
-backend expects; what it does not cover goes to SGLang's method. It keeps nothing between calls, so
-radix-cache hits, eviction and page reuse need nothing from it.
+wrapper selects from the bytes of the key cache and converts positions to the form that the
+attention backend expects; calls that it does not support go to SGLang's method. It has no state
+between calls, so radix-cache hits, eviction and page reuse need no handling.
 
 docs/integrations/sglang.md says how to use it.
 """
@@ -28,7 +28,7 @@ from ._environment import Settings, read_settings
 _MODULE = "sglang.srt.layers.attention.dsa.dsa_indexer"
 _PAGE = 64
 
-# What the wrappers read of the methods' arguments; an SGLang without one of them is left alone.
+# The arguments that the wrappers read; an SGLang whose methods lack one of them is not changed.
 _ARGUMENTS = ("forward_batch", "layer_id", "q_fp8", "weights", "metadata")
 
 _logger = logging.getLogger("sglang.srt.misa")
@@ -45,7 +45,7 @@ def counters() -> dict[str, int]:
 
 def register() -> None:
     """The entry point. Hooks SGLang's indexer when the config of a model with a sparse indexer is
-    read, if the environment or that config names an indexer of MISA; else it does nothing.
+    read, if the environment or that config names an indexer of MISA; otherwise does nothing.
     """
     hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
     hooks.HookRegistry.register(
@@ -54,11 +54,11 @@ def register() -> None:
 
 
 def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Hooks the indexer, once a process, if MISA is asked for and SGLang is one that it knows.
+    """Hooks the indexer, once per process, if MISA is enabled and supports this SGLang.
 
     Raises:
         ValueError: a MISA_* variable that cannot be read, or an indexer unfit for the model.
-        RuntimeError: SGLang left one of the indexer's methods as it was.
+        RuntimeError: SGLang did not hook one of the indexer's methods.
     """
     global _installed
     model = model_config.hf_text_config
@@ -73,17 +73,17 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
         return
     hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
     wrappers = {"_get_topk_ragged": ragged, "_get_topk_paged": paged}
-    own = {method: getattr(engine.Indexer, method) for method in wrappers}
+    unhooked = {method: getattr(engine.Indexer, method) for method in wrappers}
     for method, wrap in wrappers.items():
         hooks.HookRegistry.register(
             f"{_MODULE}.Indexer.{method}", wrap(engine, settings), hooks.HookType.AROUND
         )
     hooks.HookRegistry.apply_hooks()
-    # The registry logs what fails, and passes over a method that it has hooked before.
-    missed = [method for method in wrappers if getattr(engine.Indexer, method) is own[method]]
-    if missed:
+    # The registry only logs a failure, and skips a method that it has hooked before.
+    missing = [m for m, method in unhooked.items() if getattr(engine.Indexer, m) is method]
+    if missing:
         raise RuntimeError(
-            f"MISA: expected SGLang to hook {' and '.join(missed)} of its indexer, got no hook: "
+            f"MISA: expected SGLang to hook {' and '.join(missing)} of its indexer, got no hook: "
             "SGLang's log says why, or another plugin of SGLANG_PLUGINS hooked it first"
         )
     _installed = True
@@ -97,7 +97,7 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
 def _problem(engine: Any, model: Any) -> str | None:
     """Why this model in this SGLang on this machine cannot be served, or None."""
     if (getattr(model, "index_kpool", None) or 1) != 1:
-        return "pooled index keys"  # which SGLang has another indexer for
+        return "pooled index keys"  # SGLang has another indexer for them
     for method in ("_get_topk_ragged", "_get_topk_paged"):
         parameters = inspect.signature(getattr(engine.Indexer, method)).parameters
         missing = [name for name in _ARGUMENTS if name not in parameters]
@@ -116,7 +116,7 @@ def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
     """A hook around `Indexer._get_topk_ragged`: prefill on the keys that the pool gathers.
 
     It reads q_fp8 [rows, H, D] e4m3 and weights [rows, H, 1] f32; rows beyond those of the metadata
-    are padding and stay -1. It returns int32 [rows, index_topk], in `topk_result` if that is given.
+    are padding and get -1. It returns int32 [rows, index_topk], in `topk_result` if that is given.
 
     Args:
         engine: the indexer's module, for its helpers.
@@ -133,7 +133,7 @@ def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
         rows = ks.shape[0]
         pool = engine.get_token_to_kv_pool()
         reason = _uncovered(indexer, call["forward_batch"], q, pool)
-        if not _counters.takes("prefill", rows, reason):
+        if not _counters.misa_selects("prefill", rows, reason):
             return original(*args, **kwargs)
         result = call.get("topk_result")
         if result is None:
@@ -158,7 +158,7 @@ def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
             config=settings.config(indexer.index_topk),
         )
         requests = metadata.get_token_to_batch_idx()
-        result[:rows] = _meaning(selected.indices, metadata, engine, requests)
+        result[:rows] = _converted(selected.indices, metadata, engine, requests)
         return result
 
     return hook
@@ -166,7 +166,7 @@ def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
 
 def paged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
     """A hook around `Indexer._get_topk_paged`: decode, verification and draft extension, one row of
-    the page table a query. Without MISA_DECODE it counts rows and calls SGLang's method.
+    the page table per query. Without MISA_DECODE it counts rows and calls SGLang's method.
 
     It reads q_fp8 [rows, H, D] e4m3 and weights [rows, H, 1] f32, and returns int32
     [rows, index_topk]; padding rows are -1.
@@ -191,7 +191,7 @@ def paged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
         reason = _uncovered(indexer, call["forward_batch"], q, pool)
         if reason is None and not lengths.shape[0] == table.shape[0] == rows:
             reason = "sequences that share a row of the page table"
-        if not _counters.takes("decode", rows, reason):
+        if not _counters.misa_selects("decode", rows, reason):
             return original(*args, **kwargs)
         result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
         if rows == 0:
@@ -204,14 +204,14 @@ def paged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
             lengths,
             config=settings.config(indexer.index_topk),
         )
-        result[:rows] = _meaning(selected.indices, metadata, engine, None)
+        result[:rows] = _converted(selected.indices, metadata, engine, None)
         return result
 
     return hook
 
 
 def _uncovered(indexer: Any, batch: Any, q: torch.Tensor, pool: Any) -> str | None:
-    """Why SGLang's method has to make this call, or None."""
+    """Why this call must be left to SGLang's method, or None."""
     if q.dtype != torch.float8_e4m3fn:
         return f"queries in {q.dtype}"
     if pool.index_page_size != _PAGE:
@@ -227,14 +227,14 @@ def _uncovered(indexer: Any, batch: Any, q: torch.Tensor, pool: Any) -> str | No
     return None
 
 
-def _meaning(
+def _converted(
     positions: torch.Tensor, metadata: Any, engine: Any, requests: torch.Tensor | None
 ) -> torch.Tensor:
-    """Positions int32 [rows, top_k] as the attention backend wants them; -1 stays.
+    """Positions int32 [rows, top_k] in the form that the attention backend expects; -1 stays -1.
 
-    As they are where SGLang does not fuse top-k with what follows, else slots of the page table
-    (PAGED) or places in the gathered keys (RAGGED). `requests` [rows] is each row's request, None
-    where each row has its own row of the page table.
+    Unchanged if SGLang does not fuse top-k with the next step, otherwise slots of the page table
+    (PAGED) or indices into the gathered keys (RAGGED). `requests` [rows] is each row's request, or
+    None if each row has its own row of the page table.
     """
     if not engine.envs.SGLANG_DSA_FUSE_TOPK.get() or metadata.force_unfused_topk:
         return positions

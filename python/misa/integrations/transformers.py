@@ -2,9 +2,9 @@
 """This library's indexers inside the sparse-attention models of Hugging Face transformers.
 
 `enable` replaces how a model's indexers score and select; projections, norm, rotary embedding and
-key cache stay the model's own. `capture` records what an indexer sees, to compare indexers on it.
+key cache stay the model's own. `capture` records the inputs of an indexer, to compare indexers.
 
-Models: those whose indexer modules are `DeepseekV32Indexer` or `GlmMoeDsaIndexer`.
+Supported models: those whose indexer modules are `DeepseekV32Indexer` or `GlmMoeDsaIndexer`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _log = logging.getLogger("misa")
 
 @dataclass
 class Usage:
-    """What `enable` switched on in a model, and how often it has run."""
+    """What `enable` configured in a model, and how often it has run."""
 
     config: misa.Config
     backend: str
     layers: tuple[int, ...]  #: layers that have an indexer
-    calls: int = 0  #: selections run, one a layer of `layers` and forward pass
-    queries: int = 0  #: queries that they selected for, padding included
+    calls: int = 0  #: selections run, one per layer of `layers` and forward pass
+    queries: int = 0  #: queries of these selections, padding included
 
 
 @dataclass(frozen=True)
 class _Operands:
-    """What an indexer scores, the batch flattened: the arguments of `misa.select`.
+    """The operands of an indexer with a flattened batch: the arguments of `misa.select`.
 
     q [T, H, D] and k [L, D] float32 or bfloat16, w [T, H] float32, ks and ke [T] int32, with
     T = batch * queries and L = batch * keys.
@@ -60,16 +60,16 @@ class _Operands:
 def enable(
     model: torch.nn.Module, indexer: str = "misa", *, backend: str = "auto", **overrides: Any
 ) -> Usage:
-    """Lets every indexer of `model` select with this library from the next forward pass on.
+    """Makes every indexer of `model` select with this library, from the next forward pass on.
 
-    indexer and overrides are those of `misa.Config`; top_k is the model's own `index_topk`. A model
-    that is enabled already changes over to the new choice. Returns the counter that `usage` finds
-    again. Hooks of accelerate may be put on and taken off before and after.
+    indexer and overrides are those of `misa.Config`; top_k is the model's own `index_topk`. On a
+    model that is already enabled, the new choice replaces the old one. Returns the counters, which
+    `usage` returns too. Hooks of accelerate may be added and removed before and after.
 
-    Raises ValueError for a model without a supported indexer, for a configuration that the model's
-    number of heads or their size does not allow, and for an indexer with a `forward` of its own
-    that keeps calls from this library; RuntimeError for an unknown backend. The model then is as it
-    was.
+    Raises ValueError for a model without a supported indexer, for a configuration that the number
+    or size of the model's heads does not allow, and for an indexer module with its own `forward`
+    attribute, which would bypass this library; RuntimeError for an unknown backend. The model is
+    not changed then.
     """
     named = _indexers(model)
     modules = named.values()
@@ -83,7 +83,7 @@ def enable(
         layers=tuple(module.layer_idx for module in modules),
     )
     none = torch.zeros(0, dtype=torch.int32)
-    misa.select(  # no query: it only validates
+    misa.select(  # without queries, the call only validates
         torch.zeros(0, heads, dim),
         torch.zeros(0, heads),
         torch.zeros(0, dim),
@@ -106,7 +106,7 @@ def enable(
 
 
 def disable(model: torch.nn.Module) -> None:
-    """Gives `model` its own indexers back; nothing happens to one that was not enabled.
+    """Restores the model's own indexers; does nothing to a model that is not enabled.
 
     Raises ValueError for a model without a supported indexer.
     """
@@ -117,7 +117,7 @@ def disable(model: torch.nn.Module) -> None:
 
 
 def usage(model: torch.nn.Module) -> Usage | None:
-    """What `enable` returned for `model`, or None where its own indexers select.
+    """What `enable` returned for `model`, or None if it is not enabled.
 
     Raises ValueError for a model without a supported indexer.
     """
@@ -132,18 +132,18 @@ def capture(
     layers: int | Sequence[int] | None = None,
     rows: int | None = None,
 ) -> Iterator[None]:
-    """Records what indexers see in the first forward pass inside the block, a file a layer.
+    """Records the inputs of indexers in the first forward pass inside the block, a file per layer.
 
-    The files hold `q`, `w`, `k`, `ks` and `ke` as docs/formats.md lists them (safetensors), the
-    sequences of a batch one after the other, and are written when the block ends. It makes no
-    difference whether the model is enabled.
+    The safetensors files hold `q`, `w`, `k`, `ks` and `ke` as described in docs/formats.md, with
+    the sequences of a batch concatenated, and are written when the block ends. The model may be
+    enabled or not.
 
     layers: numbers of layers that have an indexer; None is all of them. `{layer}` in `path` becomes
-    the layer's number and may be left out where `layers` is one number.
+    the layer's number and may be omitted if `layers` is one number.
     rows: queries to write, spread evenly over those of the pass; None writes all.
 
-    Raises ValueError for a wrong argument and for an indexer with a `forward` of its own that keeps
-    calls from this library, RuntimeError if no forward pass ran.
+    Raises ValueError for a wrong argument and for an indexer module with its own `forward`
+    attribute, which would bypass this library; RuntimeError if no forward pass ran.
     """
     named = _indexers(model)
     present = [module.layer_idx for module in named.values()]
@@ -162,7 +162,7 @@ def capture(
         if module.layer_idx not in traces:
             traces[module.layer_idx] = _seen(module, *args)
 
-    watched = {name: each for name, each in named.items() if each.layer_idx in wanted}
+    watched = {name: module for name, module in named.items() if module.layer_idx in wanted}
     _intercept(watched)
     for module in watched.values():
         module.recorders = (*module.recorders, record)
@@ -170,7 +170,7 @@ def capture(
         yield
     finally:
         for module in watched.values():
-            module.recorders = tuple(each for each in module.recorders if each is not record)
+            module.recorders = tuple(r for r in module.recorders if r is not record)
         _release(watched.values())
     if not traces:
         raise RuntimeError("capture: expected a forward pass inside the block, got none")
@@ -178,22 +178,22 @@ def capture(
         tensors = {"q": trace.q, "w": trace.w, "ks": trace.ks, "ke": trace.ke}
         if rows is not None and rows < len(trace.q):
             kept = torch.linspace(0, len(trace.q) - 1, rows, dtype=torch.float64).round().long()
-            tensors = {name: each[kept.to(each.device)] for name, each in tensors.items()}
+            tensors = {name: x[kept.to(x.device)] for name, x in tensors.items()}
         tensors["k"] = trace.k
         save_file(
-            {name: each.contiguous().cpu() for name, each in tensors.items()},
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
             str(path).replace("{layer}", str(layer)),
             metadata={"model": type(model).__name__, "layer": str(layer)},
         )
 
 
 class _Intercepting:
-    """Forward pass of an indexer that this library selects for or records; mixed into its class."""
+    """Mixin with the forward pass of an indexer that this library replaces or records."""
 
     usage: Usage | None = None
     recorders: tuple[Callable[..., None], ...] = ()
 
-    # The mask is checked on the host, and calls are counted there: a compiled graph holds neither.
+    # Not compiled, because the mask is checked and calls are counted on the host.
     @torch.compiler.disable
     @torch.no_grad()
     def forward(
@@ -207,10 +207,10 @@ class _Intercepting:
     ) -> torch.Tensor:
         """As the model's own: int32 [B, S, min(top_k, T)] distinct positions of the T keys.
 
-        Where a query sees fewer, positions that the mask hides fill the row: those behind its last.
+        If a query sees fewer, the row is padded with masked positions, those after its last one.
         """
         inputs = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, cache)
-        # A wrapper may have kept this method and call it when the module has its own class again.
+        # A wrapper may have stored this method and call it after the module's class was restored.
         usage = vars(self).get("usage")
         forward = _own_class(self).forward if usage is None else _select
         positions = forward(self, *inputs)
@@ -219,14 +219,14 @@ class _Intercepting:
         return positions
 
     def extra_repr(self) -> str:
-        own = super().extra_repr()  # type: ignore[misc]  # the other class has it
+        text = super().extra_repr()  # type: ignore[misc]  # defined by the other base
         if self.usage is None:
-            return own
-        return f"{own}{', ' if own else ''}selects with {self.usage.config}"
+            return text
+        return f"{text}{', ' if text else ''}selects with {self.usage.config}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # No module holds this class under a name that a pickle could refer to. What is recorded is
-        # the module's, not its copies'.
+        # A pickle cannot refer to this class by name, because no module defines it. Copies of the
+        # module do not record.
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, state, *rest = reduced
         kept = {name: value for name, value in state.items() if name != "recorders"}
@@ -237,7 +237,7 @@ class _Intercepting:
 def _intercepting(own: type) -> Any:
     """The class of an intercepted indexer of the class `own`.
 
-    It has the same name, because device maps and hooks find modules by the names of their classes.
+    It has the same name, because device maps and hooks find modules by class name.
     """
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
     return type(own.__name__, (_Intercepting, own), names)
@@ -250,9 +250,9 @@ def _blank(own: type) -> Any:
 
 
 def _intercept(modules: dict[str, Any]) -> None:
-    """Lets the forward passes of `modules`, by name, run that of `_Intercepting` until `_release`.
+    """Makes the named `modules` run the forward pass of `_Intercepting` until `_release`.
 
-    Raises ValueError, and changes nothing, if a call of one would not reach its class's `forward`.
+    Raises ValueError, and changes nothing, if calls of a module do not reach its class's `forward`.
     """
     for name, module in modules.items():
         forward = _innermost(module)
@@ -267,20 +267,21 @@ def _intercept(modules: dict[str, Any]) -> None:
 
 
 def _release(modules: Iterable[Any]) -> None:
-    """Gives `modules` that this library neither selects for nor records their own class back."""
+    """Restores the class of those `modules` that this library neither replaces nor records."""
     for module in modules:
         if vars(module).get("usage") is None and not vars(module).get("recorders"):
             vars(module).pop("recorders", None)
             own = _own_class(module)
-            if type(module) is _intercepting(own):  # else a class was derived from it since
+            if type(module) is _intercepting(own):  # otherwise someone has derived a class from it
                 _change_class(module, own)
 
 
 def _innermost(module: torch.nn.Module) -> Any:
-    """What a call of `module` runs below the hooks that accelerate put on it.
+    """What a call of `module` runs inside the hooks of accelerate.
 
-    Those wrap `forward` on the module itself, which wins over that of its class, and call what they
-    find as `_old_forward`. What another wrapper calls cannot be known: it is taken as innermost.
+    These hooks set a `forward` on the module itself, which hides that of its class, and call the
+    one they replaced as `_old_forward`. Any other wrapper counts as innermost, because what it
+    calls is unknown.
     """
     forward = module.forward
     if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
@@ -289,7 +290,7 @@ def _innermost(module: torch.nn.Module) -> Any:
 
 
 def _change_class(module: torch.nn.Module, cls: Any) -> None:
-    """Makes `module` one of `cls`, and so the `forward` of its class where accelerate stored it."""
+    """Changes the class of `module` to `cls`, also in the `forward` that accelerate has stored."""
     old = MethodType(type(module).forward, module)
     module.__class__ = cls
     for name, value in vars(module).items():
@@ -313,12 +314,12 @@ def _own_class(module: torch.nn.Module) -> Any:
 
 
 def _indexers(model: torch.nn.Module) -> dict[str, Any]:
-    """The indexers of `model` by their names in it."""
-    found = {name: each for name, each in model.named_modules() if _own_class(each) is not None}
-    if not found:
+    """The indexers of `model` by module name."""
+    indexers = {n: module for n, module in model.named_modules() if _own_class(module) is not None}
+    if not indexers:
         expected = " or ".join(own.__name__ for own in _ROTATE)
         raise ValueError(f"model: expected one with {expected} modules, got {type(model).__name__}")
-    return found
+    return indexers
 
 
 def _select(
@@ -335,17 +336,23 @@ def _select(
     if cache is not None:
         k = cache.update_indexer(k, indexer.layer_idx)
     batch, keys = k.shape[:2]
-    each = _flattened(q, w, k, attention_mask)
+    operands = _flattened(q, w, k, attention_mask)
     usage = indexer.usage
     picked = misa.select(
-        each.q, each.w, each.k, each.ks, each.ke, config=usage.config, backend=usage.backend
+        operands.q,
+        operands.w,
+        operands.k,
+        operands.ks,
+        operands.ke,
+        config=usage.config,
+        backend=usage.backend,
     ).indices[:, : min(usage.config.top_k, keys)]
     usage.calls += 1
     usage.queries += len(picked)
-    # Padding in column i stands in for the i-th position from ks on, as a row is padded only
-    # after it took every position that it sees.
+    # A row is padded only after all positions that it sees, which begin at ks: the padding in
+    # column i becomes position ks + i.
     columns = torch.arange(picked.shape[1], dtype=torch.int32, device=picked.device)
-    positions = (torch.where(picked < 0, columns, picked) + each.ks[:, None] % keys) % keys
+    positions = (torch.where(picked < 0, columns, picked) + operands.ks[:, None] % keys) % keys
     return positions.view(batch, -1, picked.shape[1])
 
 
@@ -362,21 +369,21 @@ def _project(
     q = indexer.wq_b(q_resid).unflatten(-1, (indexer.n_heads, indexer.head_dim))
     k = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)
     rotated = indexer.qk_rope_head_dim
-    rotate = next(each for own, each in _ROTATE.items() if isinstance(indexer, own))
-    q_turned, k_turned = rotate(
+    rotate = next(rotate for cls, rotate in _ROTATE.items() if isinstance(indexer, cls))
+    q_rotated, k_rotated = rotate(
         q[..., :rotated], k[..., :rotated], *position_embeddings, unsqueeze_dim=2
     )
-    q = torch.cat([q_turned, q[..., rotated:]], dim=-1)
-    k = torch.cat([k_turned, k[..., rotated:]], dim=-1).squeeze(2)
+    q = torch.cat([q_rotated, q[..., rotated:]], dim=-1)
+    k = torch.cat([k_rotated, k[..., rotated:]], dim=-1).squeeze(2)
     w = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
     return q, w * (indexer.softmax_scale * indexer.n_heads**-0.5), k
 
 
 def _flattened(q: torch.Tensor, w: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> _Operands:
-    """The batch as one pack of sequences; a query sees what its row of `mask` shows.
+    """The batch as packed sequences; the rows of `mask` tell which keys each query sees.
 
     q [B, S, H, D], w [B, S, H], k [B, T, D]; mask [B or 1, S, T] is true or 0 where a key is seen,
-    else false or below 0. Raises ValueError for a row that sees keys on both sides of hidden ones.
+    otherwise false or below 0. Raises ValueError for a row with hidden keys between visible ones.
     """
     batch, keys = k.shape[:2]
     seen = (mask if mask.dtype == torch.bool else mask == 0).expand(batch, *mask.shape[1:])
@@ -408,7 +415,7 @@ def _seen(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> _Operands:
-    """What an indexer scored in a forward pass that ran, whose keys the cache holds by now."""
+    """The operands of an indexer in a finished forward pass; the cache already has its keys."""
     q, w, k = _project(indexer, hidden_states, q_resid, position_embeddings)
     if cache is not None:
         k = cache.layers[indexer.layer_idx].indexer_keys

@@ -3,10 +3,10 @@
 
 vLLM selects the tokens of DSA models with one operator, `sparse_attn_indexer`, which it calls in
 two ways: the layer `SparseAttnIndexer` goes through `torch.ops.vllm`, some model files call the
-function. Both are replaced, under the same name, because vLLM's compiler cuts its graphs at it.
-The replacement calls vLLM's operator with the work that is not MISA's (inserting keys, filling the
-buffer, decode) and selects for the rest from the bytes of the key cache. It keeps nothing between
-calls, so prefix-cache hits, preemption and page reuse need nothing from it.
+function. Both are replaced under the same name, at which vLLM's compiler splits its graphs. The
+replacement calls vLLM's operator for the work that MISA does not do (inserting keys, filling the
+buffer, decode) and selects for the other rows from the bytes of the key cache. It has no state
+between calls, so prefix-cache hits, preemption and page reuse need no handling.
 
 docs/integrations/vllm.md says how to use it.
 """
@@ -35,8 +35,8 @@ _MODULE = "vllm.model_executor.layers.sparse_attn_indexer"
 _OPERATOR = "sparse_attn_indexer"
 _PAGE = 64
 
-# What the replacement reads of the operator's arguments and of its module; a vLLM without one of
-# them is left alone.
+# The operator's arguments and the names of its module that the replacement uses; a vLLM that lacks
+# one of them is not changed.
 _ARGUMENTS = (
     "k_cache_prefix",
     "kv_cache",
@@ -49,7 +49,7 @@ _ARGUMENTS = (
 )
 _HELPERS = ("get_forward_context", "current_workspace_manager", "ops")
 
-# Arguments that change what is selected, each with the value under which it does not.
+# Arguments that change the selection unless they have this value.
 _PLAIN = {"use_fp4_cache": False, "use_pcp": False, "dcp_world_size": 1, "candidate_blocks": None}
 
 # Arguments that the replacement knows and passes on.
@@ -86,7 +86,7 @@ def counters() -> dict[str, int]:
 
 def register() -> None:
     """The entry point. Replaces vLLM's operator when a model with a sparse indexer is built, if the
-    environment or the model's config names an indexer of MISA; else it does nothing.
+    environment or the model's config names an indexer of MISA; otherwise does nothing.
 
     Raises:
         ValueError: a MISA_* variable that cannot be read.
@@ -109,7 +109,7 @@ def register() -> None:
 
 
 def _install(model_config: Any) -> None:
-    """Replaces the operator, once a process, if MISA is asked for and vLLM is one that it knows.
+    """Replaces the operator, once per process, if MISA is enabled and supports this vLLM.
 
     Raises:
         ValueError: a MISA_* variable that cannot be read, or an indexer unfit for the model.
@@ -166,7 +166,7 @@ def _problem(engine: Any, platform: Any) -> str | None:
 
 
 def replace(original: Callable[..., Any], engine: Any, settings: Settings) -> Callable[..., Any]:
-    """The operator that selects with `settings` what it can and calls `original` for the rest.
+    """An operator that selects with `settings` if it can and calls `original` for all other work.
 
     Args:
         original: vLLM's operator. Arguments are bound by its signature; the ones read here are
@@ -191,11 +191,11 @@ def replace(original: Callable[..., Any], engine: Any, settings: Settings) -> Ca
         decode = metadata.num_decode_tokens if metadata.num_decodes > 0 else 0
         reason = _uncovered(call, context, engine)
         taken: dict[str, Any] = {}
-        if prefill and _counters.takes("prefill", prefill, reason):
+        if prefill and _counters.misa_selects("prefill", prefill, reason):
             taken.update(num_prefills=0, prefill=None)
         if decode and not settings.decode:
             _counters.add("engine_decode", decode)
-        elif decode and _counters.takes(
+        elif decode and _counters.misa_selects(
             "decode", decode, reason or _uncovered_decode(metadata.decode, decode)
         ):
             taken.update(num_decodes=0, decode=None)
@@ -214,12 +214,12 @@ def replace(original: Callable[..., Any], engine: Any, settings: Settings) -> Ca
 
 
 def _layer_name(name: Any) -> str:
-    """vLLM passes a layer's name as it is or in an object that its compiler can see through."""
+    """vLLM passes a layer's name as a string or in an object that its compiler can trace."""
     return getattr(name, "value", name)
 
 
 def _uncovered(call: SimpleNamespace, context: Any, engine: Any) -> str | None:
-    """Why vLLM's operator has to make this call, or None."""
+    """Why this call must be left to vLLM's operator, or None."""
     for name, plain in _PLAIN.items():
         value = getattr(call, name, plain)
         if isinstance(value, torch.Tensor) or value != plain:
@@ -241,7 +241,7 @@ def _uncovered(call: SimpleNamespace, context: Any, engine: Any) -> str | None:
 
 
 def _uncovered_decode(decode: Any, rows: int) -> str | None:
-    """Why vLLM's operator has to decode these rows, or None."""
+    """Why these decode rows must be left to vLLM's operator, or None."""
     if decode.requires_padding or decode.seq_lens.numel() != rows:
         return "sequences that decode unequal numbers of tokens"
     return None
@@ -253,7 +253,7 @@ def _capturing(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _metadata(context: Any, layer: str, metadata: Any) -> Iterator[None]:
-    """Shows vLLM's operator another metadata object for one layer."""
+    """Gives vLLM's operator another metadata object for one layer."""
     whole = context.attn_metadata
     context.attn_metadata = {**whole, layer: metadata}
     try:
@@ -263,14 +263,14 @@ def _metadata(context: Any, layer: str, metadata: Any) -> Iterator[None]:
 
 
 def _select_prefill(call: SimpleNamespace, metadata: Any, config: misa.Config, engine: Any) -> None:
-    """Selects for the prefill rows, chunk by chunk: keys are gathered by vLLM into the workspace
-    that it reserved for them, and chunks of one group of requests share them.
+    """Selects for the prefill rows, chunk by chunk. vLLM gathers the keys into its workspace for
+    them; chunks of the same requests share them.
     """
     keys, scales = engine.current_workspace_manager().get_simultaneous(
         ((call.total_seq_lens, call.head_dim), torch.float8_e4m3fn),
         ((call.total_seq_lens, 4), torch.uint8),
     )
-    # The ranks of a tensor-parallel group may each select for a part of the rows.
+    # Each rank of a tensor-parallel group may select for only a part of the rows.
     shards = getattr(engine, "PrefillRowShard", None)
     shard = shards and shards.from_metadata(metadata.prefill, metadata.num_decode_tokens)
     for chunk in metadata.prefill.chunks:

@@ -94,9 +94,9 @@ def test_an_indexer_must_fit_the_model():
 def test_counters_count_and_say_why_once(caplog):
     counters = Counters(logging.getLogger("misa.test"))
     with caplog.at_level(logging.INFO, "misa.test"):
-        assert counters.takes("prefill", 7, None)
-        assert not counters.takes("decode", 2, "a reason")
-        assert not counters.takes("decode", 3, "a reason")
+        assert counters.misa_selects("prefill", 7, None)
+        assert not counters.misa_selects("decode", 2, "a reason")
+        assert not counters.misa_selects("decode", 3, "a reason")
         counters.add("engine_decode", 1)
     assert counters.rows == {"misa_prefill": 7, "engine_decode": 6}
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
