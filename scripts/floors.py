@@ -21,12 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 STAGES = ("cache", "pool", "filter", "route", "score", "select", "rerank")
-# The prefixes of a stage's files for each backend.
+# The names of a stage's compiled files for each backend.
 BACKENDS = {
-    "reference": ("reference.",),
-    "CPU": ("cpu.", "cpu-inl.", "cache."),
-    "CUDA, 8.0 and above": ("generic.",),
-    "CUDA, Hopper": ("sm90_",),
+    "reference": r"reference\.cpp",
+    "CPU": r"(cpu|cache)\.cpp|cpu-inl\.h",
+    "CUDA, 8.0 and above": r"(?!sm90_)\w+\.cu",
+    "CUDA, Hopper": r"sm90_\w+\.cu",
 }
 MARKS = ("<!-- grid: scripts/floors.py --write -->\n", "<!-- end of grid -->\n")
 
