@@ -88,6 +88,25 @@ void bind_config(nb::module_& module) {
       [](nb::handle config, std::int64_t heads) { return dense_keys(config_of(config), heads); },
       nb::arg("config"), nb::arg("heads"), "Rows of at most this many keys use DSA.");
   module.def(
+      "recipe",
+      [](nb::handle config, std::int64_t heads, std::int64_t n) {
+        const Recipe recipe = recipe_of(config_of(config), heads, n);
+        nb::dict fields;
+        fields["dense"] = recipe.dense;
+        fields["routed"] = recipe.routed;
+        fields["sampled"] = recipe.sampled;
+        fields["filtered"] = recipe.filtered;
+        fields["active"] = recipe.active;
+        fields["residual"] = recipe.residual;
+        fields["reranked"] = recipe.reranked;
+        fields["heads"] = recipe.heads;
+        fields["scored"] = recipe.scored;
+        fields["keep"] = recipe.keep;
+        return fields;
+      },
+      nb::arg("config"), nb::arg("heads"), nb::arg("n"),
+      "What a config means for a row of n keys and H heads (core/recipe.hpp).");
+  module.def(
       "router_keys",
       [](std::string_view name) { return name_of(traits_of(router_by_name(name)).keys); },
       nb::arg("router"), "The keys that a router reads: none, sampled, last, or block means.");

@@ -288,3 +288,44 @@ def test_e4m3_round_trip() -> None:
     assert np.array_equal(
         reference.round_e4m3(x), x.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
     )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_recipe(config: misa.Config) -> None:
+    """What the library takes a config to mean for a row is what this specification does."""
+    random = np.random.default_rng(9)
+    heads = 8
+    for n in (1, 31, 32, 33, 64, 65, 128, 129, 192, 193, 250, 256, 257, 640):
+        row = Row(random.normal(size=(heads, 4)), np.ones(heads), random.normal(size=(n, 4)), False)
+        recipe = misa._core.recipe(config, heads, n)
+        dense = reference.is_dense(row, config)
+        assert recipe["dense"] == dense
+        if dense:
+            assert recipe["scored"] == n and recipe["heads"] == heads
+            assert not any(recipe[part] for part in ("routed", "filtered", "active", "reranked"))
+            continue
+        kept = reference.kept_positions(row, config)
+        assert recipe["scored"] == len(kept)
+        assert recipe["filtered"] == (len(kept) < n)
+        assert recipe["routed"] == (config.router != "all")
+        samples = reference.sample_positions(n)
+        assert misa._core.sample_stride(n) == (samples[1] if len(samples) > 1 else 1)
+        # Another routing changes the selection only where the recipe says that heads are active.
+        many = np.arange(heads)
+        few = many if config.router == "all" else np.arange(config.heads)
+        zero = np.zeros(4)
+        residual = zero if config.residual else None
+        first = reference.routed_scores(row, few, residual)
+        if not recipe["active"] and config.router != "all" and len(few) < heads:
+            assert config.candidates >= len(kept)  # all of them are re-ranked by all heads
+        if recipe["reranked"]:
+            assert recipe["keep"] == config.candidates < len(kept)
+        else:
+            assert recipe["keep"] == config.top_k
+            if not recipe["active"]:
+                chosen, found = reference.select_row(row, config, few, residual)
+                every, best = reference.select_row(row, config, many, residual)
+                assert np.array_equal(chosen, every) and np.array_equal(found, best)
+        if recipe["active"] and not recipe["reranked"]:
+            chosen, found = reference.select_row(row, config, few, residual)
+            assert np.array_equal(found, first[chosen])

@@ -123,7 +123,7 @@ std::vector<Fact> facts() {
 }
 
 DeviceTraits traits_of(const Target& target) {
-  return {current_arch(), target.matrix,
+  return {target.matrix,
           static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
           attribute(cudaDevAttrMultiProcessorCount)};
 }

@@ -30,7 +30,6 @@ struct Target {
 
 // What plans and launches have to know of a device that a target runs on.
 struct DeviceTraits {
-  int arch;                   // compute capability, 10 * major + minor
   MatrixInstructions matrix;  // which kernels the target uses on it
   std::size_t shared_bytes;   // of shared memory that a thread block may have
   int num_sms;                // multiprocessors

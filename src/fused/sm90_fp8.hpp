@@ -15,6 +15,7 @@
 #include <span>
 
 #include "cuda/problem.hpp"
+#include "cuda/target.hpp"
 #include "fused/work_plan.hpp"
 #include "misa/cuda.hpp"
 #include "score/sm90_fp8.hpp"
@@ -35,9 +36,9 @@ void launch_candidates(const Problem& problem, const score::ActiveRows& rows, co
 
 // Writes the exact top k of the queries in `fallback`, by scoring all keys that they see. `scores`
 // is scratch memory for the max_keys scores of at least one query; with more of it more thread
-// blocks work at once, up to num_sms. Takes almost no time if there are no such queries.
+// blocks work at once, up to one per SM. Takes almost no time if there are no such queries.
 void launch_fallback(const Problem& problem, const score::ActiveRows& rows, const float* scales,
                      const select::FallbackRows& fallback, int top_k, const TopK& out,
-                     std::span<float> scores, int num_sms, void* stream);
+                     std::span<float> scores, const DeviceTraits& device, void* stream);
 
 }  // namespace misa::cuda::fused

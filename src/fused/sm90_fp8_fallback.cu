@@ -200,15 +200,15 @@ __global__ void __launch_bounds__(kFallbackThreads, 1)
 
 void launch_fallback(const Problem& problem, const score::ActiveRows& rows, const float* scales,
                      const select::FallbackRows& fallback, int top_k, const TopK& out,
-                     std::span<float> scores, int num_sms, void* stream) {
+                     std::span<float> scores, const DeviceTraits& device, void* stream) {
   const std::int64_t stride = std::max(problem.k.max_keys, 1);
   const std::int64_t capacity = static_cast<std::int64_t>(scores.size()) / stride;
   if (capacity < 1) {
     throw Error(ErrorCode::internal, "fallback queries: no room for one query's scores");
   }
   const auto group_queries = static_cast<int>(std::min<std::int64_t>(capacity, kFallbackQueries));
-  const std::int64_t blocks = std::min<std::int64_t>(capacity / group_queries, num_sms);
-  const select::RowPlan plan = select::plan_row(top_k, shared_limit());
+  const std::int64_t blocks = std::min<std::int64_t>(capacity / group_queries, device.num_sms);
+  const select::RowPlan plan = select::plan_row(top_k, device.shared_bytes);
   score::for_rows(rows, [&]<int padded, bool residual>() {
     launch_kernel("fallback queries", fallback_kernel<padded, residual>,
                   dim3(static_cast<unsigned>(blocks)), kFallbackThreads,

@@ -186,7 +186,7 @@ class Chunk {
                              fused.fallback, stream_);
     stages_.enter("fallback");
     fused::launch_fallback(problem_, rows, workspace_.scales, fused.fallback, spec_.keep, out,
-                           fused.fallback_scores, device_.num_sms, stream_);
+                           fused.fallback_scores, device_, stream_);
   }
 
   // Step 3. `operands`: room for the rows where the generic kernels score.
