@@ -28,6 +28,7 @@ BACKENDS = {
     "CUDA, 8.0 and above": r"(?!sm90_)\w+\.cu",
     "CUDA, Hopper": r"sm90_\w+\.cu",
 }
+MAX_LINES = 550  # what a reader can hold at once
 MARKS = ("<!-- grid: scripts/floors.py --write -->\n", "<!-- end of grid -->\n")
 
 
@@ -43,6 +44,19 @@ def sources() -> list[str]:
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
     return [each for each in listed.stdout.split() if re.search(r"\.(cpp|hpp|h|cu|cuh)$", each)]
+
+
+def lengths() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "src", "cli", "python/misa", "python/src"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    counts = {name: len((ROOT / name).read_bytes().splitlines()) for name in listed.stdout.split()}
+    return [
+        f"{name}: expected at most {MAX_LINES} lines, got {count}"
+        for name, count in counts.items()
+        if count > MAX_LINES
+    ]
 
 
 def folder_of(source: str) -> str:
@@ -96,7 +110,7 @@ def main() -> int:
     if sys.argv[1:] == ["--write"]:
         PAGE.write_text(before + MARKS[0] + grid() + MARKS[1] + after)
         return 0
-    faults = check()
+    faults = check() + lengths()
     if written != grid():
         faults.append("CONTRIBUTING.md: the grid does not match the tree: floors.py --write")
     for fault in faults:

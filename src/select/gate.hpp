@@ -22,7 +22,7 @@ inline constexpr std::int64_t kMaxSamples = 4096;
 // The most lists of candidates that a query may have: each lane of a warp reads one.
 inline constexpr std::uint32_t kMaxLists = 32;
 
-// Rows whose candidates did not suffice for the top k, in any order. Whoever selects them must
+// Rows whose candidates did not suffice for the top k, in any order. What selects them must
 // write their outputs whole.
 struct FallbackRows {
   std::int32_t* rows;  // [T]
