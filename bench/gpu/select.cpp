@@ -157,7 +157,7 @@ struct Queries {
   Device<std::int32_t> fallback_rows;
   Device<std::uint32_t> fallback_count;
   Device<std::uint32_t> finished_splits;
-  misa::cuda::RaggedSource keys{};
+  misa::cuda::DeviceRaggedSource keys{};
   misa::cuda::select::FallbackRows fallback{};
 };
 

@@ -442,8 +442,7 @@ def _rows(
     at = heads.clamp(min=0).long()
     w = call.w.gather(1, at)
     q = call.q.gather(1, at[..., None].expand(-1, -1, call.q.shape[2]))
-    # With every head routed, the residual row replaces no head.
-    if residual is None or heads.shape[1] == call.q.shape[1]:
+    if residual is None:
         return q, w
     scale = residual.new_ones(len(residual), 1)
     parts = [residual]

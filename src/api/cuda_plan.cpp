@@ -19,9 +19,6 @@ namespace {
 // Keys and queries are read 16 bytes at a time.
 constexpr std::int64_t kRowAlignment = 16;
 
-// Buffers inside a workspace are aligned to this, relative to its start.
-constexpr std::size_t kWorkspaceAlignment = 256;
-
 const Target& target_for(std::string_view backend) {
   const std::string name = choose_backend(cuda_backends(), "device memory", backend).info().name;
   return *std::ranges::find(targets(), name, &Target::name);
@@ -47,7 +44,7 @@ void validate_plan(const IndexerConfig& config, const Shape& shape, const PlanOp
 
 void validate_device_workspace(std::span<std::byte> workspace, std::size_t bytes) {
   validate_workspace(workspace, bytes);
-  require_data("workspace", workspace.data(), 0, kWorkspaceAlignment);
+  require_data("workspace", workspace.data(), 0, kDeviceAlignment);
 }
 
 // A validated call on block means, without its output.

@@ -69,7 +69,7 @@ enum class MeansOutput { head_energies, block_scores };
 
 struct MeansArguments {
   Problem problem;
-  BlockMeans means;
+  BlockMeanTable means;
   std::int32_t count;   // heads to choose
   std::int32_t* heads;  // [T, count]
   float* scores;        // [T, stride]
@@ -90,7 +90,7 @@ __device__ void load_means_tile(MeansTile<dim, parts>& tile, const MeansArgument
                                 std::int32_t sequence_start, std::int32_t first, int count) {
   constexpr int kRowChunks = dim / 8;  // of 16 bytes
   constexpr int kWarpRows = kTileMeans<parts> / kWarps;
-  const BlockMeans& means = arguments.means;
+  const BlockMeanTable& means = arguments.means;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t first_row = base_row(means, std::int64_t{sequence_start}) + first;
@@ -341,7 +341,7 @@ void launch(const MeansArguments& arguments, cudaStream_t stream) {
   const Queries& q = arguments.problem.q;
   const std::int64_t queries = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
   const auto grid = static_cast<unsigned>((q.tokens + queries - 1) / queries);
-  launch_kernel("pooled routing", kernel, dim3(grid), kThreads, kBytes, stream, arguments);
+  launch_kernel("block-mean products", kernel, dim3(grid), kThreads, kBytes, stream, arguments);
 }
 
 template <DType type, bool fp16, MeansOutput output, bool given>

@@ -120,7 +120,7 @@ __device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_
 
 // Row of the block-mean table that block 0 of a sequence has; its block b has row base_row + b.
 template <class Index>
-__device__ Index base_row(const BlockMeans& means, Index sequence_start) {
+__device__ Index base_row(const BlockMeanTable& means, Index sequence_start) {
   return sequence_start / means.block;
 }
 
@@ -135,7 +135,7 @@ struct RowLookup {
 // and lane l of a warp looks up the l-th of them. Stores the factors of rows that are found: all of
 // them in a `given` table.
 template <int rows, int warps, bool given = false>
-__device__ RowLookup look_up_rows(const BlockMeans& means, std::int32_t sequence_start,
+__device__ RowLookup look_up_rows(const BlockMeanTable& means, std::int32_t sequence_start,
                                   std::int64_t first_row, int count, float* factors) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int tile_row = static_cast<int>(threadIdx.x) / 32 + lane * warps;
@@ -153,7 +153,7 @@ __device__ RowLookup look_up_rows(const BlockMeans& means, std::int32_t sequence
 // returns its factor. All lanes of a warp call. Slow, but in few registers, since callers hold
 // operands in theirs. `fp16` is means.fp16.
 template <bool fp16, class Source>
-__device__ float write_mean(const Source& keys, const BlockMeans& means, std::int64_t token,
+__device__ float write_mean(const Source& keys, const BlockMeanTable& means, std::int64_t token,
                             std::uint16_t* row, int stride) {
   // Where D = 64, both halves of the warp compute the same.
   const int d = static_cast<int>(threadIdx.x) % 32 * kLaneColumns % means.dim;

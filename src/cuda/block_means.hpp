@@ -12,7 +12,7 @@ namespace misa::cuda {
 // sequence that starts last, and a kernel that needs another one's block computes its mean from the
 // keys. In a table of given means (pool/given.hpp), whose `starts` is null, every row holds the
 // block of whichever sequence looks it up.
-struct BlockMeans {
+struct BlockMeanTable {
   std::int32_t* starts;   // [capacity] first key of a row's sequence; -1: the row is empty
   float* factors;         // [capacity] a mean is the sum of its parts times this
   std::uint16_t* rows;    // [capacity, parts, D] in operand order (elements.cuh)

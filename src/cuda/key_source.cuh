@@ -16,7 +16,7 @@ struct Range {
   std::int32_t length;  // n >= 0
 };
 
-__device__ inline Range visible(const RaggedSource& keys, std::int64_t t) {
+__device__ inline Range visible(const DeviceRaggedSource& keys, std::int64_t t) {
   const auto tokens = static_cast<std::int32_t>(keys.tokens);
   const std::int32_t start = min(max(keys.starts[t], 0), tokens);
   const std::int32_t end = min(max(keys.ends[t], start), tokens);
@@ -32,19 +32,19 @@ __device__ inline std::uint32_t position_in(const Range& range, std::uint32_t to
 
 // Bytes from one key of a sequence to the next one.
 template <DType type>
-__device__ inline std::int64_t key_pitch(const RaggedSource& keys) {
+__device__ inline std::int64_t key_pitch(const DeviceRaggedSource& keys) {
   return keys.stride * static_cast<std::int64_t>(size_of(type));
 }
 
 // The elements of a key, which start on 16 bytes.
 template <DType type>
-__device__ inline const std::byte* key_address(const RaggedSource& keys, std::int64_t token) {
+__device__ inline const std::byte* key_address(const DeviceRaggedSource& keys, std::int64_t token) {
   return static_cast<const std::byte*>(keys.data) + token * key_pitch<type>(keys);
 }
 
 // The scale of a key; 1 in formats without scales.
 template <DType type>
-__device__ inline float key_scale(const RaggedSource& keys, std::int64_t token) {
+__device__ inline float key_scale(const DeviceRaggedSource& keys, std::int64_t token) {
   return type == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The partial block mean of a query (BlockMeans::partial) as an operand row.
+// The partial block mean of a query (BlockMeanTable::partial) as an operand row.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ __device__ inline int partial_mean_element() {
 }
 
 template <int dim>
-__device__ inline float4 load_partial_mean(const BlockMeans& means, std::int64_t t) {
+__device__ inline float4 load_partial_mean(const BlockMeanTable& means, std::int64_t t) {
   return *reinterpret_cast<const float4*>(means.partial + t * dim + partial_mean_element<dim>());
 }
 

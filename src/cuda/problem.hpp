@@ -11,8 +11,11 @@
 
 namespace misa::cuda {
 
+// Bytes that device memory is aligned to, and so every array of a workspace.
+inline constexpr std::size_t kDeviceAlignment = 256;
+
 // Ragged keys k [L, D] and the range that each query sees (cuda/key_source.cuh).
-struct RaggedSource {
+struct DeviceRaggedSource {
   const void* data;
   DType dtype;
   std::int64_t tokens;         // L
@@ -32,7 +35,7 @@ struct RaggedSource {
 struct Problem {
   Queries q;
   Weights w;
-  RaggedSource k;
+  DeviceRaggedSource k;
 };
 
 // Queries first … first + count - 1 of a problem.

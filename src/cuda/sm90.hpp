@@ -10,11 +10,18 @@ namespace misa::cuda {
 inline constexpr int kDim = 128;     // D, so that an e4m3 row is the 128 bytes of one swizzle
 inline constexpr int kMaxRows = 64;  // of a query in one product: heads and a residual row
 
-// Whether the kernels that multiply all heads of a query can: e4m3 queries and keys, D = 128 and at
-// most 64 heads, on Hopper.
+// Whether the kernels that multiply this many rows of a query can: e4m3 queries and keys, D = 128
+// and at most 64 rows, on Hopper.
+inline bool sm90_can_implement(const DeviceTraits& device, DType q_dtype, DType k_dtype,
+                               std::int64_t dim, std::int64_t rows) {
+  return device.matrix == MatrixInstructions::wgmma && q_dtype == DType::e4m3 &&
+         k_dtype == DType::e4m3 && dim == kDim && rows <= kMaxRows;
+}
+
+// The same for all heads of a problem.
 inline bool sm90_can_implement(const Problem& problem, const DeviceTraits& device) {
-  return device.matrix == MatrixInstructions::wgmma && problem.q.dtype == DType::e4m3 &&
-         problem.k.dtype == DType::e4m3 && problem.q.dim == kDim && problem.q.heads <= kMaxRows;
+  return sm90_can_implement(device, problem.q.dtype, problem.k.dtype, problem.q.dim,
+                            problem.q.heads);
 }
 
 }  // namespace misa::cuda

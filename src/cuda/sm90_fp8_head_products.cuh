@@ -78,8 +78,8 @@ struct MeanTiles {
 // warp call. Not inlined: the inlined code would slow down kernels that never call it.
 template <int means>
 __device__ __noinline__ void compute_row(MeanTiles<means>& tiles, int buffer, int row,
-                                         const RaggedSource& keys, const BlockMeans& table,
-                                         std::int64_t token) {
+                                         const DeviceRaggedSource& keys,
+                                         const BlockMeanTable& table, std::int64_t token) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint16_t* const computed = tiles.computed[threadIdx.x / 32][0];
   const float factor = write_mean<true>(keys, table, token, computed, kDim);
@@ -96,8 +96,8 @@ __device__ __noinline__ void compute_row(MeanTiles<means>& tiles, int buffer, in
 // per warp and one chunk per lane at a time. Rows that the block-mean table has for another
 // sequence are computed.
 template <int means>
-__device__ void load_mean_tile(MeanTiles<means>& tiles, int buffer, const RaggedSource& keys,
-                               const BlockMeans& table, std::int32_t sequence_start,
+__device__ void load_mean_tile(MeanTiles<means>& tiles, int buffer, const DeviceRaggedSource& keys,
+                               const BlockMeanTable& table, std::int32_t sequence_start,
                                std::int32_t first, int count) {
   constexpr int kWarpRows = means / kSm90Warps;
   const int warp = static_cast<int>(threadIdx.x) / 32;

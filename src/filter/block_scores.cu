@@ -8,7 +8,7 @@
 namespace misa::cuda::filter {
 
 void launch_block_scores(const Problem& problem, const DeviceTraits& device,
-                         const BlockMeans& means, float* scores, std::int64_t stride,
+                         const BlockMeanTable& means, float* scores, std::int64_t stride,
                          cudaStream_t stream) {
   if (sm90_can_implement(problem, device)) {
     launch_block_scores_sm90(problem, means, scores, stride, stream);

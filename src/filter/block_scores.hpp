@@ -14,7 +14,7 @@ namespace misa::cuda::filter {
 
 // Writes scores[t, b], over all heads, for every whole block b that query t sees.
 void launch_block_scores(const Problem& problem, const DeviceTraits& device,
-                         const BlockMeans& means, float* scores, std::int64_t stride,
+                         const BlockMeanTable& means, float* scores, std::int64_t stride,
                          cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

@@ -27,7 +27,7 @@ constexpr std::size_t kAlignment = 64;
 constexpr int kLaneScores = 32;
 
 struct FilterArguments {
-  RaggedSource keys;
+  DeviceRaggedSource keys;
   std::int64_t tokens;
   const float* scores;  // [T, stride]
   std::int64_t stride;
@@ -141,7 +141,7 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape) {
 }
 
 void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeans& means, std::int32_t* blocks, std::span<std::byte> workspace,
+            const BlockMeanTable& means, std::int32_t* blocks, std::span<std::byte> workspace,
             cudaStream_t stream) {
   if (problem.q.tokens == 0) {
     return;

@@ -21,7 +21,7 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape);
 // Writes the blocks that every query keeps, [T, filter_blocks] ascending, then -1. `means` is the
 // table of blocks of `config.filter_block` keys.
 void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeans& means, std::int32_t* blocks, std::span<std::byte> workspace,
+            const BlockMeanTable& means, std::int32_t* blocks, std::span<std::byte> workspace,
             cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

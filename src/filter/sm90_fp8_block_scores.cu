@@ -46,7 +46,7 @@ static_assert(sizeof(BlockScoresShared) + 1024 <= 227 * 1024);
 
 struct Sm90BlockScoresArguments {
   Problem problem;
-  BlockMeans means;
+  BlockMeanTable means;
   float* scores;  // [T, stride]
   std::int64_t stride;
 };
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 }  // namespace
 
-void launch_block_scores_sm90(const Problem& problem, const BlockMeans& means, float* scores,
+void launch_block_scores_sm90(const Problem& problem, const BlockMeanTable& means, float* scores,
                               std::int64_t stride, cudaStream_t stream) {
   const auto launch = [&]<int query_warps>() {
     constexpr int kRoundQueries = WarpAssignment<query_warps>::kRoundQueries;

@@ -12,7 +12,7 @@
 namespace misa::cuda::filter {
 
 // As launch_block_scores, where sm90_can_implement.
-void launch_block_scores_sm90(const Problem& problem, const BlockMeans& means, float* scores,
+void launch_block_scores_sm90(const Problem& problem, const BlockMeanTable& means, float* scores,
                               std::int64_t stride, cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

@@ -454,7 +454,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // The TMA descriptor of `rows` keys that are `stride` bytes apart, for tiles of `tile` keys.
-CUtensorMap key_map(const RaggedSource& k, std::int64_t rows, std::int64_t stride, int tile) {
+CUtensorMap key_map(const DeviceRaggedSource& k, std::int64_t rows, std::int64_t stride, int tile) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -484,7 +484,7 @@ CUtensorMap key_map(const RaggedSource& k, std::int64_t rows, std::int64_t strid
 
 template <Sink sink>
 void launch(const FusedArguments& arguments, void* stream) {
-  const RaggedSource& k = arguments.problem.k;
+  const DeviceRaggedSource& k = arguments.problem.k;
   // Without keys there are no tiles, and nothing reads the map.
   const CUtensorMap map =
       arguments.key_rows > 0

@@ -70,7 +70,7 @@ __device__ void score_split(const FallbackArguments& arguments, FallbackShared& 
   constexpr int kColumns = std::min(kFallbackQueries * rows, kProductColumns);  // of a product
   constexpr int kProducts = kFallbackQueries * rows / kColumns;
   constexpr int kColumnsPerThread = kColumns / 4;
-  const RaggedSource& keys = arguments.problem.k;
+  const DeviceRaggedSource& keys = arguments.problem.k;
   const int warpgroup =
       __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   const int thread = threadIdx.x % kWarpgroupThreads;
@@ -204,13 +204,13 @@ void launch_fallback(const Problem& problem, const score::ActiveRows& rows, cons
   const std::int64_t stride = std::max(problem.k.max_keys, 1);
   const std::int64_t capacity = static_cast<std::int64_t>(scores.size()) / stride;
   if (capacity < 1) {
-    throw Error(ErrorCode::internal, "fallback queries: no room for one query's scores");
+    throw Error(ErrorCode::internal, "fallback rows: no room for one query's scores");
   }
   const auto group_queries = static_cast<int>(std::min<std::int64_t>(capacity, kFallbackQueries));
   const std::int64_t blocks = std::min<std::int64_t>(capacity / group_queries, device.num_sms);
   const select::RowPlan plan = select::plan_row(top_k, device.shared_bytes);
   score::for_rows(rows, [&]<int padded, bool residual>() {
-    launch_kernel("fallback queries", fallback_kernel<padded, residual>,
+    launch_kernel("fallback rows", fallback_kernel<padded, residual>,
                   dim3(static_cast<unsigned>(blocks)), kFallbackThreads,
                   std::max(sizeof(FallbackShared), plan.bytes()), stream,
                   FallbackArguments{problem, rows, scales, fallback, out, plan, scores.data(),

@@ -125,7 +125,7 @@ WorkPlan plan_work(const WorkShape& shape) {
   const std::int64_t query_blocks = std::max<std::int64_t>(ceil_div(shape.tokens, queries), 1);
   const std::int64_t keys = std::max<std::int64_t>(shape.max_keys, 1);
   const std::int64_t samples =
-      std::clamp(shape.total_keys / kMaxSampleStride, kSamples, select::kMaxSamples);
+      std::clamp(shape.total_keys / kMaxSampleStride, kSamples, select::kMaxGateSamples);
   plan.sample_stride = std::max<std::int64_t>(ceil_div(shape.total_keys, samples), 1);
   plan.samples = ceil_div(shape.total_keys, plan.sample_stride);
   plan.sample_splits =

@@ -18,21 +18,21 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 
 // What one thread computes in.
 struct MeansScratch {
-  std::vector<Tile> tiles;  // of whole blocks
   Tile partial;
-  HeadBuffers heads;
   RouteScratch route;
-  FilterScratch filter;
   std::span<std::uint64_t> kept;  // a bit per block
+  std::vector<Tile> tiles;        // of whole blocks
+  HeadBuffers heads;
+  FilterScratch filter;
 
   // For queries of up to `blocks` blocks.
   MeansScratch(const Queries& q, std::int64_t blocks, Arena& arena)
       : partial(take_tile(arena, Operand::f32, q.dim)),
-        heads(take_head_buffers(arena, Operand::f32, q.heads, q.dim, true)),
         route(take_route_scratch(arena, Router::pooled, false, Operand::f32, q.heads, q.dim,
                                  nullptr)),
-        filter(take_filter_scratch(arena, blocks)),
-        kept(arena.take_span<std::uint64_t>(ceil_div(blocks, 64))) {
+        kept(arena.take_span<std::uint64_t>(ceil_div(blocks, 64))),
+        heads(take_head_buffers(arena, Operand::f32, q.heads, q.dim, true)),
+        filter(take_filter_scratch(arena, blocks)) {
     for (std::int64_t first = 0; first < blocks; first += kPageSize) {
       tiles.push_back(take_tile(arena, Operand::f32, q.dim));
     }

@@ -136,7 +136,7 @@ class Chunk {
  private:
   // Step 1, from block means where the router looks at them.
   void route() const {
-    BlockMeans means{};
+    BlockMeanTable means{};
     const bool wanted = traits_of(config_.router).keys == RouterKeys::block_means;
     if (wanted) {
       means = pool::launch(problem_, config_.block, true, workspace_.route_means, stream_);
@@ -147,7 +147,7 @@ class Chunk {
 
   // Step 2: the columns that are scored.
   Columns filter() const {
-    const BlockMeans means =
+    const BlockMeanTable means =
         pool::launch(problem_, config_.filter_block, false, workspace_.filter_means, stream_);
     filter::launch(problem_, config_, device_, means, workspace_.blocks, workspace_.filter,
                    stream_);
@@ -170,7 +170,7 @@ class Chunk {
     const FusedWorkspace& fused = workspace_.fused;
     const fused::WorkPlan& work_plan = fused.work_plan;
     const score::ActiveRows rows = active_rows();
-    const RaggedSource& keys = problem_.k;
+    const DeviceRaggedSource& keys = problem_.k;
     const std::int64_t queries = problem_.q.tokens;
     stages_.enter("samples");
     fused::launch_samples(problem_, rows, work_plan, workspace_.scales, fused.samples.data(),

@@ -53,13 +53,12 @@ class DeviceMemory {
   void* data_ = nullptr;
 };
 
-// Pieces of one allocation, each where device memory would start.
-class Pieces {
+// Arrays of one allocation, each aligned as an allocation of its own would be.
+class DeviceLayout {
  public:
   std::size_t add(std::size_t bytes) {
-    constexpr std::size_t kAlign = 256;
     const std::size_t at = bytes_;
-    bytes_ += (bytes + kAlign - 1) / kAlign * kAlign;
+    bytes_ += (bytes + kDeviceAlignment - 1) / kDeviceAlignment * kDeviceAlignment;
     return at;
   }
   [[nodiscard]] std::size_t bytes() const { return bytes_; }
@@ -123,7 +122,7 @@ class Inputs {
     scale_at_ = add(k.tokens * format.scale_bytes());
     starts_at_ = add(static_cast<std::int64_t>(k.starts.size_bytes()));
     ends_at_ = add(static_cast<std::int64_t>(k.ends.size_bytes()));
-    bytes_.resize(pieces_.bytes());
+    bytes_.resize(layout_.bytes());
     const std::int64_t q_row = q_.heads * q_.dim;
     for (std::int64_t t = 0; t < q_.tokens; ++t) {
       copy_rows(q_at_ + static_cast<std::size_t>(t * q_row * element), problem.query(t, 0),
@@ -159,7 +158,7 @@ class Inputs {
   }
 
  private:
-  std::size_t add(std::int64_t bytes) { return pieces_.add(static_cast<std::size_t>(bytes)); }
+  std::size_t add(std::int64_t bytes) { return layout_.add(static_cast<std::size_t>(bytes)); }
 
   void copy_rows(std::size_t to, const void* from, std::int64_t rows, std::int64_t stride,
                  std::int64_t bytes) {
@@ -172,7 +171,7 @@ class Inputs {
   Queries q_;
   Weights w_;
   RaggedKeys k_;
-  Pieces pieces_;
+  DeviceLayout layout_;
   std::vector<std::byte> bytes_;
   std::size_t q_at_;
   std::size_t w_at_;
@@ -186,7 +185,8 @@ class Inputs {
 template <class T>
 class Output {
  public:
-  Output(std::span<T> host, Pieces& pieces) : host_(host), at_(pieces.add(host.size_bytes())) {}
+  Output(std::span<T> host, DeviceLayout& layout)
+      : host_(host), at_(layout.add(host.size_bytes())) {}
 
   [[nodiscard]] std::span<T> on_device(const DeviceMemory& memory) const {
     return {host_.empty() ? nullptr : reinterpret_cast<T*>(memory.at(at_)), host_.size()};
@@ -213,15 +213,15 @@ void run_on_means(const MeansProblem& problem, const DeviceTraits& device, const
   }
   const auto& means = std::get<misa::RaggedSource>(problem.problem.keys);
   const Inputs inputs(problem.problem, means);
-  Pieces pieces;
-  pieces.add(inputs.bytes().size());
-  const std::size_t partial = pieces.add(problem.partial.size_bytes());
-  const Output out(problem.out, pieces);
+  DeviceLayout layout;
+  layout.add(inputs.bytes().size());
+  const std::size_t partial = layout.add(problem.partial.size_bytes());
+  const Output out(problem.out, layout);
   const std::size_t workspace =
-      pieces.add(means_bytes(problem.problem.q.tokens, means.dim, means.tokens));
+      layout.add(means_bytes(problem.problem.q.tokens, means.dim, means.tokens));
 
   const Stream stream;
-  const DeviceMemory memory(pieces.bytes(), stream);
+  const DeviceMemory memory(layout.bytes(), stream);
   const auto copy = [&](std::size_t to, const void* from, std::size_t bytes) {
     check(cudaMemcpyAsync(memory.at(to), from, bytes, cudaMemcpyHostToDevice, stream.get()),
           "cudaMemcpyAsync");
@@ -281,16 +281,16 @@ class CudaPlan final : public BackendPlan {
     const std::size_t cap = std::max(cap_, Step::least_bytes(config_, shape, k.tokens, device_));
     const Step step(config_, shape, k.tokens, cap, device_);
 
-    Pieces pieces;
-    pieces.add(inputs.bytes().size());
-    const Output indices(problem.out.indices, pieces);
-    const Output scores(problem.out.scores, pieces);
-    const Output heads(problem.out.heads, pieces);
-    const Output residual(problem.out.residual, pieces);
-    const std::size_t workspace = pieces.add(step.workspace_bytes());
+    DeviceLayout layout;
+    layout.add(inputs.bytes().size());
+    const Output indices(problem.out.indices, layout);
+    const Output scores(problem.out.scores, layout);
+    const Output heads(problem.out.heads, layout);
+    const Output residual(problem.out.residual, layout);
+    const std::size_t workspace = layout.add(step.workspace_bytes());
 
     const Stream stream;
-    const DeviceMemory memory(pieces.bytes(), stream);
+    const DeviceMemory memory(layout.bytes(), stream);
     check(cudaMemcpyAsync(memory.at(0), inputs.bytes().data(), inputs.bytes().size(),
                           cudaMemcpyHostToDevice, stream.get()),
           "cudaMemcpyAsync");

@@ -26,8 +26,7 @@ struct MeansWorkspace {
   std::size_t bytes;
 
   MeansWorkspace(std::int64_t tokens, std::int64_t dim, std::int64_t count, std::byte* memory) {
-    constexpr std::size_t kAlignment = 256;  // what device memory is aligned to
-    Arena arena(memory, kAlignment);
+    Arena arena(memory, kDeviceAlignment);
     table = pool::take_given_table(tokens, count, dim, arena);
     const std::int64_t row_bytes = (count + 1) * std::int64_t{sizeof(float)};
     chunk.tokens =

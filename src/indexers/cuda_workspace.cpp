@@ -11,9 +11,6 @@
 namespace misa::cuda {
 namespace {
 
-// What device memory is aligned to.
-constexpr std::size_t kAlignment = 256;
-
 constexpr std::int64_t kFloatsPerCandidate = sizeof(Candidate) / sizeof(float);
 
 fused::WorkPlan work_plan_for(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
@@ -44,11 +41,12 @@ PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, const Device
       columns(recipe.scored) {
   // Hopper's kernels round otherwise than the generic ones: which of them score must not depend on
   // lengths.
-  const bool sm90 = device.matrix == MatrixInstructions::wgmma && shape.q_dtype == DType::e4m3 &&
-                    shape.k_dtype == DType::e4m3 && shape.dim == kDim;
-  sm90_scores = sm90 && rows() <= kMaxRows;
+  const auto sm90 = [&](std::int64_t scoring_rows) {
+    return sm90_can_implement(device, shape.q_dtype, shape.k_dtype, shape.dim, scoring_rows);
+  };
+  sm90_scores = sm90(rows());
   fused = sm90_scores && !recipe.filtered;
-  sm90_rerank = sm90 && recipe.reranked && shape.heads <= kMaxRows;
+  sm90_rerank = recipe.reranked && sm90(shape.heads);
 }
 
 FusedWorkspace::FusedWorkspace(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
@@ -83,7 +81,7 @@ ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
                                std::byte* memory) {
   const PassSpec spec(config, chunk, device);
   const std::int64_t queries = chunk.tokens;
-  Arena arena(memory, kAlignment);
+  Arena arena(memory, kDeviceAlignment);
   if (config.router != Router::all) {
     routing.heads = arena.take<std::int32_t>(queries * config.heads);
     if (config.residual) {

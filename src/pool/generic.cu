@@ -73,8 +73,8 @@ struct PoolShared {
 // fill_rows, step 1. A row belongs to the sequence of the largest rank that starts in it or before
 // it. Few thread blocks have a sequence that starts after their first row; these read the queries
 // once more.
-__device__ void find_row_sequences(PoolShared& shared, const RaggedSource& keys,
-                                   std::int64_t tokens, const BlockMeans& means,
+__device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource& keys,
+                                   std::int64_t tokens, const BlockMeanTable& means,
                                    std::int64_t first_row) {
   constexpr int kQueriesInFlight = 8;
   const int rows = thread_block_rows(means.block);
@@ -138,9 +138,8 @@ __device__ void find_row_sequences(PoolShared& shared, const RaggedSource& keys,
 // -1. If `whole`, all pages have all their keys. Unless `running` is null, the sums after every key
 // are stored there.
 template <DType type, bool whole>
-__device__ void sum_pages(PoolShared& shared, const RaggedSource& keys, const BlockMeans& means,
-                          std::int64_t token, int count, int first_column,
-                          float (*running)[kSumColumns]) {
+__device__ void sum_pages(PoolShared& shared, const DeviceRaggedSource& keys, std::int64_t token,
+                          int count, int first_column, float (*running)[kSumColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kSumLanes;
   const int column = static_cast<int>(threadIdx.x) % kSumLanes * kLaneColumns;
   if (!__any_sync(kFullMask, token >= 0)) {
@@ -167,8 +166,8 @@ __device__ void sum_pages(PoolShared& shared, const RaggedSource& keys, const Bl
 }
 
 template <DType type>
-__device__ void fill_rows(PoolShared& shared, const RaggedSource& keys, std::int64_t tokens,
-                          const BlockMeans& means, std::int64_t first_row, int first_column) {
+__device__ void fill_rows(PoolShared& shared, const DeviceRaggedSource& keys, std::int64_t tokens,
+                          const BlockMeanTable& means, std::int64_t first_row, int first_column) {
   find_row_sequences(shared, keys, tokens, means, first_row);
   const std::int32_t pages = means.block / kPage;
   const int rows = thread_block_rows(means.block);
@@ -182,8 +181,8 @@ __device__ void fill_rows(PoolShared& shared, const RaggedSource& keys, std::int
   for (std::int32_t first = 0; first < pages; first += kPages) {
     const std::int32_t page = pages < kPages ? half % pages : first + half;
     const bool exists = begin >= 0 && page < pages;
-    sum_pages<type, true>(shared, keys, means, exists ? begin + std::int64_t{page} * kPage : -1,
-                          kPage, first_column, nullptr);
+    sum_pages<type, true>(shared, keys, exists ? begin + std::int64_t{page} * kPage : -1, kPage,
+                          first_column, nullptr);
     __syncthreads();
     const int count = min(kPages, pages - first);
     for (int i = static_cast<int>(threadIdx.x) / kSumColumns; i < rows;
@@ -222,7 +221,7 @@ __device__ void fill_rows(PoolShared& shared, const RaggedSource& keys, std::int
 
 // fill_partial_means, step 4, for those of queries first … end - 1 whose keys end in one of
 // `end_pages` pages from `end_page` on. Page sums begin with that of page0.
-__device__ void write_partial_means(const PoolShared& shared, const BlockMeans& means,
+__device__ void write_partial_means(const PoolShared& shared, const BlockMeanTable& means,
                                     std::int64_t t0, int first, int end, std::int32_t page0,
                                     std::int32_t end_page, int end_pages, int first_column) {
   const int column = static_cast<int>(threadIdx.x) % kSumLanes * kLaneColumns;
@@ -246,9 +245,9 @@ __device__ void write_partial_means(const PoolShared& shared, const BlockMeans& 
 }
 
 template <DType type>
-__device__ void fill_partial_means(PoolShared& shared, const RaggedSource& keys,
-                                   std::int64_t tokens, const BlockMeans& means, std::int64_t t0,
-                                   int first_column) {
+__device__ void fill_partial_means(PoolShared& shared, const DeviceRaggedSource& keys,
+                                   std::int64_t tokens, const BlockMeanTable& means,
+                                   std::int64_t t0, int first_column) {
   const int thread = static_cast<int>(threadIdx.x);
   const int queries = static_cast<int>(min(std::int64_t{kPartialQueries}, tokens - t0));
   if (thread < queries) {
@@ -292,9 +291,9 @@ __device__ void fill_partial_means(PoolShared& shared, const RaggedSource& keys,
         const int end_pages = min(kEndPages, last + 1 - end_page);
         const int count = min(kPage, max_keys - page * kPage);
         const bool keep_running = page >= end_page && page < end_page + end_pages;
-        sum_pages<type, false>(
-            shared, keys, means, count > 0 ? begin + std::int64_t{page} * kPage : -1, count,
-            first_column, keep_running ? shared.running[page - end_page] : nullptr);
+        sum_pages<type, false>(shared, keys, count > 0 ? begin + std::int64_t{page} * kPage : -1,
+                               count, first_column,
+                               keep_running ? shared.running[page - end_page] : nullptr);
         __syncthreads();
         if (thread < kSumColumns) {  // step 3
           next_total = total;
@@ -317,8 +316,8 @@ __device__ void fill_partial_means(PoolShared& shared, const RaggedSource& keys,
 
 template <DType type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
-    block_means_kernel(const RaggedSource keys, std::int64_t tokens, const BlockMeans means,
-                       std::int32_t partial_blocks) {
+    block_means_kernel(const DeviceRaggedSource keys, std::int64_t tokens,
+                       const BlockMeanTable means, std::int32_t partial_blocks) {
   begin_kernel();
   __shared__ PoolShared shared;
   const auto thread_block = static_cast<std::int32_t>(blockIdx.x);
@@ -344,7 +343,7 @@ std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
 }
 
 template <DType type>
-void launch(const RaggedSource& keys, std::int64_t tokens, const BlockMeans& means,
+void launch(const DeviceRaggedSource& keys, std::int64_t tokens, const BlockMeanTable& means,
             cudaStream_t stream) {
   const std::int64_t rows = thread_block_rows(means.block);
   const std::int64_t partial_blocks =
@@ -365,8 +364,8 @@ std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::in
          table_bytes(total_keys / block, shape.dim);
 }
 
-BlockMeans launch(const Problem& problem, std::int32_t block, bool partial,
-                  std::span<std::byte> workspace, cudaStream_t stream) {
+BlockMeanTable launch(const Problem& problem, std::int32_t block, bool partial,
+                      std::span<std::byte> workspace, cudaStream_t stream) {
   const std::int64_t tokens = problem.q.tokens;
   const std::int64_t dim = problem.q.dim;
   const std::size_t partial_size = partial_bytes(tokens, dim, partial);
@@ -390,7 +389,7 @@ BlockMeans launch(const Problem& problem, std::int32_t block, bool partial,
     return allocated;
   };
   const auto rows = static_cast<std::size_t>(capacity);
-  BlockMeans means{};
+  BlockMeanTable means{};
   means.partial = partial ? reinterpret_cast<float*>(allocate(partial_size)) : nullptr;
   means.starts = reinterpret_cast<std::int32_t*>(allocate(rows * sizeof(std::int32_t)));
   means.factors = reinterpret_cast<float*>(allocate(rows * sizeof(float)));

@@ -23,7 +23,7 @@ std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::in
 // Fills a table in `workspace` with the means of all whole blocks that queries of `problem` see
 // and, if `partial`, with the queries' partial block means. The table has as many rows as there is
 // room.
-BlockMeans launch(const Problem& problem, std::int32_t block, bool partial,
-                  std::span<std::byte> workspace, cudaStream_t stream);
+BlockMeanTable launch(const Problem& problem, std::int32_t block, bool partial,
+                      std::span<std::byte> workspace, cudaStream_t stream);
 
 }  // namespace misa::cuda::pool

@@ -20,14 +20,14 @@ struct GivenArguments {
   const std::int32_t* starts;   // [T]
   const std::int32_t* ends;     // [T]
   const std::int32_t* partial;  // [T] or null
-  BlockMeans means;
+  BlockMeanTable means;
   std::int32_t* key_starts;  // [T]
   std::int32_t* key_ends;    // [T]
 };
 
 __global__ void __launch_bounds__(kThreads) given_kernel(const GivenArguments arguments) {
   begin_kernel();
-  const BlockMeans& means = arguments.means;
+  const BlockMeanTable& means = arguments.means;
   const int d = static_cast<int>(threadIdx.x) % means.dim;
   const std::int64_t row =
       std::int64_t{blockIdx.x} * (kThreads / means.dim) + static_cast<int>(threadIdx.x) / means.dim;
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kThreads) given_kernel(const GivenArguments ar
 
 }  // namespace
 
-RaggedSource GivenTable::keys() const {
+DeviceRaggedSource GivenTable::keys() const {
   const std::int64_t count = kGivenBlock * std::int64_t{means.capacity} + 1;
-  RaggedSource keys{};
+  DeviceRaggedSource keys{};
   keys.dtype = DType::f32;  // the means are in three bf16 parts, as those of f32 keys
   keys.tokens = count;
   keys.starts = starts;

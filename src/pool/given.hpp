@@ -18,11 +18,11 @@ namespace misa::cuda::pool {
 inline constexpr std::int32_t kGivenBlock = 2;
 
 struct GivenTable {
-  BlockMeans means;
+  BlockMeanTable means;
   std::int32_t* starts;  // [T] ks of the keys
   std::int32_t* ends;    // [T] ke
 
-  [[nodiscard]] RaggedSource keys() const;
+  [[nodiscard]] DeviceRaggedSource keys() const;
 };
 
 // Takes the table of `count` means of `dim` elements for `tokens` queries.

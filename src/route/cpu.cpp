@@ -96,7 +96,7 @@ void load_samples(const RouterInput& in) {
   const RouteQuery& query = in.query;
   SampledKeys& samples = in.scratch.samples;
   const std::int64_t stride = sample_stride(query.n);
-  if (stride == samples.stride && ceil_div(query.n, stride) <= samples.count) {
+  if (stride == samples.stride && sample_count(query.n) <= samples.count) {
     return;
   }
   samples.stride = stride;
@@ -121,7 +121,7 @@ void fit_heads(RouterInput& in) {
   load_samples(in);
   const Heads& heads = in.query.heads;
   const SampledKeys& samples = in.scratch.samples;
-  const std::int64_t count = ceil_div(in.query.n, samples.stride);
+  const std::int64_t count = sample_count(in.query.n);
   for (std::int64_t first = 0; first < count; first += kPageSize) {
     const auto tile = static_cast<std::size_t>(first / kPageSize);
     in.kernels.dots(heads.operand, heads.rows, heads.count, samples.tiles[tile],

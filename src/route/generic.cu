@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routing: the pooled router's heads from block means; other routers' heads and the residual row
 // from sampled keys.
+#include "core/recipe.hpp"
 #include "route/generic.hpp"
 
 #include "route/pooled.hpp"
@@ -9,14 +10,15 @@
 namespace misa::cuda::route {
 
 void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeans* means, const Routing& out, cudaStream_t stream) {
+            const BlockMeanTable* means, const Routing& out, cudaStream_t stream) {
   if (problem.q.tokens == 0) {
     return;
   }
-  if (config.router == Router::pooled) {
+  const bool pooled = traits_of(config.router).keys == RouterKeys::block_means;
+  if (pooled) {
     launch_pooled(problem, device, *means, config.heads, out.heads, stream);
   }
-  if (config.router != Router::pooled || config.residual) {
+  if (!pooled || config.residual) {
     launch_sampled(problem, config, device, out, stream);
   }
 }

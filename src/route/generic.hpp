@@ -15,6 +15,6 @@ namespace misa::cuda::route {
 // The router is any but `all`. `means`: for the router `pooled` the table of blocks of
 // `config.block` keys, with partial block means; else null.
 void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeans* means, const Routing& out, cudaStream_t stream);
+            const BlockMeanTable* means, const Routing& out, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

@@ -7,7 +7,7 @@
 
 namespace misa::cuda::route {
 
-void launch_pooled(const Problem& problem, const DeviceTraits& device, const BlockMeans& means,
+void launch_pooled(const Problem& problem, const DeviceTraits& device, const BlockMeanTable& means,
                    std::int32_t count, std::int32_t* heads, cudaStream_t stream) {
   if (sm90_can_implement(problem, device)) {
     launch_pooled_sm90(problem, means, count, heads, device.num_sms, stream);

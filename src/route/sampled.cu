@@ -39,7 +39,7 @@ namespace {
 template <int dim, bool fp16>
 __device__ void load_samples(SampledShared& shared, SampleRow<dim>* rows,
                              const SampledArguments& arguments, const SampleGrid& grid) {
-  const RaggedSource& keys = arguments.problem.k;
+  const DeviceRaggedSource& keys = arguments.problem.k;
   with_dtype(keys.dtype, [&]<DType type>() {
     constexpr int kElements = 16 / static_cast<int>(size_of(type));
     constexpr int kKeyLanes = dim / kElements;
@@ -218,8 +218,7 @@ void launch_sampled(const Problem& problem, const IndexerConfig& config, const D
   arguments.router = config.router;
   arguments.count = config.heads;
   arguments.residual = config.residual;
-  arguments.fits = config.residual || config.router == Router::nonlinearity ||
-                   config.router == Router::dispersion;
+  arguments.fits = config.residual || traits_of(config.router).keys == RouterKeys::sampled;
   std::copy(config.static_heads.begin(), config.static_heads.end(), arguments.fixed);
   std::sort(arguments.fixed, arguments.fixed + config.static_heads.size());
   if (arguments.fits && sm90_can_implement(problem, device)) {

@@ -55,7 +55,7 @@ struct PooledShared {
 
 struct Sm90PooledArguments {
   Problem problem;
-  BlockMeans means;
+  BlockMeanTable means;
   int queries;          // per thread block
   std::int32_t count;   // heads to choose
   std::int32_t* heads;  // [T, count]
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<PooledShared*>(memory);
   const Problem& problem = arguments.problem;
-  const BlockMeans& means = arguments.means;
+  const BlockMeanTable& means = arguments.means;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
   const Assignment assignment;
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 }  // namespace
 
-void launch_pooled_sm90(const Problem& problem, const BlockMeans& means, std::int32_t count,
+void launch_pooled_sm90(const Problem& problem, const BlockMeanTable& means, std::int32_t count,
                         std::int32_t* heads, int num_sms, cudaStream_t stream) {
   const int queries = thread_block_queries(problem.q.tokens, num_sms);
   const auto grid = static_cast<unsigned>((problem.q.tokens + queries - 1) / queries);

@@ -12,7 +12,7 @@
 namespace misa::cuda::route {
 
 // As launch_pooled, where sm90_can_implement. `num_sms`: of the device.
-void launch_pooled_sm90(const Problem& problem, const BlockMeans& means, std::int32_t count,
+void launch_pooled_sm90(const Problem& problem, const BlockMeanTable& means, std::int32_t count,
                         std::int32_t* heads, int num_sms, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

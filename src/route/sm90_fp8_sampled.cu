@@ -32,7 +32,7 @@ struct Sm90SampledShared {
 };
 
 // Step 1. A lane loads 16 bytes of each of several keys.
-__device__ void load_samples(Sm90SampledShared& shared, const RaggedSource& keys,
+__device__ void load_samples(Sm90SampledShared& shared, const DeviceRaggedSource& keys,
                              std::int32_t start, int shift, int count) {
   constexpr int kKeyLanes = kDim / 16;
   constexpr int kKeys = kSm90Threads / kKeyLanes;  // loaded at once by the thread block

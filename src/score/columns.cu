@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kWarpThreads = 32;
 
 // One warp per query: its lanes take the entries of the list in turn.
-__global__ void row_lengths_kernel(RaggedSource keys, std::int64_t queries, Columns columns,
+__global__ void row_lengths_kernel(DeviceRaggedSource keys, std::int64_t queries, Columns columns,
                                    std::int32_t most, std::int32_t* lengths) {
   begin_kernel();
   const std::int64_t t = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpThreads;
@@ -39,7 +39,7 @@ __global__ void row_lengths_kernel(RaggedSource keys, std::int64_t queries, Colu
 }
 
 // One thread per entry.
-__global__ void positions_kernel(RaggedSource keys, std::int64_t entries, Columns columns,
+__global__ void positions_kernel(DeviceRaggedSource keys, std::int64_t entries, Columns columns,
                                  std::int32_t* selected, std::int32_t width) {
   begin_kernel();
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -56,13 +56,14 @@ unsigned blocks_for(std::int64_t threads) {
 
 }  // namespace
 
-void launch_row_lengths(const RaggedSource& keys, std::int64_t queries, const Columns& columns,
-                        std::int32_t most, std::int32_t* lengths, void* stream) {
+void launch_row_lengths(const DeviceRaggedSource& keys, std::int64_t queries,
+                        const Columns& columns, std::int32_t most, std::int32_t* lengths,
+                        void* stream) {
   launch_kernel("lengths", row_lengths_kernel, dim3(blocks_for(queries * kWarpThreads)), kThreads,
                 0, stream, keys, queries, columns, most, lengths);
 }
 
-void launch_positions(const RaggedSource& keys, std::int64_t queries, const Columns& columns,
+void launch_positions(const DeviceRaggedSource& keys, std::int64_t queries, const Columns& columns,
                       std::int32_t* selected, std::int32_t width, void* stream) {
   const std::int64_t entries = queries * width;
   launch_kernel("positions", positions_kernel, dim3(blocks_for(entries)), kThreads, 0, stream, keys,

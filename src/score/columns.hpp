@@ -8,12 +8,13 @@
 namespace misa::cuda::score {
 
 // lengths[t]: how many columns stand for positions that query t sees, at most `most`.
-void launch_row_lengths(const RaggedSource& keys, std::int64_t queries, const Columns& columns,
-                        std::int32_t most, std::int32_t* lengths, void* stream);
+void launch_row_lengths(const DeviceRaggedSource& keys, std::int64_t queries,
+                        const Columns& columns, std::int32_t most, std::int32_t* lengths,
+                        void* stream);
 
 // Replaces the columns in selected [T, width], padded with -1, by their positions. Positions ascend
 // with columns, so ordered entries stay ordered.
-void launch_positions(const RaggedSource& keys, std::int64_t queries, const Columns& columns,
+void launch_positions(const DeviceRaggedSource& keys, std::int64_t queries, const Columns& columns,
                       std::int32_t* selected, std::int32_t width, void* stream);
 
 }  // namespace misa::cuda::score

@@ -49,10 +49,10 @@ constexpr int kTensorCoreKeys = kWarps * kWarpKeys;
 constexpr int kCudaCoreKeys = 64;
 
 // Three bf16 hold the 24 bits of an fp32 mantissa.
-constexpr int kBf16Parts = 3;
+constexpr int kResidualParts = 3;
 
 struct ScoreArguments {
-  RaggedSource keys;
+  DeviceRaggedSource keys;
   RowOperands rows;
   Columns columns;
   Scores scores;
@@ -71,7 +71,7 @@ struct RowOperandsArguments {
 
 // Part `part` of the value of a residual row as a sum of bf16 parts: each part takes the leading 8
 // bits of what the parts before it leave.
-__device__ float bf16_part(float value, int part) {
+__device__ float residual_part(float value, int part) {
   if (!isfinite(value)) {
     return part == 0 ? value : 0;
   }
@@ -115,7 +115,7 @@ __global__ void row_operands_kernel(const __grid_constant__ RowOperandsArguments
     } else if (part < rows.linear) {
       value = e4m3               ? e4m3_to_float(routing.rounded[t * dim + d])
               : rows.linear == 1 ? routing.residual[t * dim + d]
-                                 : bf16_part(routing.residual[t * dim + d], part);
+                                 : residual_part(routing.residual[t * dim + d], part);
     }
     const std::int64_t at = t * padded * dim + i;
     if (rows.operand == DType::f32) {
@@ -237,7 +237,7 @@ template <bool kE4m3, int kDim, bool kGathered>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     tensor_core_kernel(const __grid_constant__ ScoreArguments arguments) {
   begin_kernel();
-  const RaggedSource& keys = arguments.keys;
+  const DeviceRaggedSource& keys = arguments.keys;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int c = lane % 4;
   const std::int64_t first =
@@ -434,7 +434,7 @@ void launch_scores(const ScoreArguments& arguments, void* stream) {
 
 RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual) {
   const bool fp32 = shape.q_dtype == DType::f32 || shape.k_dtype == DType::f32;
-  const std::int32_t linear = fp32 || shape.k_dtype == DType::e4m3 ? 1 : kBf16Parts;
+  const std::int32_t linear = fp32 || shape.k_dtype == DType::e4m3 ? 1 : kResidualParts;
   return {nullptr,
           nullptr,
           fp32 ? DType::f32 : DType::bf16,

@@ -33,7 +33,7 @@ constexpr std::int64_t scale_count(std::int64_t keys) {
 
 // Writes scales [scale_count(L)]: the scale of every key, or NaN if it is not finite; NaN in the
 // padding. One launch per call serves all kernels that take `scales`.
-void launch_scales(const RaggedSource& keys, float* scales, void* stream);
+void launch_scales(const DeviceRaggedSource& keys, float* scales, void* stream);
 
 // Gathered scoring: writes scores[t, c] for the columns c < lengths[t], which stand for positions
 // that query t sees, and nothing else. Queries that see at most `unscored` keys are skipped.

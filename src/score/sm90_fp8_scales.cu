@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kThreads = static_cast<int>(kScaleTile);  // one per scale
 
-__global__ void __launch_bounds__(kThreads) scales_kernel(const RaggedSource keys, float* scales) {
+__global__ void __launch_bounds__(kThreads)
+    scales_kernel(const DeviceRaggedSource keys, float* scales) {
   begin_kernel();
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   const std::int64_t key = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) scales_kernel(const RaggedSource key
 
 }  // namespace
 
-void launch_scales(const RaggedSource& keys, float* scales, void* stream) {
+void launch_scales(const DeviceRaggedSource& keys, float* scales, void* stream) {
   if (keys.tokens == 0) {
     return;
   }

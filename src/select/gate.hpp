@@ -13,11 +13,11 @@ namespace misa::cuda::select {
 // Scores of sampled keys; a row's samples are its columns that are not NaN.
 struct Samples {
   const float* scores;   // [T, columns]
-  std::int64_t columns;  // at most kMaxSamples
+  std::int64_t columns;  // at most kMaxGateSamples
   std::int64_t stride;   // elements from one row to the next
 };
 
-inline constexpr std::int64_t kMaxSamples = 4096;
+inline constexpr std::int64_t kMaxGateSamples = 4096;
 
 // The most lists of candidates that a query may have: each lane of a warp reads one.
 inline constexpr std::uint32_t kMaxLists = 32;
@@ -34,7 +34,7 @@ struct FallbackRows {
 // strictly. -inf where a row has no more than top_k keys, or too few samples. Zeroes
 // *fallback.count and fallback.finished_splits for the kernels that follow. rows > 0; `keys` says
 // which keys each row sees.
-void launch_threshold(const Samples& samples, const RaggedSource& keys, std::int64_t rows,
+void launch_threshold(const Samples& samples, const DeviceRaggedSource& keys, std::int64_t rows,
                       int top_k, float* thresholds, const FallbackRows& fallback, void* stream);
 
 // Writes `out` as misa::cuda::top_k does, from each row's candidates: all of its scores above some
@@ -42,8 +42,8 @@ void launch_threshold(const Samples& samples, const RaggedSource& keys, std::int
 // scores are wanted. A row of no keys is written only if `empty` is set, else left as it is. Rows
 // whose lists overflowed, or that have fewer than min(top_k, keys) candidates, are not written but
 // appended to the fallback. rows > 0, lists <= kMaxLists, lists * capacity < 2^32.
-void launch_survivors(const Candidates& candidates, const RaggedSource& keys, std::int64_t rows,
-                      int top_k, const TopK& out, bool empty, const FallbackRows& fallback,
-                      void* stream);
+void launch_survivors(const Candidates& candidates, const DeviceRaggedSource& keys,
+                      std::int64_t rows, int top_k, const TopK& out, bool empty,
+                      const FallbackRows& fallback, void* stream);
 
 }  // namespace misa::cuda::select

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocksPerSm)
 
 void launch_generic(const Logits& logits, int top_k, const TopK& out, bool empty, void* stream) {
   if (logits.columns <= kShortColumns) {
-    launch_short(logits, RaggedSource{}, Columns{nullptr, 0, 1}, top_k, out, empty, stream);
+    launch_short(logits, DeviceRaggedSource{}, Columns{nullptr, 0, 1}, top_k, out, empty, stream);
     return;
   }
   const RowPlan plan = plan_row(top_k, shared_limit());

@@ -18,7 +18,7 @@ inline constexpr std::int64_t kShortColumns = 16384;
 
 // The same for logits of at most kShortColumns columns. If columns.list is set, selected columns
 // are written as the positions that they stand for; `keys` then says which keys each row sees.
-void launch_short(const Logits& logits, const RaggedSource& keys, const Columns& columns, int top_k,
-                  const TopK& out, bool empty, void* stream);
+void launch_short(const Logits& logits, const DeviceRaggedSource& keys, const Columns& columns,
+                  int top_k, const TopK& out, bool empty, void* stream);
 
 }  // namespace misa::cuda::select

@@ -195,7 +195,7 @@ __device__ void stage_columns(ShortShared<threads>& shared, std::uint16_t* stage
 
 template <int threads>
 __global__ void __launch_bounds__(threads, 1024 / threads)
-    short_kernel(const Logits logits, const RaggedSource keys, const Columns columns,
+    short_kernel(const Logits logits, const DeviceRaggedSource keys, const Columns columns,
                  const std::uint32_t top_k, const TopK out, const bool empty) {
   begin_kernel();
   extern __shared__ __align__(16) std::byte memory[];
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(threads, 1024 / threads)
 }
 
 template <int threads>
-void launch_short_rows(const Logits& logits, const RaggedSource& keys, const Columns& columns,
+void launch_short_rows(const Logits& logits, const DeviceRaggedSource& keys, const Columns& columns,
                        int top_k, const TopK& out, bool empty, void* stream) {
   const std::int64_t staged = std::min<std::int64_t>(top_k, logits.columns);
   const std::size_t bytes = sizeof(ShortShared<threads>) + sizeof(std::uint16_t) * staged;
@@ -256,8 +256,8 @@ void launch_short_rows(const Logits& logits, const RaggedSource& keys, const Col
 
 }  // namespace
 
-void launch_short(const Logits& logits, const RaggedSource& keys, const Columns& columns, int top_k,
-                  const TopK& out, bool empty, void* stream) {
+void launch_short(const Logits& logits, const DeviceRaggedSource& keys, const Columns& columns,
+                  int top_k, const TopK& out, bool empty, void* stream) {
   static_assert(kShortColumns == 512 * kThreadScores);
   if (logits.columns <= 128 * kThreadScores) {
     launch_short_rows<128>(logits, keys, columns, top_k, out, empty, stream);

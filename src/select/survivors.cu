@@ -112,7 +112,7 @@ struct SurvivorsConfig {
 
 template <class Config, bool scores>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    survivors_kernel(const Candidates candidates, const RaggedSource keys,
+    survivors_kernel(const Candidates candidates, const DeviceRaggedSource keys,
                      const typename Config::Plan plan, const TopK out,
                      const FallbackRows fallback) {
   begin_kernel();
@@ -191,9 +191,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 // an SM, so few registers per row; where the bitmap is long, many threads that scan it; and that
 // none of the last rows has to be reread. A thread block has at most 190 KB of shared memory, which
 // every device of fused scoring has.
-void launch_survivors(const Candidates& candidates, const RaggedSource& keys, std::int64_t rows,
-                      int top_k, const TopK& out, bool empty, const FallbackRows& fallback,
-                      void* stream) {
+void launch_survivors(const Candidates& candidates, const DeviceRaggedSource& keys,
+                      std::int64_t rows, int top_k, const TopK& out, bool empty,
+                      const FallbackRows& fallback, void* stream) {
   const std::int64_t longest = std::min<std::int64_t>(keys.tokens, keys.max_keys);
   const bool scores = out.scores != nullptr;
   const auto launch = [&]<class Config>(Config) {

@@ -29,7 +29,7 @@ constexpr int kBucketBits = 9;  // 128 buckets an octave in the first pass (gate
 
 template <int threads>
 __global__ void __launch_bounds__(threads)
-    threshold_kernel(const Samples samples, const RaggedSource visible_keys,
+    threshold_kernel(const Samples samples, const DeviceRaggedSource visible_keys,
                      const std::uint32_t top_k, float* thresholds, const FallbackRows fallback) {
   begin_kernel();
   using Radix = RadixHistogram<threads, kBucketBits>;
@@ -97,12 +97,13 @@ __global__ void __launch_bounds__(threads)
 
 }  // namespace
 
-void launch_threshold(const Samples& samples, const RaggedSource& keys, std::int64_t rows,
+void launch_threshold(const Samples& samples, const DeviceRaggedSource& keys, std::int64_t rows,
                       int top_k, float* thresholds, const FallbackRows& fallback, void* stream) {
-  const int threads =
-      samples.columns <= 64 * kThreadSamples ? 64 : static_cast<int>(kMaxSamples) / kThreadSamples;
+  const int threads = samples.columns <= 64 * kThreadSamples
+                          ? 64
+                          : static_cast<int>(kMaxGateSamples) / kThreadSamples;
   auto* kernel =
-      threads == 64 ? threshold_kernel<64> : threshold_kernel<kMaxSamples / kThreadSamples>;
+      threads == 64 ? threshold_kernel<64> : threshold_kernel<kMaxGateSamples / kThreadSamples>;
   launch_kernel("threshold", kernel, dim3(static_cast<unsigned>(rows)), threads, 0, stream, samples,
                 keys, static_cast<std::uint32_t>(top_k), thresholds, fallback);
 }

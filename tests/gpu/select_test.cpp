@@ -479,8 +479,8 @@ class Sequences {
   explicit Sequences(const RowsOfScores& rows)
       : total_(total(rows)), starts_(ranges(rows, false), -7), ends_(ranges(rows, true), -7) {}
 
-  [[nodiscard]] cuda::RaggedSource keys() const {
-    cuda::RaggedSource keys{};
+  [[nodiscard]] cuda::DeviceRaggedSource keys() const {
+    cuda::DeviceRaggedSource keys{};
     keys.tokens = total_;
     keys.starts = starts_.data();
     keys.ends = ends_.data();
@@ -888,7 +888,8 @@ TEST_F(CudaThreshold, LetsFewMoreThanTheTopKThrough) {
     // One row at a time, so that its samples start in column 0.
     for (const auto& row : rows) {
       const std::int64_t columns = (std::ssize(row) + shape.stride - 1) / shape.stride;
-      const std::int64_t padded = std::min<std::int64_t>(columns + 5, cuda::select::kMaxSamples);
+      const std::int64_t padded =
+          std::min<std::int64_t>(columns + 5, cuda::select::kMaxGateSamples);
       if (columns > padded) {
         continue;
       }
