@@ -8,7 +8,8 @@
 
 namespace misa {
 
-// Hands out arrays of one buffer, one after the other; without a buffer it counts what they take.
+// Hands out consecutive arrays of one buffer. Without a buffer (a null `base`) it only counts the
+// bytes that the arrays would take.
 class Arena {
  public:
   // Every array starts on a multiple of `alignment` bytes, as the buffer itself does.
@@ -22,7 +23,7 @@ class Arena {
     return counting() ? nullptr : reinterpret_cast<T*>(base_ + at);
   }
 
-  // Of `count` elements even where there is no buffer.
+  // The span has `count` elements even without a buffer; its data is then null.
   template <class T>
   std::span<T> take_span(std::int64_t count) {
     return {take<T>(count), static_cast<std::size_t>(count)};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A score and a position in one integer, an entry. The larger entry is selected first: the larger
-// score, of equal scores the lower position, NaN last.
+// An entry is a score and a position in one integer. Larger entries are selected first: those with
+// larger scores and, among equal scores, those with lower positions. NaN comes last.
 #pragma once
 
 #include <bit>
@@ -9,7 +9,7 @@
 
 namespace misa {
 
-// An integer in the order of the scores: NaN is 0, -0 equals +0.
+// Maps a score to an integer, in the order of the scores: NaN becomes 0, and -0 and +0 are equal.
 constexpr std::uint32_t ordered_bits(float score) {
   if (score != score) {
     return 0;

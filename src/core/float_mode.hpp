@@ -6,8 +6,8 @@
 
 namespace misa {
 
-// Sets the default mode of IEEE 754 for its thread: round to nearest, keep subnormal numbers, trap
-// nothing. The destructor restores the caller's mode.
+// Sets the default mode of IEEE 754 for the calling thread: round to nearest, keep subnormal
+// numbers, trap nothing. The destructor restores the caller's mode.
 class DefaultFloatMode {
  public:
   DefaultFloatMode() : before_(read()) { write(kDefault); }
@@ -36,7 +36,7 @@ class DefaultFloatMode {
   }
   static void write(Bits bits) { asm volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
 #else
-  // No control register is known for other architectures.
+  // On other architectures the mode is neither read nor set.
   using Bits = int;
   static constexpr Bits kDefault = 0;
   static Bits read() { return kDefault; }

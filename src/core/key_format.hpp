@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a key stands in memory: its elements and its scales. Sizes are asked of the format, in bits,
-// for elements may be smaller than a byte.
+// The format of a key in memory: its elements and its scale. Sizes are computed from bits, since
+// elements may be smaller than a byte.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +11,18 @@ namespace misa {
 
 enum class KeyScale : std::uint8_t {
   none,
-  fp32,  // one a key
+  fp32,  // one per key
 };
 
 struct KeyFormat {
   DType element;
   KeyScale scale;
 
-  // Of the D elements alone.
+  // Bytes of the D elements, without the scale.
   [[nodiscard]] constexpr std::int64_t element_bytes(std::int64_t dim) const {
     return dim * bits_of(element) / 8;
   }
-  // Of the scales of one key.
+  // Bytes of the scale of one key.
   [[nodiscard]] constexpr std::int64_t scale_bytes() const {
     return scale == KeyScale::fp32 ? static_cast<std::int64_t>(sizeof(float)) : 0;
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where keys lie, and which of them a query sees. A source has one address function, key(); nothing
-// else computes where a key, its scale or the sum of a page stands.
+// Where keys lie in memory, and which of them a query sees. The CPU backend finds keys, their
+// scales and page sums only through key() and page_sum() of a source.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct Key {
   float scale;
 };
 
-// Keys in one array; query t sees those from starts[t] to before ends[t].
+// Keys in one array; query t sees keys starts[t] … ends[t] - 1.
 struct RaggedSource : RaggedKeys {
   [[nodiscard]] KeyFormat format() const { return format_of(dtype); }
 
@@ -35,7 +35,7 @@ struct RaggedSource : RaggedKeys {
     return std::max<std::int64_t>(0, std::int64_t{ends[t]} - starts[t]);
   }
 
-  // The longest run of queries from t on, at most up to `end`, that share t's sequence.
+  // The longest run of queries from t on that share t's sequence and lie before `end`.
   [[nodiscard]] Sequence sequence_at(std::int64_t t, std::int64_t end) const {
     std::int64_t last = t + 1;
     while (last < end && starts[last] == starts[t]) {
@@ -51,14 +51,15 @@ struct RaggedSource : RaggedKeys {
             scale != nullptr ? scale[token] : 1.0F};
   }
 
-  // The sum [D] of keys 64 page … of query t's sequence, a whole page; null: it is not kept.
+  // The sum [D] of the 64 keys of a whole page of query t's sequence; null if the source keeps no
+  // page sums.
   [[nodiscard]] static const float* page_sum(std::int64_t /*t*/, std::int64_t /*page*/) {
     return nullptr;
   }
 };
 
-// Keys in pages of a cache; the next_n queries of a sequence see its context but for the queries
-// after them.
+// Keys in pages of a cache. Query i of the next_n queries of a sequence sees the sequence's context
+// except the last next_n - 1 - i keys, which belong to the queries after it.
 struct PagedSource : PagedKeys {
   [[nodiscard]] KeyFormat format() const { return kPageFormat; }
 

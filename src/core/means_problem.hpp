@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One validated call on block means, as every backend sees it.
+// One validated call on block means, as every backend gets it.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace misa {
 
-// The means of whole blocks stand where a problem has its keys, as f32 ones: position b of query t
-// is the mean of its block b, and visible(t) counts its whole blocks.
+// problem.keys holds the means of whole blocks as f32 keys: the key at position b of query t is the
+// mean of the query's block b, and visible(t) is the number of its whole blocks.
 struct MeansProblem {
   Problem problem;
-  std::span<const std::int32_t> partial;  // [T] rows of partial blocks' means, -1: none; or empty
+  std::span<const std::int32_t> partial;  // [T] row of the partial block's mean, -1: none; or empty
   std::span<std::int32_t> out;            // [T, width]
   std::int64_t width;
 
-  // The mean of the block that query t sees in part; null if it sees none so.
+  // The mean of query t's partial block; null if it has none.
   [[nodiscard]] const float* partial_mean(std::int64_t t) const {
     if (partial.empty() || partial[t] < 0) {
       return nullptr;

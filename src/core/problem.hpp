@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One validated call, as every backend sees it: strides resolved, keys of any source alike.
+// One validated call, as every backend gets it: default strides are replaced by actual ones, and
+// keys of all sources are read through the same functions.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ struct Problem {
     return std::visit([](const auto& source) { return source.format().element; }, keys);
   }
 
-  // What the key source says of query t (core/key_source.hpp).
+  // These functions are those of the key source (core/key_source.hpp).
   [[nodiscard]] std::int64_t visible(std::int64_t t) const {
     return std::visit([&](const auto& source) { return source.visible(t); }, keys);
   }

@@ -8,7 +8,7 @@ namespace {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// What remains once it is known whether blocks are filtered and how many keys are scored.
+// The recipe of a row of which `scored` keys are scored, after the block filter if `filtered`.
 Recipe with_scored(const IndexerConfig& config, std::int64_t heads, bool filtered,
                    std::int64_t scored) {
   Recipe recipe;
@@ -17,7 +17,7 @@ Recipe with_scored(const IndexerConfig& config, std::int64_t heads, bool filtere
   recipe.routed = config.router != Router::all;
   recipe.sampled =
       recipe.routed && (config.residual || traits_of(config.router).keys == RouterKeys::sampled);
-  // Where every key that is scored would be a candidate, all heads score at once.
+  // If every scored key would be a candidate, all heads score the keys in the first place.
   const bool every_head = !recipe.routed || config.heads == heads;
   recipe.reranked = !every_head && config.candidates > 0 && config.candidates < scored;
   recipe.active = !every_head && (config.candidates == 0 || recipe.reranked);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a configuration means for a row, a query and the keys that it sees: the one definition that
-// every executor obeys (reference, CPU, CUDA, the distributed form) and that costs are told from.
+// What a configuration computes for a row (a query and the keys that it sees). Every implementation
+// (reference, CPU, CUDA, the distributed form) follows this definition, and costs are computed from
+// it.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,7 @@ struct RouterTraits {
   RouterKeys keys;
 };
 
-// In the order of Router.
+// Indexed by Router.
 inline constexpr std::array<RouterTraits, 8> kRouters{{{"all", RouterKeys::none},
                                                        {"pooled", RouterKeys::block_means},
                                                        {"nonlinearity", RouterKeys::sampled},
@@ -58,22 +59,23 @@ constexpr std::int64_t sample_count(std::int64_t n) {
   return (n + stride - 1) / stride;
 }
 
-// gamma of the nonlinearity: the chance kept for heads that the sample never made fire.
+// gamma of the nonlinearity: the weight of the term that gives heads a value although none of their
+// dot products with the samples was positive.
 inline constexpr float kFireChance = 0.1F;
 
-// Rows of at most so many keys are DSA's (dense_work).
+// Rows of at most this many keys are computed as DSA (IndexerConfig::dense_work).
 constexpr std::int64_t dense_keys(const IndexerConfig& config, std::int64_t heads) {
   return config.dense_work / heads;
 }
 
-// Whether a configuration that routes routes every head (h = H). It is DSA behind the same block
-// filter then: nothing is left for a residual row or a re-rank to add, and every head is active.
+// Whether a configuration with a router chooses every head (h = H). It then computes DSA after the
+// same block filter: every head is active, and a residual row or a re-rank would change nothing.
 inline bool routes_every_head(const IndexerConfig& config, std::int64_t heads) {
   return config.router != Router::all && config.heads == heads;
 }
 
-// What a configuration computes for H heads: itself, or the same without routing if that would
-// leave no head out.
+// The configuration that is computed for H heads: `config`, without its routing if that would
+// choose every head.
 inline IndexerConfig effective_config(IndexerConfig config, std::int64_t heads) {
   if (routes_every_head(config, heads)) {
     config.router = Router::all;
@@ -85,33 +87,33 @@ inline IndexerConfig effective_config(IndexerConfig config, std::int64_t heads) 
   return config;
 }
 
-// What is done for a row.
+// The steps for a row.
 struct Recipe {
-  bool dense = false;     // the row is DSA's, whatever else is configured: nothing below applies
-  bool routed = false;    // active heads are chosen, and with a residual its row, and reported
-  bool sampled = false;   // which takes the sample grid
+  bool dense = false;     // the row is computed as DSA: no other flag is set
+  bool routed = false;    // heads (and the residual row, if configured) are chosen and reported
+  bool sampled = false;   // and this needs the sample grid
   bool filtered = false;  // only the keys of kept blocks are scored
-  bool active = false;    // the active heads score; else all heads do
-  bool residual = false;  // and a residual row with them
+  bool active = false;    // the active heads give the first scores; else all heads do
+  bool residual = false;  // and the residual row with them
   bool reranked = false;  // all heads score what the first selection kept, and the best remain
 
-  std::int64_t heads = 0;   // that score first: h or H
-  std::int64_t scored = 0;  // keys that they score: n, or those of the kept blocks
-  std::int64_t keep = 0;    // what the first selection keeps of those at the most: k, or m
+  std::int64_t heads = 0;   // that give the first scores: h or H
+  std::int64_t scored = 0;  // keys with a first score: n, or those of the kept blocks
+  std::int64_t keep = 0;    // the most keys that the first selection keeps: k or m
 };
 
 // For a row of n keys and H heads.
 Recipe recipe_of(const IndexerConfig& config, std::int64_t heads, std::int64_t n);
 
-// What rows of up to `max_keys` keys take together: what is done for one of them is set, and sizes
-// are the largest.
+// The recipe of rows of `max_keys` keys, but `scored` is the most keys that any shorter row scores.
+// Shorter rows, unless computed as DSA, select the same keys by it as by their recipe_of.
 Recipe largest_recipe(const IndexerConfig& config, std::int64_t heads, std::int64_t max_keys);
 
-// Work that a row's indexer has to do, whatever the implementation. Rows that are selected whole
-// take none.
+// The work for a row, whatever the implementation. A row of which all keys are selected costs
+// nothing.
 struct Cost {
   double dots = 0;   // dot products of D elements
-  double bytes = 0;  // of keys and block means that they read, each time anew
+  double bytes = 0;  // of keys and block means that these read, counted at every read
 };
 Cost cost_of(const IndexerConfig& config, const Shape& shape, std::int64_t n);
 

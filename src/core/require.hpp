@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Refusing arguments, with one line that names the argument, what was expected and what came.
+// Rejects arguments, with one line that names the argument, what was expected and what was passed.
 #pragma once
 
 #include <fmt/format.h>
@@ -20,7 +20,8 @@ void require(bool condition, fmt::format_string<const Args&...> message, const A
   }
 }
 
-// a * b + c of numbers that are not negative. Throws if a caller's shape is too large for it.
+// a * b + c of nonnegative numbers. Throws if it overflows, because the caller's shape is too
+// large.
 inline std::int64_t checked_multiply_add(std::string_view name, std::int64_t a, std::int64_t b,
                                          std::int64_t c = 0) {
   std::int64_t product = 0;

@@ -24,7 +24,7 @@ struct Heads {
   }
 };
 
-// The floors of rows that all take max(0, x).
+// QueryRows::floor of heads, which all clip at 0.
 inline constexpr float kReluFloors[kMaxHeads] = {};
 
 // All heads as the rows that score keys, or block means.
@@ -37,9 +37,9 @@ inline QueryRows rows_for_means(const Heads& heads) {
 
 // The means of the blocks that a query sees, in f32.
 struct BlockMeans {
-  std::span<const Tile> whole;  // of the blocks that it sees all of
+  std::span<const Tile> whole;  // means of the blocks that it sees in full
   std::int64_t whole_count;
-  const Tile* partial;  // of the keys that it sees of a last block; null if there is none
+  const Tile* partial;  // mean of the keys that it sees of its partial block; null if it has none
 };
 
 // How many keys tile `i` holds of `total` in tiles of 64.

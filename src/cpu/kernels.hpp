@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU backend's inner loops: a table of functions per instruction set, which the code that is
-// compiled once calls. The loops of a stage are in its folder's cpu-inl.h.
+// The CPU backend's inner loops: one table of functions per instruction set. All other code is
+// compiled once and calls them through a table. The loops of a stage are in its folder's cpu-inl.h.
 #pragma once
 
 #include <cstddef>
@@ -47,9 +47,10 @@ struct Selector {
 // Room for the entries of one tile, and for what a vector store writes after the last of them.
 inline constexpr std::int64_t kSelectorSlack = 2 * kPageSize;
 
-// Fits of max(0, x) by a line, where x are a head's dot products with the sampled keys.
+// For each head, the least-squares fit of max(0, x) by a line, where x are the head's dot products
+// with the sampled keys.
 struct HeadFit {
-  float* slope;         // [H] of the least-squares line
+  float* slope;         // [H] of the line
   float* nonlinearity;  // [H] rms of the fit's error
   float* dispersion;    // [H] standard deviation of max(0, x)
 };
@@ -67,18 +68,18 @@ struct Kernels {
   void (*pack)(const void* const* rows, DType dtype, int count, int dim, Operand operand,
                void* scratch, void* tile);
 
-  // pool: adds scale * row of each key, in order, or one row, to sum[D].
+  // pool: add_keys adds scale * row of each key to sum[D], in order; add adds one row.
   void (*add_keys)(const void* const* rows, const float* scale, DType dtype, int count, int dim,
                    float* sum);
   void (*add)(const float* addend, int dim, float* sum);
 
   // score: the scores of a tile's first `valid` keys, out[64]. Whole vectors are written.
   void (*score)(Operand operand, const QueryRows& rows, const Tile& tile, int valid, float* out);
-  // Their dot products with each row j, out[j * stride + key].
+  // The dot products of these keys with each row j, out[j * stride + key].
   void (*dots)(Operand operand, const void* rows, int count, const Tile& tile, int valid,
                std::int64_t stride, float* out);
 
-  // route: adds |w * max(0, x)| of each dot product x to its head's energy[H].
+  // route: adds |w * max(0, x)| of each dot product x to the energy of the head, in energy[H].
   void (*add_energy)(const float* dots, std::int64_t stride, int heads, int valid,
                      const float* weight, float* energy);
   void (*fit)(const float* dots, std::int64_t stride, int heads, int count, const HeadFit& out);

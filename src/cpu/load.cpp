@@ -15,9 +15,9 @@ void store_operand(Operand operand, void* tile, int d, int key, float value) {
   }
 }
 
-// A scale may multiply the score in place of the key where it is finite and not negative. Of a
-// negative one the sign is multiplied into the key, of one that is not finite all of it; both
-// products are exact in either operand type.
+// Multiplies into a key the part of its scale that cannot multiply the score instead: the sign of a
+// finite negative scale, or the whole of a scale that is not finite. Both products are exact in
+// either operand type.
 void fold_scale(const void* row, Operand operand, int key, Tile& tile) {
   const float scale = tile.scale[key];
   const float factor = std::isfinite(scale) ? -1.0F : scale;

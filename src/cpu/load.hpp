@@ -35,7 +35,7 @@ void prefetch_page(const Problem& problem, std::int64_t t, std::int64_t first, i
 void load_heads(const Kernels& kernels, const Problem& problem, std::int64_t t, Operand operand,
                 void* out);
 
-// Memory of the heads of one query.
+// Memory for the heads of one query.
 struct HeadBuffers {
   std::byte* rows;  // [H][D] operands
   float* rows_f32;  // [H][D], or null where no block means are scored

@@ -11,7 +11,7 @@
 
 namespace misa::cpu {
 
-// Memory of a query's rows.
+// Memory for the rows of one query (QueryRows).
 struct RowBuffers {
   std::byte* data;  // operands
   float* weight;
@@ -22,14 +22,14 @@ struct Query {
   std::int64_t t;
   std::int64_t n;  // keys that it sees
   Recipe recipe;
-  bool scored;  // else it selects all keys that it sees
+  bool scored;  // false: all keys that it sees are selected
   RowBuffers row_buffers;
-  QueryRows rows;                        // of the first scores
+  QueryRows rows;                        // that give the first scores
   std::span<std::uint64_t> kept_blocks;  // a bit per block, where recipe.filtered
   std::span<Selector> selectors;         // of the first selection, one per key split
 };
 
-// What scoring keys and offering the scores to a selector computes in.
+// Scratch memory for scoring keys and offering the scores to a selector.
 struct ScoreScratch {
   Tile tile;               // operands
   void* pack;              // [64][D] operands

@@ -76,7 +76,7 @@ std::vector<Hierarchy> hierarchies(const fs::path& root) {
     if (group.empty()) {
       continue;
     }
-    // In a container the process's group may lie outside the mount: then it is the mounted one.
+    // In a container the process's group may lie outside the mount; the mounted group is used then.
     const fs::path relative = fs::path(group).lexically_relative(mounted);
     const bool outside = relative.empty() || *relative.begin() == "..";
     result.push_back(
@@ -85,7 +85,7 @@ std::vector<Hierarchy> hierarchies(const fs::path& root) {
   return result;
 }
 
-// The processors' worth of time that one group grants; infinite without a quota.
+// How many processors' time one group grants; infinite without a quota.
 double processors(const fs::path& group, bool version2) {
   std::string quota = "max";
   double period = 0;

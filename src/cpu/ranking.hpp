@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Ranking of a few values, such as those of heads and blocks, and positions with their scores.
+// Ranking of a few values, such as one per head or per block; and (position, score bits) pairs.
 #pragma once
 
 #include <cstdint>

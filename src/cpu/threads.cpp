@@ -25,14 +25,15 @@
 namespace misa {
 namespace {
 
-// The most threads that oneTBB lets the process use. Asked for more it adds none, but warns.
+// The most threads that oneTBB lets the process use. If asked for more, it adds none and prints a
+// warning.
 int most_threads() {
   using Control = tbb::global_control;
   return static_cast<int>(Control::active_value(Control::max_allowed_parallelism));
 }
 
-// Task arenas that no context holds, by their number of threads. Some versions of oneTBB never free
-// what an arena took, so arenas are used again: there are only as many as were ever held at once.
+// Task arenas that no context is using, by number of threads. Some versions of oneTBB never free an
+// arena's memory, so arenas are reused: there are never more than were in use at once.
 class IdleArenas {
  public:
   std::unique_ptr<tbb::task_arena> take(int threads) {
@@ -69,10 +70,10 @@ IdleArenas& idle_arenas() {
   return *arenas;
 }
 
-// oneTBB aborts if it cannot start a thread. So as many threads as it may start are first started
-// at once here and ended: a limit of the system becomes an error.
+// oneTBB aborts the process if it cannot start a thread. So this function first starts `count` - 1
+// threads at once and ends them: where the system allows fewer, it throws an error.
 void require_threads(int count) {
-  static std::atomic<int> most{1};  // threads that were ever started here
+  static std::atomic<int> most{1};  // the largest count that has succeeded
   if (count <= most.load(std::memory_order_relaxed)) {
     return;
   }
@@ -93,7 +94,7 @@ void require_threads(int count) {
 
 }  // namespace
 
-// The task arena that a context holds while it lives.
+// The task arena that a context uses for its lifetime.
 struct Threads::TaskArena {
   explicit TaskArena(int most) : threads(most), held(idle_arenas().take(threads)) {}
   ~TaskArena() { idle_arenas().give_back(std::move(held), threads); }

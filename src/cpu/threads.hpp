@@ -7,7 +7,8 @@
 
 namespace misa {
 
-// As many threads as the process has processors, or fewer if its control groups allow less time.
+// As many threads as the process has processors, or fewer if its control groups allow less
+// processor time.
 int default_threads();
 
 // The threads of a context.

@@ -18,8 +18,8 @@ struct Architecture {
   bool ptx = false;
   bool specific = false;  // runs on this capability only
 
-  // Machine code runs on the same major version from its minor version on. PTX, which the driver
-  // compiles, runs on every capability from its own on.
+  // Machine code runs on devices of the same major version and of an equal or higher minor version.
+  // PTX, which the driver compiles, runs on every equal or higher capability.
   [[nodiscard]] bool serves(int device) const {
     if (specific) {
       return device == capability;

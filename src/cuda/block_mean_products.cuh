@@ -6,8 +6,8 @@
 //  1. The warp's heads are operands in registers; the query's partial block mean is one in shared
 //     memory.
 //  2. Queries whose keys start at the same key share the means of whole blocks, tile by tile: while
-//     one tile is multiplied the next is copied. Rows that the block-mean table has for another
-//     sequence are computed here; a table of given means has every row.
+//     one tile is multiplied the next is copied. Where a table row holds the block of another
+//     sequence, the mean is computed here; a table of given means has no such rows.
 //  3. x = q . mean, from parts that hold 22 bits (fp16) or all 24 bits (bf16) of the fp32 mean.
 //  4. Energies: a lane sums max(0, x) over two of every eight blocks, then the quad of a head adds
 //     up; the partial block is added last.
@@ -37,7 +37,7 @@ inline constexpr int kBlocksPerSm = 2;
 template <DType type>
 inline constexpr int kBlocksPerSmOf = type == DType::f32 ? 1 : kBlocksPerSm;
 
-// Two tiles of heads per warp: D / 2 registers of operands for each part.
+// Two tiles of heads per warp. Their operands take D / 2 registers per lane for each part.
 inline constexpr int kHeadTiles = 2;
 inline constexpr int kWarpHeads = kHeadTiles * kMmaHeads;
 
@@ -55,7 +55,7 @@ struct MeansTile {
 template <int dim, int parts>
 struct MeansShared {
   MeansTile<dim, parts> tiles[2];
-  float scores[2][kWarps][kTileMeans<parts>];  // of a tile's blocks, from a warp's heads
+  float scores[2][kWarps][kTileMeans<parts>];  // of a tile's blocks, summed over a warp's heads
   float energies[kWarps][kWarpHeads];
   float weights[kWarps][kWarpHeads];
   alignas(16) std::uint16_t partial[kWarps][parts][dim];  // the query's partial block mean
@@ -297,7 +297,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
         write_warp_scores(shared.tiles[buffer], operands, weight, exists, count,
                           shared.scores[buffer][warp]);
         __syncthreads();
-        // The query's warps share its blocks, and add up what all of them wrote for each.
+        // The query's warps divide its blocks among them; for each block, a lane adds up what all
+        // of the query's warps wrote.
         for (int i = warp % query_warps * 32 + lane; i < count; i += query_warps * 32) {
           float score = shared.scores[buffer][query * query_warps][i];
           for (int other = 1; other < query_warps; ++other) {

@@ -22,7 +22,7 @@ inline constexpr int kLaneColumns = 4;
 inline constexpr int kSumColumns = 64;
 inline constexpr int kSumLanes = kSumColumns / kLaneColumns;
 
-// Registers for keys in flight in kernels whose other registers hold operands.
+// Registers per lane for keys in flight, in kernels whose other registers hold operands.
 inline constexpr int kFewRegisters = 16;
 
 // An fp32 mean is the sum of two fp16 parts, of 11 bits each.
@@ -87,8 +87,9 @@ __device__ PageSum sum_page(const Source& keys, std::int64_t token, int count, i
 }
 
 // A power of two that brings the mean of keys below 2^15, in fp16's upper range; 1 if a scale is
-// not finite. `largest`: bits of the keys' largest |scale|. So the parts hold 22 bits of every
-// element, or of 2^-8 of the largest scale where an element is smaller than that.
+// not finite. `largest`: bits of the keys' largest |scale|. The two parts then hold 22 bits of
+// every element of at least 2^-8 of the largest scale; smaller elements have the same absolute
+// precision as one of that size.
 __device__ inline float fp16_scale(std::uint32_t largest) {
   constexpr int kBias = 127;
   const int exponent = static_cast<int>(largest >> 23);  // biased
@@ -118,7 +119,7 @@ __device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_
   }
 }
 
-// Row of the block-mean table that block 0 of a sequence has; its block b has row base_row + b.
+// The row of the block-mean table for block 0 of a sequence; row base_row + b is for block b.
 template <class Index>
 __device__ Index base_row(const BlockMeanTable& means, Index sequence_start) {
   return sequence_start / means.block;
@@ -150,8 +151,8 @@ __device__ RowLookup look_up_rows(const BlockMeanTable& means, std::int32_t sequ
 }
 
 // Computes the mean of the block whose first key is `token` and writes it to `row`, part by part;
-// returns its factor. All lanes of a warp call. Slow, but in few registers, since callers hold
-// operands in theirs. `fp16` is means.fp16.
+// returns its factor. All lanes of a warp call. It is slow but takes few registers, since its
+// callers hold operands in registers. `fp16` is means.fp16.
 template <bool fp16, class Source>
 __device__ float write_mean(const Source& keys, const BlockMeanTable& means, std::int64_t token,
                             std::uint16_t* row, int stride) {

@@ -6,10 +6,10 @@
 
 namespace misa::cuda {
 
-// Means of the key blocks of every sequence, in a workspace. A sequence is named by its first key,
-// and its blocks are counted from there; base_row (block_means.cuh) says which rows it has.
-// Sequences that do not overlap share no row. Where they overlap, a row holds the block of the
-// sequence that starts last, and a kernel that needs another one's block computes its mean from the
+// Means of the key blocks of every sequence, in a workspace. A sequence is identified by its first
+// key, and its blocks are counted from there; base_row (block_means.cuh) gives its rows. Sequences
+// that do not overlap share no row. Where they overlap, a row holds the block of the sequence that
+// starts last, and a kernel that needs the block of another sequence computes its mean from the
 // keys. In a table of given means (pool/given.hpp), whose `starts` is null, every row holds the
 // block of whichever sequence looks it up.
 struct BlockMeanTable {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which key of a query a column of its scores stands for.
+// Which position a column of a query's scores stands for.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace misa::cuda {
 
-// The position that a column stands for; -1 if it stands for none below n. Safe whatever the list
-// holds.
+// The position that a column stands for; -1 if there is none or it is not below n. Safe whatever
+// the list holds.
 __device__ inline std::int32_t position_of(const Columns& columns, std::int64_t t,
                                            std::int64_t column, std::int32_t n) {
   std::int64_t position = column;

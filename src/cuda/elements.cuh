@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Consecutive elements of a row in registers, as fp32 or as the parts that tensor cores multiply.
-// Rows start on 16 bytes: plans require it of device arrays, and copies of host arrays are made so.
+// Rows are aligned to 16 bytes: plans require it of device arrays, and host arrays are copied to
+// aligned rows.
 #pragma once
 
 #include <cstddef>
@@ -143,11 +144,11 @@ struct Elements {
 // elements c D/4 … (c + 1) D/4 - 1, four of them in each MMA of depth 16, so that it loads them
 // from memory with wide loads.
 
-// Place of elements d and d + 1, d a multiple of 4, in operand order; d + 2 and d + 3 are 8
-// further.
+// The index of element d in operand order, where d is a multiple of 4. Element d + 1 follows it;
+// elements d + 2 and d + 3 are 8 further.
 constexpr int operand_index(int d, int dim) { return d % (dim / 4) / 4 * 16 + d / (dim / 4) * 2; }
 
-// Elements from one operand row to the next in shared memory: 16 bytes more than the row, so that
+// The distance in elements between operand rows in shared memory: 16 bytes more than a row, so that
 // the 8 rows that one ldmatrix reads lie in different banks.
 constexpr int operand_pitch(int dim) { return dim + 8; }
 

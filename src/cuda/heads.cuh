@@ -22,7 +22,7 @@ inline constexpr int kMmaHeads = 16;
 inline constexpr int kMmaColumns = 8;
 inline constexpr int kMmaDepth = 16;
 
-// Depths of MMAs whose column operand one ldmatrix loads.
+// MMAs, along the depth, whose column operand one ldmatrix loads.
 inline constexpr int kDepthsPerLoad = 2;
 
 __device__ inline const std::byte* head_row(const Queries& q, std::int64_t t, int head) {
@@ -30,9 +30,9 @@ __device__ inline const std::byte* head_row(const Queries& q, std::int64_t t, in
          (t * q.token_stride + head * q.head_stride) * static_cast<std::int64_t>(size_of(q.dtype));
 }
 
-// 16 * head_tiles heads of a query as the A operands of MMAs, in fp16 if `fp16`, else in bf16. Of
-// each tile a lane holds heads g and g + 8, g = lane / 4, and of each head the elements that
-// operand order gives to lane c = lane % 4 of its quad.
+// 16 * head_tiles heads of a query as the A operands of MMAs, in fp16 if `fp16`, else in bf16. From
+// each tile a lane holds heads g and g + 8, where g = lane / 4, and from each head the quarter c =
+// lane % 4 of the elements (elements.cuh, operand order).
 template <DType type, bool fp16, int dim, int head_tiles>
 struct HeadOperands {
   static constexpr int kSteps = dim / kMmaDepth;
@@ -103,7 +103,7 @@ struct HeadOperands {
 };
 
 // The keys that query t0 + l sees, for lane l of every warp. There are fewer than 32 `queries`;
-// lanes without one get no keys and a start that no query has.
+// lanes without a query get no keys, and a start that no query has.
 __device__ inline Range range_of_lane(const DeviceRaggedSource& keys, std::int64_t t0,
                                       int queries) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -180,8 +180,8 @@ __device__ void add_products(const HeadOperands<type, fp16, dim, head_tiles>& he
   }
 }
 
-// The sum of `value` over groups of `lanes` neighbouring lanes, in each of them. Not a loop, which
-// the compiler would schedule otherwise.
+// Returns, in every lane, the sum of `value` over the lane's group of `lanes` neighbouring lanes.
+// Recursive because the compiler schedules a loop differently.
 template <int lanes>
 __device__ inline float lane_sum(float value) {
   if constexpr (lanes > 1) {
@@ -198,9 +198,10 @@ __device__ inline float quad_sum(float value) { return lane_sum<4>(value); }
 // their bits there. Ties go to the lower head; NaN ranks last. All lanes of a warp call; value(j)
 // is called once per head. No query has more than `max_heads` heads: code for 256 is ten times as
 // long as code for 64, and fetching instructions takes a large part of a kernel this short.
-//  1. Lane l holds the keys of heads l, l + 32, …: ordered bits plus one, 0 where there is no head.
+//  1. Lane l holds a sort key for each of heads l, l + 32, …: ordered bits plus one, 0 where there
+//     is no head.
 //  2. `count` times, the head of the largest key is chosen and its key cleared.
-//  3. Chosen heads are written in order; their places are counted with ballots.
+//  3. Chosen heads are written in order, at indices counted with ballots.
 template <int max_heads, class Value>
 __device__ void choose_heads(int heads, int count, const Value& value, std::int32_t* out,
                              std::uint32_t* active) {
@@ -219,7 +220,7 @@ __device__ void choose_heads(int heads, int count, const Value& value, std::int3
   std::uint32_t chosen = 0;  // bit i: head 32 i + lane
   for (int n = 0; n < count; ++n) {
     std::uint32_t lane_best = 0;
-    int best_index = 0;  // of the lane's heads
+    int best_index = 0;  // among the lane's heads
 #pragma unroll
     for (int i = 0; i < kLaneHeads; ++i) {
       if (i >= lane_heads) {

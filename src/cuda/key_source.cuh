@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a key lies and which keys a query sees: the only address arithmetic on keys. Loaders take
-// the source as a template parameter. What is read is safe whatever the arrays hold.
+// Where a key lies and which keys a query sees. Loaders take the source as a template parameter.
+// Ranges are clamped, so that reads stay in bounds whatever the arrays hold.
 #pragma once
 
 #include <cstddef>
@@ -24,8 +24,8 @@ __device__ inline Range visible(const DeviceRaggedSource& keys, std::int64_t t) 
   return {start, length < keys.least_keys || length > keys.most_keys ? 0 : length};
 }
 
-// The position of a key, given by its index in the source, among those that a query sees; modulo
-// 2^32 for other keys.
+// The position, among the keys that a query sees, of the key with index `token` in the source;
+// modulo 2^32 for keys that it does not see.
 __device__ inline std::uint32_t position_in(const Range& range, std::uint32_t token) {
   return token - range.start;
 }
@@ -36,7 +36,7 @@ __device__ inline std::int64_t key_pitch(const DeviceRaggedSource& keys) {
   return keys.stride * static_cast<std::int64_t>(size_of(type));
 }
 
-// The elements of a key, which start on 16 bytes.
+// The elements of a key, aligned to 16 bytes.
 template <DType type>
 __device__ inline const std::byte* key_address(const DeviceRaggedSource& keys, std::int64_t token) {
   return static_cast<const std::byte*>(keys.data) + token * key_pitch<type>(keys);

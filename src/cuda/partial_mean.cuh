@@ -34,8 +34,9 @@ __device__ float store_partial_mean(float4 elements, std::uint16_t* row, int str
     for (const float element : mean) {
       largest = fmaxf(largest, fabsf(element));
     }
-    // fp16_scale expects the largest scale of e4m3 keys: the one whose largest value is this
-    // element. Floats that are not negative are ordered as their bits.
+    // fp16_scale expects the largest scale of e4m3 keys. It gets the scale with which the largest
+    // e4m3 value would equal the largest element of the mean. The bits of nonnegative floats have
+    // the order of the floats.
     scale = fp16_scale(__reduce_max_sync(kFullMask, __float_as_uint(largest / kE4m3Max)));
   }
 #pragma unroll

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A call in device memory, as every CUDA stage sees it. Host code validated the shapes; what the
-// arrays hold is unknown, so kernels clamp whatever they use as an index.
+// A call in device memory, as every CUDA stage gets it. Host code has validated the shapes. The
+// contents of the arrays are unknown, so kernels clamp every value that they use as an index.
 #pragma once
 
 #include <cstddef>
@@ -23,15 +23,15 @@ struct DeviceRaggedSource {
   const float* scale;          // [L] for e4m3, else null
   const std::int32_t* starts;  // ks [T]
   const std::int32_t* ends;    // ke [T]
-  std::int32_t max_keys;       // no query sees more; rows that would are cut there
-  // A pass computes only queries that see this many keys, once they are cut; it treats all others
-  // as empty.
+  std::int32_t max_keys;       // longer ranges are cut to this many keys
+  // A pass computes only queries that see least_keys to most_keys keys after the cut to max_keys.
+  // All other queries count as seeing none.
   std::int32_t least_keys = 0;
   std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
 };
 
-// Queries and weights have their strides resolved. A chunk of a call is a Problem whose pointers
-// are moved and whose q.tokens is the chunk's.
+// Queries and weights have actual strides, never default ones. A chunk of a call is a Problem whose
+// pointers start at the chunk's first query and whose q.tokens is the chunk's.
 struct Problem {
   Queries q;
   Weights w;
@@ -50,7 +50,7 @@ inline Problem chunk_of(Problem problem, std::int64_t first, std::int64_t count)
   return problem;
 }
 
-// What scores for a query: routed heads, and the row that stands for the others.
+// The active heads of each query, and the residual row in place of its other heads.
 struct Routing {
   std::int32_t* heads;    // [T, h] ascending; -1 for empty rows
   float* residual;        // [T, D] before rounding; 0 for empty rows; null: no residual row
@@ -61,7 +61,7 @@ struct Routing {
 // Which positions the columns of a matrix of scores stand for: column c is position c; or, with a
 // list, position list[t, c / block] * block + c % block of query t.
 struct Columns {
-  const std::int32_t* list;  // [T, width] ascending, -1 behind them; null: no list
+  const std::int32_t* list;  // [T, width] ascending, then -1; null: no list
   std::int32_t width;
   std::int32_t block;
 };
@@ -72,15 +72,15 @@ struct Scores {
   std::int64_t columns;
 };
 
-// A key and its score, as scoring hands it to selection; one 8-byte store.
+// A key and its score, which scoring writes for selection in one 8-byte store.
 struct alignas(8) Candidate {
   float score;
-  std::uint32_t key;  // its index in the source; position_in (key_source.cuh) counts from a query's
-                      // first key. Scoring has no register for that: 3 % of a step.
+  std::uint32_t key;  // its index in the source. Selection converts it to a position (position_in):
+                      // in scoring, which lacks a register, that would take 3 % of a step.
 };
 
-// The candidates of each query, in lists that one writer each fills: [T, lists, capacity] entries
-// and [T, lists] counts. A count above the capacity says that entries were lost.
+// The candidates of each query, in lists that are each filled by one thread block: [T, lists,
+// capacity] entries and [T, lists] counts. If a count exceeds the capacity, entries were lost.
 struct Candidates {
   Candidate* entries;
   std::uint32_t* counts;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels for Hopper (sm90_*) can implement.
+// Which problems the kernels for Hopper (sm90_*) can compute.
 #pragma once
 
 #include "cuda/problem.hpp"
@@ -8,7 +8,7 @@
 namespace misa::cuda {
 
 inline constexpr int kDim = 128;     // D, so that an e4m3 row is the 128 bytes of one swizzle
-inline constexpr int kMaxRows = 64;  // of a query in one product: heads and a residual row
+inline constexpr int kMaxRows = 64;  // the most rows of one query: heads and a residual row
 
 // Whether the kernels that multiply this many rows of a query can: e4m3 queries and keys, D = 128
 // and at most 64 rows, on Hopper.

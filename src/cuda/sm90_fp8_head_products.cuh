@@ -16,8 +16,8 @@
 
 namespace misa::cuda {
 
-// A thread block has four warpgroups: a thread needs 32 registers of operands and up to 64 of
-// accumulators, and an SM has 128 for each of 512 threads.
+// A thread block has four warpgroups: a thread needs 32 registers for operands and up to 64 for
+// accumulators, and an SM has 128 registers for each of 512 threads.
 inline constexpr int kWarpgroupWarps = 4;
 inline constexpr int kSm90Warps = 4 * kWarpgroupWarps;
 inline constexpr int kSm90Threads = kSm90Warps * 32;
@@ -40,7 +40,7 @@ struct WarpAssignment {
 
   int warp;  // from a shuffle, so that the compiler knows it is the same in all lanes
   int lane;
-  int slot;        // number of the query in the round
+  int slot;        // index of the query in the round
   int first_head;  // of the warp's 16
 
   __device__ WarpAssignment()
@@ -49,14 +49,14 @@ struct WarpAssignment {
         slot(warp / query_warps),
         first_head(warp % query_warps * kMmaHeads) {}
 
-  // Whether query number `other_slot` of the round is in the same product as the warp's query. All
-  // warps of a warpgroup need the same decision on whether to multiply.
+  // Whether the query with index `other_slot` in the round is in the same product as the warp's
+  // query. All warps of a warpgroup must decide alike whether to multiply.
   [[nodiscard]] __device__ bool in_product(int other_slot) const {
     return other_slot >= 0 && other_slot / kProductQueries == slot / kProductQueries;
   }
 };
 
-// Warps that the heads of one query take.
+// How many warps hold the heads of one query.
 inline int warps_of_query(std::int64_t heads) { return heads <= kMaxRows / 2 ? 2 : 4; }
 
 // Two tiles of block means in shared memory: one is multiplied while the next is copied.
@@ -93,8 +93,8 @@ __device__ __noinline__ void compute_row(MeanTiles<means>& tiles, int buffer, in
 }
 
 // Starts to copy the means of blocks first … first + count - 1 of a sequence into a tile, one row
-// per warp and one chunk per lane at a time. Rows that the block-mean table has for another
-// sequence are computed.
+// per warp and one chunk per lane at a time. Where a table row holds the block of another sequence,
+// the mean is computed.
 template <int means>
 __device__ void load_mean_tile(MeanTiles<means>& tiles, int buffer, const DeviceRaggedSource& keys,
                                const BlockMeanTable& table, std::int32_t sequence_start,

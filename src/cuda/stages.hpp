@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Marks the stages of a call as they are enqueued: as NVTX ranges, and to a listener, which the
-// benchmark of steps uses to record an event between stages.
+// Reports the stages of a call as they are enqueued: as NVTX ranges, and to a listener, with which
+// the benchmark of steps records an event between stages.
 #pragma once
 
 #include <nvtx3/nvToolsExt.h>

@@ -53,13 +53,13 @@ bool any_device() {
   static const bool found = [] {
     int count = 0;
     const bool any = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
-    cudaGetLastError();  // no device is no error of a later call
+    cudaGetLastError();  // so that no later call reports this error
     return any;
   }();
   return found;
 }
 
-// Of the current device; 0 if it cannot be told.
+// 10 * major + minor of the current device; 0 if unknown.
 int current_arch() {
   int device = 0;
   int major = 0;
@@ -82,7 +82,7 @@ int attribute(cudaDeviceAttr which) {
 }  // namespace
 
 std::span<const Target> targets() {
-  // Priorities above those of the CPU's: where there is a device, it is what the caller wants.
+  // The priorities exceed those of the CPU backends, so a device is preferred where there is one.
   static const std::array list{
       Target{"cuda-sm90", "CUDA wgmma", requirement_of(MatrixInstructions::wgmma), 110,
              MatrixInstructions::wgmma},
@@ -118,7 +118,7 @@ std::vector<Fact> facts() {
                                  static_cast<double>(device.totalGlobalMem) / (1 << 30))});
     }
   }
-  cudaGetLastError();  // what could not be told is no error of a later call
+  cudaGetLastError();  // so that no later call reports an error of these
   return all;
 }
 

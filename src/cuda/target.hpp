@@ -13,13 +13,13 @@
 
 namespace misa::cuda {
 
-// The matrix products that a way of running uses, beyond those that every device has.
+// The most advanced matrix instructions that a target uses.
 enum class MatrixInstructions : std::uint8_t {
-  mma,    // of a warp, compute capability 8.0 and above
-  wgmma,  // of a warpgroup, Hopper: the kernels of sm90_*
+  mma,    // products of a warp, compute capability 8.0 and above
+  wgmma,  // products of a warpgroup, Hopper: the kernels of sm90_*
 };
 
-// One way, with what `misa info` says of it.
+// One such way, with what `misa info` prints about it.
 struct Target {
   std::string_view name;
   std::string_view isa;
@@ -28,7 +28,7 @@ struct Target {
   MatrixInstructions matrix;
 };
 
-// What plans and launches have to know of a device that a target runs on.
+// What plans and launches need to know about the device that a target runs on.
 struct DeviceTraits {
   MatrixInstructions matrix;  // which kernels the target uses on it
   std::size_t shared_bytes;   // of shared memory that a thread block may have
@@ -38,16 +38,16 @@ struct DeviceTraits {
 // By falling priority.
 std::span<const Target> targets();
 
-// Whether this build has code of the target's for an architecture, 10 * major + minor.
+// Whether this build has the target's code for an architecture, given as 10 * major + minor.
 bool runs_on(const Target& target, int arch);
 
-// Whether there is a current device, and it can run the target. Says no where there is no driver.
+// Whether there is a current device that can run the target; false without a driver.
 bool available(const Target& target);
 
-// What a report of a fault should say of the CUDA side.
+// What a bug report should say about CUDA.
 std::vector<Fact> facts();
 
-// The current device as a target uses it.
+// The traits of the current device for a target.
 DeviceTraits traits_of(const Target& target);
 
 }  // namespace misa::cuda

@@ -19,9 +19,9 @@ struct FilterScratch {
 
 FilterScratch take_filter_scratch(Arena& arena, std::int64_t blocks);
 
-// Sets the bits of the `count` blocks that are kept, 64 in a word, and clears the others: the
-// first, the last, and of those between the best by the score of their means over all heads. There
-// are more than `count` blocks.
+// Sets the bits of the `count` blocks that are kept, 64 bits per word, and clears the others. Kept
+// are the first block, the last, and those of the others whose means have the best scores over all
+// heads. There must be more than `count` blocks.
 void keep_blocks(const Kernels& kernels, const Heads& heads, const BlockMeans& means,
                  std::int64_t count, const FilterScratch& scratch,
                  std::span<std::uint64_t> kept_blocks);

@@ -2,9 +2,10 @@
 // The block filter (HISA): which key blocks a query keeps. One warp per query.
 //
 //  1. A query of at most `filter_blocks` blocks keeps them all.
-//  2. Else it keeps the first and the last one, and the others compete for k places. The k-th
-//     largest score is found as ordered bits, bit by bit: the largest number that at least k scores
-//     reach, or sooner one that exactly k reach.
+//  2. Other queries keep the first and the last block, and the rest compete for the remaining k =
+//     filter_blocks - 2 places. The k-th largest score is found as ordered bits, bit by bit: it is
+//     the largest number that at least k scores reach. The search ends early at a number that
+//     exactly k scores reach.
 //  3. Blocks above the k-th score are kept, and of tied blocks the lowest, in ascending order.
 #include <cuda_runtime.h>
 
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) filter_kernel(const FilterArguments 
       break;
     }
   }
-  std::int32_t ties = k - count_at_least(lane_scores, scores, last, kth + 1);  // still to keep
+  std::int32_t ties = k - count_at_least(lane_scores, scores, last, kth + 1);  // tied ones to keep
 
   const auto write_kept = [&](std::int32_t b, std::uint32_t score) {  // step 3
     const bool competes = b > 0 && b < last;

@@ -15,10 +15,10 @@
 
 namespace misa::cuda::filter {
 
-// The workspace of a call with up to `shape.tokens` queries.
+// Bytes of workspace for a call with up to `shape.tokens` queries.
 std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape);
 
-// Writes the blocks that every query keeps, [T, filter_blocks] ascending, then -1. `means` is the
+// Writes the blocks that each query keeps, [T, filter_blocks]: ascending, then -1. `means` is the
 // table of blocks of `config.filter_block` keys.
 void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
             const BlockMeanTable& means, std::int32_t* blocks, std::span<std::byte> workspace,

@@ -8,10 +8,10 @@
 
 namespace misa::reference {
 
-// The first and the last of `blocks` blocks, and the blocks `best`, which ascend between them.
+// The kept ones of `blocks` blocks, ascending: the first, the blocks `best` (ascending), the last.
 std::vector<std::int64_t> kept_blocks(std::int64_t blocks, std::span<const std::int64_t> best);
 
-// The positions, ascending, in blocks that ascend. The last block ends at `length`.
+// The positions in the `kept` blocks. Both ascend. The last block of the row ends at `length`.
 std::vector<std::int64_t> positions_of_blocks(std::span<const std::int64_t> kept,
                                               std::int64_t block, std::int64_t length);
 

@@ -4,12 +4,12 @@
 //
 //  1. The query's heads are operands in registers, in fp16.
 //  2. Queries whose keys start at the same key share the means of whole blocks, tile by tile: while
-//     one tile is multiplied the next is copied. Rows that the block-mean table has for another
-//     sequence are computed here.
+//     one tile is multiplied the next is copied. Where a table row holds the block of another
+//     sequence, the mean is computed here.
 //  3. x = q . mean for all heads and the blocks of a tile, the low parts of the means first.
 //  4. A thread holds two heads of two of every eight blocks. It stores the sum of w max(0, x) over
-//     these heads. After a barrier every thread takes some blocks of the query and adds up what the
-//     threads stored for them, in order.
+//     these heads. After a barrier the query's threads divide its blocks among them and add up the
+//     sums that were stored for each block, in order.
 //
 // So the order of every sum depends only on the query's number of heads.
 #include <cuda_runtime.h>

@@ -11,7 +11,7 @@
 
 namespace misa::cuda::filter {
 
-// As launch_block_scores, where sm90_can_implement.
+// Does what launch_block_scores does, for problems that sm90_can_implement() accepts.
 void launch_block_scores_sm90(const Problem& problem, const BlockMeanTable& means, float* scores,
                               std::int64_t stride, cudaStream_t stream);
 

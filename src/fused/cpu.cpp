@@ -9,9 +9,9 @@
 namespace misa::cpu {
 namespace {
 
-// The order in which pages are scored: in golden-ratio steps, so that whatever the trend of the
-// scores along the context, the pages scored so far are a fair sample of it and the selectors'
-// thresholds rise early.
+// The order in which pages are scored: in golden-ratio steps. The pages scored so far are then a
+// fair sample of the context, even if scores have a trend along it, so the selectors' thresholds
+// rise early.
 class PageOrder {
  public:
   explicit PageOrder(std::int64_t pages)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scoring with the first selection, for the CPU backend: scores are never held but for one page.
+// Scoring with the first selection, for the CPU backend: only the scores of one page are in memory
+// at a time.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores of a chunk of queries against all keys that they see, gated at once: only scores above a
-// query's gate threshold are written.
+// Scores a chunk of queries against all keys that they see, and writes only scores above a query's
+// gate threshold.
 //
 // A thread block scores the queries of a query block against some splits of the key tiles
 // (KeySplits). Each of its four warpgroups has 128 query rows as the B operand (256 if a query has
@@ -20,7 +20,7 @@
 //     runs. There is a list for each query and thread block that scores it. Neighbouring tiles
 //     belong to different splits, so a cluster of good keys fills all lists evenly.
 //
-// Scores of sampled keys take the same kernel with another sink, which writes all of them.
+// The same kernel scores the sampled keys, with another sink, which writes all scores.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -54,7 +54,7 @@ template <Sink sink>
 struct KeyTile {
   static constexpr int kKeys = sink == Sink::samples ? kSampleTileKeys : kTileKeys;
   static constexpr int kSlices = kKeys / kProductKeys;  // of 64 keys: M of a product
-  static constexpr int kFetchSlice = kSlices * 3 / 4;   // before which the next tile is fetched
+  static constexpr int kFetchSlice = kSlices * 3 / 4;  // the next tile is fetched before this slice
   static constexpr int kBytes = kKeys * kDim;
   static_assert(kKeys <= kTileKeys && kSlices % 2 == 0);
 };
@@ -65,7 +65,7 @@ struct FusedArguments {
   KeySplits splits;
   std::int64_t key_stride;  // key index of tile row r is r * key_stride
   std::int64_t key_rows;    // rows of the key tensor map
-  const float* scales;      // of all keys, a multiple of kTileKeys (score::launch_scales)
+  const float* scales;      // of all keys, padded to whole tiles (score::launch_scales)
   const float* thresholds;  // [T]
   Candidates candidates;
   float* scores;  // [T, key_rows]
@@ -79,7 +79,7 @@ struct CandidateLists {
   std::uint32_t stride;
 };
 
-// A thread's queue in shared memory: addresses of its first entry and after its last one.
+// A thread's queue in shared memory: the address of its first entry, and that after its last entry.
 struct Queue {
   std::uint32_t first;
   std::uint32_t tail;
@@ -93,7 +93,7 @@ struct Queue {
                  "r"(key));
     tail += kQueueStride;
   }
-  // Step 5 for the last entry, if there is one.
+  // Step 5: moves the queue's last entry, if there is one, to its list.
   __device__ void pop(const Candidates& out, const CandidateLists& lists) {
     if (empty()) {
       return;
@@ -180,7 +180,7 @@ __device__ void score_tiles(const CUtensorMap& map, const FusedArguments& argume
     fetch(iteration, tiles.tile);
   }
   if constexpr (sink == Sink::samples) {
-    begin_kernel();  // nothing was read yet that routing or launch_scales writes
+    begin_kernel();  // nothing that routing or launch_scales writes has been read yet
   }
   score::load_rows<rows, residual, QueryTile<rows>::kColumns>(
       arguments.problem, arguments.rows, thread, kWarpgroupThreads,
@@ -188,7 +188,7 @@ __device__ void score_tiles(const CUtensorMap& map, const FusedArguments& argume
       shared.query_rows[warpgroup], shared.weights[warpgroup]);
   float thresholds[QueryTile<rows>::kThreadQueries];
   if constexpr (sink == Sink::candidates) {
-    begin_kernel();  // nothing was read yet that the threshold kernel writes
+    begin_kernel();  // nothing that the threshold kernel writes has been read yet
 #pragma unroll
     for (int g = 0; g < QueryTile<rows>::kThreadQueries; ++g) {
       const std::int64_t t = first + 4 * g + lane % 4;
@@ -404,7 +404,7 @@ __device__ void score_item(const CUtensorMap& map, const FusedArguments& argumen
     end_tile = 0;
   }
 
-  // The shuffle tells the compiler that the number is the same in a whole warp.
+  // The shuffle tells the compiler that the index is the same in all lanes of a warp.
   const int warpgroup =
       __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   score_tiles<rows, residual, sink>(map, arguments, shared, warpgroup, item,
@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const unsigned splits_each = splits.splits;
   const unsigned per_block = splits.per_block;
   std::uint32_t iteration = 0;
-  unsigned split = blockIdx.x * per_block;  // of all query blocks' splits
+  unsigned split = blockIdx.x * per_block;  // index among the splits of all query blocks
   const unsigned end_split = min(split + per_block, query_blocks * splits_each);
   while (split < end_split) {
     const unsigned query_block = split / splits_each;

@@ -18,10 +18,11 @@ using score::kProductWeights;
 using score::kThreadColumns;
 using score::kWarpgroupThreads;
 
-// Four warpgroups score, each its own queries and one product at a time: while one runs its
-// epilogue, the products of others keep the tensor cores busy (docs/kernels/fused.md). 16 warps can
-// have 128 registers per thread: 64 accumulators, and the weights of 32 columns. A 17th warp as the
-// producer would leave them 96, so a thread of the first warpgroup is the producer.
+// Four warpgroups score different queries, each with one product at a time: while one warpgroup
+// runs its epilogue, the products of the others keep the tensor cores busy (docs/kernels/fused.md).
+// 16 warps can have 128 registers per thread: 64 accumulators, and the weights of 32 columns. A
+// 17th warp as the producer would leave them 96, so a thread of the first warpgroup is the
+// producer.
 inline constexpr int kWarpgroups = 4;
 inline constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
 
@@ -36,9 +37,9 @@ inline constexpr int kSampleTileKeys = 128;
 // covers the latency of L2 (about 700), and the other warpgroups may lag by up to three quarters.
 inline constexpr int kStages = 2;
 
-// Whether a thread block may score splits of several query blocks (KeySplits). There are not enough
-// registers for it with 4 rows, which have the most thresholds, and with 64, which take two
-// products.
+// Whether a thread block may score splits of several query blocks (KeySplits). With 4 rows per
+// query, which have the most thresholds per thread, and with 64, which take two products, there are
+// not enough registers for it.
 constexpr bool may_span_query_blocks(int rows) { return rows > 4 && rows < 64; }
 
 static_assert(kTileKeys == score::kScaleTile, "scales are padded to whole tiles");
@@ -50,14 +51,14 @@ inline constexpr std::int64_t kMaxKeys = std::int64_t{1} << kKeyBits;
 
 // While a product runs, each thread of a warp pops one entry at a time from its queue, as long as
 // some queue of the warp holds more than this many. By then most of the other queues have entries
-// too, so few lanes are idle. The number is what shared memory has room for.
+// too, so few lanes are idle. This is the largest number for which shared memory has room.
 constexpr int queue_spare(int rows) { return rows < 64 ? 7 : 4; }
 inline constexpr std::uint32_t kQueueStride = kThreads * sizeof(Candidate);  // to the next entry
 
 // Query rows of a warpgroup: at least one query for each lane of a quad.
 constexpr int warpgroup_columns(int rows) { return rows < 32 ? kProductColumns : 4 * rows; }
 
-// The query rows of a warpgroup, which are the columns of its products, for `rows` rows per query.
+// The query rows of a warpgroup, one per column of its products, for `rows` rows per query.
 // score/sm90_fp8_rows.cuh says which row is in which column.
 template <int rows>
 struct QueryTile {
@@ -94,8 +95,8 @@ static_assert(sizeof(Shared<4>) <= 227 * 1024 && sizeof(Shared<64>) <= 227 * 102
 
 // --- Fallback rows (sm90_fp8_fallback.cu) ---
 
-// A thread block scores four queries at once, one for each lane of a quad. Each of its warpgroups
-// scores its own key tiles.
+// A thread block scores four queries at once, one for each lane of a quad. Its warpgroups score
+// different key tiles.
 inline constexpr int kFallbackQueries = 4;
 inline constexpr int kFallbackThreads = 512;  // as many as select a row (select/row.cuh)
 inline constexpr int kFallbackWarpgroups = kFallbackThreads / kWarpgroupThreads;

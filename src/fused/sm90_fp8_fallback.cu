@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The exact top k of the fallback rows: queries of which too few scores passed the gate threshold,
-// or more than their lists hold. All their scores are computed, written and selected from.
+// or more than their lists hold. All their scores are computed and written to global memory, and
+// the top k is selected from them.
 //
 //  1. Take up to four fallback rows as a query group, one for each lane of a quad. If there are
 //     fewer groups than thread blocks, divide the keys of a group into splits for several blocks.

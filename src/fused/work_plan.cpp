@@ -27,11 +27,12 @@ constexpr int kMaxLists = static_cast<int>(select::kMaxLists);
 
 constexpr int kMaxSplitsPerBlock = 8;
 
-// What it costs a thread block to start a query block: 5 us (docs/kernels/fused.md), in keys that
-// it could score in that time with up to 32 rows per query.
+// The cost of starting a query block, 5 us (docs/kernels/fused.md), as the number of keys that a
+// thread block could score in that time with up to 32 rows per query.
 constexpr double kStartupKeys = 384;
 
-// Splits with more lists are chosen only if they take less than this fraction of the time.
+// A division into more lists is chosen only if its time is less than this fraction of the best one
+// so far.
 constexpr double kWorthwhile = 0.995;
 
 KeySplits make_splits(int splits, int per_block) {
@@ -45,7 +46,7 @@ KeySplits make_splits(int splits, int per_block) {
 // The most thread blocks that score splits of one query block.
 int max_lists(int splits, int per_block) {
   int most = 1;
-  for (int query_block = 0; query_block < per_block; ++query_block) {  // then it repeats
+  for (int query_block = 0; query_block < per_block; ++query_block) {  // then the pattern repeats
     const int first = query_block * splits;
     most = std::max(most, (first + splits - 1) / per_block - first / per_block + 1);
   }
@@ -53,8 +54,9 @@ int max_lists(int splits, int per_block) {
 }
 
 // The splits that take the least time. Either thread blocks score one split each, in as many waves
-// as that takes; or they score up to max_per_block splits each, in a single wave. Then a query
-// block has splits for at least two thread blocks, as with fewer the additional list would not pay.
+// as that takes; or they score up to max_per_block splits each, in a single wave. In the second
+// case a query block must have splits for at least two thread blocks: with fewer, the time saved
+// would not outweigh the additional list.
 KeySplits fastest_splits(std::int64_t query_blocks, std::int64_t keys, int tile_keys,
                          int max_per_block, int num_sms) {
   const std::int64_t tiles = ceil_div(keys, tile_keys);
@@ -83,9 +85,9 @@ KeySplits fastest_splits(std::int64_t query_blocks, std::int64_t keys, int tile_
   return fastest;
 }
 
-// Entries that a list with `share` of a query's keys must hold to overflow as rarely as
-// gate_rank.hpp says: scores pass down to the threshold's rank among the samples, keys in the same
-// proportion.
+// How many entries a list for the fraction `share` of a query's keys must hold so that it overflows
+// as rarely as gate_rank.hpp says. The samples down to the threshold's rank pass the gate, and
+// about the same fraction of all keys passes with them.
 double passing_entries(const WorkShape& shape, std::int64_t samples, double share) {
   const std::int64_t keys = std::max<std::int64_t>(shape.max_keys, 1);
   const double sampled_share = static_cast<double>(samples) / static_cast<double>(shape.total_keys);
@@ -97,14 +99,14 @@ double passing_entries(const WorkShape& shape, std::int64_t samples, double shar
   return select::upper_count(passing * share, passing * share);
 }
 
-// A list has room for all keys of this many tiles: a cluster of good keys may fill several tiles of
-// one list.
+// A list has room for all keys of at least this many tiles, because a cluster of keys that pass may
+// fill several tiles of one list.
 constexpr std::int64_t kFullTiles = 3;
 
 // Entries of a list, where a query sees `tiles` tiles.
 std::int64_t list_capacity(const WorkShape& shape, const WorkPlan& plan, std::int64_t tiles) {
-  // Of every key_splits.splits tiles in a row, each split has one. The visible keys may start
-  // within a tile, which takes one tile more.
+  // Of any key_splits.splits consecutive tiles, each split has one. The visible keys may start
+  // inside a tile and then touch one tile more.
   const std::int64_t list_tiles =
       ceil_div(tiles + 1, plan.key_splits.splits) * plan.key_splits.per_block;
   const double share = std::min(1.0, static_cast<double>(list_tiles) / static_cast<double>(tiles));

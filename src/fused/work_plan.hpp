@@ -16,7 +16,7 @@ struct WorkShape {
 };
 
 // How key tiles are divided among thread blocks. Queries are scored in query blocks. For each query
-// block the tiles that it sees are divided into splits: tile i of them, from 0, belongs to the
+// block the tiles that it sees, numbered from 0, are divided into splits: tile i belongs to the
 // split s with s * stride = i modulo `splits`. The splits of all query blocks form one sequence, of
 // which each thread block scores the next `per_block`. So its splits may be the last ones of a
 // query block and the first ones of the next.
@@ -29,7 +29,7 @@ struct KeySplits {
 struct WorkPlan {
   KeySplits sample_splits;     // of the tiles of sampled keys; one per thread block
   KeySplits key_splits;        // of the tiles of all keys
-  int lists;                   // of candidates per query: thread blocks that may score some of it
+  int lists;                   // of candidates per query: one per thread block that may score it
   std::uint32_t capacity;      // entries of a list
   std::int64_t sample_stride;  // every sample_stride-th key is a sample
   std::int64_t samples;        // columns of the samples' scores

@@ -2,14 +2,14 @@
 // The indexers on a CUDA device. Queries are taken in chunks whose scores fit the workspace:
 //
 //  1. route   active heads and the residual row
-//  2. filter  the blocks that are kept
-//  3. score   [chunk, columns]: columns are positions, or those of the kept blocks
-//  4. select  the top k of each row; or the top m, whose scores over all heads are then
-//  5. rerank  [chunk, m], of which the top k are selected
+//  2. filter  the blocks that each query keeps
+//  3. score   scores [chunk, columns]: a column per position, or per position of the kept blocks
+//  4. select  the top k of each row; if re-ranking follows, the top m
+//  5. rerank  scores [chunk, m] over all heads, of which the top k are selected
 //
 // Where Hopper's kernels can score, and no block is filtered, they do 3 and 4 at once
-// (Chunk::score_and_select). Where a config makes rows of little work DSA's, there are two passes
-// over the queries, each of which takes the rows of the other as empty.
+// (Chunk::score_and_select). If a config computes short rows as DSA (dense_work), there are two
+// passes over the queries, and each treats the rows of the other as empty.
 //
 // How queries are cut into chunks never changes a result.
 #include "indexers/cuda.hpp"
@@ -43,7 +43,8 @@ namespace {
 // No limit to a row's length.
 constexpr std::int32_t kAll = std::numeric_limits<std::int32_t>::max();
 
-// More queries at once only add memory: these are 128 groups of 32 for each tile of keys.
+// More queries at once would only take more memory: 4096 queries are already 128 groups of 32 for
+// each tile of keys.
 constexpr std::int64_t kMaxChunk = 4096;
 
 Shape with_tokens(Shape shape, std::int64_t tokens) {
@@ -56,7 +57,7 @@ std::size_t bytes_for(const IndexerConfig& config, const Shape& chunk, std::int6
   return ChunkWorkspace(config, chunk, total_keys, device, nullptr).bytes;
 }
 
-// Row `first` of an output; null if it is not wanted.
+// Row `first` of an output; null if the output is not requested.
 template <class T>
 T* row_of(std::span<T> output, std::int64_t first, std::int64_t width) {
   return output.empty() ? nullptr : output.data() + first * width;
@@ -69,7 +70,7 @@ void fill(std::span<T> output, int byte, cudaStream_t stream) {
   }
 }
 
-// Outputs of a chunk's first query on; null where not wanted.
+// Outputs from the row of a chunk's first query on; null if not requested.
 struct ChunkOutputs {
   TopK top_k;
   std::int32_t* heads;
@@ -154,7 +155,7 @@ class Chunk {
     return {workspace_.blocks, config_.filter_blocks, config_.filter_block};
   }
 
-  // What scores first, and what scores candidates.
+  // The rows that give the first scores; then, those that score the candidates of a re-rank.
   [[nodiscard]] score::ActiveRows active_rows() const {
     const Routing& routing = workspace_.routing;
     return {spec_.recipe.active ? routing.heads : nullptr, spec_.heads,
@@ -164,8 +165,8 @@ class Chunk {
     return {nullptr, static_cast<int>(problem_.q.heads), nullptr, nullptr};
   }
 
-  // Steps 3 and 4 at once: thresholds from sampled scores, the scores above them, the best of
-  // these; then, from all of their scores, the rows whose threshold misled.
+  // Steps 3 and 4 at once: gate thresholds from sampled scores, the scores above them, and the top
+  // k of these. Then the fallback rows, from all of their scores.
   void score_and_select(const TopK& out) const {
     const FusedWorkspace& fused = workspace_.fused;
     const fused::WorkPlan& work_plan = fused.work_plan;
@@ -236,7 +237,7 @@ std::vector<Step::Pass> Step::passes(const IndexerConfig& config, const Shape& s
   if (dense == 0 || dense < shape.max_keys) {
     IndexerConfig routed = effective_config(config, shape.heads);
     if (routes_every_head(config, shape.heads)) {
-      routed.router = Router::weight;  // the cheapest one that reports which heads are active
+      routed.router = Router::weight;  // the cheapest router that reports which heads are active
       routed.heads = config.heads;
     }
     passes.push_back({routed, static_cast<std::int32_t>(dense > 0 ? dense + 1 : 0), kAll, shape});
@@ -307,7 +308,8 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
                void* stream) const {
   const auto on = static_cast<cudaStream_t>(stream);
   Stages stages;
-  // What a pass that routes writes for queries of the other one. Where none routes, nobody does.
+  // Padding of heads and residual rows. A pass that writes either one pads it for the queries of
+  // the other pass too; what no pass writes is padded here.
   const IndexerConfig& routed = passes_.front().config;
   if (routed.router == Router::all) {
     fill(out.heads, 0xFF, on);

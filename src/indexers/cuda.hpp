@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The indexers on a CUDA device: what a call needs, and the call, all of it in device memory.
+// The indexers on a CUDA device: the workspace that a call needs, and the call itself, all in
+// device memory.
 #pragma once
 
 #include <cstddef>
@@ -14,12 +15,12 @@ namespace misa::cuda {
 
 class Step {
  public:
-  // For calls within a shape, of `total_keys` keys at most. Throws Error if the cap cannot hold the
-  // smallest chunk of queries.
+  // For calls of at most this shape, with at most `total_keys` keys in all. Throws Error if the cap
+  // cannot hold a chunk of one query.
   Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_keys,
        std::size_t workspace_cap, const DeviceTraits& device);
 
-  // The smallest cap that holds.
+  // The smallest workspace cap, in bytes, that holds a chunk of one query.
   static std::size_t least_bytes(const IndexerConfig& config, const Shape& shape,
                                  std::int64_t total_keys, const DeviceTraits& device);
 
@@ -29,7 +30,7 @@ class Step {
   void run(const Problem& problem, const Selection& out, std::byte* workspace, void* stream) const;
 
  private:
-  // The queries that see `least` to `most` positions, by one config.
+  // A pass computes the queries that see `least` to `most` positions, with one config.
   struct Pass {
     IndexerConfig config;
     std::int32_t least;

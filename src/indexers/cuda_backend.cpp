@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA devices as backends like every other: a call in host memory is copied to the device, paged
-// keys as ragged ones, and its results are copied back.
+// Makes CUDA devices backends for calls in host memory: the inputs are copied to the device, paged
+// keys as ragged keys, and the results are copied back.
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -110,7 +110,7 @@ struct RaggedCopy {
   }
 };
 
-// The inputs of a call without padding, as they will lie on the device.
+// The inputs of a call without padding, in the layout that they will have on the device.
 class Inputs {
  public:
   Inputs(const misa::Problem& problem, const RaggedKeys& k) : q_(problem.q), w_(problem.w), k_(k) {
@@ -181,7 +181,7 @@ class Inputs {
   std::size_t ends_at_;
 };
 
-// An output on the device in place of one in host memory.
+// The device's copy of an output in host memory.
 template <class T>
 class Output {
  public:
@@ -256,7 +256,7 @@ class CudaPlan final : public BackendPlan {
     const Step checked(config, shape, shape.max_keys, cap, device);
   }
 
-  // All of it is on the device, and taken for the time of a run.
+  // No host memory: the workspace is on the device, and each run allocates and frees it.
   [[nodiscard]] std::size_t workspace_bytes() const override { return 0; }
 
   void run(const misa::Problem& problem, std::span<std::byte> /*workspace*/) const override {
@@ -276,8 +276,8 @@ class CudaPlan final : public BackendPlan {
     const Inputs inputs(problem, k);
     Shape shape = shape_;
     shape.tokens = problem.q.tokens;
-    // How many keys there are in all is known only now; a cap that was enough for one query is kept
-    // to as far as that leaves it possible.
+    // The total number of keys is known only now. If the cap, which was enough for the longest
+    // query alone, cannot hold one query with that many keys, it is exceeded.
     const std::size_t cap = std::max(cap_, Step::least_bytes(config_, shape, k.tokens, device_));
     const Step step(config_, shape, k.tokens, cap, device_);
 

@@ -14,14 +14,14 @@
 namespace misa::cuda {
 namespace {
 
-// Block scores that the filter computes at a time take so much, or one query's if that is more.
+// The filter computes as many queries at a time as have this many bytes of block scores, but at
+// least one query.
 constexpr std::int64_t kScoreBytes = std::int64_t{64} << 20;
 
-// The workspace of a call: the table, then the scores of as many queries as the filter takes at a
-// time.
+// The workspace of a call: the table, then the block scores of one chunk of queries of the filter.
 struct MeansWorkspace {
   pool::GivenTable table{};
-  Shape chunk;  // of queries, on the keys that the table stands for
+  Shape chunk;  // of queries, with the table's stand-in keys (GivenTable::keys)
   std::span<std::byte> scores;
   std::size_t bytes;
 

@@ -13,7 +13,7 @@ namespace misa::cuda {
 // Bytes of workspace that a call of `tokens` queries on `count` means takes.
 std::size_t means_bytes(std::int64_t tokens, std::int64_t dim, std::int64_t count);
 
-// A validated call on block means, strides resolved.
+// A validated call on block means, with actual strides instead of default ones.
 struct MeansCall {
   Queries q;
   Weights w;

@@ -17,25 +17,25 @@
 
 namespace misa::cuda {
 
-// Which kernels a pass takes, from shapes alone. Every row takes the largest one's recipe: a row
-// with fewer keys selects the same by it.
+// Which kernels a pass uses, from the config and shapes alone. Every row is computed by the recipe
+// of the longest row, by which a shorter row selects the same keys as by its own.
 struct PassSpec {
   Recipe recipe;         // of the longest row
   bool sm90_scores;      // the first scores come from Hopper's kernels for e4m3
-  bool fused;            // and pass the gate of selection as they are made
+  bool fused;            // and the same kernel applies the gate to them
   bool sm90_rerank;      // the scores of the candidates come from Hopper's kernels
-  std::int32_t heads;    // of the first scores
-  std::int32_t keep;     // of them
-  std::int64_t columns;  // of a matrix of first scores
+  std::int32_t heads;    // that give the first scores
+  std::int32_t keep;     // the most keys that the first selection keeps
+  std::int64_t columns;  // of the matrix of first scores
 
   PassSpec(const IndexerConfig& config, const Shape& shape, const DeviceTraits& device);
 
-  // What scores first for a query: heads and, with one, the residual row.
+  // How many rows give a query's first scores: heads and, if there is one, the residual row.
   [[nodiscard]] std::int32_t rows() const { return heads + (recipe.residual ? 1 : 0); }
 };
 
-// What fused scoring keeps: room for the largest chunk of a plan, and the work plan of the chunk at
-// hand.
+// The memory of fused scoring, for the largest chunk of a plan, and the work plan of the current
+// chunk.
 struct FusedWorkspace {
   fused::WorkPlan work_plan{};
   std::span<float> samples;
@@ -43,15 +43,16 @@ struct FusedWorkspace {
   Candidates candidates{};
   std::span<std::uint32_t> counts;
   select::FallbackRows fallback{};
-  // The memory of the candidates, free once the best of them are chosen: scores of fallback rows.
+  // Scores of fallback rows, in the memory of the candidates, which is free once their top k are
+  // selected.
   std::span<float> fallback_scores;
 
   FusedWorkspace() = default;
   FusedWorkspace(const PassSpec& spec, const Shape& chunk, std::int64_t total_keys,
                  const DeviceTraits& device, Arena& arena);
 
-  // Takes the work plan that suits this chunk of a call with `total_keys` keys best if there is
-  // room for it, else the planned one.
+  // Uses the best work plan for this chunk of a call with `total_keys` keys if there is room for
+  // it, else the planned one.
   void fit(const PassSpec& spec, Shape chunk, std::int64_t total_keys, const DeviceTraits& device);
 };
 
@@ -71,7 +72,7 @@ struct ChunkWorkspace {
   std::int32_t* candidates = nullptr;
   Scores candidate_scores{};
   std::int32_t* candidate_lengths = nullptr;
-  std::int32_t* indices = nullptr;  // where the caller wants none
+  std::int32_t* indices = nullptr;  // used if the caller requests none
 
   ChunkWorkspace(const IndexerConfig& config, const Shape& chunk, std::int64_t total_keys,
                  const DeviceTraits& device, std::byte* memory);

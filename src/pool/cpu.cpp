@@ -9,7 +9,7 @@ namespace misa::cpu {
 namespace {
 
 // mean[D] of the keys first … last - 1 of query t's sequence: whole pages in order, then the keys
-// of a page that `last` cuts. `first` is a multiple of 64.
+// before `last` in its page. `first` is a multiple of 64.
 void mean_of(const Kernels& kernels, const Problem& problem, std::int64_t t, PageSums sums,
              std::int64_t first, std::int64_t last, float* mean) {
   const int dim = static_cast<int>(problem.q.dim);

@@ -12,7 +12,8 @@
 
 namespace misa::cpu {
 
-// The sums of the whole pages of one sequence: computed, or those that the key source keeps.
+// The sums of the whole pages of one sequence: computed here if `computed` is set, else those that
+// the key source keeps.
 struct PageSums {
   float* computed = nullptr;  // [pages, D]
 
@@ -21,7 +22,7 @@ struct PageSums {
   }
 };
 
-// The means of the whole blocks of one size of a sequence.
+// The means of a sequence's whole blocks, for one block size.
 struct MeanTiles {
   std::int64_t block;
   std::span<Tile> tiles;  // f32
@@ -43,7 +44,7 @@ void load_mean_tile(const Kernels& kernels, const Problem& problem, std::int64_t
                     std::int64_t n, const MeanTiles& means, std::int64_t i,
                     const PoolScratch& scratch);
 
-// The block means of query t, which sees n keys. That of a partial block is in the scratch.
+// The block means of query t, which sees n keys. The mean of a partial block is in the scratch.
 BlockMeans block_means(const Kernels& kernels, const Problem& problem, std::int64_t t,
                        PageSums sums, std::int64_t n, const MeanTiles& means, PoolScratch& scratch);
 

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block means, computed once for all queries of a call. blockIdx.x says which of two things a
-// thread block does, blockIdx.y for which 64 columns.
+// Block means, computed once for all queries of a call. blockIdx.x selects one of two tasks, and
+// blockIdx.y the 64 columns to work on.
 //
 // fill_rows: some rows of the block-mean table.
-//  1. A row belongs to a sequence: of the sequences that start at or before the row's first key,
-//     the one that starts last, and of those with the same start the longest.
+//  1. Row r belongs to one sequence: of the sequences that start before key (r + 1) * block, the
+//     one that starts last; of several with that start, the longest.
 //  2. Each half warp sums a page. Then a thread sums the pages of a block in one column and writes
 //     the mean.
 //
 // fill_partial_means: the partial block means of 64 queries.
 //  1. Consecutive queries of one sequence and one partial block form a run if none sees fewer keys
 //     than the one before it.
-//  2. Each half warp sums a page, up to the keys of the run's last query. In the pages where keys
-//     of queries end, the sum after every key is kept: for two pages at a time, which is enough for
-//     64 consecutive queries.
+//  2. Each half warp sums a page, up to the keys of the run's last query. In the pages where the
+//     keys of queries end, the sum after every key is kept. This is done for two pages at a time,
+//     enough for 64 queries that each see one key more than the one before.
 //  3. A thread turns page sums into sums of all earlier pages.
-//  4. Each half warp adds the two sums for a query and divides.
+//  4. Each half warp adds, for a query, the sum of its earlier pages and the sum in its last page,
+//     and divides.
 #include <cuda_runtime.h>
 
 #include "cuda/block_means.cuh"
@@ -58,21 +59,21 @@ __device__ SequenceRank warp_max(SequenceRank lane_rank) {
 struct PoolShared {
   alignas(16) float sums[kPages][kSumColumns];
   alignas(16) float running[kEndPages][kPage][kSumColumns];  // after every key of a page
-  std::uint32_t largest[kPages];                             // |scale| of a page, in bits
-  // Ranks for find_row_sequences, whose rows are counted from 0.
-  SequenceRank before[kThreads / 32];  // a warp's largest, of starts before row 1
-  SequenceRank row_ranks[kPages];      // the largest that starts in a row, from row 1 on
+  std::uint32_t largest[kPages];                             // bits of a page's largest |scale|
+  // For find_row_sequences; the thread block's rows are counted from 0.
+  SequenceRank before[kThreads / 32];  // per warp: the largest that starts before row 1
+  SequenceRank row_ranks[kPages];      // per row from 1 on: the largest that starts in it
   std::int64_t tokens[kPages];         // first key of a row's block; -1: there is none
-  // Of every query: its first key, its whole blocks, and its keys after them.
+  // Per query: its first key, the number of its whole blocks, and the number of keys after them.
   std::int32_t starts[kPartialQueries];
   std::int32_t whole_blocks[kPartialQueries];
   std::int32_t partial_keys[kPartialQueries];
   std::uint32_t run_begins[kPartialQueries / 32];
 };
 
-// fill_rows, step 1. A row belongs to the sequence of the largest rank that starts in it or before
-// it. Few thread blocks have a sequence that starts after their first row; these read the queries
-// once more.
+// fill_rows, step 1. A row belongs to the sequence of the largest rank among those that start in it
+// or in an earlier row. Few thread blocks have a sequence that starts after their first row; these
+// read the queries once more.
 __device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource& keys,
                                    std::int64_t tokens, const BlockMeanTable& means,
                                    std::int64_t first_row) {
@@ -134,9 +135,9 @@ __device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource&
   __syncthreads();
 }
 
-// Step 2 of both: sums one page per half warp, the `count` keys from `token` on, or none if that is
-// -1. If `whole`, all pages have all their keys. Unless `running` is null, the sums after every key
-// are stored there.
+// Step 2 of both tasks. Each half warp sums one page: the `count` keys from `token` on, or none if
+// `token` is -1. If `whole`, all pages have all their keys. Unless `running` is null, the sums
+// after every key are stored there.
 template <DType type, bool whole>
 __device__ void sum_pages(PoolShared& shared, const DeviceRaggedSource& keys, std::int64_t token,
                           int count, int first_column, float (*running)[kSumColumns]) {
@@ -148,7 +149,7 @@ __device__ void sum_pages(PoolShared& shared, const DeviceRaggedSource& keys, st
   const auto store = [&](float* row, const float(&sum)[kLaneColumns]) {
     *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   };
-  if constexpr (whole) {  // a half without a page sums that of the other one
+  if constexpr (whole) {  // a half warp without a page sums the page of the other half
     const std::int64_t other = __shfl_xor_sync(kFullMask, token, kSumLanes);
     token = token >= 0 ? token : other;
   }
@@ -220,7 +221,7 @@ __device__ void fill_rows(PoolShared& shared, const DeviceRaggedSource& keys, st
 }
 
 // fill_partial_means, step 4, for those of queries first … end - 1 whose keys end in one of
-// `end_pages` pages from `end_page` on. Page sums begin with that of page0.
+// `end_pages` pages from `end_page` on. shared.sums[0] belongs to page page0.
 __device__ void write_partial_means(const PoolShared& shared, const BlockMeanTable& means,
                                     std::int64_t t0, int first, int end, std::int32_t page0,
                                     std::int32_t end_page, int end_pages, int first_column) {

@@ -14,9 +14,9 @@
 
 namespace misa::cuda::pool {
 
-// The workspace of a block-mean table for sequences that do not overlap and have `total_keys` keys
-// together. With less, or where sequences overlap, results are the same and take longer. `partial`:
-// with the partial block mean of every query.
+// Bytes of workspace for the block-mean table of sequences that do not overlap and have
+// `total_keys` keys in all. With less memory, or where sequences overlap, results are the same but
+// take longer. `partial`: include the partial block means of the queries.
 std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::int32_t block,
                             bool partial);
 

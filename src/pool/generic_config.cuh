@@ -14,13 +14,13 @@ namespace misa::cuda::pool {
 inline constexpr int kThreads = 256;
 inline constexpr int kPages = kThreads / kSumLanes;
 
-// With three, the 320 thread blocks for 128K keys and 2048 queries are one wave on 132 SMs. fp32
-// keys in flight take too many registers for that.
+// With three thread blocks per SM, the 320 thread blocks for 128K keys and 2048 queries run as one
+// wave on 132 SMs. With fp32, keys in flight take too many registers for three.
 template <DType type>
 inline constexpr int kBlocksPerSm = type == DType::f32 ? 2 : 3;
 
-// Keys in flight per lane. A loop over a page unrolled in full is 30 KB of instructions, and warps
-// wait longer for these than for keys.
+// Keys in flight per lane. Fully unrolled, the loop over a page would be 30 KB of instructions, and
+// warps would wait longer for instructions than for keys.
 inline constexpr int kKeysInFlight = 16;
 
 // Queries whose partial block means a thread block computes. Usually each sees one key more than

@@ -10,7 +10,7 @@
 namespace misa::cuda::pool {
 namespace {
 
-constexpr int kThreads = 128;  // elements of a row, or of two
+constexpr int kThreads = 128;  // the elements of one row (D = 128) or two (D = 64)
 
 struct GivenArguments {
   const float* data;  // [count, D]

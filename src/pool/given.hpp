@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block-mean table of means that the caller gives.
+// A block-mean table that is filled with the caller's means.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,23 +13,24 @@
 
 namespace misa::cuda::pool {
 
-// The means stand for keys that are never read: two of every whole block, and one of a partial
-// block. So a query that sees those keys sees its blocks.
+// The kernels compute a query's blocks from the keys that it sees. Here these keys do not exist and
+// are never read: they count as two for every whole block, and one for a partial block.
 inline constexpr std::int32_t kGivenBlock = 2;
 
 struct GivenTable {
   BlockMeanTable means;
-  std::int32_t* starts;  // [T] ks of the keys
+  std::int32_t* starts;  // [T] ks in terms of these keys
   std::int32_t* ends;    // [T] ke
 
   [[nodiscard]] DeviceRaggedSource keys() const;
 };
 
-// Takes the table of `count` means of `dim` elements for `tokens` queries.
+// Takes memory from the arena for a table of `count` means of `dim` elements and `tokens` queries.
 GivenTable take_given_table(std::int64_t tokens, std::int64_t count, std::int64_t dim,
                             Arena& arena);
 
-// Fills such a table. Rows out of range are clamped, and a partial block's is none then.
+// Fills such a table. Block ranges are clamped to the means; a query whose partial block's row is
+// out of range has no partial block.
 void launch_given(const RaggedMeans& means, std::int64_t tokens, const GivenTable& table,
                   cudaStream_t stream);
 

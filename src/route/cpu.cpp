@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// What the value functions of routers read and compute in.
+// The inputs and scratch memory of the functions that compute the values of heads.
 struct RouterInput {
   const Kernels& kernels;
   const Problem& problem;
@@ -22,7 +22,7 @@ struct RouterInput {
   RouteScratch& scratch;
 };
 
-// |x|^2 of head j.
+// |q_j|^2
 float head_squares(const RouterInput& in, int j) {
   return in.kernels.sum_squares(in.problem.query(in.query.t, j), in.problem.q.dtype, 1.0F,
                                 static_cast<int>(in.problem.q.dim));
@@ -75,7 +75,7 @@ void self_values(const RouterInput& in, std::span<float> values) {
 
 void qnorm_values(const RouterInput& in, std::span<float> values) {
   for (int j = 0; j < in.query.heads.count; ++j) {
-    values[j] = head_squares(in, j);  // in the order of the norms
+    values[j] = head_squares(in, j);  // ranks heads as |q_j| does
   }
 }
 
@@ -85,13 +85,15 @@ void weight_values(const RouterInput& in, std::span<float> values) {
   }
 }
 
-// What each head is worth, in the order of Router; null where heads are not ranked.
+// The functions that compute the value of each head, indexed by Router; null for routers that rank
+// no heads.
 using Values = void (*)(const RouterInput&, std::span<float> values);
 constexpr Values kValues[] = {nullptr,     pooled_values, nonlinearity_values, dispersion_values,
                               self_values, qnorm_values,  weight_values,       nullptr};
 static_assert(std::size(kValues) == kRouters.size());
 
-// Loads the keys of the query's grid up to the longest query of its sequence, unless they are.
+// Loads the keys of the query's sample grid, up to the `longest` keys of its sequence, unless they
+// are loaded already.
 void load_samples(const RouterInput& in) {
   const RouteQuery& query = in.query;
   SampledKeys& samples = in.scratch.samples;
@@ -116,7 +118,8 @@ void load_samples(const RouterInput& in) {
   }
 }
 
-// Fits each head on the sampled keys that the query sees, and takes the rms of their elements.
+// Fits each head on the sampled keys that the query sees, and computes the rms of these keys'
+// elements.
 void fit_heads(RouterInput& in) {
   load_samples(in);
   const Heads& heads = in.query.heads;

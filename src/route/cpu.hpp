@@ -13,7 +13,7 @@
 
 namespace misa::cpu {
 
-// The keys of one sample grid of a sequence, which serve all its queries that have the same grid.
+// The keys of one sample grid of a sequence. All queries of the sequence with that grid share them.
 struct SampledKeys {
   Tile tiles[2];        // operands
   float* squares;       // [128] |k|^2
@@ -21,7 +21,7 @@ struct SampledKeys {
   std::int64_t count;
 };
 
-// What routing a query computes in. What no query of the plan needs is null.
+// Scratch memory for routing a query. Pointers to memory that no query of the plan needs are null.
 struct RouteScratch {
   SampledKeys samples;
   Tile last_key;  // operands
@@ -52,7 +52,8 @@ struct Routed {
   std::span<const float> residual;       // [D], empty without one
 };
 
-// What is returned lies in the scratch. Before another sequence, samples.stride is set to 0.
+// The result lies in the scratch. The caller sets samples.stride to 0 before it routes queries of
+// another sequence.
 Routed route(const Kernels& kernels, const Problem& problem, const RouteQuery& query,
              RouteScratch& scratch);
 

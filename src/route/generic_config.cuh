@@ -31,8 +31,8 @@ constexpr int thread_block_queries(std::int64_t tokens, std::int64_t thread_bloc
                                                    kThreadBlockQueries));
 }
 
-// Shared memory of sampled routing, but for the sampled keys. In sampled_kernel they follow it,
-// part by part.
+// Shared memory of sampled routing, except the sampled keys, which follow it, part by part, in
+// sampled_kernel.
 struct SampledShared {
   float value[kThreadBlockQueries][kMaxHeads];        // by which heads are chosen
   float coefficient[kThreadBlockQueries][kMaxHeads];  // w_j p_j

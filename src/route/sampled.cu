@@ -4,18 +4,18 @@
 //  1. Queries whose grids begin at the same key with the same stride share the sampled keys, at
 //     most 128, as operands in shared memory; scales are kept apart. Rows without a sample are
 //     zero.
-//  2. A warp computes x = scale * (q . k) of 16 heads of a query with all samples. A lane holds
-//     them in registers for heads g and g + 8 and two of every eight samples.
+//  2. A warp computes x = scale * (q . k) of 16 heads of a query with all samples. A lane holds in
+//     registers the products of heads g and g + 8 with two of every eight samples.
 //  3. A line is fitted to r = max(0, x) by least squares. The sums of d = x - shift, of r, d d and
 //     d r give the means, the centred moments and the slope p = Sxr / Sxx; then follows the rms of
 //     r - p x - (mean r - p mean x). The shift is the mean of the first 8 samples (4, 2 or 1 if
-//     there are fewer). It equals a constant x, so that d and the slope are exactly 0, and is never
-//     farther from the mean than 4 standard deviations. A lane sums its samples in order, then the
-//     quad adds up.
+//     there are fewer). If all x are equal, the shift equals them, so that d and the slope are
+//     exactly 0. The shift is never farther from the mean than 4 standard deviations. A lane sums
+//     its samples in order, then the quad adds up.
 //  4. These, the router and the weight w of a head give the head's value and its coefficient w p.
-//  5. A warp per query chooses the heads of largest value, unless heads were given, and sums the
-//     residual row over the other heads, ascending. For e4m3 keys the row is rounded with scale
-//     max|row| / 448.
+//  5. A warp per query chooses the heads of largest value, unless heads are fixed or the pooled
+//     router has chosen them, and sums the residual row over the other heads, ascending. For e4m3
+//     keys the row is rounded with scale max|row| / 448.
 //
 // So the order of every sum depends only on n, H and D. sm90_fp8_sampled.cu does the same on
 // Hopper, for e4m3 queries and keys, where fits are needed.
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
       (static_cast<int>(problem.q.heads) + kMmaHeads - 1) / kMmaHeads;  // of 16 heads
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
-  // Heads that were given need no values, only the slopes for the residual row.
+  // Fixed heads need no values; fits are needed only for the residual row.
   const bool evaluating = arguments.fits || arguments.router != Router::fixed;
   for (int first = 0, end = 0; evaluating && first < queries; first = end) {
     SampleGrid grid(visible(problem.k, t0 + first));

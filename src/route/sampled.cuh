@@ -41,7 +41,8 @@ struct SampleGrid {
       count = ((range.length - 1) >> shift) + 1;
     }
   }
-  // Whether one grid's keys begin with the other's.
+  // Whether both grids have the same start and stride, so that the shorter one's keys are the first
+  // keys of the longer one.
   __device__ bool same_keys(const SampleGrid& other) const {
     return start == other.start && shift == other.shift;
   }
@@ -134,13 +135,13 @@ __device__ inline LaneFit fit_products(const SampleProducts& x, int count, bool 
     const float mean_r = quad_sum(sum_r[half]) * inverse_n;
     const float xx = __fmaf_rn(-n * mean_d, mean_d, quad_sum(sum_dd[half]));
     const float xr = __fmaf_rn(-n * mean_d, mean_r, quad_sum(sum_dr[half]));
-    // x counts as constant where its variance underflows; NaN does not.
+    // x counts as constant also if its variance underflows, but not if it is NaN.
     constant[half] = xx <= 0;
     result.slope[half] = constant[half] ? 0 : xr / xx;
     slope[half] = linear ? result.slope[half] : 0;
     intercept[half] = __fmaf_rn(-slope[half], shift[half] + mean_d, mean_r);
   }
-  // Keeps the compiler from holding all values of is_sample, 32 registers, until here.
+  // Keeps the compiler from holding all values of is_sample in 32 registers until here.
   asm volatile("" : "+f"(lane_count));
   float sum_ee[2] = {};
 #pragma unroll
@@ -225,8 +226,8 @@ __device__ void self_products(const Source& keys, const HeadOperands<type, fp16,
   }
 }
 
-// What the router needs of a lane's heads besides their fits: |q|^2, or the product with the last
-// key.
+// What the router needs to know about a lane's heads besides their fits: |q|^2, or the product with
+// the last key.
 template <DType type, bool fp16, int dim>
 __device__ void head_statistics(const SampledArguments& arguments,
                                 const HeadOperands<type, fp16, dim, 1>& heads, Range range,
@@ -279,7 +280,8 @@ __device__ inline void write_values(SampledShared& shared, const SampledArgument
   }
 }
 
-// Sets the bits of heads that were not chosen here.
+// Sets the bits of active heads that choose_heads did not choose: fixed ones and the pooled
+// router's.
 __device__ inline void mark_active(const std::int32_t* heads, int count, std::uint32_t* active) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (lane < kMaxHeads / 32) {
@@ -334,7 +336,7 @@ __device__ void write_residual(const SampledShared& shared, const SampledArgumen
     largest = fmaxf(largest, fabsf(element));
     finite = finite && isfinite(element);
   }
-  // Floats that are not negative are ordered as their bits.
+  // The bits of nonnegative floats have the order of the floats.
   largest = __uint_as_float(__reduce_max_sync(kFullMask, __float_as_uint(largest)));
   finite = __all_sync(kFullMask, finite);
   const float scale = finite ? largest / kE4m3Max : 1;

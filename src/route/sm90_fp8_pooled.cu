@@ -45,8 +45,8 @@ constexpr int kPartialPitch = operand_pitch(kDim);
 
 struct PooledShared {
   MeanTiles<kTileMeans> tiles;
-  // The two parts of every query's partial block mean. A product reads kMmaColumns rows from a
-  // query's first on; columns after its two parts are not used.
+  // The two parts of every query's partial block mean. A product reads kMmaColumns rows from the
+  // query's first row on; only its first two columns, the two parts, are used.
   alignas(16)
       std::uint16_t partial[(kThreadBlockQueries - 1) * kFp16Parts + kMmaColumns][kPartialPitch];
   float partial_factors[kThreadBlockQueries];  // 0: the query has no partial block
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           head < problem.q.heads ? problem.w.data[(t0 + warp) * problem.w.token_stride + head] : 0;
     }
   }
-  begin_kernel();  // all reads above are of what the kernel of block means does not write
+  begin_kernel();  // nothing that the kernel of block means writes has been read yet
   const bool has_partial = (partial_queries >> warp & 1) != 0;
   const float4 partial = has_partial ? load_partial_mean<kDim>(means, t0 + warp) : float4{};
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     const QueryRun run(first, range, blocks);
     const std::int32_t max_blocks = run.max_blocks;
     end = run.end;
-    const bool reload = max_blocks > 2 * kTileMeans;  // in every round
+    const bool reload = max_blocks > 2 * kTileMeans;  // the tiles, in every round
     for (int round = first; round < end; round += kRoundQueries) {
       const bool loading = reload || round == first;
       const int query = round + slot;

@@ -11,7 +11,8 @@
 
 namespace misa::cuda::route {
 
-// As launch_pooled, where sm90_can_implement. `num_sms`: of the device.
+// Does what launch_pooled does, for problems that sm90_can_implement() accepts. `num_sms`: the
+// number of SMs of the device.
 void launch_pooled_sm90(const Problem& problem, const BlockMeanTable& means, std::int32_t count,
                         std::int32_t* heads, int num_sms, cudaStream_t stream);
 

@@ -3,8 +3,9 @@
 // routes up to 16 consecutive queries in rounds: four queries per round, one per warpgroup, or
 // eight if they have at most 32 heads. The steps are those of sampled.cu, with these differences:
 //
-//  1. Lane l of every warp gets the keys that query l sees, hence its grid. The sampled keys are a
-//     tile of wgmma in fp16. Once it is loaded, warpgroups proceed independently.
+//  1. Lane l of every warp gets the keys that query l sees, hence its grid. The sampled keys are
+//     one fp16 tile, an operand of wgmma. Once the tile is loaded, warpgroups proceed
+//     independently.
 //  2. One wgmma multiplies all heads of a query, or of two, with all samples. A lane holds the same
 //     products as after mma.sync. While heads are fitted, those of the warp's next query are
 //     loaded.

@@ -8,7 +8,8 @@ namespace misa::cuda::route {
 
 struct SampledArguments;
 
-// As launch_sampled, where sm90_can_implement and arguments.fits. `num_sms`: of the device.
+// Does what launch_sampled does, for problems that sm90_can_implement() accepts and with
+// arguments.fits set. `num_sms`: the number of SMs of the device.
 void launch_sampled_sm90(SampledArguments arguments, int num_sms, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

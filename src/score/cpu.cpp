@@ -9,10 +9,10 @@
 namespace misa::cpu {
 namespace {
 
-// A row that is not clipped.
+// The floor of a row that is not clipped.
 constexpr float kLinearFloor = -std::numeric_limits<float>::infinity();
 
-// Writes the rows of a residual row; returns how many and sets the weight that they share.
+// Writes the rows whose sum is the residual row. Returns their number and sets their common weight.
 int split_residual(std::span<const float> row, DType k_dtype, Operand operand, void* rows,
                    float& weight) {
   weight = 1.0F;

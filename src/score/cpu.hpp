@@ -11,7 +11,7 @@
 
 namespace misa::cpu {
 
-// Rows that a residual row takes at the most.
+// The most rows into which a residual row is split.
 inline constexpr int kMaxResidualRows = 3;
 
 // All heads, copied to the buffers.

@@ -140,8 +140,8 @@ __device__ float floor_of(const RowOperands& rows, std::int32_t r) {
 // ---- tensor cores
 
 // A lane's fragment of a key. Lane c of the four that share a key holds elements 32 i + 8 c … + 7
-// for every i. The MMA's own order differs, but a product does not depend on the order as long as
-// both operands have the same, and in this one rows are read 16 bytes at a time.
+// for every i. The MMA numbers elements differently, but any order will do if both operands have
+// the same one. In this order rows are read 16 bytes at a time.
 template <int kDim>
 struct KeyFragment {
   static constexpr int kRegisters = kDim / 8;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     return;
   }
 
-  // Step 2. The lane's keys are numbers 8 i + lane / 4 of the warp's.
+  // Step 2. The lane's keys are keys 8 i + lane / 4 of the warp's 32.
   KeyFragment<kDim> fragments[4];
   float scales[4];
 #pragma unroll

@@ -33,7 +33,8 @@ struct RowOperands {
 // The sizes for `heads` heads and, if `residual`, a residual row; the pointers are null.
 RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual);
 
-// Fills the rows of every query: those that `routing` names, or all heads if it is null.
+// Fills the rows of every query: the active heads and residual row of `routing`, or all heads if it
+// is null.
 void launch_row_operands(const Problem& problem, const Routing* routing, const RowOperands& rows,
                          void* stream);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scoring in e4m3 for Hopper: queries and keys whose rows start on 16 bytes, D = 128, at most
+// Scoring in e4m3 for Hopper: queries and keys whose rows are aligned to 16 bytes, D = 128, at most
 // kMaxRows rows per query. These kernels and the fused ones (fused/sm90_fp8.hpp) give a score the
 // same bits.
 #pragma once
@@ -11,8 +11,8 @@
 namespace misa::cuda::score {
 
 // The rows that score for each query: heads of q, or heads 0 … head_count - 1 of every query if
-// `heads` is null, and the residual row. Kernels gather them as they load them; the generic ones
-// have RowOperands instead.
+// `heads` is null, and the residual row. The Hopper kernels gather these rows as they load them;
+// the generic kernels have RowOperands instead.
 struct ActiveRows {
   const std::int32_t* heads;  // [T, head_count]; negative: no head
   int head_count;
@@ -26,13 +26,13 @@ struct ActiveRows {
 // tile reads beyond them.
 inline constexpr std::int64_t kScaleTile = 256;
 
-// Elements of the padded scales of `keys` keys.
+// The number of scales for `keys` keys, with the padding.
 constexpr std::int64_t scale_count(std::int64_t keys) {
   return (keys + kScaleTile - 1) / kScaleTile * kScaleTile;
 }
 
 // Writes scales [scale_count(L)]: the scale of every key, or NaN if it is not finite; NaN in the
-// padding. One launch per call serves all kernels that take `scales`.
+// padding. One launch per call is enough for all kernels that take `scales`.
 void launch_scales(const DeviceRaggedSource& keys, float* scales, void* stream);
 
 // Gathered scoring: writes scores[t, c] for the columns c < lengths[t], which stand for positions

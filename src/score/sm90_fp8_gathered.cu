@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores of gathered keys, one query per thread block; where queries are few, several thread blocks
-// take turns at the query's tiles of 128 keys.
+// Scores of gathered keys, one query per thread block; if there are few queries, several thread
+// blocks divide a query's tiles of 128 keys among them.
 //
 //  1. Load the query's rows as the B operand: heads 16 c … 16 c + 15 in the columns that lane c of
 //  a
 //     quad accumulates, the residual row last.
 //  2. While a tile is scored, each warp copies its 32 keys of the next tile, eight threads per key,
-//     and each thread one scale. With them come the list entries of the tile after that, stored so
-//     that the positions of the eight keys that a thread helps to copy are contiguous.
+//     and each thread one scale. It also copies the list entries of the tile after that, and stores
+//     them so that the positions of the eight keys that a thread helps to copy are contiguous.
 //  3. Multiply in two products of 64 keys and 64 rows, which give a thread 16 dot products of each
 //     of two keys. The second product runs while the first one's epilogue does step 4.
 //  4. Each lane of a quad clips and adds up its 16 heads, a group (score/sm90_fp8_rows.cuh). Then
@@ -191,8 +191,8 @@ class Gather {
   const std::int32_t* list_;
   const std::uint8_t* keys_ = nullptr;  // the thread's chunk of the first key that the query sees
   const float* scales_ = nullptr;       // from the first key that the query sees on
-  std::uint32_t last_position_ = 0;     // that the query sees
-  std::uint32_t column_;                // of the tile to be copied next, whose scale it copies
+  std::uint32_t last_position_ = 0;     // the last position that the query sees
+  std::uint32_t column_;                // the column of the next tile whose scale the thread copies
   std::uint32_t last_entry_;            // index of the list's last entry
   std::uint32_t step_columns_;          // columns from one tile to the next
   std::uint32_t block_size_;
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads, kGatheredBlocks)
   load_query(arguments, t, shared);  // prefetch: the previous kernel does not write these inputs
   begin_kernel();
   if (score_query<residual, blocks, true>(arguments, t, shared)) {
-    // Once more, moving the scales' signs to the products, which is exact.
+    // Score again, moving the signs of scales to the products, which is exact.
     score_query<residual, blocks, false>(arguments, t, shared);
   }
 }

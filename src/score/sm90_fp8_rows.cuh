@@ -137,8 +137,8 @@ __device__ void weighted_relu_sum(const float (&sums)[2 * columns], const Weight
   }
 }
 
-// Calls body<padded, residual>(): `padded` is the smallest number of rows that kernels are built
-// for and that holds `rows`.
+// Calls body<padded, residual>(), where `padded` is the smallest number of rows that kernels are
+// built for and that is at least `rows`.
 template <bool residual, class Body>
 void for_rows(int rows, const Body& body) {
   if (rows <= 4) {

@@ -30,7 +30,7 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-// So few entries are ranked directly, by comparing all pairs.
+// At most this many entries are ranked directly, by comparing all pairs.
 inline constexpr std::int64_t kMaxRanked = 64;
 
 // The rank-th largest (from 1) of up to kMaxRanked distinct entries, padded with zeros to a whole

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selection for the CPU backend: what is done with the selectors once every score was offered. A
+// Selection for the CPU backend, from the selectors to which all scores have been offered. A
 // selection is a list of (position, score bits) pairs, ascending by position.
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace misa::cpu {
 
-// The best of what was offered to all selectors of a query that sees n keys, in the memory of the
-// first. `scratch` holds as many entries as a selector.
+// The best entries that were offered to any selector of a query that sees n keys, in the memory of
+// the first selector. `scratch` holds as many entries as a selector.
 std::span<const std::uint64_t> merge(const Kernels& kernels, std::span<Selector> selectors,
                                      std::int64_t n, std::uint64_t* scratch);
 

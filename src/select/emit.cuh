@@ -5,7 +5,8 @@
 //  1. The selected positions are marked in a bitmap.
 //  2. A scan over its words gives every selected position its rank.
 //  3. Positions go to their ranks in shared memory, and from there to the output in whole lines.
-//  4. Scores, if wanted, go straight to the output: an entry's rank is looked up by its position.
+//  4. Scores, if requested, go directly to the output: an entry's rank is looked up by its
+//     position.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which rank in a sample of a row's scores the gate threshold has, and how many scores may pass it.
-// For host and device.
+// The rank of the gate threshold in a sample of a row's scores, and a bound on how many scores pass
+// it. For host and device code.
 #pragma once
 
 #include <cmath>
@@ -8,24 +8,24 @@
 
 namespace misa::cuda::select {
 
-// A count is taken to stay below its mean plus 4.5 standard deviations: a normal variable exceeds
-// that a few times in a million.
+// A count is assumed to stay below its mean plus 4.5 standard deviations, which a normal variable
+// exceeds a few times in a million.
 inline constexpr float kDeviations = 4.5F;
 
-// Counts here are nearly Poisson variables, whose upper tail is longer than a normal one, by
-// (4.5^2 - 1) / 6 in the Cornish-Fisher expansion. At a mean of 32 a count would otherwise exceed
-// the above 16 times in a million.
+// Counts here are nearly Poisson variables, whose upper tail is longer than a normal one, by (4.5^2
+// - 1) / 6 in the Cornish-Fisher expansion. Without this term, a count of mean 32 would exceed the
+// bound 16 times in a million.
 inline constexpr float kSkew = (kDeviations * kDeviations - 1) / 6;
 
-// What a count of this mean and variance stays below, but for a few times in a million.
+// The bound that a count of this mean and variance exceeds only a few times in a million.
 template <class Real>
 constexpr Real upper_count(Real mean, Real variance) {
   return mean + kDeviations * std::sqrt(variance) + kSkew;
 }
 
-// The rank (from 1, the largest first) of the gate threshold in a sample, without replacement, of
-// `sampled` of a row's `keys` scores, so that the row's top k pass: the sample holds
-// top_k * sampled / keys of these on average. 1 <= top_k <= keys.
+// The rank of the gate threshold (from 1, the largest first) at which a row's top k pass, in a
+// sample without replacement of `sampled` of the row's `keys` scores. On average the sample holds
+// top_k * sampled / keys of the top k. 1 <= top_k <= keys.
 template <class Real>
 constexpr std::uint32_t threshold_rank(std::uint32_t sampled, std::uint32_t keys,
                                        std::uint32_t top_k) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A gate threshold, which scores must exceed strictly, from a sample of the scores as keys
-// (entry.hpp).
+// A gate threshold, which scores must exceed strictly, from a sample of the scores. Here, keys are
+// ordered_bits of scores (entry.hpp).
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,13 @@ __device__ inline float threshold_below(std::uint32_t key) {
 }
 
 // The first pass covers the four octaves below the largest key (down to 1/16 of a positive score),
-// which hold nearly every threshold; 9 bits tell each octave into 128 buckets.
+// which hold nearly every threshold; 9 bits divide each octave into 128 buckets.
 inline constexpr std::uint32_t kTopOctaves = (4U << 23) - 1;
 
-// A threshold that the key of rank `rank` exceeds, and at most `max_passing` keys unless scores are
-// tied. Where tied scores would let more than `max_tied` keys pass, only larger scores do: the tied
-// ones would not all fit, and the larger ones may suffice. `all`: RadixHistogram::initial_bucket of
-// the visited keys.
+// A threshold that the key of rank `rank` exceeds, and that at most `max_passing` keys exceed
+// unless scores are tied. If more than `max_tied` keys would pass because of ties, the threshold is
+// the tied score itself: the tied keys, which would not all fit, fail, and the larger ones may
+// suffice. `all`: RadixHistogram::initial_bucket of the visited keys.
 template <class Radix, class Visit>
 __device__ float find_gate_threshold(typename Radix::Shared& shared, const Bucket& all,
                                      std::uint32_t rank, std::uint32_t max_passing,

@@ -9,11 +9,11 @@
 
 namespace misa::cuda::select {
 
-// Arguments as for misa::cuda::top_k, valid, with rows > 0 and the row stride filled in. Empty rows
-// are written only if `empty` is set, else left as they are.
+// Takes the arguments of misa::cuda::top_k, already validated, with rows > 0 and an actual row
+// stride. Empty rows are written only if `empty` is set, else left as they are.
 void launch_generic(const Logits& logits, int top_k, const TopK& out, bool empty, void* stream);
 
-// Columns of a row that a thread block's registers hold.
+// The most columns of a row that the registers of a thread block can hold.
 inline constexpr std::int64_t kShortColumns = 16384;
 
 // The same for logits of at most kShortColumns columns. If columns.list is set, selected columns

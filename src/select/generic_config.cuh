@@ -20,12 +20,12 @@ inline constexpr int kThreads = 512;
 // 2048 buckets, four per thread.
 using Radix = RadixHistogram<kThreads, 11>;
 
-// So few entries are ranked directly, by comparing all pairs. One radix pass over a few thousand
-// scores in a narrow range leaves 5 to 70.
+// At most this many entries are ranked directly, by comparing all pairs. One radix pass over a few
+// thousand scores in a narrow range leaves 5 to 70.
 inline constexpr int kMaxRanked = 128;
 
-// Positions that one bitmap of the output covers; it takes the place of the histogram. Offsets into
-// it fit 16 bits.
+// How many positions the output's bitmap covers. The bitmap shares the histogram's memory. Offsets
+// into it fit 16 bits.
 inline constexpr int kWindow = Radix::kBuckets * 32;
 
 // A score above the gate threshold and its position in the row; moved as one word of 8 bytes.
@@ -44,7 +44,7 @@ struct Shared {
   std::uint32_t appended;  // candidates, including those beyond the capacity
 };
 
-// How many scores a row has; safe whatever device memory says.
+// How many scores a row has, clamped to what is safe whatever device memory holds.
 __device__ inline std::uint32_t row_length(const Logits& logits, std::int64_t row) {
   std::int64_t length = logits.columns;
   if (logits.lengths != nullptr) {
@@ -53,13 +53,13 @@ __device__ inline std::uint32_t row_length(const Logits& logits, std::int64_t ro
   return static_cast<std::uint32_t>(length);
 }
 
-// With two thread blocks an SM a thread may have 64 registers; the 40 that it has with three leave
+// With two thread blocks per SM, a thread may have 64 registers; with three it has 40, which leaves
 // no room to load ahead.
 inline constexpr int kRowBlocksPerSm = 2;
 
-// 16-byte loads that a thread has in flight while it examines as many. With 1024 threads that is
-// 64 KB an SM, twice latency (0.8 us) x bandwidth (32 bytes a ns and SM on an H200), so one of the
-// two thread blocks may do other work.
+// 16-byte loads that a thread has in flight while it examines as many. With 1024 threads per SM
+// that is 64 KB, more than twice the product of latency (0.8 us) and bandwidth (32 bytes per ns and
+// SM on an H200), so one of the two thread blocks may do other work.
 inline constexpr int kLoads = 4;
 
 // Sampled scores, in segments of 32 bytes (one sector of DRAM traffic). With 4096 of 256K positions
@@ -69,7 +69,7 @@ inline constexpr int kSampleVectors = 2;  // of 4 scores, per thread
 inline constexpr int kSample = kThreads * kSampleVectors * 4;
 inline constexpr int kSegments = kSample / 8;
 
-// What a thread block's shared memory is laid out for.
+// The sizes that determine the layout of a thread block's shared memory.
 struct RowPlan {
   std::uint32_t top_k;
   std::uint32_t capacity;  // candidates that fit
@@ -80,10 +80,10 @@ struct RowPlan {
   }
 };
 
-// The capacity exceeds k by a margin within which the number of candidates may vary: 7680, and for
-// a larger k as many more than k, or what fits `limit` bytes of shared memory. A capacity below k
-// is valid: such rows are selected from global memory. The target is the geometric mean of k and
-// the capacity: equally far, in standard deviations of the sample, from too few and too many
+// The capacity exceeds k by a margin within which the number of candidates may vary. It is 7680 for
+// k up to 2048, else k + 7680, but at most what fits `limit` bytes of shared memory. A capacity
+// below k is valid: rows are then selected from global memory. The target is the geometric mean of
+// k and the capacity: equally far, in standard deviations of the sample, from too few and too many
 // candidates.
 inline constexpr int kRowCandidates = 7680;
 inline RowPlan plan_row(int top_k, std::size_t limit) {
@@ -96,8 +96,8 @@ inline RowPlan plan_row(int top_k, std::size_t limit) {
               std::sqrt(static_cast<double>(k) * static_cast<double>(capacity)))};
 }
 
-// Whether so many thread blocks fit an SM, which has 228 KB; each costs 1 KB beside what it asks
-// for.
+// Whether `blocks` thread blocks fit the 228 KB of shared memory of an SM; each takes 1 KB more
+// than it requests.
 constexpr bool fit_an_sm(int blocks, std::size_t candidates) {
   return blocks * (sizeof(Shared) + candidates * sizeof(RowCandidate) + 2048 * 2 + 1024) <=
          228 * 1024;

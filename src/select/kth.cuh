@@ -17,12 +17,12 @@
 namespace misa::cuda::select {
 
 // The entry (entry.hpp) of rank `rank` of `count` entries, 1 <= rank <= count, of positions below
-// `length`; or one between it and the next lower entry, which selects the same. If entries repeat
-// or change between visits, the result is some entry.
+// `length`; or a value between it and the next lower entry, from which on the same entries are
+// selected. If entries repeat or change between visits, the result is some entry.
 template <class Visit>
 __device__ std::uint64_t find_kth_entry(Shared& shared, std::uint32_t count, std::uint32_t rank,
                                         std::uint32_t length, const Visit& visit) {
-  // The halves of an entry, which both order selection: larger first.
+  // The two halves of an entry; entries with a larger one are selected first.
   const auto score_key = [](std::uint64_t entry) {
     return static_cast<std::uint32_t>(entry >> 32);
   };

@@ -8,7 +8,7 @@
 
 namespace misa::cuda::select {
 
-// Where a row of the output starts; scores is null if none are wanted.
+// Where a row of the output starts; scores is null if they are not requested.
 struct OutputRow {
   std::int32_t* indices;
   float* scores;

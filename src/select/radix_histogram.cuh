@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Radix select by one thread block: each pass makes a histogram of some bits of the keys and
 // chooses the bucket that holds the key of a given rank. A "visit" function passes (key, valid) of
-// every key to its argument, in any order; it is called once a pass.
+// every key to its argument, in any order; it is called once per pass. Here, keys are the integers
+// to select from, such as ordered_bits of scores (entry.hpp), not attention keys.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,7 @@ struct RadixHistogram {
     typename Scan::TempStorage scan;
   };
 
-  // Must come before initial_bucket, whose barrier makes it visible to the first pass.
+  // Must be called before initial_bucket, whose barrier makes the zeros visible to the first pass.
   static __device__ void clear(Shared& shared) {
 #pragma unroll
     for (int i = 0; i < kThreadBuckets / 4; ++i) {

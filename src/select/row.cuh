@@ -125,7 +125,7 @@ __device__ inline float sample_threshold(Shared& shared, const RowPlan& plan, co
   const auto rank = [&](std::uint32_t scores) {
     return static_cast<std::uint32_t>(std::uint64_t{scores} * kSample / row.length);
   };
-  // At most three quarters of the capacity should be filled, by ties or otherwise.
+  // At most three quarters of the capacity should be filled, also where scores are tied.
   const std::uint32_t max_passing = rank(plan.capacity / 4 * 3);
   const auto visit = [&](const auto& visitor) {
 #pragma unroll
@@ -202,8 +202,8 @@ __device__ inline void stream(Shared& shared, RowCandidate* candidates, std::uin
   append(shared, candidates, capacity, threshold, edge, [&](int) { return position; });
 }
 
-// Step 4b: of the scores tied at a threshold the entry of rank `rank` (from 1, lower positions
-// first); 0 if there are fewer.
+// Step 4b: the entry of rank `rank` (from 1, lower positions first) among the scores equal to the
+// threshold; 0 if there are fewer.
 __device__ inline std::uint64_t find_tied_entry(Shared& shared, const Row& row, float threshold,
                                                 std::uint32_t rank) {
   for (std::uint32_t first = 0; first < row.length; first += kWindow) {

@@ -2,15 +2,15 @@
 // Top-k of short rows of scores: one thread block per row, the row in registers.
 //
 //  1. A row of no more than k columns selects all of them.
-//  2. The row is loaded, 32 scores per thread, as integers that have the scores' order. Each warp
-//     holds adjacent columns.
+//  2. The row is loaded, 32 scores per thread, as integers in the order of the scores, called keys
+//     below. Each warp holds adjacent columns.
 //  3. Radix histograms find the bucket that holds the key of rank k (radix_histogram.cuh), until
 //     all its keys are selected or it is a single key.
 //  4. Of tied scores the lower columns are selected: radix histograms of the columns find the last
 //     of them. The keys of those selected are raised above the others.
 //  5. A scan over how many columns each thread selects gives every selected column its rank.
 //     Columns go to their ranks in shared memory, and from there to the output in whole lines, as
-//     the positions that they stand for. Scores, if wanted, are read again.
+//     the positions that they stand for. Scores, if requested, are read again.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -31,11 +31,11 @@
 namespace misa::cuda::select {
 namespace {
 
-// Scores that a thread holds: half of the 64 registers that each of 1024 threads an SM may have.
+// Scores that a thread holds: they take half of its 64 registers, with 1024 threads per SM.
 constexpr int kVectors = 8;  // of four scores
 constexpr int kThreadScores = 4 * kVectors;
 
-// Outputs of a thread whose columns and positions are loaded together.
+// How many outputs' columns and positions a thread loads at once.
 constexpr int kOutputs = 4;
 
 template <int threads>
@@ -121,7 +121,7 @@ __device__ std::uint32_t find_kth_key(ShortShared<threads>& shared, ThreadColumn
   if (keys.above + keys.count == rank) {
     return keys.low;
   }
-  const std::uint32_t tied = keys.count != 0 ? keys.low : 0;  // NaN, if there are too few numbers
+  const std::uint32_t tied = keys.count != 0 ? keys.low : 0;  // 0 (NaN) if too few are numbers
   // Columns are distinct, so this ends with a bucket whose columns are all selected.
   Bucket tied_columns{~(length - 1), length - 1, keys.above, length};
   do {
@@ -145,8 +145,8 @@ __device__ std::uint32_t find_kth_key(ShortShared<threads>& shared, ThreadColumn
 template <int threads>
 __device__ void stage_columns(ShortShared<threads>& shared, std::uint16_t* staged,
                               const ThreadColumns& columns, std::uint32_t kth_key) {
-  // Each vector has a byte of a word: how many of its columns are selected. Over a warp that is at
-  // most 128.
+  // Each vector has one byte of a word, which counts its selected columns. The sum over a warp is
+  // at most 128.
   constexpr int kWords = kVectors / 4;
   constexpr std::uint32_t kOnes = 0x01010101;
   const auto of_vector = [](const std::uint32_t(&counts)[kWords], int i) {

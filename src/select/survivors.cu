@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Exact top-k of the candidates that passed a row's gate threshold: one thread block per row.
 //
-//  1. A row of no more than k keys selects all of them; unless scores are wanted that needs no
-//     candidates.
+//  1. A row of no more than k keys selects all of them, for which it needs candidates only if
+//     scores are requested.
 //  2. The warps share the lists of candidates in chunks. A row whose lists overflowed, or that has
 //     too few candidates, becomes a fallback row. Candidates are held in registers and, if these do
 //     not suffice, in spare shared memory; if that does not suffice either, every later step
 //     rereads all of them from the lists (survivors_candidates.cuh).
 //  3. Radix histograms of the scores find the bucket of the candidate of rank k, until few
-//     candidates are left. If more are tied, radix histograms of their positions go on
+//     candidates are left. If too many are tied, radix histograms of their positions follow
 //     (survivors_kth.cuh).
 //  4. Candidates above the bucket are selected: marked in a bitmap of positions. Those in it are
-//     ranked directly, and marked if selected. A row longer than the bitmap has one window after
-//     the other marked and written.
+//     ranked directly, and marked if selected. If a row is longer than the bitmap, windows of
+//     positions are marked and ranked one after the other.
 //  5. A scan over the bitmap's words gives every selected position its rank. Positions go to their
-//     ranks in shared memory, and scores, if wanted, after them; from there they go to the output
-//     in whole lines (survivors_output.cuh).
+//     ranks in shared memory, and scores, if requested, after them; from there they go to the
+//     output in whole lines (survivors_output.cuh).
 //
 // No decision, and so no output, depends on the order of candidates.
 #include <cuda_runtime.h>
@@ -156,7 +156,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   if (threadIdx.x == 0) {
     shared.ranked_count = 0;
   }
-  // Constructed where it is needed, which is seldom: kept, it would take registers from candidates.
+  // Constructed only where needed, which is seldom: if kept, it would take registers from
+  // candidates.
   const auto reread = [&] {
     return RereadCandidates<Config>(CandidateChunks(candidates, t), range);
   };
@@ -188,9 +189,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 // The gate lets through about 3400 candidates for k = 2048 of 64K keys, 3900 of 128K, 4900 of 256K
 // and 6400 of 1M, 5900 for k = 4096 of 64K and 10600 for k = 8192, with a standard deviation of 5
 // to 18 %; the last chunk of each list is partly filled. Three things make this fast: several rows
-// an SM, so few registers per row; where the bitmap is long, many threads that scan it; and that
-// none of the last rows has to be reread. A thread block has at most 190 KB of shared memory, which
-// every device of fused scoring has.
+// per SM, and so few registers per row; many threads to scan a long bitmap; and enough room for
+// candidates, since rereading one of the last rows would prolong the kernel. A thread block takes
+// at most 190 KB of shared memory, which every device with fused scoring has.
 void launch_survivors(const Candidates& candidates, const DeviceRaggedSource& keys,
                       std::int64_t rows, int top_k, const TopK& out, bool empty,
                       const FallbackRows& fallback, void* stream) {

@@ -17,7 +17,7 @@ namespace misa::cuda::select {
 // Entries of a list that a warp loads at once: two per lane, 32 apart.
 inline constexpr std::uint32_t kChunkEntries = 64;
 
-// The key index of an absent candidate: beyond the keys that any row sees.
+// The key index of an absent candidate: larger than that of any key.
 inline constexpr std::uint32_t kNoKey = 0xFFFFFFFFU;
 
 // A row's lists as one sequence of chunks; the last chunk of a list may be partly filled. In every
@@ -87,7 +87,7 @@ class CandidateChunks {
   std::uint32_t offset_;  // offset_ + kChunkEntries * chunk is a chunk's first entry, modulo 2^32
 };
 
-// ordered_bits of a score that is not NaN; candidates never are.
+// A candidate's key in this selection: ordered_bits of its score, which is never NaN.
 __device__ inline std::uint32_t candidate_key(std::uint32_t score) {
   const std::uint32_t bits = __float_as_uint(__uint_as_float(score) + 0.0F);
   return bits ^ (static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000U);
@@ -104,7 +104,7 @@ __device__ inline uint4 to_keys(const uint4& loaded, const Range& range) {
 }
 
 // Positions of a thread's candidates, two per slot. Two positions of 16 bits share a register; with
-// 17 bits, the highest bits of all positions have a further register; wider positions have a
+// 17 bits, one further register holds the highest bits of all positions; wider positions take a
 // register each.
 template <int slots, int bits>
 class PackedPositions {
@@ -122,7 +122,8 @@ class PackedPositions {
   }
   __device__ uint2 get(int slot) const {
     if constexpr (kPacked) {
-      // Opaque, or the compiler would unpack all positions once and keep them in registers.
+      // Hides the value from the compiler, which would otherwise unpack all positions once and keep
+      // them in registers.
       std::uint32_t packed = words_[slot];
       asm volatile("" : "+r"(packed));
       uint2 positions{packed & 0xFFFF, packed >> 16};
@@ -147,8 +148,8 @@ class PackedPositions {
 };
 
 // Candidates that a thread block holds: the kChunks chunks from `first` on in registers and, if
-// `spare` is not null, up to kSpareChunks more there. Each thread visits only those that it holds
-// itself.
+// `spare` is not null, up to kSpareChunks more in `spare`. Each thread visits only the candidates
+// that it holds itself.
 template <class Config>
 class RegisterCandidates {
  public:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Step 3 of survivors.cu: in which range of keys the k-th candidate lies. `Config` is that of
+// Step 3 of survivors.cu: finds the range of keys around the k-th candidate. `Config` is that of
 // survivors.cu.
 #pragma once
 
@@ -9,8 +9,9 @@
 
 namespace misa::cuda::select {
 
-// Candidates with keys above `high` are selected, and `quota` of those with keys in [low, high]:
-// larger keys first, of equal keys lower positions first.
+// Keys are those of candidate_key until order_by_position replaces them. Candidates with keys above
+// `high` are selected, and `quota` of those with keys in [low, high]: larger keys first, of equal
+// keys lower positions first.
 struct KthRange {
   std::uint32_t low;
   std::uint32_t high;

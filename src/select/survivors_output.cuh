@@ -17,7 +17,7 @@ struct OutputStage {
   std::uint32_t* bitmap;      // [positions / 32]
   std::uint16_t* ranks;       // [positions / 32] of the first position of each word of the bitmap
   std::uint32_t* indices;     // [top_k]
-  std::uint32_t* score_keys;  // [top_k], if scores are wanted
+  std::uint32_t* score_keys;  // [top_k], if scores are requested
 };
 
 template <int threads>
@@ -85,7 +85,7 @@ template <class Config, bool scores, class Source, class Reread>
 __device__ std::uint32_t stage_output(typename Config::Shared& shared, const OutputStage& stage,
                                       const Source& candidates, const KthRange& kth,
                                       std::uint32_t length, const Reread& reread) {
-  std::uint64_t entry = 0;  // (entry.hpp) that the thread has ranked, if it is selected
+  std::uint64_t entry = 0;  // the entry (entry.hpp) that the thread ranked, if selected; else 0
   std::uint32_t staged = 0;
   for (std::uint32_t first = 0; first < length; first += stage.positions) {
     const auto in_window = [&](std::uint32_t position) {
@@ -100,7 +100,7 @@ __device__ std::uint32_t stage_output(typename Config::Shared& shared, const Out
         mark(position);
       }
     });
-    if (first == 0 && kth.quota != 0) {  // rank those in the range directly
+    if (first == 0 && kth.quota != 0) {  // rank the candidates in the range directly
       candidates.visit([&](std::uint32_t key, std::uint32_t position) {
         if (key >= kth.low && key <= kth.high) {
           const std::uint32_t slot = atomicAdd(&shared.ranked_count, 1U);

@@ -2,11 +2,12 @@
 // A gate threshold for each row from a sample of its scores: one small thread block per row, the
 // sample in registers.
 //
-//  1. Samples become keys (entry.hpp); NaN, the key 0, is no sample.
-//  2. The threshold's rank in the sample follows from how many keys the row has and how many of
-//     them are sampled (gate_rank.hpp).
-//  3. Radix histograms of the keys find the bucket that holds that rank (gate_threshold.cuh), until
-//     it lets few more samples through.
+//  1. Samples become integers in the order of the scores, called keys below (ordered_bits,
+//     entry.hpp). NaN, whose key is 0, is not counted as a sample.
+//  2. The threshold's rank in the sample follows from the row's length and the number of its
+//     samples (gate_rank.hpp).
+//  3. Radix histograms of the keys narrow down the bucket that holds that rank
+//     (gate_threshold.cuh), until a threshold below it lets only a few more samples pass.
 #include <cuda_runtime.h>
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Named barriers among some threads of a thread block. Barrier 0 is that of __syncthreads.
+// Named barriers among some threads of a thread block. Barrier 0 is the one that __syncthreads
+// uses.
 #pragma once
 
 namespace misa::cuda {
