@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/recipe.hpp"
 
+#include "core/ceil_div.hpp"
 #include "core/key_format.hpp"
 
 namespace misa {
 namespace {
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The recipe of a row of which `scored` keys are scored, after the block filter if `filtered`.
 Recipe with_scored(const IndexerConfig& config, std::int64_t heads, bool filtered,

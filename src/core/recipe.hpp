@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "core/ceil_div.hpp"
 #include "misa/indexer.hpp"
 
 namespace misa {
@@ -54,10 +55,7 @@ constexpr std::int64_t sample_stride(std::int64_t n) {
   return stride;
 }
 
-constexpr std::int64_t sample_count(std::int64_t n) {
-  const std::int64_t stride = sample_stride(n);
-  return (n + stride - 1) / stride;
-}
+constexpr std::int64_t sample_count(std::int64_t n) { return ceil_div(n, sample_stride(n)); }
 
 // gamma of the nonlinearity: the weight of the term that gives heads a value although none of their
 // dot products with the samples was positive.

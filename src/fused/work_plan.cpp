@@ -6,14 +6,13 @@
 #include <limits>
 #include <numeric>
 
+#include "core/ceil_div.hpp"
 #include "fused/sm90_fp8_config.cuh"
 #include "select/gate.hpp"
 #include "select/gate_rank.hpp"
 
 namespace misa::cuda::fused {
 namespace {
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // With 2048 samples of 64K keys and k = 2048, a query's top k holds 64 samples on average, and the
 // gate threshold, which leaves a margin (select/gate_rank.hpp), lets through 1.6 times k. Twice as

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "indexers/cpu_chunk.hpp"
+#include "core/ceil_div.hpp"
 
 #include <algorithm>
 
@@ -9,8 +10,6 @@ namespace {
 // Queries that share a loaded page. Loading costs about as much as scoring one query by 8 heads, so
 // 64 make it a few percent; their rows (8 heads x 128 x 2 bytes each) stay in the L2 cache.
 constexpr std::int64_t kMaxBlockQueries = 64;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 void start_query(const Problem& problem, std::int64_t t, Query& query) {
   const IndexerConfig& config = problem.config;

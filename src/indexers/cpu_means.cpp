@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/arena.hpp"
+#include "core/ceil_div.hpp"
 #include "core/workspace.hpp"
 #include "cpu/load.hpp"
 #include "filter/cpu.hpp"
@@ -13,8 +14,6 @@
 
 namespace misa::cpu {
 namespace {
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // What one thread computes in.
 struct MeansScratch {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 
+#include "core/ceil_div.hpp"
 #include "core/workspace.hpp"
 #include "misa/error.hpp"
 #include "score/cpu.hpp"
@@ -19,8 +20,6 @@ constexpr std::int64_t kMaxChunkQueries = 1024;
 
 // Page sums of one chunk may take this much, or what one sequence needs if that is more.
 constexpr std::int64_t kPageSumBytes = std::int64_t{32} << 20;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 Operand operand_for(const Kernels& kernels, const Shape& shape) {
   const bool bf16 = shape.q_dtype != DType::f32 && shape.k_dtype != DType::f32;

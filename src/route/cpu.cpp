@@ -5,13 +5,12 @@
 #include <cmath>
 #include <iterator>
 
+#include "core/ceil_div.hpp"
 #include "core/recipe.hpp"
 #include "cpu/load.hpp"
 
 namespace misa::cpu {
 namespace {
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The inputs and scratch memory of the functions that compute the values of heads.
 struct RouterInput {
