@@ -58,20 +58,21 @@ struct RaggedMeans {
   std::span<const std::int32_t> partial;  ///< [T], -1 to M - 1; -1 or an empty span: none
 };
 
-/// The paged key cache: uint8 [pages, 64, D + 4], inside a page first 64 x D e4m3 bytes, then 64
-/// fp32 scales.
+/// The paged key cache: uint8 [pages, page_size, D + 4], inside a page first page_size x D e4m3
+/// bytes, then page_size fp32 scales.
 struct CacheView {
   const std::uint8_t* data = nullptr;
   std::int64_t pages = 0;
   std::int64_t dim = 0;  ///< D
   std::int64_t page_stride =
-      0;  ///< bytes from one page to the next, a multiple of 4; 0: 64 * (D + 4)
+      0;  ///< bytes from one page to the next, a multiple of 4; 0: page_size * (D + 4)
   const float* page_sums =
       nullptr;  ///< [pages, D] sums of the dequantised keys of each page, or null
+  std::int64_t page_size = kPageSize;  ///< tokens of a page: 32, 64 or 128
 };
 
-/// Keys of a batch of sequences in a paged cache. Row i of sequence b is query b * next_n + i and
-/// sees the first context_lens[b] - next_n + 1 + i keys.
+/// Keys of a batch of sequences in a paged cache. By default each sequence has next_n queries: row
+/// i of sequence b is query b * next_n + i and sees the first context_lens[b] - next_n + 1 + i keys.
 struct PagedKeys {
   CacheView cache;
   const std::int32_t* block_table = nullptr;  ///< [batch, max_pages] page numbers
@@ -79,6 +80,11 @@ struct PagedKeys {
   std::int64_t block_table_stride = 0;         ///< elements from one row to the next; 0: max_pages
   std::span<const std::int32_t> context_lens;  ///< [batch]; zero or negative is an empty sequence
   std::int64_t next_n = 1;                     ///< queries per sequence
+  /// [batch + 1], ascending from 0 to T, or empty. In place of next_n: queries query_starts[b] to
+  /// query_starts[b + 1] - 1 belong to sequence b.
+  std::span<const std::int32_t> query_starts = {};
+  /// [T] or empty: how many keys each query sees, in place of what context_lens says.
+  std::span<const std::int32_t> row_lens = {};
 };
 
 }  // namespace misa

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where a key lies and which keys a query sees. Loaders take the source as a template parameter.
-// Ranges are clamped, so that reads stay in bounds whatever the arrays hold.
+// Ranges are clamped, so that reads stay in bounds whatever the arrays hold. The index of a key in a
+// source grows by one from a key of a sequence to the next.
 #pragma once
 
 #include <cstddef>
@@ -46,6 +47,74 @@ __device__ inline const std::byte* key_address(const DeviceRaggedSource& keys, s
 template <DType type>
 __device__ inline float key_scale(const DeviceRaggedSource& keys, std::int64_t token) {
   return type == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
+}
+
+// Paged keys.
+
+// The sequence of a query of the chunk.
+__device__ inline std::int32_t sequence_of(const DevicePagedSource& keys, std::int64_t t) {
+  const auto query = keys.first_query + static_cast<std::int32_t>(t);
+  if (keys.query_starts == nullptr) {
+    return query / keys.next_n;
+  }
+  std::int32_t sequence = 0;  // the last one that starts at the query or before it
+  for (std::int32_t end = keys.sequences; end - sequence > 1;) {
+    const std::int32_t middle = sequence + (end - sequence) / 2;
+    (keys.query_starts[middle] <= query ? sequence : end) = middle;
+  }
+  return sequence;
+}
+
+__device__ inline Range visible(const DevicePagedSource& keys, std::int64_t t) {
+  const auto query = keys.first_query + static_cast<std::int32_t>(t);
+  const std::int32_t sequence = min(sequence_of(keys, t), keys.sequences - 1);
+  std::int64_t length = 0;
+  if (keys.row_lens != nullptr) {
+    length = keys.row_lens[query];
+  } else {
+    const std::int32_t later = keys.query_starts != nullptr
+                                   ? keys.query_starts[sequence + 1] - 1 - query
+                                   : keys.next_n - 1 - query % keys.next_n;
+    length = std::int64_t{keys.context_lens[sequence]} - later;
+  }
+  const std::int64_t room = std::int64_t{keys.max_pages} << keys.page_bits;
+  const auto cut = static_cast<std::int32_t>(
+      max(std::int64_t{0}, min(min(length, room), std::int64_t{keys.max_keys})));
+  const bool computed = keys.pages > 0 && cut >= keys.least_keys && cut <= keys.most_keys;
+  return {sequence << keys.sequence_bits, computed ? cut : 0};
+}
+
+// The page of a key that some query sees; -1 if the block table names a page that does not exist.
+__device__ inline std::int64_t page_of(const DevicePagedSource& keys, std::int64_t token) {
+  const std::int64_t sequence = token >> keys.sequence_bits;
+  const std::int64_t position = token & ((std::int64_t{1} << keys.sequence_bits) - 1);
+  const std::int32_t page =
+      __ldg(keys.block_table + sequence * keys.table_stride + (position >> keys.page_bits));
+  return page >= 0 && page < keys.pages ? page : -1;
+}
+
+template <DType type>
+__device__ inline const std::byte* key_address(const DevicePagedSource& keys, std::int64_t token) {
+  const std::int64_t slot = token & ((1 << keys.page_bits) - 1);
+  return reinterpret_cast<const std::byte*>(keys.data) +
+         max(page_of(keys, token), std::int64_t{0}) * keys.page_stride + slot * keys.dim;
+}
+
+template <DType type>
+__device__ inline float key_scale(const DevicePagedSource& keys, std::int64_t token) {
+  const std::int64_t page = page_of(keys, token);
+  if (page < 0) {
+    return __uint_as_float(0x7FFFFFFFU);  // NaN
+  }
+  const std::int64_t slot = token & ((1 << keys.page_bits) - 1);
+  const std::int64_t scales = std::int64_t{keys.dim} << keys.page_bits;
+  return __ldg(reinterpret_cast<const float*>(keys.data + page * keys.page_stride + scales) + slot);
+}
+
+// Bytes from one key to the next one of the same page.
+template <DType type>
+__device__ inline std::int64_t key_pitch(const DevicePagedSource& keys) {
+  return keys.dim;
 }
 
 }  // namespace misa::cuda

@@ -30,6 +30,32 @@ struct DeviceRaggedSource {
   std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
 };
 
+// Keys in pages of a cache. To share their code with ragged keys, kernels number the keys of a batch
+// as if every sequence had 2^sequence_bits of them: position p of sequence b has the index
+// (b << sequence_bits) + p, which fits in 31 bits.
+struct DevicePagedSource {
+  const std::uint8_t* data;         // pages, aligned to 16 bytes, of `dim` e4m3 elements a key
+  std::int64_t pages;               // of the cache; a key in a page that is not one of them is NaN
+  std::int64_t page_stride;         // bytes, a multiple of 16
+  std::int32_t dim;                 // D
+  std::int32_t page_bits;           // a page has 2^page_bits tokens: 32, 64 or 128
+  const std::int32_t* block_table;  // [sequences, max_pages]
+  std::int64_t table_stride;        // elements from one row of the table to the next
+  std::int32_t max_pages;
+  std::int32_t sequences;
+  std::int32_t sequence_bits;
+  const std::int32_t* context_lens;  // [sequences]; null if there are row_lens
+  const std::int32_t* row_lens;      // [T of the call], or null
+  const std::int32_t* query_starts;  // [sequences + 1], or null: next_n queries each
+  std::int32_t next_n;
+  std::int32_t first_query;  // of the chunk, among the queries of the call
+  std::int32_t max_keys;     // longer rows are cut to this many keys; at most 2^sequence_bits
+  std::int32_t least_keys = 0;  // as in DeviceRaggedSource
+  std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
+
+  static constexpr DType dtype = DType::e4m3;
+};
+
 // Queries and weights have actual strides, never default ones. A chunk of a call is a Problem whose
 // pointers start at the chunk's first query and whose q.tokens is the chunk's.
 struct Problem {
