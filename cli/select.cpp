@@ -285,8 +285,9 @@ constexpr const char* kFooter = R"(Indexers (µs beside recall: `misa compare`):
 
 IN holds q [T,H,D], w [T,H] (F32) and k [L,D]; q and k are F32, BF16 or F8_E4M3 (k then with
 k_scale [L], F32). Query t sees the keys ks[t] <= s < ke[t] (I32; absent: 0 and L-T+t+1). Or, paged,
-q [B,next_n,H,D], w [B,next_n,H], cache [pages,64,D+4] (U8), block_table [B,max_pages] and
-context_lens [B] (I32). H is 1 to 256, D is 64 or 128. Other tensors are not read.
+q [B,next_n,H,D], w [B,next_n,H], cache [pages,page_size,D+4] (U8), block_table [B,max_pages] and
+context_lens [B] (I32). H is 1 to 256, D is 64 or 128, page_size is 32, 64 or 128. Other tensors are
+not read.
 
 OUT holds indices [T,N] (I32): positions from the query's first key on, -1 on the right where a query
 sees fewer than N; with --scores also scores [T,N] (F32); heads [T,h] (I32) where heads are routed;

@@ -196,8 +196,11 @@ void Trace::read_paged(const SafetensorsReader& file) {
   keys.next_n = q.shape[1];
   require(keys.next_n >= 1, "q: expected next_n = 1 or more, got {}", keys.next_n);
   keys.cache.dim = inputs_.q.dim;
-  check_tensor(cache, "U8", "[pages, 64, D + 4]", {kAny, kPageSize, keys.cache.dim + 4});
+  check_tensor(cache, "U8", "[pages, page_size, D + 4]", {kAny, kAny, keys.cache.dim + 4});
   keys.cache.pages = cache.shape[0];
+  keys.cache.page_size = cache.shape[1];
+  require(keys.cache.page_size == 32 || keys.cache.page_size == 64 || keys.cache.page_size == 128,
+          "cache: expected a page size of 32, 64 or 128, got {}", keys.cache.page_size);
   keys.cache.data = elements<std::uint8_t>(read(file, cache)).data();
   check_tensor(table, "I32", "[B, max_pages]", {batch, kAny});
   keys.max_pages = table.shape[1];
@@ -207,10 +210,11 @@ void Trace::read_paged(const SafetensorsReader& file) {
   keys.context_lens = elements<std::int32_t>(read(file, lens));
   for (std::int64_t b = 0; b < batch; ++b) {
     const std::int64_t length = keys.context_lens[b];
-    const std::int64_t used = (length + kPageSize - 1) / kPageSize;
+    const std::int64_t page_size = keys.cache.page_size;
+    const std::int64_t used = (length + page_size - 1) / page_size;
     require(used <= keys.max_pages,
             "context_lens[{}]: expected {} at most (max_pages * {}), got {}", b,
-            keys.max_pages * kPageSize, kPageSize, length);
+            keys.max_pages * page_size, page_size, length);
     for (std::int64_t i = 0; i < used; ++i) {
       const std::int32_t page = pages[b * keys.max_pages + i];
       require(page >= 0 && page < keys.cache.pages,

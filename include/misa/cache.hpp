@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /// \file
-/// Writing and reading the paged key cache, and the page sums beside it.
+/// Writing and reading the paged key cache, and the data derived from it.
 ///
 /// Token i of page p has its D e4m3 bytes at p * page_stride + i * D and its fp32 scale at
-/// p * page_stride + 64 * D + 4 * i. The layout is the one that vLLM, SGLang, TensorRT-LLM and
-/// DeepGEMM share.
+/// p * page_stride + page_size * D + 4 * i. The layout is the one that vLLM, SGLang, TensorRT-LLM
+/// and DeepGEMM share.
 #pragma once
 
 #include <cstdint>
@@ -17,14 +17,19 @@ namespace misa {
 /// A token's scale: max(amax, 1e-4) / 448 (f32), or that rounded up to a power of two (ue8m0).
 enum class ScaleFormat : std::uint8_t { f32, ue8m0 };
 
-/// A writable cache. page_sums [pages, D], if not null, is kept equal to the sum of the dequantised
-/// keys of each page, added in order from token 0 to the last one appended.
+/// A writable cache, with the fields of CacheView. page_sums and largest_scales, if not null, are
+/// kept equal to the sum of the dequantised keys of each group, added in order from its first token
+/// to the last one appended, and to the largest |scale| of these tokens.
 struct CacheSpan {
   std::uint8_t* data = nullptr;
   std::int64_t pages = 0;
   std::int64_t dim = 0;          ///< D, 64 or 128
-  std::int64_t page_stride = 0;  ///< bytes, a multiple of 4; 0: 64 * (D + 4)
+  std::int64_t page_stride = 0;  ///< bytes, a multiple of 4; 0: page_size * (D + 4)
   float* page_sums = nullptr;
+  std::int64_t page_size = kPageSize;  ///< 32, 64 or 128
+  std::int64_t page_sums_stride = 0;
+  float* largest_scales = nullptr;
+  std::int64_t largest_scales_stride = 0;
 };
 
 /// Keys k [N, D] in f32 or bf16, to be quantised.
@@ -36,25 +41,45 @@ struct NewKeys {
   std::int64_t token_stride = 0;  ///< elements; 0: dim
 };
 
-/// Bytes of a cache without padding: pages * 64 * (dim + 4).
-std::int64_t cache_bytes(std::int64_t pages, std::int64_t dim);
+/// Bytes of a cache without padding: pages * page_size * (dim + 4).
+std::int64_t cache_bytes(std::int64_t pages, std::int64_t dim, std::int64_t page_size = kPageSize);
+
+/// Where a page that carries its derived data has them, in bytes from its start. Each begins on a
+/// multiple of 128; one that the page does not have takes no bytes.
+struct PageTail {
+  std::int64_t page_sums = 0;       ///< fp32 [page_size / 64, D]
+  std::int64_t largest_scales = 0;  ///< fp32 [page_size / 64]
+  std::int64_t sketch = 0;          ///< the bytes asked for
+  std::int64_t page_stride = 0;     ///< the least page stride, a multiple of 128
+};
+
+/// The tail of a page; sketch_bytes is the size of the sketch of a page, 0 for none.
+PageTail page_tail(std::int64_t dim, std::int64_t page_size = kPageSize,
+                   std::int64_t sketch_bytes = 0);
+
+/// The cache with the page sums and largest scales in the tails of its pages. Its page_stride is
+/// that of page_tail (also meant by 0) or more, a multiple of 128.
+CacheView with_tail(const CacheView& cache);
+CacheSpan with_tail(const CacheSpan& cache);
 
 /// Quantises one key of D values to e4m3 bytes; returns its scale. A NaN stays NaN; an infinity
 /// makes the scale infinite and the key's finite entries zero.
 float quantize(std::span<const float> key, ScaleFormat format, std::span<std::uint8_t> out);
 
-/// Quantises keys into slots [N] (page * 64 + offset; -1 skips the token) and recomputes the sums
-/// of the touched pages from the cache's bytes. A page's content then ends with the last token
-/// appended to it: later tokens left by an earlier user of the page no longer count.
+/// Quantises keys into slots [N] (page * page_size + offset; -1 skips the token) and recomputes the
+/// sums and largest scales of the touched groups from the cache's bytes. A group's content then
+/// ends with the last token appended to it: later tokens left by an earlier user of the page no
+/// longer count.
 void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::int64_t> slots,
             ScaleFormat format = ScaleFormat::f32);
 
-/// Copies whole pages: pages of `from` to pages of `to`, sums included (copy-on-write, offload).
+/// Copies whole pages: pages of `from` to pages of `to`, with the sums and largest scales that the
+/// target has (copy-on-write, offload). Both caches have the same page size.
 void copy_pages(const CacheView& source, std::span<const std::int32_t> from,
                 const CacheSpan& target, std::span<const std::int32_t> to);
 
-/// Rebuilds the sums of the given pages from their bytes; filled [N] is how many tokens of each
-/// page count (empty: all 64).
+/// Rebuilds the sums and largest scales of the given pages from their bytes; filled [N] is how many
+/// tokens of each page count (empty: all).
 void rebuild_page_sums(const CacheSpan& cache, std::span<const std::int32_t> pages,
                        std::span<const std::int32_t> filled = {});
 

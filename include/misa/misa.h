@@ -169,11 +169,15 @@ typedef struct misa_ragged_keys {
 } misa_ragged_keys;
 
 typedef struct misa_cache_view {
-  const uint8_t* data; /**< [pages, 64, D + 4] */
+  const uint8_t* data; /**< [pages, page_size, D + 4] */
   int64_t pages;
   int64_t dim;
   int64_t page_stride;    /**< bytes */
-  const float* page_sums; /**< [pages, D] or null */
+  const float* page_sums; /**< [pages, page_size / 64, D] or null */
+  int64_t page_size;      /**< 32, 64 or 128; 0: 64 */
+  int64_t page_sums_stride;
+  const float* largest_scales; /**< [pages, page_size / 64] or null */
+  int64_t largest_scales_stride;
 } misa_cache_view;
 
 typedef struct misa_paged_keys {
@@ -181,9 +185,13 @@ typedef struct misa_paged_keys {
   const int32_t* block_table; /**< [batch, max_pages] */
   int64_t max_pages;
   int64_t block_table_stride;
-  const int32_t* context_lens; /**< [batch] */
-  size_t batch;
-  int64_t next_n; /**< queries per sequence, 1 or more */
+  const int32_t* context_lens; /**< [batch], or null if there are row_lens */
+  size_t batch;                /**< entries of context_lens */
+  int64_t next_n;              /**< queries per sequence, 1 or more */
+  const int32_t* query_starts; /**< [batch + 1], or null: next_n queries per sequence */
+  size_t query_start_count;
+  const int32_t* row_lens; /**< [T], or null */
+  size_t row_len_count;
 } misa_paged_keys;
 
 /** Each array is dense row-major; one of count 0 is not written. */
@@ -242,6 +250,10 @@ typedef struct misa_cache_span {
   int64_t dim;
   int64_t page_stride;
   float* page_sums;
+  int64_t page_size; /**< 32, 64 or 128; 0: 64 */
+  int64_t page_sums_stride;
+  float* largest_scales;
+  int64_t largest_scales_stride;
 } misa_cache_span;
 
 typedef struct misa_new_keys {
@@ -252,7 +264,19 @@ typedef struct misa_new_keys {
   int64_t token_stride;
 } misa_new_keys;
 
-misa_status misa_cache_bytes(int64_t pages, int64_t dim, int64_t* bytes) MISA_NOEXCEPT;
+misa_status misa_cache_bytes(int64_t pages, int64_t dim, int64_t page_size,
+                             int64_t* bytes) MISA_NOEXCEPT;
+
+/** Where a page that carries its derived data has them, in bytes from its start. */
+typedef struct misa_page_tail {
+  int64_t page_sums;
+  int64_t largest_scales;
+  int64_t sketch;
+  int64_t page_stride; /**< the least page stride, a multiple of 128 */
+} misa_page_tail;
+
+misa_status misa_cache_page_tail(int64_t dim, int64_t page_size, int64_t sketch_bytes,
+                                 misa_page_tail* tail) MISA_NOEXCEPT;
 
 /** Quantises one key [dim] to out [dim] and its scale. */
 misa_status misa_cache_quantize(const float* key, size_t dim, int32_t scale_format, uint8_t* out,
@@ -267,7 +291,7 @@ misa_status misa_cache_copy_pages(const misa_cache_view* source, const int32_t* 
                                   const misa_cache_span* target, const int32_t* to,
                                   size_t count) MISA_NOEXCEPT;
 
-/** filled [count], or null: all 64 tokens of every page count. */
+/** filled [count], or null: all tokens of every page count. */
 misa_status misa_cache_rebuild_page_sums(const misa_cache_span* cache, const int32_t* pages,
                                          const int32_t* filled, size_t count) MISA_NOEXCEPT;
 

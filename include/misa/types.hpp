@@ -10,8 +10,11 @@
 
 namespace misa {
 
-/// Tokens in one page of the key cache; block sizes are multiples of it.
+/// Tokens of a page of the key cache, unless a view says otherwise.
 inline constexpr int kPageSize = 64;
+
+/// Tokens of a group. Keys are summed in aligned groups, and block sizes are multiples of a group.
+inline constexpr int kGroupSize = 64;
 
 /// Largest number of indexer heads that a call accepts.
 inline constexpr int kMaxHeads = 256;

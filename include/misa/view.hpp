@@ -59,7 +59,8 @@ struct RaggedMeans {
 };
 
 /// The paged key cache: uint8 [pages, page_size, D + 4], inside a page first page_size x D e4m3
-/// bytes, then page_size fp32 scales.
+/// bytes, then page_size fp32 scales. Sums and largest scales are those of the page's groups, its
+/// aligned runs of 64 tokens. A page of 32 tokens has no groups.
 struct CacheView {
   const std::uint8_t* data = nullptr;
   std::int64_t pages = 0;
@@ -67,23 +68,33 @@ struct CacheView {
   std::int64_t page_stride =
       0;  ///< bytes from one page to the next, a multiple of 4; 0: page_size * (D + 4)
   const float* page_sums =
-      nullptr;  ///< [pages, D] sums of the dequantised keys of each page, or null
+      nullptr;  ///< [pages, page_size / 64, D] sums of the dequantised keys of each group, or null
   std::int64_t page_size = kPageSize;  ///< tokens of a page: 32, 64 or 128
+  /// Elements from the sums of one page to those of the next; 0: page_size / 64 * D.
+  std::int64_t page_sums_stride = 0;
+  const float* largest_scales =
+      nullptr;  ///< [pages, page_size / 64] the largest |scale| of each group; only with page_sums
+  /// Elements from the scales of one page to those of the next; 0: page_size / 64.
+  std::int64_t largest_scales_stride = 0;
 };
 
 /// Keys of a batch of sequences in a paged cache. By default each sequence has next_n queries: row
-/// i of sequence b is query b * next_n + i and sees the first context_lens[b] - next_n + 1 + i keys.
+/// i of sequence b is query b * next_n + i and sees the first context_lens[b] - next_n + 1 + i
+/// keys.
 struct PagedKeys {
   CacheView cache;
   const std::int32_t* block_table = nullptr;  ///< [batch, max_pages] page numbers
   std::int64_t max_pages = 0;
-  std::int64_t block_table_stride = 0;         ///< elements from one row to the next; 0: max_pages
-  std::span<const std::int32_t> context_lens;  ///< [batch]; zero or negative is an empty sequence
-  std::int64_t next_n = 1;                     ///< queries per sequence
+  std::int64_t block_table_stride = 0;  ///< elements from one row to the next; 0: max_pages
+  /// [batch]; zero or negative is an empty sequence. May be left out if row_lens are given.
+  std::span<const std::int32_t> context_lens;
+  std::int64_t next_n = 1;  ///< queries per sequence; 1 if query_starts are given
   /// [batch + 1], ascending from 0 to T, or empty. In place of next_n: queries query_starts[b] to
-  /// query_starts[b + 1] - 1 belong to sequence b.
+  /// query_starts[b + 1] - 1 belong to sequence b, whose last one sees context_lens[b] keys and
+  /// each earlier one a key less.
   std::span<const std::int32_t> query_starts = {};
-  /// [T] or empty: how many keys each query sees, in place of what context_lens says.
+  /// [T] or empty: how many keys each query sees, in place of what context_lens says. The rows of a
+  /// sequence may have any lengths, in any order; zero or negative is an empty row.
   std::span<const std::int32_t> row_lens = {};
 };
 

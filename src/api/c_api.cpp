@@ -145,12 +145,32 @@ misa::RaggedMeans means_from(const misa_ragged_means& m) {
           span_from("partial", m.partial, m.partial_count)};
 }
 
+std::int64_t page_size_from(std::int64_t page_size) {
+  return page_size == 0 ? misa::kPageSize : page_size;
+}
+
 misa::CacheView view_from(const misa_cache_view& c) {
-  return {c.data, c.pages, c.dim, c.page_stride, c.page_sums};
+  return {c.data,
+          c.pages,
+          c.dim,
+          c.page_stride,
+          c.page_sums,
+          page_size_from(c.page_size),
+          c.page_sums_stride,
+          c.largest_scales,
+          c.largest_scales_stride};
 }
 
 misa::CacheSpan cache_from(const misa_cache_span& c) {
-  return {c.data, c.pages, c.dim, c.page_stride, c.page_sums};
+  return {c.data,
+          c.pages,
+          c.dim,
+          c.page_stride,
+          c.page_sums,
+          page_size_from(c.page_size),
+          c.page_sums_stride,
+          c.largest_scales,
+          c.largest_scales_stride};
 }
 
 misa::PagedKeys keys_from(const misa_paged_keys& k) {
@@ -159,7 +179,9 @@ misa::PagedKeys keys_from(const misa_paged_keys& k) {
           k.max_pages,
           k.block_table_stride,
           span_from("context_lens", k.context_lens, k.batch),
-          k.next_n};
+          k.next_n,
+          span_from("query_starts", k.query_starts, k.query_start_count),
+          span_from("row_lens", k.row_lens, k.row_len_count)};
 }
 
 misa::Selection selection_from(const misa_selection& s) {
@@ -296,8 +318,19 @@ misa_status misa_keep_blocks_from_means(const misa_context* context, const misa_
                         out_count);
 }
 
-misa_status misa_cache_bytes(std::int64_t pages, std::int64_t dim, std::int64_t* bytes) noexcept {
-  return guarded([&] { deref("bytes", bytes) = misa::cache_bytes(pages, dim); });
+misa_status misa_cache_bytes(std::int64_t pages, std::int64_t dim, std::int64_t page_size,
+                             std::int64_t* bytes) noexcept {
+  return guarded(
+      [&] { deref("bytes", bytes) = misa::cache_bytes(pages, dim, page_size_from(page_size)); });
+}
+
+misa_status misa_cache_page_tail(std::int64_t dim, std::int64_t page_size,
+                                 std::int64_t sketch_bytes, misa_page_tail* tail) noexcept {
+  return guarded([&] {
+    misa_page_tail& written = deref("tail", tail);
+    const misa::PageTail from = misa::page_tail(dim, page_size_from(page_size), sketch_bytes);
+    written = {from.page_sums, from.largest_scales, from.sketch, from.page_stride};
+  });
 }
 
 misa_status misa_cache_quantize(const float* key, std::size_t dim, std::int32_t scale_format,

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cache/cache.hpp"
+#include "core/key_source.hpp"
 #include "core/require.hpp"
 #include "core/workspace.hpp"
 
@@ -76,8 +77,8 @@ void validate_routing(const IndexerConfig& config, std::int64_t heads) {
     require(config.heads >= least && config.heads <= heads, "heads: expected {} to H = {}, got {}",
             least, heads, config.heads);
   }
-  require(config.block >= kPageSize && config.block % kPageSize == 0,
-          "block: expected a multiple of {}, got {}", kPageSize, config.block);
+  require(config.block >= kGroupSize && config.block % kGroupSize == 0,
+          "block: expected a multiple of {}, got {}", kGroupSize, config.block);
   if (config.router == Router::fixed) {
     validate_static_heads(config, heads);
   } else {
@@ -90,8 +91,8 @@ void validate_filter(const IndexerConfig& config) {
   if (config.filter_block == 0) {
     return;
   }
-  require(config.filter_block >= kPageSize && config.filter_block % kPageSize == 0,
-          "filter_block: expected a multiple of {} or 0 (none), got {}", kPageSize,
+  require(config.filter_block >= kGroupSize && config.filter_block % kGroupSize == 0,
+          "filter_block: expected a multiple of {} or 0 (none), got {}", kGroupSize,
           config.filter_block);
   // The first and the last block are always kept, and the last one may have a single visible
   // position.
@@ -266,31 +267,98 @@ RaggedKeys validated(const RaggedKeys& k, const Queries& q) {
   return resolved;
 }
 
-PagedKeys validated(const PagedKeys& k, const Queries& q) {
+std::int64_t batch_of(const PagedKeys& k, const Queries& q) {
+  if (!k.query_starts.empty()) {
+    return std::ssize(k.query_starts) - 1;
+  }
+  return k.context_lens.empty() && !k.row_lens.empty() ? q.tokens / k.next_n
+                                                       : std::ssize(k.context_lens);
+}
+
+PagedKeys validated_layout(const PagedKeys& k, const Queries& q) {
   PagedKeys resolved = k;
-  resolved.cache.page_stride = validated_page_stride(k.cache);
+  resolved.cache = validated(k.cache);
   require(k.cache.dim == q.dim, "cache: expected D = {} as q has, got {}", q.dim, k.cache.dim);
   require(k.next_n >= 1, "next_n: expected 1 or more, got {}", k.next_n);
-  const std::int64_t batch = std::ssize(k.context_lens);
-  require(checked_multiply_add("next_n", batch, k.next_n) == q.tokens,
+  require(k.query_starts.empty() || k.next_n == 1, "next_n: expected 1 with query_starts, got {}",
+          k.next_n);
+  const std::int64_t batch = batch_of(k, q);
+  require(!k.query_starts.empty() || checked_multiply_add("next_n", batch, k.next_n) == q.tokens,
           "q: expected T = batch * next_n = {} * {}, got {}", batch, k.next_n, q.tokens);
-  require_data("context_lens", k.context_lens.data(), batch, alignof(std::int32_t));
+  require(std::ssize(k.context_lens) == batch || (k.context_lens.empty() && !k.row_lens.empty()),
+          "context_lens: expected {} entries, one a sequence of query_starts, got {}", batch,
+          k.context_lens.size());
+  require(k.row_lens.empty() || std::ssize(k.row_lens) == q.tokens,
+          "row_lens: expected {} entries (T) or none, got {}", q.tokens, k.row_lens.size());
+  const auto require_span = [](std::string_view name, std::span<const std::int32_t> values) {
+    require_data(name, values.data(), std::ssize(values), alignof(std::int32_t));
+  };
+  require_span("context_lens", k.context_lens);
+  require_span("query_starts", k.query_starts);
+  require_span("row_lens", k.row_lens);
   validate_count("block_table", "max_pages", k.max_pages);
   resolved.block_table_stride = resolved_stride("block_table", "row", k.block_table_stride,
                                                 k.max_pages, k.max_pages == 0 ? 0 : batch);
   validate_rows("block_table", k.block_table, k.max_pages == 0 ? 0 : batch,
                 resolved.block_table_stride, sizeof(std::int32_t));
+  checked_multiply_add("block_table", k.max_pages, k.cache.page_size);
+  return resolved;
+}
 
-  const std::int64_t capacity = checked_multiply_add("block_table", k.max_pages, kPageSize);
-  for (std::int64_t b = 0; b < batch; ++b) {
-    const std::int64_t length = k.context_lens[b];
-    require(length <= capacity, "context_lens[{}]: expected at most max_pages * {} = {}, got {}", b,
-            kPageSize, capacity, length);
-    for (std::int64_t i = 0; i * kPageSize < length; ++i) {
-      const std::int32_t page = k.block_table[b * resolved.block_table_stride + i];
-      require(page >= 0 && page < k.cache.pages,
-              "block_table[{}, {}]: expected a page from 0 to {}, got {}", b, i, k.cache.pages - 1,
-              page);
+namespace {
+
+void validate_query_starts(std::span<const std::int32_t> starts, std::int64_t tokens) {
+  std::int64_t least = 0;
+  for (std::size_t b = 0; b < starts.size(); ++b) {
+    const std::int64_t most = b == 0 ? 0 : tokens;
+    require(starts[b] >= least && starts[b] <= most,
+            "query_starts[{}]: expected {} to {}, ascending from 0 to T = {}, got {}", b, least,
+            most, tokens, starts[b]);
+    least = starts[b];
+  }
+  require(starts.empty() || least == tokens, "query_starts[{}]: expected T = {}, got {}",
+          starts.size() - 1, tokens, least);
+}
+
+// Checks lengths against the table's width.
+void validate_lengths(std::string_view name, std::span<const std::int32_t> lengths,
+                      const PagedKeys& k) {
+  const std::int64_t capacity = k.max_pages * k.cache.page_size;
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    require(lengths[i] <= capacity, "{}[{}]: expected at most max_pages * {} = {}, got {}", name, i,
+            k.cache.page_size, capacity, lengths[i]);
+  }
+}
+
+// Checks the entries of the block table that `length` keys of sequence b use.
+void validate_pages(const PagedKeys& k, std::int64_t b, std::int64_t length) {
+  for (std::int64_t i = 0; i * k.cache.page_size < length; ++i) {
+    const std::int32_t page = k.block_table[b * k.block_table_stride + i];
+    require(page >= 0 && page < k.cache.pages,
+            "block_table[{}, {}]: expected a page from 0 to {}, got {}", b, i, k.cache.pages - 1,
+            page);
+  }
+}
+
+}  // namespace
+
+PagedKeys validated(const PagedKeys& k, const Queries& q) {
+  const PagedKeys resolved = validated_layout(k, q);
+  validate_query_starts(k.query_starts, q.tokens);
+  if (k.row_lens.empty()) {
+    validate_lengths("context_lens", k.context_lens, resolved);
+    for (std::int64_t b = 0; b < std::ssize(k.context_lens); ++b) {
+      validate_pages(resolved, b, k.context_lens[b]);
+    }
+  } else {
+    validate_lengths("row_lens", k.row_lens, resolved);
+    const PagedSource source{resolved};
+    for (std::int64_t t = 0; t < q.tokens;) {
+      const Sequence rows = source.sequence_at(t, q.tokens);
+      const auto lengths =
+          k.row_lens.subspan(static_cast<std::size_t>(t), static_cast<std::size_t>(rows.queries));
+      validate_pages(resolved, source.sequence_of(t), std::ranges::max(lengths));
+      t += rows.queries;
     }
   }
   return resolved;
@@ -306,7 +374,7 @@ Shape shape_of(const Queries& q, const RaggedKeys& k) {
 
 Shape shape_of(const Queries& q, const PagedKeys& k) {
   std::int64_t longest = 0;
-  for (const std::int32_t length : k.context_lens) {
+  for (const std::int32_t length : k.row_lens.empty() ? k.context_lens : k.row_lens) {
     longest = std::max<std::int64_t>(longest, length);
   }
   return {q.tokens, q.heads, q.dim, longest, q.dtype, DType::e4m3};

@@ -22,7 +22,11 @@ RaggedMeans validated(const RaggedMeans& means, const Queries& q);
 
 // The same without reading the arrays, which may be in device memory.
 RaggedKeys validated_layout(const RaggedKeys& k, const Queries& q);
+PagedKeys validated_layout(const PagedKeys& k, const Queries& q);
 RaggedMeans validated_layout(const RaggedMeans& means, const Queries& q);
+
+// How many sequences a call has.
+std::int64_t batch_of(const PagedKeys& k, const Queries& q);
 
 // The shape of a validated call.
 Shape shape_of(const Queries& q, const RaggedKeys& k);

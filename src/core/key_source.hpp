@@ -51,42 +51,64 @@ struct RaggedSource : RaggedKeys {
             scale != nullptr ? scale[token] : 1.0F};
   }
 
-  // The sum [D] of the 64 keys of a whole page of query t's sequence; null if the source keeps no
-  // page sums.
-  [[nodiscard]] static const float* page_sum(std::int64_t /*t*/, std::int64_t /*page*/) {
+  // The sum [D] of a group of query t's sequence, its keys 64 * group … 64 * group + 63; null if
+  // the source keeps no page sums.
+  [[nodiscard]] static const float* page_sum(std::int64_t /*t*/, std::int64_t /*group*/) {
     return nullptr;
   }
 };
 
-// Keys in pages of a cache. Query i of the next_n queries of a sequence sees the sequence's context
-// except the last next_n - 1 - i keys, which belong to the queries after it.
+// Keys in pages of a cache. Query i of the n queries of a sequence sees the sequence's context
+// except the last n - 1 - i keys, which belong to the queries after it; or as many keys as its
+// entry of row_lens says.
 struct PagedSource : PagedKeys {
   [[nodiscard]] KeyFormat format() const { return kPageFormat; }
 
   [[nodiscard]] std::int64_t visible(std::int64_t t) const {
-    return std::max<std::int64_t>(0, context_lens[t / next_n] - next_n + 1 + t % next_n);
+    const std::int64_t length =
+        row_lens.empty() ? std::int64_t{context_lens[sequence_of(t)]} - (end_of_sequence(t) - 1 - t)
+                         : row_lens[t];
+    return std::max<std::int64_t>(0, length);
   }
 
   [[nodiscard]] Sequence sequence_at(std::int64_t t, std::int64_t end) const {
-    return {t, std::min(end, (t / next_n + 1) * next_n) - t};
+    return {t, std::min(end, end_of_sequence(t)) - t};
   }
 
   [[nodiscard]] Key key(std::int64_t t, std::int64_t position) const {
     const std::uint8_t* page =
-        cache.data + physical_page(t, position / kPageSize) * cache.page_stride;
-    const std::int64_t slot = position % kPageSize;
+        cache.data + table_of(t)[position >> page_bits(cache.page_size)] * cache.page_stride;
+    const std::int64_t slot = position & (cache.page_size - 1);
     return {reinterpret_cast<const std::byte*>(page + slot * format().element_bytes(cache.dim)),
-            load_scale(page, cache.dim, slot)};
+            load_scale(page, cache.dim, cache.page_size, slot)};
   }
 
-  [[nodiscard]] const float* page_sum(std::int64_t t, std::int64_t page) const {
-    return cache.page_sums == nullptr ? nullptr
-                                      : cache.page_sums + physical_page(t, page) * cache.dim;
+  [[nodiscard]] const float* page_sum(std::int64_t t, std::int64_t group) const {
+    if (cache.page_sums == nullptr) {
+      return nullptr;
+    }
+    const std::int64_t groups = groups_of(cache.page_size);
+    return cache.page_sums + table_of(t)[group / groups] * cache.page_sums_stride +
+           group % groups * cache.dim;
+  }
+
+  // The pages of query t's sequence.
+  [[nodiscard]] const std::int32_t* table_of(std::int64_t t) const {
+    return block_table + sequence_of(t) * block_table_stride;
+  }
+
+  // The number of query t's sequence in the batch.
+  [[nodiscard]] std::int64_t sequence_of(std::int64_t t) const {
+    return query_starts.empty()
+               ? t / next_n
+               : std::ranges::upper_bound(query_starts, t) - query_starts.begin() - 1;
   }
 
  private:
-  [[nodiscard]] std::int64_t physical_page(std::int64_t t, std::int64_t page) const {
-    return block_table[(t / next_n) * block_table_stride + page];
+  // The query after the last one of query t's sequence.
+  [[nodiscard]] std::int64_t end_of_sequence(std::int64_t t) const {
+    const std::int64_t next = sequence_of(t) + 1;
+    return query_starts.empty() ? next * next_n : query_starts[next];
   }
 };
 

@@ -32,8 +32,8 @@ struct Problem {
   [[nodiscard]] Key key(std::int64_t t, std::int64_t position) const {
     return std::visit([&](const auto& source) { return source.key(t, position); }, keys);
   }
-  [[nodiscard]] const float* page_sum(std::int64_t t, std::int64_t page) const {
-    return std::visit([&](const auto& source) { return source.page_sum(t, page); }, keys);
+  [[nodiscard]] const float* page_sum(std::int64_t t, std::int64_t group) const {
+    return std::visit([&](const auto& source) { return source.page_sum(t, group); }, keys);
   }
 
   // Query head q[t, j].

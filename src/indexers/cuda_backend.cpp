@@ -74,11 +74,10 @@ struct RaggedCopy {
   std::vector<std::int32_t> starts;
   std::vector<std::int32_t> ends;
 
-  RaggedCopy(const misa::Problem& problem, const PagedKeys& paged) {
+  RaggedCopy(const misa::Problem& problem, const PagedSource& paged) {
     std::int64_t tokens = 0;
-    for (const std::int32_t length : paged.context_lens) {
-      tokens += std::max(length, 0);
-    }
+    for_each_sequence(problem,
+                      [&](const Sequence& /*queries*/, std::int64_t length) { tokens += length; });
     constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
     if (tokens > kMost) {
       throw Error(
@@ -90,23 +89,36 @@ struct RaggedCopy {
     k.resize(static_cast<std::size_t>(tokens * dim));
     scale.resize(static_cast<std::size_t>(tokens));
     std::int64_t first = 0;
-    for (std::int64_t b = 0; b < std::ssize(paged.context_lens); ++b) {
-      const std::int64_t length = std::max(paged.context_lens[b], 0);
+    for_each_sequence(problem, [&](const Sequence& queries, std::int64_t length) {
       gather(paged.cache,
-             {paged.block_table + b * paged.block_table_stride,
-              static_cast<std::size_t>(paged.max_pages)},
-             length, std::span(k).subspan(first * dim, length * dim),
+             {paged.table_of(queries.first), static_cast<std::size_t>(paged.max_pages)}, length,
+             std::span(k).subspan(first * dim, length * dim),
              std::span(scale).subspan(first, length));
-      for (std::int64_t i = 0; i < paged.next_n; ++i) {
+      for (std::int64_t i = 0; i < queries.queries; ++i) {
         starts.push_back(static_cast<std::int32_t>(first));
-        ends.push_back(static_cast<std::int32_t>(first + problem.visible(b * paged.next_n + i)));
+        ends.push_back(static_cast<std::int32_t>(first + problem.visible(queries.first + i)));
       }
       first += length;
-    }
+    });
   }
 
   [[nodiscard]] RaggedKeys view(std::int64_t dim) const {
     return {k.data(), DType::e4m3, std::ssize(scale), dim, dim, scale.data(), starts, ends};
+  }
+
+ private:
+  // Calls body(its queries, how many of its keys they see at most) for every sequence with queries.
+  template <class Body>
+  static void for_each_sequence(const misa::Problem& problem, const Body& body) {
+    for (std::int64_t t = 0; t < problem.q.tokens;) {
+      const Sequence queries = problem.sequence_at(t, problem.q.tokens);
+      std::int64_t length = 0;
+      for (std::int64_t i = 0; i < queries.queries; ++i) {
+        length = std::max(length, problem.visible(t + i));
+      }
+      body(queries, length);
+      t += queries.queries;
+    }
   }
 };
 

@@ -44,6 +44,8 @@ struct Buffers {
   // Two sequences of two queries; the last page of the second is beyond its context.
   std::vector<std::int32_t> block_table{3, 1, 0, 1000};
   std::vector<std::int32_t> context_lens{128, 64};
+  std::vector<std::int32_t> query_starts{0, 3, 4};
+  std::vector<std::int32_t> row_lens{128, -1, 64, 0};
   std::vector<std::int32_t> indices = std::vector<std::int32_t>(kTokens * kTopK, kPoisonIndex);
   std::vector<float> scores = std::vector<float>(kTokens * kTopK, kPoisonScore);
   std::vector<std::int32_t> heads = std::vector<std::int32_t>(kTokens * 2, kPoisonIndex);
@@ -283,6 +285,54 @@ TEST(Arguments, PagedSmoke) {
        [](C& c, B&) { c.k.cache.page_stride = -4352; }},
       {"page_sums", "aligned to 4",
        [](C& c, B& b) { c.k.cache.page_sums = misaligned(b.k_scale.data()); }},
+      {"cache", "page size of 32, 64 or 128, got 65", [](C& c, B&) { c.k.cache.page_size = 65; }},
+      {"page_sums", "none for pages of 32 tokens",
+       [](C& c, B& b) {
+         c.k.cache.page_sums = b.k_scale.data();
+         c.k.cache.page_size = 32;
+       }},
+      {"largest_scales", "none without page_sums",
+       [](C& c, B& b) { c.k.cache.largest_scales = b.k_scale.data(); }},
+      {"next_n", "1 with query_starts, got 2",
+       [](C& c, B& b) { c.k.query_starts = b.query_starts; }},
+      {"query_starts", "[0]: expected 0 to 0, ascending from 0 to T = 4, got 1",
+       [](C& c, B& b) {
+         b.query_starts[0] = 1, c.k.query_starts = b.query_starts, c.k.next_n = 1;
+       }},
+      {"query_starts", "[1]: expected 0 to 4, ascending from 0 to T = 4, got 5",
+       [](C& c, B& b) {
+         b.query_starts[1] = 5, c.k.query_starts = b.query_starts, c.k.next_n = 1;
+       }},
+      {"query_starts", "[2]: expected 3 to 4, ascending from 0 to T = 4, got 2",
+       [](C& c, B& b) {
+         b.query_starts[2] = 2, c.k.query_starts = b.query_starts, c.k.next_n = 1;
+       }},
+      {"query_starts", "[2]: expected T = 4, got 3",
+       [](C& c, B& b) {
+         b.query_starts[2] = 3, c.k.query_starts = b.query_starts, c.k.next_n = 1;
+       }},
+      {"query_starts", "aligned to 4",
+       [](C& c, B& b) {
+         c.k.query_starts = {misaligned(b.query_starts.data()), 3};
+         c.k.next_n = 1;
+       }},
+      {"context_lens", "1 entries, one a sequence of query_starts, got 2",
+       [](C& c, B& b) {
+         c.k.query_starts = std::span(b.query_starts).first(2);
+         c.k.next_n = 1;
+       }},
+      {"row_lens", "4 entries (T) or none, got 3",
+       [](C& c, B& b) { c.k.row_lens = std::span(b.row_lens).first(3); }},
+      {"row_lens", "aligned to 4",
+       [](C& c, B& b) {
+         c.k.row_lens = {misaligned(b.row_lens.data()), 4};
+       }},
+      {"row_lens", "[1]: expected at most max_pages * 64 = 128, got 129",
+       [](C& c, B& b) { b.row_lens[1] = 129, c.k.row_lens = b.row_lens; }},
+      {"block_table", "[1, 1]: expected a page from 0 to 3, got 1000",
+       [](C& c, B& b) { b.row_lens[2] = 65, c.k.row_lens = b.row_lens; }},
+      {"q", "batch * next_n = 1 * 3, got 4",
+       [](C& c, B& b) { c.k.row_lens = b.row_lens, c.k.context_lens = {}, c.k.next_n = 3; }},
       {"next_n", "got 0", [](C& c, B&) { c.k.next_n = 0; }},
       {"next_n", "got -2", [](C& c, B&) { c.k.next_n = -2; }},
       {"next_n", "below 2^63", [](C& c, B&) { c.k.next_n = std::int64_t{1} << 62; }},
@@ -338,6 +388,19 @@ TEST(Arguments, RightCallsAreAccepted) {
   expect_accepted<RaggedKeys>(
       [](auto& c, auto&) { c.config.dense_work = std::numeric_limits<std::int64_t>::max(); });
   expect_accepted<PagedKeys>([](auto&, Buffers& b) { b.context_lens = {-7, 0}; });
+  expect_accepted<PagedKeys>(
+      [](auto& c, Buffers& b) { c.k.query_starts = b.query_starts, c.k.next_n = 1; });
+  expect_accepted<PagedKeys>([](auto& c, Buffers& b) { c.k.row_lens = b.row_lens; });
+  expect_accepted<PagedKeys>(
+      [](auto& c, Buffers& b) { c.k.row_lens = b.row_lens, c.k.context_lens = {}; });
+  expect_accepted<PagedKeys>([](auto& c, Buffers& b) {  // row_lens count, not context_lens
+    b.context_lens = {1000, 1000};
+    c.k.row_lens = b.row_lens;
+  });
+  expect_accepted<PagedKeys>([](auto& c, Buffers& b) {
+    c.k.cache.page_size = 32;
+    b.context_lens = {64, 32};
+  });
   expect_accepted<PagedKeys>([](auto& c, Buffers& b) {
     b.context_lens = {0, 0};
     c.k.block_table = nullptr;

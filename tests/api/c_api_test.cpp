@@ -126,8 +126,8 @@ TEST(CApi, RaggedEqualsTheCppInterface) {
   EXPECT_TRUE(test::same_bits(outputs.selected, expected));
 }
 
-TEST(CApi, PagedEqualsTheCppInterface) {
-  const test::PagedInputs inputs(pack(), {.shuffle = 3, .padding = 2, .page_sums = true});
+void expect_paged_equal(const test::PageLayout& layout) {
+  const test::PagedInputs inputs(pack(), layout);
   const Queries q = inputs.q(inputs.all());
   const Weights w = inputs.w(inputs.all());
   const PagedKeys k = inputs.k(inputs.all());
@@ -140,20 +140,38 @@ TEST(CApi, PagedEqualsTheCppInterface) {
   Outputs outputs(q.tokens, kConfig, q.dim);
   const misa_queries queries = c_queries(q);
   const misa_weights weights = c_weights(w);
+  const bool default_size = k.cache.page_size == 64;
   const misa_paged_keys keys{
-      {k.cache.data, k.cache.pages, k.cache.dim, k.cache.page_stride, k.cache.page_sums},
+      {k.cache.data, k.cache.pages, k.cache.dim, k.cache.page_stride, k.cache.page_sums,
+       default_size ? 0 : k.cache.page_size, k.cache.page_sums_stride, k.cache.largest_scales,
+       k.cache.largest_scales_stride},
       k.block_table,
       k.max_pages,
       k.block_table_stride,
       k.context_lens.data(),
       k.context_lens.size(),
-      k.next_n};
+      k.next_n,
+      k.query_starts.data(),
+      k.query_starts.size(),
+      k.row_lens.data(),
+      k.row_lens.size()};
   const misa_selection out = outputs.c();
   ASSERT_EQ(
       misa_run_paged(handles.plan, &queries, &weights, &keys, &out, workspace.span().data(), bytes),
       MISA_OK)
       << misa_last_error();
   EXPECT_TRUE(test::same_bits(outputs.selected, expected));
+}
+
+TEST(CApi, PagedEqualsTheCppInterface) {
+  using test::Lengths;
+  expect_paged_equal({.shuffle = 3, .padding = 2, .page_sums = true});
+  expect_paged_equal({.page_size = 32, .lengths = Lengths::query_starts});
+  expect_paged_equal({.shuffle = 4,
+                      .page_sums = true,
+                      .page_size = 128,
+                      .tail = true,
+                      .lengths = Lengths::starts_and_rows});
 }
 
 TEST(CApi, MeansEqualTheCppInterface) {
@@ -206,7 +224,7 @@ TEST(CApi, CacheEqualsTheCppInterface) {
     slots[i] = static_cast<std::int64_t>(i);
   }
   std::int64_t bytes = 0;
-  ASSERT_EQ(misa_cache_bytes(4, 64, &bytes), MISA_OK);
+  ASSERT_EQ(misa_cache_bytes(4, 64, 0, &bytes), MISA_OK);
   ASSERT_EQ(bytes, cache_bytes(4, 64));
   std::vector<std::uint8_t> data(static_cast<std::size_t>(bytes));
   std::vector<std::uint8_t> expected_data(data.size());
@@ -215,18 +233,32 @@ TEST(CApi, CacheEqualsTheCppInterface) {
   const std::vector<std::int32_t> from{0, 1};
   const std::vector<std::int32_t> to{3, 2};
 
-  const CacheSpan span{expected_data.data(), 4, 64, 0, expected_sums.data()};
-  append(span, {k.data(), DType::f32, kTokens, 64, 0}, slots, ScaleFormat::ue8m0);
-  copy_pages({span.data, 4, 64, 0, span.page_sums}, from, span, to);
+  std::vector<float> largest(4);
+  std::vector<float> expected_largest(4);
 
-  const misa_cache_span cache{data.data(), 4, 64, 0, sums.data()};
-  const misa_cache_view view{data.data(), 4, 64, 0, sums.data()};
+  const CacheSpan span{expected_data.data(), 4,  64, 0,
+                       expected_sums.data(), 64, 0,  expected_largest.data()};
+  append(span, {k.data(), DType::f32, kTokens, 64, 0}, slots, ScaleFormat::ue8m0);
+  copy_pages({span.data, 4, 64, 0, span.page_sums, 64, 0, span.largest_scales}, from, span, to);
+
+  const misa_cache_span cache{data.data(), 4, 64, 0, sums.data(), 0, 0, largest.data(), 0};
+  const misa_cache_view view{data.data(), 4, 64, 0, sums.data(), 0, 0, largest.data(), 0};
   const misa_new_keys keys{k.data(), MISA_F32, kTokens, 64, 0};
   ASSERT_EQ(misa_cache_append(&cache, &keys, slots.data(), slots.size(), MISA_SCALE_UE8M0),
             MISA_OK);
   ASSERT_EQ(misa_cache_copy_pages(&view, from.data(), &cache, to.data(), 2), MISA_OK);
   EXPECT_EQ(data, expected_data);
   EXPECT_EQ(sums, expected_sums);
+  EXPECT_EQ(largest, expected_largest);
+
+  misa_page_tail tail{};
+  ASSERT_EQ(misa_cache_page_tail(128, 0, 2176, &tail), MISA_OK);
+  EXPECT_EQ(tail.page_sums, page_tail(128).page_sums);
+  EXPECT_EQ(tail.largest_scales, page_tail(128).largest_scales);
+  EXPECT_EQ(tail.sketch, page_tail(128).sketch);
+  EXPECT_EQ(tail.page_stride, page_tail(128, 64, 2176).page_stride);
+  ASSERT_EQ(misa_cache_bytes(4, 64, 128, &bytes), MISA_OK);
+  EXPECT_EQ(bytes, cache_bytes(4, 64, 128));
 
   sums.assign(sums.size(), 0);
   const std::vector<std::int32_t> pages{0, 1, 2, 3};
@@ -347,7 +379,8 @@ TEST(CApi, NullPointersAreErrorsSmoke) {
   const misa_cache_view view{};
   const misa_new_keys keys{};
   float scale = 0;
-  expect_invalid(misa_cache_bytes(1, 64, nullptr), "bytes: ");
+  expect_invalid(misa_cache_bytes(1, 64, 64, nullptr), "bytes: ");
+  expect_invalid(misa_cache_page_tail(64, 64, 0, nullptr), "tail: ");
   std::uint8_t out_bytes[64] = {};
   expect_invalid(misa_cache_quantize(nullptr, 64, 0, out_bytes, &scale), "key: ");
   expect_invalid(misa_cache_quantize(nullptr, 0, 0, nullptr, nullptr), "scale: ");

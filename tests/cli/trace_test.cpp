@@ -65,6 +65,7 @@ TEST(SmokeTrace, ReadsPagedKeys) {
   const auto& keys = std::get<PagedKeys>(trace.inputs().k);
   EXPECT_EQ(keys.next_n, 2);
   EXPECT_EQ(keys.cache.pages, 5);
+  EXPECT_EQ(keys.cache.page_size, 64);
   EXPECT_EQ(keys.max_pages, 2);
   EXPECT_EQ(keys.block_table[2], 4);
   EXPECT_THAT(keys.context_lens, ElementsAre(100, 64));

@@ -213,29 +213,73 @@ misa::RaggedKeys make_ragged(Arguments& from, const Sizes& sizes, const misa::Qu
   return k;
 }
 
+misa::CacheView make_cache(Arguments& from, const misa::Queries& q) {
+  misa::CacheView cache;
+  cache.pages = from.near(from.in(0, 6));
+  cache.dim = from.near(q.dim);
+  cache.page_size = from.near(32 << from.in(0, 2));
+  const bool right_dim = cache.dim > 0 && cache.dim < 200;
+  const bool right_size = cache.page_size > 0 && cache.page_size < 200;
+  const std::int64_t dense = (right_size ? cache.page_size : 64) * (right_dim ? cache.dim + 4 : 68);
+  cache.page_stride = from.near(from.in(0, 1) == 0 ? 0 : dense + 4 * from.in(0, 3));
+  const std::int64_t page_stride = cache.page_stride == 0 ? dense : cache.page_stride;
+  cache.data = from.claim<const std::uint8_t>(extent(cache.pages, page_stride, dense));
+  const auto derived = [&](std::int64_t width, std::int64_t& stride) {
+    stride = from.stride(width);
+    return from.claim<const float>(extent(cache.pages, stride == 0 ? width : stride, width));
+  };
+  const std::int64_t groups = right_size ? cache.page_size / 64 : 1;
+  const std::int64_t wanted = from.near(groups > 0 ? from.in(0, 2) : 0);
+  if (wanted != 0) {
+    cache.page_sums = derived(groups * (right_dim ? cache.dim : 64), cache.page_sums_stride);
+  }
+  if (wanted == 2) {
+    cache.largest_scales = derived(groups, cache.largest_scales_stride);
+  }
+  return cache;
+}
+
 misa::PagedKeys make_paged(Arguments& from, const Sizes& sizes, const misa::Queries& q) {
   misa::PagedKeys k;
-  k.cache.pages = from.near(from.in(0, 6));
-  k.cache.dim = from.near(q.dim);
-  const std::int64_t dense = 64 * (k.cache.dim > 0 && k.cache.dim < 200 ? k.cache.dim + 4 : 68);
-  k.cache.page_stride = from.near(from.in(0, 1) == 0 ? 0 : dense + 4 * from.in(0, 3));
-  const std::int64_t page_stride = k.cache.page_stride == 0 ? dense : k.cache.page_stride;
-  k.cache.data = from.claim<const std::uint8_t>(extent(k.cache.pages, page_stride, dense));
-  if (from.in(0, 1) == 1) {
-    k.cache.page_sums = from.claim<const float>(extent(k.cache.pages, k.cache.dim, k.cache.dim));
+  k.cache = make_cache(from, q);
+  const bool starts = from.in(0, 1) == 1;
+  const bool rows = from.in(0, 1) == 1;
+  k.next_n = from.near(starts ? 1 : from.in(1, 2));
+  const std::int64_t per_sequence = starts ? 2 : k.next_n;
+  const std::int64_t batch = per_sequence > 0 ? q.tokens / per_sequence : 0;
+  const auto lengths = [&](std::int64_t count) {
+    const auto lens = from.array<std::int32_t>(count);
+    for (auto& len : lens) {
+      len = from.near_int(static_cast<int>(from.in(0, sizes.keys)));
+    }
+    return lens;
+  };
+  if (!rows || from.in(0, 1) == 1) {
+    k.context_lens = lengths(batch);
   }
-  k.next_n = from.near(from.in(1, 2));
-  const std::int64_t batch = k.next_n > 0 ? q.tokens / k.next_n : 0;
-  const auto lens = from.array<std::int32_t>(batch);
-  for (auto& len : lens) {
-    len = from.near_int(static_cast<int>(from.in(0, sizes.keys)));
+  if (rows) {
+    k.row_lens = lengths(q.tokens);
   }
-  k.context_lens = lens;
-  k.max_pages = from.near((sizes.keys + 63) / 64);
+  if (starts) {
+    const auto first = from.array<std::int32_t>(batch + 1);
+    for (std::size_t b = 0; b < first.size(); ++b) {
+      const std::int64_t right = b + 1 == first.size() ? q.tokens : 2 * static_cast<int>(b);
+      first[b] = from.near_int(static_cast<int>(b == 0 ? 0 : right));
+    }
+    k.query_starts = first;
+  }
+  const bool right_size = k.cache.page_size > 0 && k.cache.page_size < 200;
+  const std::int64_t page_size = right_size ? k.cache.page_size : 64;
+  k.max_pages = from.near((sizes.keys + page_size - 1) / page_size);
   k.block_table_stride = from.stride(k.max_pages);
   const std::int64_t table_stride = k.block_table_stride == 0 ? k.max_pages : k.block_table_stride;
-  const auto rows = static_cast<std::int64_t>(lens.size());
-  const __int128 entries = k.max_pages <= 0 ? 0 : extent(rows, table_stride, k.max_pages);
+  std::int64_t sequences = std::ssize(k.context_lens);
+  if (!k.query_starts.empty()) {
+    sequences = std::ssize(k.query_starts) - 1;
+  } else if (sequences == 0 && !k.row_lens.empty() && k.next_n > 0) {
+    sequences = q.tokens / k.next_n;
+  }
+  const __int128 entries = k.max_pages <= 0 ? 0 : extent(sequences, table_stride, k.max_pages);
   auto* table = from.claim<std::int32_t>(entries);
   const bool writable = table != nullptr && entries <= kMostBytes &&
                         reinterpret_cast<std::uintptr_t>(table) % alignof(std::int32_t) == 0;
@@ -251,6 +295,14 @@ std::int64_t visible(const misa::RaggedKeys& k, std::size_t t) {
 }
 
 std::int64_t visible(const misa::PagedKeys& k, std::size_t t) {
+  if (!k.row_lens.empty()) {
+    return k.row_lens[t];
+  }
+  if (!k.query_starts.empty()) {
+    const auto next = std::ranges::upper_bound(k.query_starts, static_cast<std::int64_t>(t));
+    return k.context_lens[next - k.query_starts.begin() - 1] -
+           (*next - 1 - static_cast<std::int64_t>(t));
+  }
   const auto next_n = static_cast<std::size_t>(k.next_n);
   return k.context_lens[t / next_n] - k.next_n + 1 + static_cast<std::int64_t>(t % next_n);
 }

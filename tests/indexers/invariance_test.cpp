@@ -3,7 +3,9 @@
 // chunk, the batch, paging, threads or memory.
 #include <initializer_list>
 #include <limits>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "common.hpp"
 #include "misa/error.hpp"
@@ -121,6 +123,62 @@ TEST_P(Invariance, SmokePagesOfAPrefillAreRagged) {
     EXPECT_TRUE(same_bits(run(context(), named.config, PagedInputs(pack, {3, 1, true})),
                           run(context(), named.config, RaggedInputs(pack))))
         << named.name;
+  }
+}
+
+// Where keys and page sums lie, and how a call says which keys its rows see, change nothing.
+TEST_P(Invariance, PagesOfEverySizeAreRagged) {
+  const Pack equal = concat({sequence(300, 3), sequence(1, 3, 2), sequence(129, 3, 3)});
+  const Pack unequal =
+      concat({sequence(300, 40), sequence(64, 0, 2), sequence(128, 1, 3), sequence(40, 2, 4)});
+  for (const NamedConfig& named : configs()) {
+    const Selected wanted = run(context(), named.config, RaggedInputs(equal));
+    const Selected wanted_unequal = run(context(), named.config, RaggedInputs(unequal));
+    for (const std::int64_t page_size : {32, 64, 128}) {
+      for (const auto& [padding, sums, tail] :
+           std::initializer_list<std::tuple<std::int64_t, bool, bool>>{
+               {0, false, false}, {0, true, false}, {3, true, false}, {32, true, true}}) {
+        for (const Lengths lengths :
+             {Lengths::next_n, Lengths::query_starts, Lengths::rows, Lengths::starts_and_rows}) {
+          const PageLayout layout{5, padding, sums, page_size, tail, lengths};
+          EXPECT_TRUE(same_bits(run(context(), named.config, PagedInputs(equal, layout)), wanted))
+              << named.name << ", pages of " << page_size << ", sums: " << sums
+              << ", tail: " << tail << ", lengths: " << static_cast<int>(lengths);
+          if (lengths == Lengths::query_starts || lengths == Lengths::starts_and_rows) {
+            EXPECT_TRUE(same_bits(run(context(), named.config, PagedInputs(unequal, layout)),
+                                  wanted_unequal))
+                << named.name << ", pages of " << page_size << ", sums: " << sums
+                << ", tail: " << tail << ", lengths: " << static_cast<int>(lengths);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The rows of one sequence may have lengths in any order, and none.
+TEST_P(Invariance, LengthsByRowMayBeInAnyOrder) {
+  const Pack pack = sequence(300, 7);
+  const std::vector<std::int32_t> lengths{64, 300, 0, 129, -5, 299, 64};
+  const std::vector<std::int32_t> ends{64, 300, 0, 129, 0, 299, 64};
+  const RaggedInputs ragged(pack);
+  RaggedKeys keys = ragged.k(ragged.all());
+  keys.ends = ends;
+  constexpr Want kAll{true, true, true};
+  for (const NamedConfig& named : configs()) {
+    const Selected wanted =
+        select(context(), named.config, ragged.q(ragged.all()), ragged.w(ragged.all()), keys, kAll);
+    for (const std::int64_t page_size : {32, 64, 128}) {
+      for (const Lengths form : {Lengths::rows, Lengths::starts_and_rows}) {
+        const PagedInputs paged(pack, {3, 0, true, page_size, false, form});
+        PagedKeys view = paged.k(paged.all());
+        view.row_lens = lengths;
+        EXPECT_TRUE(same_bits(
+            select(context(), named.config, paged.q(paged.all()), paged.w(paged.all()), view, kAll),
+            wanted))
+            << named.name << ", pages of " << page_size;
+      }
+    }
   }
 }
 

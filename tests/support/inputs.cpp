@@ -9,6 +9,7 @@
 #include <random>
 
 #include "core/problem.hpp"
+#include "misa/cache.hpp"
 
 namespace misa::test {
 namespace {
@@ -227,10 +228,11 @@ RaggedKeys RaggedInputs::k(Rows rows) const {
 PagedInputs::PagedInputs(const Pack& pack, const PageLayout& layout)
     : QueryTensors(pack, layout.padding) {
   const PackSpec& spec = pack.spec;
+  const std::int64_t size = layout.page_size;
   std::int64_t max_pages = 1;
   std::int64_t pages = 1;  // one page that no sequence uses
   for (const SequenceSpec& sequence : spec.sequences) {
-    const std::int64_t used = (sequence.keys + kPageSize - 1) / kPageSize;
+    const std::int64_t used = (sequence.keys + size - 1) / size;
     max_pages = std::max(max_pages, used);
     pages += used;
   }
@@ -239,18 +241,35 @@ PagedInputs::PagedInputs(const Pack& pack, const PageLayout& layout)
   if (layout.shuffle != 0) {
     std::shuffle(order.begin(), order.end(), std::mt19937_64(layout.shuffle));
   }
-  const std::int64_t page_stride = kPageSize * (spec.dim + 4) + 4 * layout.padding;
+  const std::int64_t dense =
+      layout.tail ? page_tail(spec.dim, size).page_stride : size * (spec.dim + 4);
+  const std::int64_t page_stride = dense + 4 * layout.padding;
   const std::int64_t table_stride = max_pages + layout.padding;
+  const std::int64_t groups = size / kGroupSize;
   cache_.assign(static_cast<std::size_t>(pages * page_stride), 0xff);
-  page_sums_.assign(static_cast<std::size_t>(pages * spec.dim), 0);
+  const std::int64_t sums_stride = groups * spec.dim + layout.padding;
+  page_sums_.assign(static_cast<std::size_t>(pages * sums_stride), kNaN);
+  CacheSpan cache{cache_.data(), pages, spec.dim, page_stride};
+  cache.page_size = size;
+  if (layout.tail) {
+    cache = with_tail(cache);
+  } else if (layout.page_sums && groups > 0) {
+    cache.page_sums = page_sums_.data();
+    cache.page_sums_stride = sums_stride;
+  }
   block_table_.assign(spec.sequences.size() * static_cast<std::size_t>(table_stride), 0);
+  query_starts_.push_back(0);
   std::int64_t next = 0;
   for (std::size_t i = 0; i < spec.sequences.size(); ++i) {
-    context_lens_.push_back(static_cast<std::int32_t>(spec.sequences[i].keys));
-    for (std::int64_t position = 0; position < spec.sequences[i].keys; ++position) {
-      const std::int64_t slot = position % kPageSize;
-      auto& entry =
-          block_table_[static_cast<std::int64_t>(i) * table_stride + position / kPageSize];
+    const SequenceSpec& sequence = spec.sequences[i];
+    context_lens_.push_back(static_cast<std::int32_t>(sequence.keys));
+    query_starts_.push_back(query_starts_.back() + static_cast<std::int32_t>(sequence.queries));
+    for (std::int64_t query = 0; query < sequence.queries; ++query) {
+      row_lens_.push_back(static_cast<std::int32_t>(sequence.keys - sequence.queries + 1 + query));
+    }
+    for (std::int64_t position = 0; position < sequence.keys; ++position) {
+      const std::int64_t slot = position % size;
+      auto& entry = block_table_[static_cast<std::int64_t>(i) * table_stride + position / size];
       if (slot == 0) {
         entry = order[next++];
       }
@@ -258,26 +277,49 @@ PagedInputs::PagedInputs(const Pack& pack, const PageLayout& layout)
       const float scale = pack.scale[i][position];
       std::memcpy(page + slot * spec.dim, pack.k[i].data() + position * spec.dim,
                   static_cast<std::size_t>(spec.dim));
-      std::memcpy(page + kPageSize * spec.dim + 4 * slot, &scale, sizeof scale);
+      std::memcpy(page + size * spec.dim + 4 * slot, &scale, sizeof scale);
+      if (cache.page_sums == nullptr) {
+        continue;
+      }
+      float* sum = cache.page_sums + entry * cache.page_sums_stride + slot / kGroupSize * spec.dim;
       for (std::int64_t d = 0; d < spec.dim; ++d) {
-        page_sums_[entry * spec.dim + d] += scale * e4m3_to_float(page[slot * spec.dim + d]);
+        sum[d] = (slot % kGroupSize == 0 ? 0.0F : sum[d]) +
+                 scale * e4m3_to_float(page[slot * spec.dim + d]);
       }
     }
   }
-  keys_.cache = {cache_.data(), pages, spec.dim, page_stride,
-                 layout.page_sums ? page_sums_.data() : nullptr};
+  keys_.cache = {
+      cache.data, pages, spec.dim, page_stride, cache.page_sums, size, cache.page_sums_stride};
   keys_.max_pages = max_pages;
   keys_.block_table_stride = table_stride;
-  keys_.next_n = spec.sequences.front().queries;
+  const bool starts =
+      layout.lengths == Lengths::query_starts || layout.lengths == Lengths::starts_and_rows;
+  keys_.next_n = starts ? 1 : spec.sequences.front().queries;
+  if (starts) {
+    keys_.query_starts = query_starts_;
+  }
+  if (layout.lengths == Lengths::rows || layout.lengths == Lengths::starts_and_rows) {
+    keys_.row_lens = row_lens_;
+  }
 }
 
 PagedKeys PagedInputs::k(Rows rows) const {
   PagedKeys view = keys_;
+  const auto count = static_cast<std::size_t>(rows.count);
+  if (!view.row_lens.empty()) {
+    view.row_lens = view.row_lens.subspan(static_cast<std::size_t>(rows.first), count);
+  }
+  if (!view.query_starts.empty()) {
+    view.block_table = block_table_.data();
+    view.context_lens = context_lens_;
+    return view;
+  }
   const auto first = static_cast<std::size_t>(rows.first / keys_.next_n);
   view.block_table =
       block_table_.data() + first * static_cast<std::size_t>(keys_.block_table_stride);
-  view.context_lens =
-      std::span(context_lens_).subspan(first, static_cast<std::size_t>(rows.count / keys_.next_n));
+  if (view.row_lens.empty()) {
+    view.context_lens = std::span(context_lens_).subspan(first, count / keys_.next_n);
+  }
   return view;
 }
 

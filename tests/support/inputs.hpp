@@ -100,18 +100,29 @@ class RaggedInputs : public QueryTensors {
   RaggedKeys keys_;
 };
 
+// How a paged call says which keys its queries see.
+enum class Lengths {
+  next_n,        // context_lens and next_n; all sequences have the same number of queries
+  query_starts,  // context_lens and query_starts
+  rows,          // row_lens and next_n
+  starts_and_rows,
+};
+
 struct PageLayout {
   std::uint64_t shuffle = 0;  // seed of the order of pages; 0: in order
   std::int64_t padding = 0;   // of the page stride, in units of 4 bytes, and of the block table's
   bool page_sums = false;
+  std::int64_t page_size = kPageSize;
+  bool tail = false;  // padding is 0, or a multiple of 32; page sums stand in the pages
+  Lengths lengths = Lengths::next_n;
 };
 
-// An e4m3 pack whose sequences all have the same number of queries, in a paged cache.
+// An e4m3 pack in a paged cache.
 class PagedInputs : public QueryTensors {
  public:
   explicit PagedInputs(const Pack& pack, const PageLayout& layout = {});
 
-  // Whole sequences only.
+  // Whole sequences only; with query_starts, all rows.
   [[nodiscard]] PagedKeys k(Rows rows) const;
 
  private:
@@ -119,6 +130,8 @@ class PagedInputs : public QueryTensors {
   std::vector<float> page_sums_;
   std::vector<std::int32_t> block_table_;
   std::vector<std::int32_t> context_lens_;
+  std::vector<std::int32_t> query_starts_;
+  std::vector<std::int32_t> row_lens_;
   PagedKeys keys_;
 };
 
