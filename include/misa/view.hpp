@@ -87,7 +87,7 @@ struct PagedKeys {
   std::int64_t max_pages = 0;
   std::int64_t block_table_stride = 0;  ///< elements from one row to the next; 0: max_pages
   /// [batch]; zero or negative is an empty sequence. May be left out if row_lens are given.
-  std::span<const std::int32_t> context_lens;
+  std::span<const std::int32_t> context_lens = {};
   std::int64_t next_n = 1;  ///< queries per sequence; 1 if query_starts are given
   /// [batch + 1], ascending from 0 to T, or empty. In place of next_n: queries query_starts[b] to
   /// query_starts[b + 1] - 1 belong to sequence b, whose last one sees context_lens[b] keys and

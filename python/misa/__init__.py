@@ -14,11 +14,13 @@ from __future__ import annotations
 from . import _core  # type: ignore[attr-defined]  # compiled
 from ._api import (
     Cache,
+    PageTail,
     Plan,
     Selected,
     append,
     compare,
     keep_blocks_from_means,
+    page_tail,
     rebuild_page_sums,
     route_from_means,
     select,
@@ -52,6 +54,7 @@ __version__ = version()
 __all__ = [
     "Cache",
     "Config",
+    "PageTail",
     "Plan",
     "Selected",
     "__version__",
@@ -60,6 +63,7 @@ __all__ = [
     "compare",
     "indexer_names",
     "keep_blocks_from_means",
+    "page_tail",
     "rebuild_page_sums",
     "route_from_means",
     "router_names",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,9 @@ def select_paged(
     context_lens: Array,
     *,
     next_n: int = 1,
+    query_starts: Array | None = None,
     page_sums: Array | None = None,
+    largest_scales: Array | None = None,
     config: Config = Config(),  # noqa: B008 (immutable)
     scores: bool = False,
     heads: bool = False,
@@ -132,30 +134,35 @@ def select_paged(
     q: [T, H, D], T = B * next_n; row i of sequence b is query b * next_n + i and sees the first
         context_lens[b] - next_n + 1 + i keys.
     w: [T, H] float32.
-    cache: uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)] (docs/formats.md); pages may be padded.
+    cache: uint8 [pages, page_size, D + 4] or [pages, page_size * (D + 4)] (docs/formats.md), where
+        page_size is 32, 64 or 128; pages may be padded.
     block_table: int32 [B, max_pages] page numbers.
-    context_lens: int32 [B] keys of each sequence; zero or negative is an empty sequence.
-    page_sums: float32 [pages, D], see :func:`append`; computed from the cache if not given.
+    context_lens: int32 [B] keys of each sequence; zero or negative is an empty sequence. Or [B,
+        next_n] keys that each row sees, in any order.
+    query_starts: int32 [B + 1], ascending from 0 to T; queries query_starts[b] to
+        query_starts[b + 1] - 1 belong to sequence b, in place of next_n, which is then 1.
+    page_sums, largest_scales: float32 [pages, page_size / 64, D] and [pages, page_size / 64], see
+        :func:`append`; computed from the cache if not given.
 
     Other arguments and errors are as for :func:`select`. On CUDA tensors the pages of the block
-    table are first gathered into B * max_pages * 64 contiguous keys, where page numbers out of
-    range are clamped; page_sums are not read.
+    table are first gathered into B * max_pages * page_size contiguous keys, where page numbers out
+    of range are clamped; page_sums are not read.
     """
     checked_config(config)
     wanted = _checked_wanted(scores, heads, residual)
     execution = _checked_execution(backend, threads, workspace_cap)
     next_n = integer("next_n", next_n)
-    arrays = (q, w, cache, block_table, context_lens)
+    arrays = (q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select_paged(*arrays, page_sums, next_n, config, *wanted, *execution)
+        return torch_ops.select_paged(*arrays, next_n, config, *wanted, *execution)
     _arrays.require_one_framework(
         {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
-         "page_sums": page_sums}
+         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales}
     )  # fmt: skip
     out = empty_selected(q, config, *wanted)
-    select_paged_into(out, *arrays, page_sums, next_n, config, *execution)
+    select_paged_into(out, *arrays, next_n, config, *execution)
     return _returned(q, out)
 
 
@@ -227,17 +234,21 @@ def append(
     *,
     scale_format: str = "f32",
     page_sums: Array | None = None,
+    largest_scales: Array | None = None,
 ) -> None:
-    """Quantises keys into a paged cache in host memory and updates the page sums.
+    """Quantises keys into a paged cache in host memory and updates what is derived from them.
 
     cache: uint8, as for :func:`select_paged`; written.
     k: [N, D] float32 or bfloat16.
-    slots: int64 [N], page * 64 + offset, each at most once; -1 skips the key.
+    slots: int64 [N], page * page_size + offset, each at most once; -1 skips the key.
     scale_format: "f32": a key's scale is max(amax, 1e-4) / 448; "ue8m0": that rounded up to a power
         of two.
-    page_sums: float32 [pages, D], the sum of the dequantised keys of each page; written.
+    page_sums: float32 [pages, page_size / 64, D], the sum of the dequantised keys of each aligned
+        group of 64 tokens; written. None for pages of 32 tokens.
+    largest_scales: float32 [pages, page_size / 64], the largest absolute scale of each group;
+        written. Only with page_sums.
 
-    A page's content then ends with the last key appended to it. Raises ValueError for a wrong
+    A group's content then ends with the last key appended to it. Raises ValueError for a wrong
     argument.
     """
     _core.append(
@@ -246,17 +257,23 @@ def append(
         _arrays.readable("slots", slots),
         text("scale_format", scale_format),
         _arrays.writable("page_sums", page_sums),
+        _arrays.writable("largest_scales", largest_scales),
     )
 
 
 def rebuild_page_sums(
-    cache: Array, page_sums: Array, pages: Array, filled: Array | None = None
+    cache: Array,
+    page_sums: Array,
+    pages: Array,
+    filled: Array | None = None,
+    *,
+    largest_scales: Array | None = None,
 ) -> None:
-    """Rebuilds the sums of some pages from their bytes, in host memory.
+    """Rebuilds what is derived from some pages from their bytes, in host memory.
 
-    cache, page_sums: as for :func:`append`; the sums are written.
+    cache, page_sums, largest_scales: as for :func:`append`; the last two are written.
     pages: int32 [N] page numbers.
-    filled: int32 [N], how many tokens of each page count; all 64 if not given.
+    filled: int32 [N], how many tokens of each page count; all if not given.
 
     Raises ValueError for a wrong argument.
     """
@@ -265,39 +282,79 @@ def rebuild_page_sums(
         _arrays.writable("page_sums", page_sums),
         _arrays.readable("pages", pages),
         _arrays.readable("filled", filled),
+        _arrays.writable("largest_scales", largest_scales),
     )
+
+
+class PageTail(NamedTuple):
+    """Where a page that carries its derived data has them, in bytes from its start; each begins on
+    a multiple of 128.
+
+    page_sums: float32 [page_size / 64, D].
+    largest_scales: float32 [page_size / 64].
+    sketch: the bytes asked for.
+    page_stride: the least page stride, a multiple of 128.
+    """
+
+    page_sums: int
+    largest_scales: int
+    sketch: int
+    page_stride: int
+
+
+def page_tail(dim: int, page_size: int = PAGE_SIZE, sketch_bytes: int = 0) -> PageTail:
+    """The layout of a page that carries its derived data in its tail (docs/formats.md).
+
+    dim: D, 64 or 128; page_size: 32, 64 or 128; sketch_bytes: bytes of a sketch of the page.
+
+    Views of such a page are arrays with the page stride: with ``data`` uint8 [pages, page_stride],
+    the cache is ``data[:, : page_size * (dim + 4)]`` and the page sums are
+    ``data[:, tail.page_sums :][:, : groups * dim * 4].view("f4").reshape(-1, groups, dim)``, where
+    groups is page_size / 64. Raises ValueError for a wrong argument.
+    """
+    sizes = {"dim": dim, "page_size": page_size, "sketch_bytes": sketch_bytes}
+    return PageTail(*_core.page_tail(*(integer(name, size, 64) for name, size in sizes.items())))
 
 
 class Cache:
     """A paged key cache in NumPy arrays.
 
-    data: uint8 [pages, 64, dim + 4].
-    page_sums: float32 [pages, dim].
+    data: uint8 [pages, page_size, dim + 4].
+    page_sums: float32 [pages, page_size / 64, dim]; None for pages of 32 tokens.
+    largest_scales: float32 [pages, page_size / 64]; None for pages of 32 tokens.
     """
 
-    def __init__(self, pages: int, dim: int = 128, *, scale_format: str = "f32") -> None:
-        """An empty cache of zeros; dim is 64 or 128, scale_format as for :func:`append`."""
-        pages, dim = integer("pages", pages, 64), integer("dim", dim)
+    def __init__(
+        self, pages: int, dim: int = 128, *, page_size: int = PAGE_SIZE, scale_format: str = "f32"
+    ) -> None:
+        """An empty cache of zeros; dim is 64 or 128, page_size 32, 64 or 128, scale_format as for
+        :func:`append`."""
+        pages = integer("pages", pages, 64)
         if pages < 0:
             raise ValueError(f"pages: expected 0 or more, got {pages}")
-        if dim not in (64, 128):
-            raise ValueError(f"dim: expected 64 or 128, got {dim}")
-        self.data = np.zeros((pages, PAGE_SIZE, dim + 4), np.uint8)
-        self.page_sums = np.zeros((pages, dim), np.float32)
+        page_tail(dim, page_size)  # validates only
+        groups = page_size // 64
+        self.data = np.zeros((pages, page_size, dim + 4), np.uint8)
+        self.page_sums = np.zeros((pages, groups, dim), np.float32) if groups else None
+        self.largest_scales = np.zeros((pages, groups), np.float32) if groups else None
         self.scale_format = scale_format
         self.append(np.empty((0, dim), np.float32), np.empty(0, np.int64))  # validates only
 
     def append(self, k: Array, slots: Array) -> None:
         """Quantises keys k [N, dim] into slots [N]; see :func:`append`."""
-        append(self.data, k, slots, scale_format=self.scale_format, page_sums=self.page_sums)
+        append(
+            self.data, k, slots, scale_format=self.scale_format, page_sums=self.page_sums,
+            largest_scales=self.largest_scales,
+        )  # fmt: skip
 
     def select(
         self, q: Array, w: Array, block_table: Array, context_lens: Array, **options: Any
     ) -> Selected:
         """:func:`select_paged` over this cache; the options are the same."""
         return select_paged(
-            q, w, self.data, block_table, context_lens, page_sums=self.page_sums, **options
-        )
+            q, w, self.data, block_table, context_lens, page_sums=self.page_sums,
+            largest_scales=self.largest_scales, **options,
+        )  # fmt: skip
 
 
 class Plan:

@@ -14,7 +14,7 @@ from ._arrays import Array
 from ._config import Config
 
 PAGE_SIZE = 64
-"""Tokens in one page of the key cache."""
+"""Tokens in one page of the key cache by default."""
 
 WORKSPACE_CAP: int = _core.DEFAULT_WORKSPACE_CAP
 """Default limit of a plan's workspace, in bytes."""
@@ -105,7 +105,9 @@ def select_paged_into(
     cache: Array,
     block_table: Array,
     context_lens: Array,
+    query_starts: Array | None,
     page_sums: Array | None,
+    largest_scales: Array | None,
     next_n: int,
     config: Config,
     backend: str,
@@ -114,10 +116,13 @@ def select_paged_into(
 ) -> Selected:
     """Like :func:`misa.select_paged` in host memory, but writes into ``out`` and returns it."""
     named = {"q": q, "w": w, "cache": cache, "block_table": block_table,
-             "context_lens": context_lens}  # fmt: skip
+             "context_lens": context_lens, "query_starts": query_starts}  # fmt: skip
     inputs = [_arrays.readable(name, array) for name, array in named.items()]
-    page_sums = _arrays.readable("page_sums", page_sums)
-    _core.select_paged(config, *inputs, next_n, page_sums, *out, backend, threads, workspace_cap)
+    derived = [
+        _arrays.readable("page_sums", page_sums),
+        _arrays.readable("largest_scales", largest_scales),
+    ]
+    _core.select_paged(config, *inputs, next_n, *derived, *out, backend, threads, workspace_cap)
     return out
 
 

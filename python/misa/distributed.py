@@ -235,7 +235,7 @@ def _checked(
     options: dict[str, Any],
 ) -> Steps[_Call]:
     given = {"q": q, "w": w, "k_local": k, "ks": ks, "ke": ke, "k_scale": k_scale}
-    require_tensors(given, "k_scale")
+    require_tensors(given, ("k_scale",))
     require_one_device(given)
     cuda_device("q", q)  # refuses any device but the CPU and CUDA devices
     if q.ndim != 3:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._call import PAGE_SIZE, Selected
+from ._call import Selected
 from ._config import Config
 
 MAX_SAMPLES = 128
@@ -255,18 +255,27 @@ def paged_rows(
     block_table: np.ndarray,
     context_lens: np.ndarray,
     next_n: int = 1,
+    query_starts: np.ndarray | None = None,
 ) -> list[Row]:
-    """The queries of :func:`misa.select_paged`'s arguments, cache uint8 [pages, 64, D + 4]."""
-    dim = cache.shape[2] - 4
+    """The queries of :func:`misa.select_paged`'s arguments, cache uint8 [pages, page_size, D + 4].
+
+    context_lens is [B] or [B, next_n].
+    """
+    page_size, dim = cache.shape[1], cache.shape[2] - 4
     flat = cache.reshape(len(cache), -1)
-    elements = values(flat[:, : PAGE_SIZE * dim]).reshape(-1, PAGE_SIZE, dim)
-    scale = np.ascontiguousarray(flat[:, PAGE_SIZE * dim :]).view(np.float32).astype(np.float64)
+    elements = values(flat[:, : page_size * dim]).reshape(-1, page_size, dim)
+    scale = np.ascontiguousarray(flat[:, page_size * dim :]).view(np.float32).astype(np.float64)
     queries, weights = values(q), w.astype(np.float64)
+    starts = np.arange(0, len(q) + 1, next_n) if query_starts is None else query_starts
     result = []
     for t in range(len(queries)):
-        b, i = divmod(t, next_n)
-        n = max(int(context_lens[b]) - next_n + 1 + i, 0)
-        pages = block_table[b, : -(-n // PAGE_SIZE)]
+        b = int(np.searchsorted(starts, t, side="right")) - 1
+        if context_lens.ndim == 1:
+            n = int(context_lens[b]) - int(starts[b + 1] - 1 - t)
+        else:
+            n = int(context_lens.reshape(-1)[t])
+        n = max(n, 0)
+        pages = block_table[b, : -(-n // page_size)]
         keys = (elements[pages] * scale[pages][:, :, None]).reshape(-1, dim)[:n]
         result.append(Row(queries[t], weights[t], keys, True))
     return result

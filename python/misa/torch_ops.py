@@ -8,7 +8,7 @@ misa.select_paged call them for tensors, with the fields of a Config as separate
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ._arrays import cuda_device, dtype_name
 from ._call import (
-    PAGE_SIZE,
     Selected,
     checked_config,
     device_plan,
@@ -65,10 +64,10 @@ def _selected(outputs: Outputs) -> Selected:
     return Selected(*(tensor if tensor.dim() == 2 else None for tensor in outputs))
 
 
-def require_tensors(arguments: Mapping[str, object], optional: str) -> None:
-    """Raises ValueError unless all arguments are tensors; the optional one may be None."""
+def require_tensors(arguments: Mapping[str, object], optional: Collection[str]) -> None:
+    """Raises ValueError unless all arguments are tensors; optional ones may be None."""
     for name, value in arguments.items():
-        if not isinstance(value, Tensor) and not (name == optional and value is None):
+        if not isinstance(value, Tensor) and not (name in optional and value is None):
             raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
@@ -138,7 +137,9 @@ def select_paged_op(
     cache: Tensor,
     block_table: Tensor,
     context_lens: Tensor,
+    query_starts: Tensor | None,
     page_sums: Tensor | None,
+    largest_scales: Tensor | None,
     next_n: int,
     top_k: int,
     router: str,
@@ -166,20 +167,20 @@ def select_paged_op(
     )  # fmt: skip
     require_one_device(
         {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
-         "page_sums": page_sums}
+         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales}
     )  # fmt: skip
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
     device = cuda_device("q", q)
     if device is None:
         select_paged_into(
-            out, q, w, cache, block_table, context_lens, page_sums, next_n, config, backend,
-            threads, workspace_cap,
+            out, q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
+            next_n, config, backend, threads, workspace_cap,
         )  # fmt: skip
     else:
-        k, k_scale, ks, ke = gather(cache, block_table, context_lens, next_n)
         tokens, of_heads, dim = q.shape
+        k, k_scale, ks, ke = gather(cache, block_table, context_lens, next_n, query_starts, tokens)
         plan = device_plan(
-            config, tokens, of_heads, dim, block_table.shape[1] * PAGE_SIZE,
+            config, tokens, of_heads, dim, k.shape[0] // max(len(block_table), 1),
             dtype_name("q", q.dtype), "e4m3", k.shape[0], device, backend, workspace_cap,
         )  # fmt: skip
         run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
@@ -197,7 +198,9 @@ _PAGED = {
     "cache": (_BYTE, "P**"),
     "block_table": (_INT, "B*"),
     "context_lens": (_INT, "B"),
-    "page_sums": (_FLOAT, "PD"),
+    "query_starts": (_INT, "*"),
+    "page_sums": (_FLOAT, "P*D"),
+    "largest_scales": (_FLOAT, "P*"),
 }
 
 
@@ -213,7 +216,9 @@ def _require_layouts(tensors: Tensors, layouts: Mapping[str, tuple]) -> None:
             tensor.dim() == len(layout),
             f"{name}: expected [{', '.join(layout)}], got {tensor.dim()} dimensions",
         )
-        for letter, size in zip(layout.replace("*", ""), tensor.shape, strict=False):
+        for letter, size in zip(layout, tensor.shape, strict=True):
+            if letter == "*":
+                continue
             expected = sizes.setdefault(letter, size)
             _require(size == expected, f"{name}: expected {letter} = {expected}, got {size}")
 
@@ -263,12 +268,17 @@ def _(q, w, k, ks, ke, k_scale, top_k, router, heads, block, residual, filter_bl
 
 
 @select_paged_op.register_fake
-def _(q, w, cache, block_table, context_lens, page_sums, next_n, top_k, router, heads, block,
-      residual, filter_block, filter_blocks, candidates, dense_work, ordered, static_heads,
-      want_scores, want_heads, want_residual, backend, threads, workspace_cap):  # fmt: skip
+def _(q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, next_n,
+      top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
+      ordered, static_heads, want_scores, want_heads, want_residual, backend, threads,
+      workspace_cap):  # fmt: skip
     tensors = {"q": q, "w": w, "cache": cache, "block_table": block_table,
-               "context_lens": context_lens, "page_sums": page_sums}  # fmt: skip
-    layouts = _PAGED | {"cache": (_BYTE, "P*" if cache.dim() == 2 else "P**")}
+               "context_lens": context_lens, "query_starts": query_starts, "page_sums": page_sums,
+               "largest_scales": largest_scales}  # fmt: skip
+    layouts = _PAGED | {
+        "cache": (_BYTE, "P*" if cache.dim() == 2 else "P**"),
+        "context_lens": (_INT, "B*" if context_lens.dim() == 2 else "B"),
+    }
     wanted = want_scores, want_heads, want_residual
     return _fake(tensors, layouts, top_k, router, heads, residual, *wanted)
 
@@ -298,7 +308,7 @@ def select(
     workspace_cap: int,
 ) -> Selected:
     """:func:`misa.select` on tensors."""
-    require_tensors({"w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}, "k_scale")
+    require_tensors({"w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}, ("k_scale",))
     outputs = torch.ops.misa.select(
         q, w, k, ks, ke, k_scale, *_fields(config), scores, heads, residual, backend, threads,
         workspace_cap,
@@ -312,7 +322,9 @@ def select_paged(
     cache: Tensor,
     block_table: Tensor,
     context_lens: Tensor,
+    query_starts: Tensor | None,
     page_sums: Tensor | None,
+    largest_scales: Tensor | None,
     next_n: int,
     config: Config,
     scores: bool,
@@ -325,67 +337,103 @@ def select_paged(
     """:func:`misa.select_paged` on tensors."""
     require_tensors(
         {"w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
-         "page_sums": page_sums},
-        "page_sums",
+         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales},
+        ("query_starts", "page_sums", "largest_scales"),
     )  # fmt: skip
     outputs = torch.ops.misa.select_paged(
-        q, w, cache, block_table, context_lens, page_sums, next_n, *_fields(config), scores, heads,
-        residual, backend, threads, workspace_cap,
+        q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, next_n,
+        *_fields(config), scores, heads, residual, backend, threads, workspace_cap,
     )  # fmt: skip
     return _selected(outputs)
 
 
+_FLAT_PAGES = {size * (dim + 4): (size, dim) for size in (32, 64, 128) for dim in (64, 128)}
+
+
+def _page_shape(cache: Tensor) -> tuple[int, int]:
+    """The page size and D of a cache."""
+    if cache.dim() == 3 and cache.shape[1] * cache.shape[2] in _FLAT_PAGES:
+        found = _FLAT_PAGES[cache.shape[1] * cache.shape[2]]
+        if found[0] == cache.shape[1]:
+            return found
+    if cache.dim() == 2 and cache.shape[1] in _FLAT_PAGES:
+        return _FLAT_PAGES[cache.shape[1]]
+    raise ValueError(
+        "cache: expected [pages, page_size, D + 4] or [pages, page_size * (D + 4)], page_size 32, "
+        f"64 or 128, got {list(cache.shape)}"
+    )
+
+
 def gather(
-    cache: Tensor, block_table: Tensor, context_lens: Tensor, next_n: int
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    next_n: int,
+    query_starts: Tensor | None = None,
+    tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The keys of a paged cache as contiguous keys, on the tensors' device without a
     synchronisation.
 
-    cache: uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)].
+    cache: uint8 [pages, page_size, D + 4] or [pages, page_size * (D + 4)].
     block_table: int32 [B, max_pages]; page numbers out of range are clamped.
-    context_lens: int32 [B], limited to max_pages * 64.
+    context_lens: int32 [B] or [B, next_n], limited to max_pages * page_size.
+    query_starts, tokens: as for :func:`misa.select_paged`, and T; values out of range are clamped.
 
-    Returns k uint8 [L, D], k_scale float32 [L], ks and ke int32 [B * next_n], L = B * max_pages *
-    64: sequence b has the keys from b * max_pages * 64 on. Raises ValueError for a wrong argument.
+    Returns k uint8 [L, D], k_scale float32 [L], ks and ke int32 [T], L = B * max_pages * page_size:
+    sequence b has the keys from b * max_pages * page_size on. Raises ValueError for a wrong
+    argument.
     """
-    given = {"cache": cache, "block_table": block_table, "context_lens": context_lens}
+    given = {"cache": cache, "block_table": block_table, "context_lens": context_lens,
+             "query_starts": query_starts}  # fmt: skip
     for name, tensor in given.items():
         _require(
-            tensor.layout == torch.strided, f"{name}: expected a dense tensor, got {tensor.layout}"
+            tensor is None or tensor.layout == torch.strided,
+            f"{name}: expected a dense tensor, got {getattr(tensor, 'layout', None)}",
         )
     _require(cache.dtype == torch.uint8, f"cache: expected torch.uint8, got {cache.dtype}")
-    _require(
-        (cache.dim() == 2 and cache.shape[1] % PAGE_SIZE == 0)
-        or (cache.dim() == 3 and cache.shape[1] == PAGE_SIZE),
-        f"cache: expected [pages, 64, D + 4] or [pages, 64 * (D + 4)], got {list(cache.shape)}",
-    )  # fmt: skip
+    page_size, dim = _page_shape(cache)
     _require(
         block_table.dtype == torch.int32 and block_table.dim() == 2,
         f"block_table: expected torch.int32 [B, max_pages], got {block_table.dtype} "
         f"{list(block_table.shape)}",
     )
     batch, max_pages = block_table.shape
-    _require(
-        context_lens.dtype == torch.int32 and context_lens.shape == (batch,),
-        f"context_lens: expected torch.int32 [{batch}], got {context_lens.dtype} "
-        f"{list(context_lens.shape)}",
-    )
     _require(next_n >= 1, f"next_n: expected 1 or more, got {next_n}")
-    longest = max_pages * PAGE_SIZE
+    by_row = query_starts is None and context_lens.dim() == 2
+    _require(
+        context_lens.dtype == torch.int32
+        and context_lens.shape == ((batch, next_n) if by_row else (batch,)),
+        f"context_lens: expected torch.int32 [{batch}] or, without query_starts, "
+        f"[{batch}, {next_n}], got {context_lens.dtype} {list(context_lens.shape)}",
+    )
+    longest = max_pages * page_size
     _require(
         batch * longest < 2**31,
         f"block_table: expected fewer than 2^31 keys, got {batch} * {longest}",
     )
     pages = cache.flatten(1)
     _require(pages.shape[0] > 0 or batch * max_pages == 0, "cache: expected 1 page or more, got 0")
-    dim = pages.shape[1] // PAGE_SIZE - 4
     chosen = block_table.flatten().long().clamp(0, max(pages.shape[0] - 1, 0))
-    k = pages[:, : PAGE_SIZE * dim][chosen].view(-1, dim)
-    k_scale = pages[:, PAGE_SIZE * dim :][chosen].view(torch.float32).flatten()
+    k = pages[:, : page_size * dim][chosen].view(-1, dim)
+    k_scale = pages[:, page_size * dim :][chosen].view(torch.float32).flatten()
 
     device = block_table.device
-    first = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * longest
-    row = torch.arange(next_n, dtype=torch.int32, device=device)
-    length = (context_lens[:, None] - next_n + 1 + row).clamp(0, longest)
-    ks = first.repeat(1, next_n)
-    return k, k_scale, ks.flatten(), (ks + length).flatten()
+    if query_starts is None:
+        first = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * longest
+        row = torch.arange(next_n, dtype=torch.int32, device=device)
+        length = context_lens if by_row else context_lens[:, None] - next_n + 1 + row
+        ks, length = first.repeat(1, next_n).flatten(), length.flatten()
+    else:
+        _require(next_n == 1, f"next_n: expected 1 with query_starts, got {next_n}")
+        _require(
+            query_starts.dtype == torch.int32 and query_starts.shape == (batch + 1,),
+            f"query_starts: expected torch.int32 [{batch + 1}], got {query_starts.dtype} "
+            f"{list(query_starts.shape)}",
+        )
+        row = torch.arange(tokens if batch > 0 else 0, dtype=torch.int32, device=device)
+        sequence = torch.searchsorted(query_starts, row, right=True) - 1
+        sequence = sequence.clamp(0, max(batch - 1, 0))
+        ks = sequence.int() * longest
+        length = context_lens[sequence] - (query_starts[sequence + 1] - 1 - row)
+    return k, k_scale, ks, ks + length.clamp(0, longest)

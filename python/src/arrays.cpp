@@ -231,49 +231,99 @@ RaggedMeans MeansArrays::means() const {
 namespace {
 
 std::string_view cache_layout(nb::handle cache) {
-  const bool flat = nb::hasattr(cache, "shape") && nb::len(nb::object(cache.attr("shape"))) == 2;
-  return flat ? "[pages, 64 * (D + 4)]" : "[pages, 64, D + 4]";
+  return dimensions_of(cache) == 2 ? "[pages, page_size * (D + 4)]" : "[pages, page_size, D + 4]";
 }
 
-// D of a cache. Its pages must be dense; only the page stride may have padding.
-std::int64_t cache_dim(const Array& cache) {
+struct PageShape {
+  std::int64_t page_size;
+  std::int64_t dim;
+};
+
+// The pages of a cache, which must be dense; only the page stride may have padding.
+PageShape page_shape(const Array& cache) {
   constexpr std::int64_t kScale = sizeof(float);
-  if (cache.dimensions() == 2) {
-    const std::int64_t bytes = cache.extent(1);
-    require(bytes % kPageSize == 0, "cache: expected pages of 64 * (D + 4) bytes, got {}", bytes);
-    return bytes / kPageSize - kScale;
+  if (cache.dimensions() == 3) {
+    // The stride is 0 for an array without elements.
+    const std::int64_t apart = cache.stride(1);
+    require(apart == 0 || apart == cache.extent(2),
+            "cache: expected pages that are dense inside, got tokens {} bytes apart", apart);
+    return {cache.extent(1), cache.extent(2) - kScale};
   }
-  // The stride is 0 for an array without elements.
-  const std::int64_t apart = cache.stride(1);
-  require(cache.extent(1) == kPageSize && (apart == 0 || apart == cache.extent(2)),
-          "cache: expected pages of 64 tokens, dense inside, got {} tokens {} bytes apart",
-          cache.extent(1), apart);
-  return cache.extent(2) - kScale;
+  const std::int64_t bytes = cache.extent(1);
+  for (const std::int64_t page_size : {32, 64, 128}) {  // no two pages have as many bytes
+    for (const std::int64_t dim : {64, 128}) {
+      if (bytes == page_size * (dim + kScale)) {
+        return {page_size, dim};
+      }
+    }
+  }
+  throw Error(
+      ErrorCode::invalid_argument,
+      fmt::format("cache: expected pages of page_size * (D + 4) bytes, page_size 32, 64 or 128 and "
+                  "D 64 or 128, got {}",
+                  bytes));
 }
 
 }  // namespace
 
-CacheArrays::CacheArrays(nb::handle cache, nb::handle page_sums, Access access)
-    : cache_("cache", cache, nb::dtype<std::uint8_t>(), cache_layout(cache), {}, access),
-      sums_(optional_array("page_sums", page_sums, nb::dtype<float>(), "[pages, D]", {}, access)),
-      dim_(cache_dim(cache_)) {
+std::int64_t dimensions_of(nb::handle array) {
+  return nb::hasattr(array, "shape")
+             ? static_cast<std::int64_t>(nb::len(nb::object(array.attr("shape"))))
+             : 0;
+}
+
+CacheArrays::CacheArrays(nb::handle cache, nb::handle page_sums, nb::handle largest_scales,
+                         Place place, Access access)
+    : cache_("cache", cache, nb::dtype<std::uint8_t>(), cache_layout(cache), place, access),
+      sums_(optional_array("page_sums", page_sums, nb::dtype<float>(), "[pages, page_size / 64, D]",
+                           place, access)),
+      largest_(optional_array("largest_scales", largest_scales, nb::dtype<float>(),
+                              "[pages, page_size / 64]", place, access)) {
+  const auto [page_size, dim] = page_shape(cache_);
+  page_size_ = page_size;
+  dim_ = dim;
+  const std::int64_t pages = cache_.extent(0);
+  const std::int64_t groups = page_size / kGroupSize;
   if (sums_) {
-    const std::int64_t stride = sums_->stride(0);
-    require(sums_->extent(0) == cache_.extent(0) && sums_->extent(1) == dim_ &&
-                (stride == 0 || stride == dim_),
-            "page_sums: expected a contiguous [{}, {}], got [{}, {}] with a row stride of {}",
-            cache_.extent(0), dim_, sums_->extent(0), sums_->extent(1), stride);
+    const std::int64_t apart = sums_->stride(1);
+    require(groups > 0, "page_sums: expected none for pages of {} tokens, got an array", page_size);
+    require(
+        sums_->extent(0) == pages && sums_->extent(1) == groups && sums_->extent(2) == dim &&
+            (apart == 0 || apart == dim),
+        "page_sums: expected [{}, {}, {}], dense inside a page, got [{}, {}, {}] with groups {} "
+        "elements apart",
+        pages, groups, dim, sums_->extent(0), sums_->extent(1), sums_->extent(2), apart);
+  }
+  if (largest_) {
+    require(sums_.has_value(), "largest_scales: expected none without page_sums, got an array");
+    require(largest_->extent(0) == pages && largest_->extent(1) == groups,
+            "largest_scales: expected [{}, {}], got [{}, {}]", pages, groups, largest_->extent(0),
+            largest_->extent(1));
   }
 }
 
 CacheView CacheArrays::view() const {
-  return {cache_.data_of<std::uint8_t>(), cache_.extent(0), dim_, cache_.stride(0),
-          sums_ ? sums_->data_of<float>() : nullptr};
+  return {cache_.data_of<std::uint8_t>(),
+          cache_.extent(0),
+          dim_,
+          cache_.stride(0),
+          sums_ ? sums_->data_of<float>() : nullptr,
+          page_size_,
+          sums_ ? sums_->stride(0) : 0,
+          largest_ ? largest_->data_of<float>() : nullptr,
+          largest_ ? largest_->stride(0) : 0};
 }
 
 CacheSpan CacheArrays::span() const {
-  return {cache_.writable_data_of<std::uint8_t>(), cache_.extent(0), dim_, cache_.stride(0),
-          sums_ ? sums_->writable_data_of<float>() : nullptr};
+  return {cache_.writable_data_of<std::uint8_t>(),
+          cache_.extent(0),
+          dim_,
+          cache_.stride(0),
+          sums_ ? sums_->writable_data_of<float>() : nullptr,
+          page_size_,
+          sums_ ? sums_->stride(0) : 0,
+          largest_ ? largest_->writable_data_of<float>() : nullptr,
+          largest_ ? largest_->stride(0) : 0};
 }
 
 OutputArrays::OutputArrays(nb::handle indices_, nb::handle scores_, nb::handle heads_,

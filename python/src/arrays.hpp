@@ -73,6 +73,9 @@ class Array {
   nb::ndarray<nb::ro> array_;
 };
 
+// How many dimensions an object has by its attribute `shape`; 0 without one.
+std::int64_t dimensions_of(nb::handle array);
+
 // std::nullopt if `object` is None.
 std::optional<Array> optional_array(std::string_view name, nb::handle object,
                                     nb::dlpack::dtype dtype, std::string_view layout, Place place,
@@ -132,11 +135,12 @@ struct MeansArrays {
   [[nodiscard]] RaggedMeans means() const;
 };
 
-// A paged cache in host memory, uint8 [pages, 64, D + 4] or [pages, 64 * (D + 4)], and its page
-// sums [pages, D] or None.
+// A paged cache, uint8 [pages, page_size, D + 4] or [pages, page_size * (D + 4)], and beside it
+// page sums [pages, page_size / 64, D] and largest scales [pages, page_size / 64], or None.
 class CacheArrays {
  public:
-  CacheArrays(nb::handle cache, nb::handle page_sums, Access access);
+  CacheArrays(nb::handle cache, nb::handle page_sums, nb::handle largest_scales, Place place,
+              Access access);
 
   [[nodiscard]] CacheView view() const;
   [[nodiscard]] CacheSpan span() const;  // with Access::write only
@@ -144,6 +148,8 @@ class CacheArrays {
  private:
   Array cache_;
   std::optional<Array> sums_;
+  std::optional<Array> largest_;
+  std::int64_t page_size_;
   std::int64_t dim_;
 };
 

@@ -14,8 +14,8 @@ ScaleFormat scale_format_of(std::string_view name) {
 }
 
 void append_keys(nb::handle cache_, nb::handle k_, nb::handle slots_, std::string_view scale_format,
-                 nb::handle page_sums) {
-  const CacheArrays cache(cache_, page_sums, Access::write);
+                 nb::handle page_sums, nb::handle largest_scales) {
+  const CacheArrays cache(cache_, page_sums, largest_scales, {}, Access::write);
   const Array k("k", k_, kElements, "[N, D]", {});
   const Array slots("slots", slots_, nb::dtype<std::int64_t>(), "[N]", {});
   const CacheSpan span = cache.span();
@@ -26,8 +26,9 @@ void append_keys(nb::handle cache_, nb::handle k_, nb::handle slots_, std::strin
   append(span, keys, at, format);
 }
 
-void rebuild(nb::handle cache_, nb::handle page_sums, nb::handle pages_, nb::handle filled_) {
-  const CacheArrays cache(cache_, page_sums, Access::write);
+void rebuild(nb::handle cache_, nb::handle page_sums, nb::handle pages_, nb::handle filled_,
+             nb::handle largest_scales) {
+  const CacheArrays cache(cache_, page_sums, largest_scales, {}, Access::write);
   const auto i32 = nb::dtype<std::int32_t>();
   const Array pages("pages", pages_, i32, "[N]", {});
   const auto filled = optional_array("filled", filled_, i32, "[N]", {});
@@ -45,10 +46,18 @@ void rebuild(nb::handle cache_, nb::handle page_sums, nb::handle pages_, nb::han
 void bind_cache(nb::module_& module) {
   module.def("append", &append_keys, nb::arg("cache").none(), nb::arg("k").none(),
              nb::arg("slots").none(), nb::arg("scale_format"), nb::arg("page_sums").none(),
+             nb::arg("largest_scales").none(),
              "Quantises keys into the slots of a cache in host memory.");
   module.def("rebuild_page_sums", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
-             nb::arg("pages").none(), nb::arg("filled").none(),
+             nb::arg("pages").none(), nb::arg("filled").none(), nb::arg("largest_scales").none(),
              "Rebuilds the sums of pages from their bytes.");
+  module.def(
+      "page_tail",
+      [](std::int64_t dim, std::int64_t page_size, std::int64_t sketch_bytes) {
+        const PageTail tail = page_tail(dim, page_size, sketch_bytes);
+        return nb::make_tuple(tail.page_sums, tail.largest_scales, tail.sketch, tail.page_stride);
+      },
+      nb::arg("dim"), nb::arg("page_size"), nb::arg("sketch_bytes"), "The fields of PageTail.");
 }
 
 }  // namespace misa::python

@@ -320,7 +320,9 @@ def test_cache() -> None:
         total = np.zeros((2, 64), np.float32)
         for i, key in enumerate(held):
             total[i // 64] += key
-        assert np.array_equal(cache.page_sums[:2], total)
+        assert np.array_equal(cache.page_sums[:2, 0], total)
+        largest = np.stack([scale[:64].max(), scale[64:].max()])
+        assert np.array_equal(cache.largest_scales[:2, 0], largest)
         assert np.all(cache.page_sums[2] == 0)
 
 
@@ -331,9 +333,11 @@ def test_rebuild_page_sums() -> None:
     misa.rebuild_page_sums(cache.data, cache.page_sums, np.array([1, 3], np.int32))
     assert np.array_equal(cache.page_sums[[1, 3]], want[[1, 3]])
     assert np.all(cache.page_sums[[0, 2, 4, 5]] == POISON)
-    misa.rebuild_page_sums(cache.data, cache.page_sums, np.array([2], np.int32),
-                           np.array([0], np.int32))  # fmt: skip
-    assert np.all(cache.page_sums[2] == 0)
+    page, empty = np.array([2], np.int32), np.array([0], np.int32)
+    misa.rebuild_page_sums(
+        cache.data, cache.page_sums, page, empty, largest_scales=cache.largest_scales
+    )
+    assert np.all(cache.page_sums[2] == 0) and cache.largest_scales[2] == 0
 
 
 def test_paged_layouts() -> None:
@@ -352,6 +356,59 @@ def test_paged_layouts() -> None:
         assert np.array_equal(got.indices, want)
 
 
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+def test_page_sizes(page_size: int) -> None:
+    """Pages of every size, with their derived data in arrays or in their tails, flat and shaped,
+    select what pages of 64 do."""
+    rng = np.random.default_rng(5)
+    keys = rng.standard_normal((512, 64)).astype(np.float32)
+    q, w = rng.standard_normal((4, 8, 64), np.float32), rng.standard_normal((4, 8), np.float32)
+    lengths, table = np.array([250, 70], np.int32), np.array([[3, 1], [2, 0]], np.int32)
+    config = misa.Config("misa", top_k=16, heads=2, block=64)
+
+    def pages_of(size: int) -> np.ndarray:
+        """The block table, whose entries are stretches of 128 tokens, in pages of this size."""
+        each = 128 // size
+        return (table[:, :, None] * each + np.arange(each)).reshape(2, -1).astype(np.int32)
+
+    plain = misa.Cache(8, 64)
+    plain.append(keys, np.arange(512))
+    options = {"next_n": 2, "config": config, "scores": True}
+    want = plain.select(q, w, pages_of(64), lengths, **options)
+
+    cache = misa.Cache(512 // page_size, 64, page_size=page_size)
+    cache.append(keys, np.arange(512))
+    groups, tail = page_size // 64, misa.page_tail(64, page_size, 100)
+    whole = np.full((512 // page_size, tail.page_stride), 0x7F, np.uint8)
+    flat = whole[:, : page_size * 68]
+    derived: dict[str, Any] = {}
+    if groups:
+        assert np.array_equal(cache.page_sums.reshape(8, 64), plain.page_sums.reshape(8, 64))
+        assert np.array_equal(cache.largest_scales.reshape(8), plain.largest_scales.reshape(8))
+        sums = whole[:, tail.page_sums :][:, : groups * 256].view(np.float32)
+        largest = whole[:, tail.largest_scales :][:, : groups * 4].view(np.float32)
+        derived = {"page_sums": sums.reshape(-1, groups, 64), "largest_scales": largest}
+    else:
+        assert cache.page_sums is None and cache.largest_scales is None
+    misa.append(flat, keys, np.arange(512), **derived)
+    assert np.array_equal(flat, cache.data.reshape(len(flat), -1))
+    assert np.all(whole[:, tail.sketch :] == 0x7F)
+    for name, array in derived.items():
+        assert np.array_equal(array.reshape(8, -1), getattr(plain, name).reshape(8, -1))
+
+    starts = np.array([0, 2, 4], np.int32)
+    by_row = np.array([[249, 250], [69, 70]], np.int32)
+    pages = pages_of(page_size)
+    for got in (
+        cache.select(q, w, pages, lengths, **options),
+        misa.select_paged(q, w, flat, pages, lengths, **options, **derived),
+        cache.select(q, w, pages, by_row, **options),
+        cache.select(q, w, pages, lengths, query_starts=starts, **options | {"next_n": 1}),
+    ):
+        assert np.array_equal(got.indices, want.indices)
+        assert np.array_equal(got.scores, want.scores)
+
+
 def test_paged_refuses() -> None:
     cache = filled_cache()
     arguments = {
@@ -367,14 +424,37 @@ def test_paged_refuses() -> None:
         expect(message, misa.select_paged, **(arguments | changes))
 
     refuses("cache: expected uint8, got int8", cache=cache.data.view(np.int8))
-    refuses("cache: expected pages of 64 tokens", cache=cache.data[:, :32])
+    refuses("cache: expected a page size of 32, 64 or 128, got 48", cache=cache.data[:, :48])
+    refuses("cache: expected pages that are dense inside",
+            cache=np.zeros((6, 64, 136), np.uint8)[:, :, :68])  # fmt: skip
+    refuses("cache: expected pages of page_size", cache=np.zeros((6, 64 * 68 + 4), np.uint8))
     refuses("cache: expected D = 64 as q has, got 128", cache=misa.Cache(6, 128).data)
     refuses("block_table: expected B = 2 rows", block_table=np.zeros((1, 4), np.int32))
     refuses(r"block_table\[0, 0\]: expected a page from 0 to 5, got 6",
             block_table=np.full((2, 4), 6, np.int32))  # fmt: skip
     refuses(r"context_lens\[0\]: expected at most", context_lens=np.array([300, 1], np.int32))
     refuses("q: expected T = batch \\* next_n", next_n=2)
-    refuses("page_sums: expected a contiguous", page_sums=np.zeros((5, 64), np.float32))
+    sums, largest = cache.page_sums, cache.largest_scales
+    refuses(r"page_sums: expected \[6, 1, 64\], .* got \[5, 1, 64\]", page_sums=sums[:5])
+    refuses("page_sums: expected .*, got 2 dimensions", page_sums=sums[:, 0])
+    refuses("page_sums: expected none for pages of 32 tokens", page_sums=sums,
+            cache=cache.data.reshape(12, 32, 68))  # fmt: skip
+    refuses("largest_scales: expected none without page_sums", largest_scales=largest)
+    refuses(r"largest_scales: expected \[6, 1\], got \[5, 1\]", page_sums=sums,
+            largest_scales=largest[:5])  # fmt: skip
+    refuses(r"context_lens: expected \[B\] or \[B, next_n = 1\], got \[2, 2\]",
+            context_lens=np.zeros((2, 2), np.int32))  # fmt: skip
+    refuses("context_lens: expected a contiguous array", next_n=2,
+            context_lens=np.zeros((2, 3), np.int32)[:, :2])  # fmt: skip
+    refuses("context_lens: expected .B., got 2 dimensions",
+            query_starts=np.arange(3, dtype=np.int32),
+            context_lens=np.zeros((2, 1), np.int32))  # fmt: skip
+    refuses("query_starts: expected B . 1 = 3 entries, got 2",
+            query_starts=np.arange(2, dtype=np.int32))  # fmt: skip
+    refuses(r"query_starts\[2\]: expected T = 2, got 1",
+            query_starts=np.array([0, 1, 1], np.int32))  # fmt: skip
+    refuses("next_n: expected 1 with query_starts, got 2", next_n=2,
+            query_starts=np.arange(3, dtype=np.int32))  # fmt: skip
     refuses("next_n: expected 1 or more", next_n=0)
 
 

@@ -20,9 +20,10 @@ from inputs import random_inputs
 CONFIG = misa.Config("misa-r", top_k=4, heads=2)
 SHAPE = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 9}
 OUTPUTS = misa.Selected._fields
-WRITTEN = {"append": ("cache", "page_sums"), "rebuild_page_sums": ("cache", "page_sums"),
-           "Plan.run": (*OUTPUTS, "workspace")}  # fmt: skip
-OPTIONAL = ("k_scale", "page_sums", "filled", "partial", *OUTPUTS, "workspace")
+CACHE = ("cache", "page_sums", "largest_scales")
+WRITTEN = {"append": CACHE, "rebuild_page_sums": CACHE, "Plan.run": (*OUTPUTS, "workspace")}
+OPTIONAL = ("k_scale", "query_starts", "page_sums", "largest_scales", "filled", "partial", *OUTPUTS,
+            "workspace")  # fmt: skip
 ELEMENTS = ("q", "k")
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
@@ -45,10 +46,12 @@ def calls() -> dict[str, Call]:
     cache = misa.Cache(2, 64)
     keys, slots = np.ones((3, 64), np.float32), np.arange(3)
     queries = {name: given[name] for name in ("q", "w")}
-    pages = {"block_table": np.zeros((2, 1), np.int32), "context_lens": np.full(2, 9, np.int32)}
+    pages = {"block_table": np.zeros((2, 1), np.int32), "context_lens": np.full(2, 9, np.int32),
+             "query_starts": np.arange(3, dtype=np.int32)}  # fmt: skip
     rows = {"starts": np.zeros(2, np.int32), "ends": np.full(2, 3, np.int32)}
     means = {"means": np.ones((4, 64), np.float32), **rows, "partial": np.full(2, -1, np.int32)}
-    held = {"cache": cache.data, "page_sums": cache.page_sums}
+    held = {"cache": cache.data, "page_sums": cache.page_sums,
+            "largest_scales": cache.largest_scales}  # fmt: skip
     return {
         "select": (partial(misa.select, config=CONFIG), given),
         "select_paged": (partial(misa.select_paged, config=CONFIG), {**queries, **held, **pages}),
@@ -168,6 +171,12 @@ def test_accepts(tmp_path: Path) -> None:
         (misa.Cache, {"pages": "2"}),
         (misa.Cache, {"pages": -1}),
         (misa.Cache, {"pages": 2, "dim": 64.0}),
+        (misa.Cache, {"pages": 2, "page_size": 48}),
+        (misa.Cache, {"pages": 2, "page_size": "64"}),
+        (misa.page_tail, {"dim": 96}),
+        (misa.page_tail, {"dim": 64, "page_size": 16}),
+        (misa.page_tail, {"dim": 64, "sketch_bytes": -1}),
+        (misa.page_tail, {"dim": 64, "sketch_bytes": 1.5}),
         (misa.Cache, {"pages": 2, "scale_format": 8}),
         (misa.Cache, {"pages": 2, "scale_format": "e5m2"}),
         (partial(misa.Plan, CONFIG, **SHAPE, k_dtype="f32"), {"q_dtype": np.dtype(">f4")}),

@@ -44,7 +44,8 @@ def _select_paged(cache_of: tuple[int, ...] = (64, D + 4)) -> dict[str, np.ndarr
         "cache": np.zeros((PAGES, *cache_of), "u1"),
         "block_table": np.zeros((B, MAX_PAGES), "i4"),
         "context_lens": np.full(B, 9, "i4"),
-        "page_sums": np.zeros((PAGES, D), "f4"),
+        "page_sums": np.zeros((PAGES, 1, D), "f4"),
+        "largest_scales": np.zeros((PAGES, 1), "f4"),
     }
 
 
@@ -64,14 +65,16 @@ def _append() -> dict[str, np.ndarray]:
         "cache": np.zeros((PAGES, 64, D + 4), "u1"),
         "k": _ones(3, D),
         "slots": np.arange(3, dtype="i8"),
-        "page_sums": np.zeros((PAGES, D), "f4"),
+        "page_sums": np.zeros((PAGES, 1, D), "f4"),
+        "largest_scales": np.zeros((PAGES, 1), "f4"),
     }
 
 
 def _rebuild() -> dict[str, np.ndarray]:
     return {
         "cache": np.zeros((PAGES, 64, D + 4), "u1"),
-        "page_sums": np.zeros((PAGES, D), "f4"),
+        "page_sums": np.zeros((PAGES, 1, D), "f4"),
+        "largest_scales": np.zeros((PAGES, 1), "f4"),
         "pages": np.arange(2, dtype="i4"),
         "filled": np.arange(2, dtype="i4"),
     }
@@ -209,7 +212,8 @@ def test_nothing_is_selected_from_nothing() -> None:
     for shape in ((0, 64, D + 4), (0, 64 * (D + 4))):
         arguments = _select_paged() | {
             "cache": np.zeros(shape, "u1"),
-            "page_sums": np.zeros((0, D), "f4"),
+            "page_sums": np.zeros((0, 1, D), "f4"),
+            "largest_scales": np.zeros((0, 1), "f4"),
             "block_table": np.zeros((B, 0), "i4"),
             "context_lens": np.zeros(B, "i4"),
         }

@@ -253,18 +253,19 @@ def test_traces(path: Path, indexer: str, backend: str) -> None:
 
 @backends
 @configs
-@pytest.mark.parametrize("next_n", [1, 3])
-def test_paged(next_n: int, config: misa.Config, backend: str) -> None:
+@pytest.mark.parametrize(("next_n", "page_size"), [(1, 64), (3, 64), (3, 32), (1, 128)])
+def test_paged(next_n: int, page_size: int, config: misa.Config, backend: str) -> None:
     rng = np.random.default_rng(2)
     lengths = np.array([400, 2, 0, 64, -1], np.int32)
-    cache = misa.Cache(40, 64)
+    cache = misa.Cache(40, 64, page_size=page_size)
     cache.data[...] = rng.integers(0, 256, cache.data.shape)  # what was there before is no key
-    table = np.full((5, 8), 39, np.int32)
-    table[0, :7], table[1, 0], table[3, 0] = rng.permutation(20)[:7], 30, 31
+    table = np.full((5, 14), 39, np.int32)
+    table[0, :13], table[1, 0], table[3, :2] = rng.permutation(20)[:13], 30, (31, 33)
     for b, length in enumerate(lengths):
         position = np.arange(max(length, 0))
         keys = rng.standard_normal((len(position), 64)).astype(np.float32)
-        cache.append(keys, table[b, position // 64].astype(np.int64) * 64 + position % 64)
+        cache.append(keys, table[b, position // page_size].astype(np.int64) * page_size
+                     + position % page_size)  # fmt: skip
     q = rng.standard_normal((5 * next_n, 8, 64)).astype(np.float32)
     w = rng.standard_normal((5 * next_n, 8)).astype(np.float32)
     got = cache.select(q, w, table, lengths, next_n=next_n, config=config, backend=backend,
@@ -277,6 +278,27 @@ def test_paged(next_n: int, config: misa.Config, backend: str) -> None:
                           backend=backend).indices,
         got.indices,
     )  # fmt: skip
+
+
+@backends
+@configs
+def test_paged_lengths(config: misa.Config, backend: str) -> None:
+    """Lengths by row, in any order, and rows a sequence that differ."""
+    rng = np.random.default_rng(6)
+    cache = misa.Cache(8, 64)
+    cache.append(rng.standard_normal((512, 64)).astype(np.float32), np.arange(512))
+    q = rng.standard_normal((6, 8, 64)).astype(np.float32)
+    w = rng.standard_normal((6, 8)).astype(np.float32)
+    table = np.array([[7, 1, 2], [4, 0, 5], [3, 6, 0]], np.int32)
+    for lengths, call in (
+        (np.array([[130, 7], [0, 192], [-3, 64]], np.int32), {"next_n": 2}),
+        (np.array([150, 9, 66], np.int32), {"query_starts": np.array([0, 4, 4, 6], np.int32)}),
+    ):
+        got = cache.select(q, w, table, lengths, config=config, backend=backend, scores=True,
+                           heads=True, residual=True, **call)  # fmt: skip
+        rows = reference.paged_rows(q, w, cache.data, table, lengths, **call)
+        for t, row in enumerate(rows):
+            check_row(row, config, got, t, UNIT[backend])
 
 
 def test_e4m3_round_trip() -> None:

@@ -88,8 +88,12 @@ def test_operator(dtype: str) -> None:
         a["q"].requires_grad_()
         torch.library.opcheck(torch_ops.select_op, (a["q"], *call[1:]))
     cache, table, lengths = paged()
-    call = (a["q"], a["w"], cache, table, lengths, None, 2, *torch_ops._fields(CONFIG))
-    torch.library.opcheck(torch_ops.select_paged_op, (*call, True, True, True, "auto", 0, 1 << 28))
+    rest = (*torch_ops._fields(CONFIG), True, True, True, "auto", 0, 1 << 28)
+    starts = torch.tensor([0, 1, len(a["q"])], dtype=torch.int32)
+    for form in ((lengths, None, 2), (torch.stack([lengths, lengths], 1), None, 2),
+                 (lengths, starts, 1)):  # fmt: skip
+        call = (a["q"], a["w"], cache, table, *form[:2], None, None, form[2], *rest)
+        torch.library.opcheck(torch_ops.select_paged_op, call)
 
 
 @devices
@@ -116,30 +120,57 @@ def paged(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return data.to(device)[:, : 64 * 68], table.to(device), lengths.to(device)
 
 
-@pytest.mark.parametrize("next_n", [1, 2])
-def test_gather(next_n: int) -> None:
+def forms(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int, torch.Tensor | None, int]]:
+    """Every form of lengths: context_lens, next_n, query_starts, T."""
+    by_row = torch.tensor([[3, 130], [70, -1]], dtype=torch.int32)
+    starts = torch.tensor([0, 3, 4], dtype=torch.int32)
+    return [(lengths, 1, None, 2), (lengths, 2, None, 4), (by_row.to(lengths.device), 2, None, 4),
+            (lengths, 1, starts.to(lengths.device), 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_gather(form: int) -> None:
     """Gathered pages give what the cache gives."""
     cache, table, lengths = paged()
+    lens, next_n, starts, tokens = forms(lengths)[form]
     torch.manual_seed(0)
-    q, w = torch.randn(2 * next_n, 8, 64), torch.randn(2 * next_n, 8)
-    want = misa.select_paged(q, w, cache, table, lengths, next_n=next_n, config=CONFIG, scores=True)
-    k, k_scale, ks, ke = torch_ops.gather(cache, table, lengths, next_n)
+    q, w = torch.randn(tokens, 8, 64), torch.randn(tokens, 8)
+    call = {"next_n": next_n, "query_starts": starts, "config": CONFIG, "scores": True}
+    want = misa.select_paged(q, w, cache, table, lens, **call)
+    k, k_scale, ks, ke = torch_ops.gather(cache, table, lens, next_n, starts, tokens)
     got = misa.select(q, w, k, ks, ke, k_scale=k_scale, config=CONFIG, scores=True)
     assert torch.equal(got.indices, want.indices)
     assert torch.equal(got.scores, want.scores)
     shaped = cache.contiguous().view(10, 64, 68)
-    again = misa.select_paged(q, w, shaped, table, lengths, next_n=next_n, config=CONFIG)
+    again = misa.select_paged(q, w, shaped, table, lens, **call)
     assert torch.equal(again.indices, want.indices)
+
+
+@pytest.mark.parametrize("page_size", [32, 128])
+def test_gather_of_page_sizes(page_size: int) -> None:
+    held = misa.Cache(4, 64, page_size=page_size)
+    held.append(torch.randn(4 * page_size, 64), torch.arange(4 * page_size))
+    cache, table = tensor(held.data), torch.tensor([[3, 0, 2]], dtype=torch.int32)
+    length = torch.tensor([2 * page_size + 5], dtype=torch.int32)
+    q, w = torch.randn(1, 8, 64), torch.randn(1, 8)
+    want = misa.select_paged(q, w, cache, table, length, config=CONFIG)
+    for layout in (cache, cache.flatten(1)):
+        k, k_scale, ks, ke = torch_ops.gather(layout, table, length, 1)
+        got = misa.select(q, w, k, ks, ke, k_scale=k_scale, config=CONFIG)
+        assert torch.equal(got.indices, want.indices)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cache": torch.zeros(2, 63, 68, dtype=torch.uint8)}, "cache: expected .pages, 64"),
+        ({"cache": torch.zeros(2, 63, 68, dtype=torch.uint8)}, "cache: expected .pages, page_size"),
         ({"cache": torch.zeros(2, 64, 68)}, "cache: expected torch.uint8, got torch.float32"),
         ({"block_table": torch.zeros(2, 4)}, "block_table: expected torch.int32"),
         ({"context_lens": torch.zeros(3, dtype=torch.int32)}, "context_lens: expected torch.int32"),
         ({"next_n": 0}, "next_n: expected 1 or more, got 0"),
+        ({"context_lens": torch.zeros(2, 2, dtype=torch.int32)}, "context_lens: expected .*2, 1"),
+        ({"query_starts": torch.zeros(2, dtype=torch.int32)}, "query_starts: expected .*3"),
+        ({"query_starts": torch.zeros(3, dtype=torch.int32), "next_n": 2}, "next_n: expected 1 "),
     ],
 )
 def test_gather_refuses(change: dict, message: str) -> None:
@@ -161,7 +192,7 @@ def test_plan() -> None:
 
 def test_append() -> None:
     keys = torch.randn(100, 64)
-    cache, sums = torch.zeros(2, 64, 68, dtype=torch.uint8), torch.zeros(2, 64)
+    cache, sums = torch.zeros(2, 64, 68, dtype=torch.uint8), torch.zeros(2, 1, 64)
     misa.append(cache, keys.bfloat16(), torch.arange(100), page_sums=sums)
     held = misa.Cache(2, 64)
     held.append(keys.bfloat16().float().numpy(), np.arange(100))
@@ -234,15 +265,20 @@ def test_device_graph() -> None:
 def test_device_paged() -> None:
     cache, table, lengths = paged("cuda")
     q, w = torch.randn(4, 8, 64, device="cuda"), torch.randn(4, 8, device="cuda")
-    options = {"next_n": 2, "config": misa.Config("dsa", top_k=16)}
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        got = misa.select_paged(q, w, cache, table, lengths, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    want = misa.select_paged(q.cpu(), w.cpu(), cache.cpu(), table.cpu(), lengths.cpu(), **options)
-    assert torch.equal(got.indices.cpu().sort(1).values, want.indices.sort(1).values)
+    config = misa.Config("dsa", top_k=16)
+    for lens, next_n, starts, tokens in forms(lengths):
+        options = {"next_n": next_n, "config": config}
+        call = q[:tokens], w[:tokens], cache, table, lens
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = misa.select_paged(*call, query_starts=starts, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        there = None if starts is None else starts.cpu()
+        host = [tensor_.cpu() for tensor_ in call]
+        want = misa.select_paged(*host, query_starts=there, **options)
+        assert torch.equal(got.indices.cpu().sort(1).values, want.indices.sort(1).values)
 
 
 @cuda

@@ -68,7 +68,7 @@ def wrong(entry: str, argument: str, kind: str) -> bool:
     if kind == "array":  # which append takes too, and a plan as an output
         return entry in OPERATORS and argument != "q"
     if kind == "gradient":
-        floats = ("page_sums", "scores", "residual")
+        floats = ("page_sums", "largest_scales", "scores", "residual")
         return argument in floats and argument in WRITTEN.get(entry, ())
     if kind == "negated":
         return argument in WRITTEN.get(entry, ())
@@ -150,7 +150,7 @@ def test_all_on_meta(entry: str) -> None:
     for argument, tensor_ in meta.items():
         check_refused((function, meta), argument, tensor_.to(torch.float64), "float64")
         check_refused((function, meta), argument, tensor_[None, None], "dimensions")
-        if argument in ("w", "ks", "ke", "k_scale", "context_lens", "page_sums"):
+        if argument in ("w", "ks", "ke", "k_scale", "context_lens", "page_sums", "largest_scales"):
             longer = tensor_.new_empty(len(tensor_) + 1, *tensor_.shape[1:])
             check_refused((function, meta), argument, longer, str(len(longer)))
 
