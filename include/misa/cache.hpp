@@ -73,6 +73,10 @@ float quantize(std::span<const float> key, ScaleFormat format, std::span<std::ui
 void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::int64_t> slots,
             ScaleFormat format = ScaleFormat::f32);
 
+/// The same for keys whose bytes and scales an engine has written into the slots: only the sums and
+/// largest scales are recomputed.
+void append(const CacheSpan& cache, std::span<const std::int64_t> slots);
+
 /// Copies whole pages: pages of `from` to pages of `to`, with the sums and largest scales that the
 /// target has (copy-on-write, offload). Both caches have the same page size.
 void copy_pages(const CacheView& source, std::span<const std::int32_t> from,

@@ -124,6 +124,7 @@ class Pages {
 
   [[nodiscard]] const CacheView& view() const { return cache_; }
   [[nodiscard]] std::int64_t groups() const { return groups_; }
+  [[nodiscard]] std::int64_t slots() const { return cache_.pages * cache_.page_size; }
 
   [[nodiscard]] const std::uint8_t* at(std::int64_t page) const {
     return cache_.data + page * cache_.page_stride;
@@ -209,6 +210,18 @@ std::vector<std::int64_t> validated_slots(std::span<const std::int64_t> slots, s
   return sorted_distinct("slots", std::move(written));
 }
 
+// Recomputes what is derived from the groups of these slots, ascending. The old sum cannot be added
+// to: it may count tokens that are no longer valid (a page was reused, or a speculated token was
+// rolled back).
+void update_groups(const Pages& pages, const std::vector<std::int64_t>& written) {
+  for (std::size_t i = 0; pages.has_sums() && i < written.size(); ++i) {
+    const std::int64_t group = written[i] / kGroupSize;
+    if (i + 1 == written.size() || written[i + 1] / kGroupSize != group) {
+      pages.update_group(group, written[i] % kGroupSize + 1);
+    }
+  }
+}
+
 }  // namespace
 
 std::int64_t cache_bytes(std::int64_t pages, std::int64_t dim, std::int64_t page_size) {
@@ -280,8 +293,7 @@ void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::in
   const std::int64_t stride = validated_token_stride(keys, cache.dim);
   require(std::ssize(slots) == keys.tokens, "slots: expected {}, one a key, got {}", keys.tokens,
           slots.size());
-  const std::vector<std::int64_t> written =
-      validated_slots(slots, checked_multiply_add("cache", cache.pages, cache.page_size));
+  const std::vector<std::int64_t> written = validated_slots(slots, pages.slots());
 
   const auto dim = static_cast<std::size_t>(cache.dim);
   std::vector<float> key(dim);
@@ -303,14 +315,12 @@ void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::in
     std::memcpy(page + scale_offset(cache.dim, cache.page_size, token), &scale, sizeof scale);
   }
 
-  // Recomputed from the bytes, because the old sum may count tokens that are no longer valid (a
-  // page was reused, or a speculated token was rolled back).
-  for (std::size_t i = 0; pages.has_sums() && i < written.size(); ++i) {
-    const std::int64_t group = written[i] / kGroupSize;
-    if (i + 1 == written.size() || written[i + 1] / kGroupSize != group) {
-      pages.update_group(group, written[i] % kGroupSize + 1);
-    }
-  }
+  update_groups(pages, written);
+}
+
+void append(const CacheSpan& cache, std::span<const std::int64_t> slots) {
+  const Pages pages(cache);
+  update_groups(pages, validated_slots(slots, pages.slots()));
 }
 
 void copy_pages(const CacheView& source, std::span<const std::int32_t> from,

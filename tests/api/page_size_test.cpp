@@ -199,7 +199,15 @@ TEST(PageSizes, EveryOperationEqualsPagesOf64) {
       const auto to = (from + 1 + static_cast<std::int64_t>(random() % 3)) % 4;
       const auto filled = static_cast<std::int32_t>(random() % 129);
       everywhere([&](const AnyCache& cache) {
-        append(cache.span(), {keys.data(), DType::f32, std::ssize(slots), dim}, slots, format);
+        const NewKeys k{keys.data(), DType::f32, std::ssize(slots), dim};
+        if (step % 3 == 2 && &cache != &caches.front()) {  // bytes first, then what is derived
+          CacheSpan bytes = cache.span();
+          bytes.page_sums = bytes.largest_scales = nullptr;
+          append(bytes, k, slots, format);
+          append(cache.span(), slots);
+        } else {
+          append(cache.span(), k, slots, format);
+        }
         if (step % 5 == 4) {
           copy_pages(cache.view(), cache.pages_of(from), cache.span(), cache.pages_of(to));
         }
@@ -332,6 +340,11 @@ TEST(PageSizes, WrongArgumentsSmoke) {
           with(&CacheSpan::largest_scales_stride, std::int64_t{1}));
   refused("largest_scales: expected none without page_sums, got an array",
           with(&CacheSpan::page_sums, static_cast<float*>(nullptr)));
+  refused("slots[0]: expected -1 to 511, got 512",
+          [&] { append(large.span(), std::vector<std::int64_t>{512}); });
+  refused("slots: expected each at most once, got 5 twice", [&] {
+    append(large.span(), std::vector<std::int64_t>{5, 5});
+  });
   refused("filled[0]: expected 0 to 128, got 129", [&] {
     rebuild_page_sums(large.span(), std::vector<std::int32_t>{0}, std::vector<std::int32_t>{129});
   });
