@@ -10,6 +10,7 @@
 #include <span>
 #include <string_view>
 
+#include "misa/cache.hpp"
 #include "misa/error.hpp"
 #include "misa/indexer.hpp"
 
@@ -106,5 +107,34 @@ void keep_blocks_from_means(const Queries& q, const Weights& w, const RaggedMean
                             int filter_blocks, std::span<std::int32_t> out,
                             std::span<std::byte> workspace, void* stream,
                             std::string_view backend = "auto");
+
+/// The calls of misa/cache.hpp that write a paged key cache, on the current device. Every array,
+/// including those in spans, is in device memory. They run in order on `stream` and return at once:
+/// they neither synchronise nor allocate, and may be captured into a graph.
+///
+/// Keys and largest scales have the bits that the same calls write in host memory. Sums are rounded
+/// as the kernels that read them round (docs/numerics.md), once per token where the CPU rounds
+/// twice: after a cache has been copied between host and device memory, its sums are rebuilt.
+///
+/// The values of slots, pages and `filled` cannot be checked on the host: slots and pages out of
+/// range are skipped, `filled` is clamped. The cache's data is aligned to 4 bytes.
+///
+/// All throw Error: invalid_argument before anything is enqueued, internal, with CUDA's message, if
+/// a CUDA call fails.
+
+/// Slots may be in any order, several of one page among them; of equal slots, the last key counts.
+void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::int64_t> slots,
+            void* stream, ScaleFormat format = ScaleFormat::f32);
+
+/// The same for keys whose bytes and scales an engine has written into the slots.
+void append(const CacheSpan& cache, std::span<const std::int64_t> slots, void* stream);
+
+/// No page is in `to` twice, and none in both `from` and `to` if the caches are one.
+void copy_pages(const CacheView& source, std::span<const std::int32_t> from,
+                const CacheSpan& target, std::span<const std::int32_t> to, void* stream);
+
+/// No page is in `pages` twice. An empty `filled` means that every token counts.
+void rebuild_page_sums(const CacheSpan& cache, std::span<const std::int32_t> pages,
+                       std::span<const std::int32_t> filled, void* stream);
 
 }  // namespace misa::cuda
