@@ -19,6 +19,7 @@ from ._call import (
     device_plan,
     empty_selected,
     outputs,
+    require_device_build,
     run_from_means,
     run_on_device,
     select_into,
@@ -229,17 +230,18 @@ def keep_blocks_from_means(
 
 def append(
     cache: Array,
-    k: Array,
+    k: Array | None,
     slots: Array,
     *,
     scale_format: str = "f32",
     page_sums: Array | None = None,
     largest_scales: Array | None = None,
 ) -> None:
-    """Quantises keys into a paged cache in host memory and updates what is derived from them.
+    """Quantises keys into a paged cache and updates what is derived from them.
 
     cache: uint8, as for :func:`select_paged`; written.
-    k: [N, D] float32 or bfloat16.
+    k: [N, D] float32 or bfloat16; None if an engine has written the keys' bytes and scales into the
+        slots, so that only what is derived from them is left to do.
     slots: int64 [N], page * page_size + offset, each at most once; -1 skips the key.
     scale_format: "f32": a key's scale is max(amax, 1e-4) / 448; "ue8m0": that rounded up to a power
         of two.
@@ -248,17 +250,40 @@ def append(
     largest_scales: float32 [pages, page_size / 64], the largest absolute scale of each group;
         written. Only with page_sums.
 
-    A group's content then ends with the last key appended to it. Raises ValueError for a wrong
-    argument.
+    A group's content then ends with the last key appended to it. Sums made in host memory are for
+    selections there, and those made on a device for selections there: after a copy to the other,
+    :func:`rebuild_page_sums` makes them again. Raises ValueError for a wrong argument.
+
+    All arrays are in host memory or on one CUDA device, where the call runs on PyTorch's current
+    stream and does not wait for it; slots out of range are skipped there, and of equal slots the
+    last one counts.
     """
-    _core.append(
-        _arrays.writable("cache", cache),
-        _arrays.readable("k", k),
-        _arrays.readable("slots", slots),
+    _write_cache(
+        "append",
+        cache,
+        {"cache": cache, "k": k, "slots": slots},
+        {"page_sums": page_sums, "largest_scales": largest_scales},
         text("scale_format", scale_format),
-        _arrays.writable("page_sums", page_sums),
-        _arrays.writable("largest_scales", largest_scales),
     )
+
+
+def _write_cache(
+    call: str, like: Array, inputs: dict[str, Array], derived: dict[str, Array], *options: Any
+) -> None:
+    """Calls the function of _core named `call` in host memory or on the cache's device."""
+    device = _arrays.cuda_device("cache", like)
+    read = _arrays.readable if device is None else _arrays.on_stream
+    arrays = [
+        _arrays.writable(name, array) if name in ("cache", "page_sums") else read(name, array)
+        for name, array in inputs.items()
+    ]
+    written = [_arrays.writable(name, array) for name, array in derived.items()]
+    if device is None:
+        getattr(_core, call)(*arrays, *options, *written)
+    else:
+        require_device_build()
+        on_device = getattr(_core, f"{call}_on_device")
+        on_device(*arrays, *options, *written, device, _arrays.stream_of(like))
 
 
 def rebuild_page_sums(
@@ -269,21 +294,17 @@ def rebuild_page_sums(
     *,
     largest_scales: Array | None = None,
 ) -> None:
-    """Rebuilds what is derived from some pages from their bytes, in host memory.
+    """Rebuilds what is derived from some pages from their bytes.
 
     cache, page_sums, largest_scales: as for :func:`append`; the last two are written.
-    pages: int32 [N] page numbers.
+    pages: int32 [N] page numbers, each at most once on a CUDA device.
     filled: int32 [N], how many tokens of each page count; all if not given.
 
-    Raises ValueError for a wrong argument.
+    Raises ValueError for a wrong argument. All arrays are in host memory or on one CUDA device, as
+    for :func:`append`; there pages out of range are skipped, and filled is clamped.
     """
-    _core.rebuild_page_sums(
-        _arrays.writable("cache", cache),
-        _arrays.writable("page_sums", page_sums),
-        _arrays.readable("pages", pages),
-        _arrays.readable("filled", filled),
-        _arrays.writable("largest_scales", largest_scales),
-    )
+    inputs = {"cache": cache, "page_sums": page_sums, "pages": pages, "filled": filled}
+    _write_cache("rebuild_page_sums", cache, inputs, {"largest_scales": largest_scales})
 
 
 class PageTail(NamedTuple):

@@ -153,6 +153,31 @@ class CacheArrays {
   std::int64_t dim_;
 };
 
+// The arrays of an append; without k, the keys' bytes stand in the cache already.
+struct AppendArrays {
+  CacheArrays cache;
+  std::optional<Array> k;
+  Array slots;
+  ScaleFormat format;
+
+  AppendArrays(nb::handle cache, nb::handle k, nb::handle slots, std::string_view scale_format,
+               nb::handle page_sums, nb::handle largest_scales, Place place);
+
+  [[nodiscard]] NewKeys keys() const;  // with k only
+};
+
+// The arrays of a rebuild of page sums.
+struct RebuildArrays {
+  CacheArrays cache;
+  Array pages;
+  std::optional<Array> filled;
+
+  RebuildArrays(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handle filled,
+                nb::handle largest_scales, Place place);
+
+  [[nodiscard]] std::span<const std::int32_t> counts() const;
+};
+
 // The arrays that a call writes.
 struct OutputArrays {
   Output indices;

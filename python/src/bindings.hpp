@@ -16,5 +16,6 @@ void bind_plan(nanobind::module_& module);
 void bind_device_plan(nanobind::module_& module);
 void bind_means(nanobind::module_& module);
 void bind_cache(nanobind::module_& module);
+void bind_device_cache(nanobind::module_& module);
 
 }  // namespace misa::python

@@ -13,30 +13,60 @@ ScaleFormat scale_format_of(std::string_view name) {
   return name == "f32" ? ScaleFormat::f32 : ScaleFormat::ue8m0;
 }
 
-void append_keys(nb::handle cache_, nb::handle k_, nb::handle slots_, std::string_view scale_format,
-                 nb::handle page_sums, nb::handle largest_scales) {
-  const CacheArrays cache(cache_, page_sums, largest_scales, {}, Access::write);
-  const Array k("k", k_, kElements, "[N, D]", {});
-  const Array slots("slots", slots_, nb::dtype<std::int64_t>(), "[N]", {});
-  const CacheSpan span = cache.span();
-  const NewKeys keys{k.data(), k.dtype(), k.extent(0), k.extent(1), k.stride(0)};
-  const auto at = slots.span_of<std::int64_t>();
-  const ScaleFormat format = scale_format_of(scale_format);
-  const nb::gil_scoped_release released;
-  append(span, keys, at, format);
+}  // namespace
+
+AppendArrays::AppendArrays(nb::handle cache_, nb::handle k_, nb::handle slots_,
+                           std::string_view scale_format, nb::handle page_sums,
+                           nb::handle largest_scales, Place place)
+    : cache(cache_, page_sums, largest_scales, place, Access::write),
+      slots("slots", slots_, nb::dtype<std::int64_t>(), "[N]", place),
+      format(scale_format_of(scale_format)) {
+  if (!k_.is_none()) {
+    k.emplace("k", k_, kElements, "[N, D]", place);
+  }
 }
 
-void rebuild(nb::handle cache_, nb::handle page_sums, nb::handle pages_, nb::handle filled_,
+NewKeys AppendArrays::keys() const {
+  return {k->data(), k->dtype(), k->extent(0), k->extent(1), k->stride(0)};
+}
+
+RebuildArrays::RebuildArrays(nb::handle cache_, nb::handle page_sums, nb::handle pages_,
+                             nb::handle filled_, nb::handle largest_scales, Place place)
+    : cache(cache_, page_sums, largest_scales, place, Access::write),
+      pages("pages", pages_, nb::dtype<std::int32_t>(), "[N]", place),
+      filled(optional_array("filled", filled_, nb::dtype<std::int32_t>(), "[N]", place)) {
+  require(!filled || filled->extent(0) == pages.extent(0),
+          "filled: expected {} entries as pages has, got {}", pages.extent(0),
+          filled ? filled->extent(0) : 0);
+}
+
+std::span<const std::int32_t> RebuildArrays::counts() const {
+  return filled ? filled->span_of<std::int32_t>() : std::span<const std::int32_t>();
+}
+
+namespace {
+
+void append_keys(nb::handle cache, nb::handle k, nb::handle slots, std::string_view scale_format,
+                 nb::handle page_sums, nb::handle largest_scales) {
+  const AppendArrays in(cache, k, slots, scale_format, page_sums, largest_scales, {});
+  const CacheSpan span = in.cache.span();
+  const auto at = in.slots.span_of<std::int64_t>();
+  if (!in.k) {
+    const nb::gil_scoped_release released;
+    append(span, at);
+    return;
+  }
+  const NewKeys keys = in.keys();
+  const nb::gil_scoped_release released;
+  append(span, keys, at, in.format);
+}
+
+void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handle filled,
              nb::handle largest_scales) {
-  const CacheArrays cache(cache_, page_sums, largest_scales, {}, Access::write);
-  const auto i32 = nb::dtype<std::int32_t>();
-  const Array pages("pages", pages_, i32, "[N]", {});
-  const auto filled = optional_array("filled", filled_, i32, "[N]", {});
-  const CacheSpan span = cache.span();
-  const auto numbers = pages.span_of<std::int32_t>();
-  const auto counts = filled ? filled->span_of<std::int32_t>() : std::span<const std::int32_t>();
-  require(!filled || counts.size() == numbers.size(),
-          "filled: expected {} entries as pages has, got {}", numbers.size(), counts.size());
+  const RebuildArrays in(cache, page_sums, pages, filled, largest_scales, {});
+  const CacheSpan span = in.cache.span();
+  const auto numbers = in.pages.span_of<std::int32_t>();
+  const auto counts = in.counts();
   const nb::gil_scoped_release released;
   rebuild_page_sums(span, numbers, counts);
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Selection in device memory: misa::cuda::Plan and the calls on block means, each on the device of
 // its arrays.
-#include <cuda_runtime_api.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 
@@ -9,43 +8,11 @@
 
 #include "arrays.hpp"
 #include "bindings.hpp"
+#include "device.hpp"
 #include "misa/cuda.hpp"
 
 namespace misa::python {
 namespace {
-
-// Makes a device current for this object's lifetime.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  static void check(cudaError_t result, std::string_view call) {
-    if (result != cudaSuccess) {
-      throw Error(ErrorCode::internal, fmt::format("{}: {}", call, cudaGetErrorString(result)));
-    }
-  }
-
-  int before_ = 0;
-};
-
-void require_device(int device) {
-  int count = 0;
-  const cudaError_t result = cudaGetDeviceCount(&count);  // leaves count unchanged if it fails
-  if (device >= count) {
-    const std::string why =
-        result == cudaSuccess ? "" : fmt::format(" ({})", cudaGetErrorString(result));
-    throw Error(
-        ErrorCode::unsupported,
-        fmt::format("device: expected one of {} CUDA devices, got cuda:{}{}", count, device, why));
-  }
-}
 
 class DevicePlan {
  public:

@@ -50,6 +50,7 @@ NB_MODULE(_core, module) {
   bind_means(module);
   bind_cache(module);
 #if MISA_HAVE_CUDA
+  bind_device_cache(module);
   bind_device_plan(module);
 #endif
 }

@@ -119,7 +119,7 @@ KINDS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
 def wrong(entry: str, argument: str, kind: str) -> bool:
     """Whether an object of the kind is no such argument."""
     if kind == "none":
-        return argument not in OPTIONAL
+        return argument not in OPTIONAL and (argument, entry.split(".")[-1]) != ("k", "append")
     if kind == "read-only":
         return argument in WRITTEN.get(entry, ())
     if kind in ("0-d", "deeper"):  # outputs are elements in a row, of whatever shape

@@ -198,6 +198,9 @@ def test_append() -> None:
     held.append(keys.bfloat16().float().numpy(), np.arange(100))
     assert np.array_equal(cache.numpy(), held.data)
     assert np.array_equal(sums.numpy(), held.page_sums)
+    sums.fill_(-1)  # as if an engine had written the bytes
+    misa.append(cache, None, torch.arange(100), page_sums=sums)
+    assert np.array_equal(sums.numpy(), held.page_sums)
 
 
 cuda = pytest.mark.skipif(
@@ -286,8 +289,50 @@ def test_device_refuses() -> None:
     arguments = tensors(random_inputs(PACK), "cuda")
     with pytest.raises(ValueError, match="k: expected a tensor on cuda:0 .*, got one on cpu"):
         misa.select(**(arguments | {"k": arguments["k"].cpu()}), config=CONFIG)
-    with pytest.raises(ValueError, match="cache: expected an array in host memory"):
+    with pytest.raises(ValueError, match="slots: expected an array in CUDA device 0"):
         misa.append(paged("cuda")[0], arguments["k"], torch.arange(400))
+    with pytest.raises(ValueError, match="k: expected an array in host memory"):
+        misa.append(paged()[0], arguments["k"], torch.arange(400))
+
+
+@cuda
+@pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+def test_device_append(page_size: int, scale_format: str) -> None:
+    """A cache on the device gets the bits of one in host memory, in a captured graph too; sums do
+    if their products are exact, with scales that are powers of two."""
+    held = misa.Cache(512 // page_size, 128, page_size=page_size, scale_format=scale_format)
+    there = [tensor(array, "cuda") for array in (held.data, held.page_sums, held.largest_scales)]
+    derived = {"page_sums": there[1], "largest_scales": there[2]}
+    keys, slots = torch.randn(100, 128), torch.randperm(512)[:100]
+
+    def same() -> None:
+        assert np.array_equal(there[0].cpu().numpy(), held.data)
+        if page_size > 32:
+            assert np.array_equal(there[2].cpu().numpy(), held.largest_scales)
+            if scale_format == "ue8m0":
+                assert np.array_equal(there[1].cpu().numpy(), held.page_sums)
+
+    for _ in range(2):  # the second time over the first one's keys
+        held.append(keys.numpy(), slots.numpy())
+        misa.append(there[0], keys.cuda(), slots.cuda(), scale_format=scale_format, **derived)
+        same()
+        keys, slots = torch.randn(100, 128), torch.randperm(512)[:100]
+    given = keys.cuda().bfloat16(), slots.cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        misa.append(there[0], *given, scale_format=scale_format, **derived)
+    graph.replay()
+    held.append(given[0].float().cpu().numpy(), slots.numpy())
+    same()
+    if page_size > 32:
+        for array in derived.values():
+            array.fill_(-1)
+        pages = torch.arange(512 // page_size, dtype=torch.int32)
+        misa.rebuild_page_sums(there[0], there[1], pages.cuda(), largest_scales=there[2])
+        misa.rebuild_page_sums(held.data, held.page_sums, pages.numpy(),
+                               largest_scales=held.largest_scales)  # fmt: skip
+        same()
 
 
 @cuda
