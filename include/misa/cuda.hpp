@@ -48,12 +48,16 @@ struct TopK {
 void top_k(const Logits& logits, int top_k, const TopK& out, void* stream);
 
 struct PlanOptions {
-  std::int64_t total_keys = 0;  ///< L: the most keys of one call, over all sequences
+  std::int64_t total_keys = 0;  ///< L: the most keys of one call, over all sequences, if ragged
   std::size_t workspace_cap = kDefaultWorkspaceCap;  ///< limit of the workspace, in bytes
   /// "auto", "cuda", or a CUDA backend's own name, as in ContextOptions: "auto" is the backend that
   /// the environment variable MISA_BACKEND names, which must be one of these, otherwise the one of
   /// highest priority that the device can run.
   std::string_view backend = "auto";
+  /// The most sequences of one call, for a plan that runs on paged keys; 0: it runs on ragged keys.
+  /// With the planned max_keys rounded up to a power of two, at least 128, batch * max_keys is
+  /// below 2^31.
+  std::int64_t batch = 0;
 };
 
 /// An indexer on the device that was current when the plan was made. Every array given to `run`,
@@ -81,6 +85,17 @@ class Plan {
   /// Throws Error: invalid_argument or workspace before anything is enqueued, internal, with CUDA's
   /// message, if a CUDA call fails.
   void run(const Queries& q, const Weights& w, const RaggedKeys& k, const Selection& out,
+           std::span<std::byte> workspace, void* stream) const;
+
+  /// The same for keys in the pages of a cache, which are read in place. A captured call that is
+  /// replayed sees the lengths, block tables and keys that are in memory then.
+  ///
+  /// A row is cut off at max_pages pages and at the planned max_keys. A query that query_starts
+  /// gives to no sequence is an empty row, as every query is if the cache has no pages. Entries of
+  /// the block table beyond the pages of a sequence's rows are not read. An entry that is read and
+  /// names no page of the cache stands for keys of score NaN. The cache and its page stride are
+  /// aligned to 16 bytes, and it has fewer than 2^32 keys. Its page sums are not used.
+  void run(const Queries& q, const Weights& w, const PagedKeys& k, const Selection& out,
            std::span<std::byte> workspace, void* stream) const;
 
  private:

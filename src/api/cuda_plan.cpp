@@ -2,12 +2,14 @@
 // The public plan for arrays in device memory, and the calls on block means there. Only what does
 // not need a read of device memory is checked.
 #include <algorithm>
+#include <bit>
 #include <initializer_list>
 #include <limits>
 
 #include "api/backends.hpp"
 #include "api/validate.hpp"
 #include "core/require.hpp"
+#include "cuda/problem.hpp"
 #include "cuda/target.hpp"
 #include "indexers/cuda.hpp"
 #include "indexers/cuda_means.hpp"
@@ -35,11 +37,37 @@ void require_rows(std::string_view name, const void* data, DType dtype,
   }
 }
 
+constexpr std::int64_t kMostKeys = std::numeric_limits<std::int32_t>::max();
+
 void validate_plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options) {
   validate(config, shape);
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  require(options.total_keys >= 0 && options.total_keys <= kMost,
-          "total_keys: expected 0 to {}, got {}", kMost, options.total_keys);
+  require(options.total_keys >= 0 && options.total_keys <= kMostKeys,
+          "total_keys: expected 0 to {}, got {}", kMostKeys, options.total_keys);
+  const std::int64_t most = kMostKeys >> sequence_bits(shape.max_keys);
+  require(options.batch >= 0 && options.batch <= most,
+          "batch: expected 0 (ragged keys) to {} with max_keys = {}, got {}", most, shape.max_keys,
+          options.batch);
+  require(options.batch == 0 || shape.k_dtype == DType::e4m3,
+          "k_dtype: expected e4m3 with paged keys, got {}", name_of(shape.k_dtype));
+}
+
+// Checks what a device needs of paged keys, whose layout is valid.
+void validate_device(const PagedKeys& k, std::int64_t batch, const Queries& q) {
+  const std::int64_t stride = k.cache.page_stride;
+  require(reinterpret_cast<std::uintptr_t>(k.cache.data) % kRowAlignment == 0,
+          "cache: expected data aligned to {} bytes, got {}", kRowAlignment,
+          static_cast<const void*>(k.cache.data));
+  require(stride % kRowAlignment == 0,
+          "cache: expected a page stride that is a multiple of {} bytes, got {}", kRowAlignment,
+          stride);
+  constexpr std::int64_t kMostCached = std::numeric_limits<std::uint32_t>::max();
+  const std::int64_t cached = checked_multiply_add("cache", k.cache.pages, k.cache.page_size);
+  require(cached <= kMostCached, "cache: expected at most {} keys, got {}", kMostCached, cached);
+  require(k.max_pages <= kMostKeys, "block_table: expected max_pages = 0 to {}, got {}", kMostKeys,
+          k.max_pages);
+  require(q.tokens <= kMostKeys, "q: expected T = 0 to {}, got {}", kMostKeys, q.tokens);
+  require(batch > 0 || q.tokens == 0,
+          "query_starts: expected a sequence for T = {} queries, got none", q.tokens);
 }
 
 void validate_device_workspace(std::span<std::byte> workspace, std::size_t bytes) {
@@ -87,12 +115,26 @@ struct Plan::State {
       : config(chosen),
         shape(bounds),
         total_keys(options.total_keys),
+        batch(options.batch),
         target(target_for(options.backend)),
-        step(chosen, bounds, options.total_keys, options.workspace_cap, traits_of(target)) {}
+        step(chosen, bounds,
+             batch == 0 ? ragged_bounds(total_keys)
+                        : paged_bounds(batch, bounds.max_keys, options.workspace_cap),
+             options.workspace_cap, traits_of(target)) {}
+
+  // Checks a call, except its keys.
+  void validate_call(const Queries& q, DType k_dtype, const Selection& out,
+                     std::span<std::byte> workspace) const {
+    validate_planned({q.tokens, q.heads, q.dim, shape.max_keys, q.dtype, k_dtype}, shape);
+    require_rows("q", q.data, q.dtype, {q.token_stride, q.head_stride});
+    validate(out, config, q);
+    validate_device_workspace(workspace, step.workspace_bytes());
+  }
 
   IndexerConfig config;
   Shape shape;
   std::int64_t total_keys;
+  std::int64_t batch;  // 0: of ragged keys
   const Target& target;
   Step step;
 };
@@ -113,19 +155,46 @@ void Plan::run(const Queries& queries, const Weights& weights, const RaggedKeys&
   const Queries q = validated(queries);
   const Weights w = validated(weights, q);
   const RaggedKeys k = validated_layout(keys, q);
-  const Shape& planned = state_->shape;
-  validate_planned({q.tokens, q.heads, q.dim, planned.max_keys, q.dtype, k.dtype}, planned);
+  require(state_->batch == 0, "k: expected paged keys, as planned, got ragged ones");
   require(k.tokens <= state_->total_keys, "k: expected L = {} at most, as planned, got {}",
           state_->total_keys, k.tokens);
-  require_rows("q", q.data, q.dtype, {q.token_stride, q.head_stride});
   require_rows("k", k.data, k.dtype, {k.token_stride});
-  validate(out, state_->config, q);
-  validate_device_workspace(workspace, workspace_bytes());
-  state_->step.run({q,
-                    w,
-                    {k.data, k.dtype, k.tokens, k.token_stride, k.scale, k.starts.data(),
-                     k.ends.data(), static_cast<std::int32_t>(planned.max_keys)}},
+  state_->validate_call(q, k.dtype, out, workspace);
+  state_->step.run(Problem{q,
+                           w,
+                           {k.data, k.dtype, k.tokens, k.token_stride, k.scale, k.starts.data(),
+                            k.ends.data(), static_cast<std::int32_t>(state_->shape.max_keys)}},
                    out, workspace.data(), stream);
+}
+
+void Plan::run(const Queries& queries, const Weights& weights, const PagedKeys& keys,
+               const Selection& out, std::span<std::byte> workspace, void* stream) const {
+  const Queries q = validated(queries);
+  const Weights w = validated(weights, q);
+  const PagedKeys k = validated_layout(keys, q);
+  const std::int64_t batch = batch_of(k, q);
+  require(state_->batch > 0, "k: expected ragged keys, as planned, got paged ones");
+  require(batch <= state_->batch,
+          "context_lens: expected a batch of {} at most, as planned, got {}", state_->batch, batch);
+  validate_device(k, batch, q);
+  state_->validate_call(q, DType::e4m3, out, workspace);
+  DevicePagedSource source{};
+  source.data = k.cache.data;
+  source.pages = k.cache.pages;
+  source.page_stride = k.cache.page_stride;
+  source.dim = static_cast<std::int32_t>(q.dim);
+  source.page_bits = std::countr_zero(static_cast<std::uint64_t>(k.cache.page_size));
+  source.block_table = k.block_table;
+  source.table_stride = k.block_table_stride;
+  source.max_pages = static_cast<std::int32_t>(k.max_pages);
+  source.sequences = static_cast<std::int32_t>(batch);
+  source.sequence_bits = sequence_bits(state_->shape.max_keys);
+  source.context_lens = k.context_lens.data();
+  source.row_lens = k.row_lens.empty() ? nullptr : k.row_lens.data();
+  source.query_starts = k.query_starts.empty() ? nullptr : k.query_starts.data();
+  source.next_n = static_cast<std::int32_t>(k.next_n);
+  source.max_keys = static_cast<std::int32_t>(state_->shape.max_keys);
+  state_->step.run(PagedProblem{q, w, source}, out, workspace.data(), stream);
 }
 
 }  // namespace misa::cuda

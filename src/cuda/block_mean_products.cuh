@@ -67,8 +67,9 @@ static_assert(sizeof(MeansShared<128, 3>) <= 99 * 1024);
 
 enum class MeansOutput { head_energies, block_scores };
 
+template <class Source>
 struct MeansArguments {
-  Problem problem;
+  ProblemOf<Source> problem;
   BlockMeanTable means;
   std::int32_t count;   // heads to choose
   std::int32_t* heads;  // [T, count]
@@ -85,8 +86,9 @@ struct WarpTask {
 
 // Step 2: starts to copy the means of blocks first … first + count - 1 of a sequence, one row per
 // warp at a time.
-template <bool given, int dim, int parts>
-__device__ void load_means_tile(MeansTile<dim, parts>& tile, const MeansArguments& arguments,
+template <bool given, int dim, int parts, class Source>
+__device__ void load_means_tile(MeansTile<dim, parts>& tile,
+                                const MeansArguments<Source>& arguments,
                                 std::int32_t sequence_start, std::int32_t first, int count) {
   constexpr int kRowChunks = dim / 8;  // of 16 bytes
   constexpr int kWarpRows = kTileMeans<parts> / kWarps;
@@ -225,15 +227,15 @@ __device__ void write_energies(const std::uint16_t (&partial)[parts][dim], float
   }
 }
 
-template <DType type, bool fp16, int dim, MeansOutput output, bool given>
+template <class Source, DType type, bool fp16, int dim, MeansOutput output, bool given>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
-    mean_products_kernel(const __grid_constant__ MeansArguments arguments) {
+    mean_products_kernel(const __grid_constant__ MeansArguments<Source> arguments) {
   begin_kernel();
   constexpr int kMeanParts = cuda::kMeanParts<fp16>;
   constexpr int kRows = kTileMeans<kMeanParts>;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<MeansShared<dim, kMeanParts>*>(memory);
-  const Problem& problem = arguments.problem;
+  const ProblemOf<Source>& problem = arguments.problem;
   const int heads = static_cast<int>(problem.q.heads);
   const int query_warps = (heads + kWarpHeads - 1) / kWarpHeads;
   const int block_queries = kWarps / query_warps;  // per thread block
@@ -335,18 +337,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 }
 
-template <DType type, bool fp16, int dim, MeansOutput output, bool given>
-void launch(const MeansArguments& arguments, cudaStream_t stream) {
+template <DType type, bool fp16, int dim, MeansOutput output, bool given, class Source>
+void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
   constexpr int kBytes = sizeof(MeansShared<dim, kMeanParts<fp16>>);
-  const auto kernel = mean_products_kernel<type, fp16, dim, output, given>;
+  const auto kernel = mean_products_kernel<Source, type, fp16, dim, output, given>;
   const Queries& q = arguments.problem.q;
   const std::int64_t queries = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
   const auto grid = static_cast<unsigned>((q.tokens + queries - 1) / queries);
   launch_kernel("block-mean products", kernel, dim3(grid), kThreads, kBytes, stream, arguments);
 }
 
-template <DType type, bool fp16, MeansOutput output, bool given>
-void launch(const MeansArguments& arguments, cudaStream_t stream) {
+template <DType type, bool fp16, MeansOutput output, bool given, class Source>
+void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
   if (arguments.problem.q.dim == 64) {
     launch<type, fp16, 64, output, given>(arguments, stream);
   } else {
@@ -354,8 +356,8 @@ void launch(const MeansArguments& arguments, cudaStream_t stream) {
   }
 }
 
-template <MeansOutput output, bool given>
-void launch(const MeansArguments& arguments, cudaStream_t stream) {
+template <MeansOutput output, bool given, class Source>
+void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
   switch (arguments.problem.q.dtype) {
     case DType::f32: return launch<DType::f32, false, output, given>(arguments, stream);
     case DType::bf16: return launch<DType::bf16, false, output, given>(arguments, stream);
@@ -365,17 +367,20 @@ void launch(const MeansArguments& arguments, cudaStream_t stream) {
           return launch<DType::e4m3, true, output, given>(arguments, stream);
         }
       }
-      return launch<DType::e4m3, false, output, given>(arguments, stream);
+      if constexpr (!kPaged<Source>) {
+        return launch<DType::e4m3, false, output, given>(arguments, stream);
+      }
   }
 }
 
-template <MeansOutput output>
-void launch(const MeansArguments& arguments, cudaStream_t stream) {
-  if (arguments.means.starts == nullptr) {
-    launch<output, true>(arguments, stream);
-  } else {
-    launch<output, false>(arguments, stream);
+template <MeansOutput output, class Source>
+void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
+  if constexpr (!kPaged<Source>) {
+    if (arguments.means.starts == nullptr) {
+      return launch<output, true>(arguments, stream);
+    }
   }
+  launch<output, false>(arguments, stream);
 }
 
 }  // namespace misa::cuda::block_mean_products

@@ -42,10 +42,17 @@ __device__ PageSum sum_page(const Source& keys, std::int64_t token, int count, i
                             const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % kSumLanes;
   const std::int64_t pitch = key_pitch<type>(keys);
-  const std::byte* row = key_address<type>(keys, token) + d * static_cast<int>(size_of(type));
+  const auto address_of = [&](int key) {
+    return key_address<type>(keys, token + key) + d * static_cast<int>(size_of(type));
+  };
+  const std::byte* row = kPaged<Source> ? nullptr : address_of(0);
   PageSum page{};
 #pragma unroll 1
   for (int first = 0; first < static_cast<int>(kPageSize); first += batch) {
+    if constexpr (kPaged<Source>) {
+      static_assert(kSmallestPage % batch == 0);  // the keys of a batch are in one page
+      row = whole || first < count ? address_of(first) : nullptr;
+    }
     Elements<type, kLaneColumns> elements[batch];
     [[maybe_unused]] float scales[(batch + kSumLanes - 1) / kSumLanes];
 #pragma unroll

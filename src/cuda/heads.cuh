@@ -104,8 +104,8 @@ struct HeadOperands {
 
 // The keys that query t0 + l sees, for lane l of every warp. There are fewer than 32 `queries`;
 // lanes without a query get no keys, and a start that no query has.
-__device__ inline Range range_of_lane(const DeviceRaggedSource& keys, std::int64_t t0,
-                                      int queries) {
+template <class Source>
+__device__ inline Range range_of_lane(const Source& keys, std::int64_t t0, int queries) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   return lane < queries ? visible(keys, t0 + lane) : Range{-1, 0};
 }

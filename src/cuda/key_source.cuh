@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where a key lies and which keys a query sees. Loaders take the source as a template parameter.
-// Ranges are clamped, so that reads stay in bounds whatever the arrays hold. The index of a key in a
-// source grows by one from a key of a sequence to the next.
+// Ranges are clamped, so that reads stay in bounds whatever the arrays hold. The index of a key in
+// a source grows by one from a key of a sequence to the next.
 #pragma once
 
 #include <cstddef>
@@ -49,7 +49,32 @@ __device__ inline float key_scale(const DeviceRaggedSource& keys, std::int64_t t
   return type == DType::e4m3 ? __ldg(keys.scale + token) : 1.0F;
 }
 
+// Whether a key's format has scales, where the dtype is known at run time only.
+__device__ inline bool has_scales(const DeviceRaggedSource& keys) { return keys.scale != nullptr; }
+
+// Queries first … end - 1 of a chunk.
+struct QueryRange {
+  std::int64_t first;
+  std::int64_t end;
+};
+
+// Among the `queries` of the chunk, those that may see keys with indices from first_key to end_key
+// - 1: all, since they are in no order.
+__device__ inline QueryRange queries_near(const DeviceRaggedSource& /*keys*/, std::int64_t queries,
+                                          std::int64_t /*first_key*/, std::int64_t /*end_key*/) {
+  return {0, queries};
+}
+
 // Paged keys.
+
+// The queries of a sequence, of those of the call.
+__device__ inline QueryRange queries_of(const DevicePagedSource& keys, std::int32_t sequence) {
+  if (keys.query_starts != nullptr) {
+    return {keys.query_starts[sequence], keys.query_starts[sequence + 1]};
+  }
+  const std::int64_t first = std::int64_t{sequence} * keys.next_n;
+  return {first, first + keys.next_n};
+}
 
 // The sequence of a query of the chunk.
 __device__ inline std::int32_t sequence_of(const DevicePagedSource& keys, std::int64_t t) {
@@ -65,17 +90,15 @@ __device__ inline std::int32_t sequence_of(const DevicePagedSource& keys, std::i
   return sequence;
 }
 
+// A query that query_starts gives to no sequence sees nothing.
 __device__ inline Range visible(const DevicePagedSource& keys, std::int64_t t) {
   const auto query = keys.first_query + static_cast<std::int32_t>(t);
-  const std::int32_t sequence = min(sequence_of(keys, t), keys.sequences - 1);
+  const std::int32_t sequence = sequence_of(keys, t);
+  const QueryRange queries = queries_of(keys, sequence);
   std::int64_t length = 0;
-  if (keys.row_lens != nullptr) {
-    length = keys.row_lens[query];
-  } else {
-    const std::int32_t later = keys.query_starts != nullptr
-                                   ? keys.query_starts[sequence + 1] - 1 - query
-                                   : keys.next_n - 1 - query % keys.next_n;
-    length = std::int64_t{keys.context_lens[sequence]} - later;
+  if (queries.first <= query && query < queries.end) {
+    length = keys.row_lens != nullptr ? keys.row_lens[query]
+                                      : keys.context_lens[sequence] - (queries.end - 1 - query);
   }
   const std::int64_t room = std::int64_t{keys.max_pages} << keys.page_bits;
   const auto cut = static_cast<std::int32_t>(
@@ -93,28 +116,46 @@ __device__ inline std::int64_t page_of(const DevicePagedSource& keys, std::int64
   return page >= 0 && page < keys.pages ? page : -1;
 }
 
+// The place of a key in its page.
+__device__ inline std::int64_t slot_of(const DevicePagedSource& keys, std::int64_t token) {
+  return token & ((1 << keys.page_bits) - 1);
+}
+
+// The scales of a page.
+__device__ inline const float* page_scales(const DevicePagedSource& keys, std::int64_t page) {
+  const std::int64_t elements = std::int64_t{keys.dim} << keys.page_bits;
+  return reinterpret_cast<const float*>(keys.data + page * keys.page_stride + elements);
+}
+
 template <DType type>
 __device__ inline const std::byte* key_address(const DevicePagedSource& keys, std::int64_t token) {
-  const std::int64_t slot = token & ((1 << keys.page_bits) - 1);
   return reinterpret_cast<const std::byte*>(keys.data) +
-         max(page_of(keys, token), std::int64_t{0}) * keys.page_stride + slot * keys.dim;
+         max(page_of(keys, token), std::int64_t{0}) * keys.page_stride +
+         slot_of(keys, token) * keys.dim;
 }
 
 template <DType type>
 __device__ inline float key_scale(const DevicePagedSource& keys, std::int64_t token) {
   const std::int64_t page = page_of(keys, token);
-  if (page < 0) {
-    return __uint_as_float(0x7FFFFFFFU);  // NaN
-  }
-  const std::int64_t slot = token & ((1 << keys.page_bits) - 1);
-  const std::int64_t scales = std::int64_t{keys.dim} << keys.page_bits;
-  return __ldg(reinterpret_cast<const float*>(keys.data + page * keys.page_stride + scales) + slot);
+  return page < 0 ? __uint_as_float(0x7FFFFFFFU)  // NaN
+                  : __ldg(page_scales(keys, page) + slot_of(keys, token));
 }
 
 // Bytes from one key to the next one of the same page.
 template <DType type>
 __device__ inline std::int64_t key_pitch(const DevicePagedSource& keys) {
   return keys.dim;
+}
+
+__device__ inline bool has_scales(const DevicePagedSource& /*keys*/) { return true; }
+
+__device__ inline QueryRange queries_near(const DevicePagedSource& keys, std::int64_t queries,
+                                          std::int64_t first_key, std::int64_t end_key) {
+  const auto last = static_cast<std::int32_t>((end_key - 1) >> keys.sequence_bits);
+  const std::int64_t first =
+      queries_of(keys, static_cast<std::int32_t>(first_key >> keys.sequence_bits)).first;
+  const std::int64_t end = queries_of(keys, min(last, keys.sequences - 1)).end;
+  return {max(first - keys.first_query, std::int64_t{0}), min(end - keys.first_query, queries)};
 }
 
 }  // namespace misa::cuda

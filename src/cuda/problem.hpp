@@ -3,9 +3,12 @@
 // contents of the arrays are unknown, so kernels clamp every value that they use as an index.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "misa/view.hpp"
 
@@ -30,9 +33,12 @@ struct DeviceRaggedSource {
   std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
 };
 
-// Keys in pages of a cache. To share their code with ragged keys, kernels number the keys of a batch
-// as if every sequence had 2^sequence_bits of them: position p of sequence b has the index
-// (b << sequence_bits) + p, which fits in 31 bits.
+// Tokens of the smallest page of a cache.
+inline constexpr int kSmallestPage = 32;
+
+// Keys in pages of a cache. To share their code with ragged keys, kernels number the keys of a
+// batch as if every sequence had 2^sequence_bits of them: position p of sequence b has the index (b
+// << sequence_bits) + p, which fits in 31 bits.
 struct DevicePagedSource {
   const std::uint8_t* data;         // pages, aligned to 16 bytes, of `dim` e4m3 elements a key
   std::int64_t pages;               // of the cache; a key in a page that is not one of them is NaN
@@ -48,30 +54,78 @@ struct DevicePagedSource {
   const std::int32_t* row_lens;      // [T of the call], or null
   const std::int32_t* query_starts;  // [sequences + 1], or null: next_n queries each
   std::int32_t next_n;
-  std::int32_t first_query;  // of the chunk, among the queries of the call
-  std::int32_t max_keys;     // longer rows are cut to this many keys; at most 2^sequence_bits
+  std::int32_t first_query;     // of the chunk, among the queries of the call
+  std::int32_t max_keys;        // longer rows are cut to this many keys; at most 2^sequence_bits
   std::int32_t least_keys = 0;  // as in DeviceRaggedSource
   std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
 
   static constexpr DType dtype = DType::e4m3;
 };
 
-// Queries and weights have actual strides, never default ones. A chunk of a call is a Problem whose
-// pointers start at the chunk's first query and whose q.tokens is the chunk's.
-struct Problem {
-  Queries q;
-  Weights w;
-  DeviceRaggedSource k;
+// The sequence_bits for sequences of up to max_keys keys, at least a page.
+constexpr std::int32_t sequence_bits(std::int64_t max_keys) {
+  constexpr std::int64_t kLargestPage = 128;
+  const auto last = static_cast<std::uint64_t>(std::max(max_keys, kLargestPage) - 1);
+  return static_cast<std::int32_t>(std::bit_width(last));
+}
+
+template <class Source>
+inline constexpr bool kPaged = std::is_same_v<Source, DevicePagedSource>;
+
+// The bounds of the indices of keys.
+inline std::int64_t index_bound(const DeviceRaggedSource& keys) { return keys.tokens; }
+inline std::int64_t index_bound(const DevicePagedSource& keys) {
+  return std::int64_t{keys.sequences} << keys.sequence_bits;
+}
+
+// What a plan knows of the keys of its calls.
+struct KeyBounds {
+  bool paged;
+  std::int64_t total;       // indices of keys are below it
+  std::size_t table_bytes;  // the most memory that the rows of a block-mean table get
 };
 
+// Of ragged calls with at most `total` keys.
+inline KeyBounds ragged_bounds(std::int64_t total) {
+  return {false, total, std::numeric_limits<std::size_t>::max()};
+}
+
+// Of paged calls with at most `batch` sequences of at most max_keys keys. Most of the indices that
+// their keys may have are usually not in use, so that block-mean tables get a part of the workspace
+// and not a row for every block.
+inline KeyBounds paged_bounds(std::int64_t batch, std::int64_t max_keys,
+                              std::size_t workspace_cap) {
+  return {true, batch << sequence_bits(max_keys), workspace_cap / 4};
+}
+
+// Makes query `first` the first one of a source.
+inline void advance(DeviceRaggedSource& keys, std::int64_t first) {
+  keys.starts += first;
+  keys.ends += first;
+}
+inline void advance(DevicePagedSource& keys, std::int64_t first) {
+  keys.first_query += static_cast<std::int32_t>(first);
+}
+
+// Queries and weights have actual strides, never default ones. A chunk of a call is a problem whose
+// q and w start at the chunk's first query and whose q.tokens is the chunk's.
+template <class Source>
+struct ProblemOf {
+  Queries q;
+  Weights w;
+  Source k;
+};
+using Problem = ProblemOf<DeviceRaggedSource>;
+using PagedProblem = ProblemOf<DevicePagedSource>;
+
 // Queries first … first + count - 1 of a problem.
-inline Problem chunk_of(Problem problem, std::int64_t first, std::int64_t count) {
+template <class Source>
+ProblemOf<Source> chunk_of(ProblemOf<Source> problem, std::int64_t first, std::int64_t count) {
   problem.q.data =
       static_cast<const std::byte*>(problem.q.data) +
       first * problem.q.token_stride * static_cast<std::int64_t>(size_of(problem.q.dtype));
   problem.w.data += first * problem.w.token_stride;
-  problem.k.starts += first;
-  problem.k.ends += first;
+  advance(problem.k, first);
   problem.q.tokens = problem.w.tokens = count;
   return problem;
 }

@@ -19,7 +19,8 @@ inline bool sm90_can_implement(const DeviceTraits& device, DType q_dtype, DType 
 }
 
 // The same for all heads of a problem.
-inline bool sm90_can_implement(const Problem& problem, const DeviceTraits& device) {
+template <class Source>
+bool sm90_can_implement(const ProblemOf<Source>& problem, const DeviceTraits& device) {
   return sm90_can_implement(device, problem.q.dtype, problem.k.dtype, problem.q.dim,
                             problem.q.heads);
 }

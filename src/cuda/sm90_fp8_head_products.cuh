@@ -76,10 +76,10 @@ struct MeanTiles {
 
 // Computes the mean of the block whose first key is `token` as row `row` of a tile. All lanes of a
 // warp call. Not inlined: the inlined code would slow down kernels that never call it.
-template <int means>
+template <int means, class Source>
 __device__ __noinline__ void compute_row(MeanTiles<means>& tiles, int buffer, int row,
-                                         const DeviceRaggedSource& keys,
-                                         const BlockMeanTable& table, std::int64_t token) {
+                                         const Source& keys, const BlockMeanTable& table,
+                                         std::int64_t token) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint16_t* const computed = tiles.computed[threadIdx.x / 32][0];
   const float factor = write_mean<true>(keys, table, token, computed, kDim);
@@ -95,8 +95,8 @@ __device__ __noinline__ void compute_row(MeanTiles<means>& tiles, int buffer, in
 // Starts to copy the means of blocks first … first + count - 1 of a sequence into a tile, one row
 // per warp and one chunk per lane at a time. Where a table row holds the block of another sequence,
 // the mean is computed.
-template <int means>
-__device__ void load_mean_tile(MeanTiles<means>& tiles, int buffer, const DeviceRaggedSource& keys,
+template <int means, class Source>
+__device__ void load_mean_tile(MeanTiles<means>& tiles, int buffer, const Source& keys,
                                const BlockMeanTable& table, std::int32_t sequence_start,
                                std::int32_t first, int count) {
   constexpr int kWarpRows = means / kSm90Warps;

@@ -7,7 +7,8 @@
 
 namespace misa::cuda::filter {
 
-void launch_block_scores(const Problem& problem, const DeviceTraits& device,
+template <class Source>
+void launch_block_scores(const ProblemOf<Source>& problem, const DeviceTraits& device,
                          const BlockMeanTable& means, float* scores, std::int64_t stride,
                          cudaStream_t stream) {
   if (sm90_can_implement(problem, device)) {
@@ -15,7 +16,13 @@ void launch_block_scores(const Problem& problem, const DeviceTraits& device,
     return;
   }
   block_mean_products::launch<block_mean_products::MeansOutput::block_scores>(
-      {problem, means, 0, nullptr, scores, stride}, stream);
+      block_mean_products::MeansArguments<Source>{problem, means, 0, nullptr, scores, stride},
+      stream);
 }
+
+template void launch_block_scores(const Problem&, const DeviceTraits&, const BlockMeanTable&,
+                                  float*, std::int64_t, cudaStream_t);
+template void launch_block_scores(const PagedProblem&, const DeviceTraits&, const BlockMeanTable&,
+                                  float*, std::int64_t, cudaStream_t);
 
 }  // namespace misa::cuda::filter

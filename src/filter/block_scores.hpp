@@ -13,7 +13,8 @@
 namespace misa::cuda::filter {
 
 // Writes scores[t, b], over all heads, for every whole block b that query t sees.
-void launch_block_scores(const Problem& problem, const DeviceTraits& device,
+template <class Source>
+void launch_block_scores(const ProblemOf<Source>& problem, const DeviceTraits& device,
                          const BlockMeanTable& means, float* scores, std::int64_t stride,
                          cudaStream_t stream);
 

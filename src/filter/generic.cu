@@ -27,8 +27,9 @@ constexpr std::size_t kAlignment = 64;
 // are read every time.
 constexpr int kLaneScores = 32;
 
+template <class Source>
 struct FilterArguments {
-  DeviceRaggedSource keys;
+  Source keys;
   std::int64_t tokens;
   const float* scores;  // [T, stride]
   std::int64_t stride;
@@ -62,7 +63,8 @@ __device__ std::int32_t count_at_least(const std::uint32_t (&lane_scores)[kLaneS
   return __reduce_add_sync(kFullMask, count);
 }
 
-__global__ void __launch_bounds__(kThreads) filter_kernel(const FilterArguments arguments) {
+template <class Source>
+__global__ void __launch_bounds__(kThreads) filter_kernel(const FilterArguments<Source> arguments) {
   begin_kernel();
   const std::int64_t t = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (t >= arguments.tokens) {
@@ -141,9 +143,10 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape) {
   return score_bytes(shape.tokens, score_stride(shape.max_keys, config.filter_block));
 }
 
-void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeanTable& means, std::int32_t* blocks, std::span<std::byte> workspace,
-            cudaStream_t stream) {
+template <class Source>
+void launch(const ProblemOf<Source>& problem, const IndexerConfig& config,
+            const DeviceTraits& device, const BlockMeanTable& means, std::int32_t* blocks,
+            std::span<std::byte> workspace, cudaStream_t stream) {
   if (problem.q.tokens == 0) {
     return;
   }
@@ -151,9 +154,14 @@ void launch(const Problem& problem, const IndexerConfig& config, const DeviceTra
   auto* scores = reinterpret_cast<float*>(workspace.data());
   launch_block_scores(problem, device, means, scores, stride, stream);
   const auto grid = static_cast<unsigned>((problem.q.tokens + kWarps - 1) / kWarps);
-  launch_kernel("block filter", filter_kernel, dim3(grid), kThreads, 0, stream,
-                FilterArguments{problem.k, problem.q.tokens, scores, stride, config.filter_block,
-                                config.filter_blocks, blocks});
+  launch_kernel("block filter", filter_kernel<Source>, dim3(grid), kThreads, 0, stream,
+                FilterArguments<Source>{problem.k, problem.q.tokens, scores, stride,
+                                        config.filter_block, config.filter_blocks, blocks});
 }
+
+template void launch(const Problem&, const IndexerConfig&, const DeviceTraits&,
+                     const BlockMeanTable&, std::int32_t*, std::span<std::byte>, cudaStream_t);
+template void launch(const PagedProblem&, const IndexerConfig&, const DeviceTraits&,
+                     const BlockMeanTable&, std::int32_t*, std::span<std::byte>, cudaStream_t);
 
 }  // namespace misa::cuda::filter

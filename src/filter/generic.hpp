@@ -20,8 +20,9 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape);
 
 // Writes the blocks that each query keeps, [T, filter_blocks]: ascending, then -1. `means` is the
 // table of blocks of `config.filter_block` keys.
-void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeanTable& means, std::int32_t* blocks, std::span<std::byte> workspace,
-            cudaStream_t stream);
+template <class Source>
+void launch(const ProblemOf<Source>& problem, const IndexerConfig& config,
+            const DeviceTraits& device, const BlockMeanTable& means, std::int32_t* blocks,
+            std::span<std::byte> workspace, cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

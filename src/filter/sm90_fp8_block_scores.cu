@@ -44,22 +44,23 @@ struct BlockScoresShared {
 
 static_assert(sizeof(BlockScoresShared) + 1024 <= 227 * 1024);
 
+template <class Source>
 struct Sm90BlockScoresArguments {
-  Problem problem;
+  ProblemOf<Source> problem;
   BlockMeanTable means;
   float* scores;  // [T, stride]
   std::int64_t stride;
 };
 
-template <int query_warps>
+template <int query_warps, class Source>
 __global__ void __launch_bounds__(kSm90Threads, 1)
-    sm90_block_scores_kernel(const __grid_constant__ Sm90BlockScoresArguments arguments) {
+    sm90_block_scores_kernel(const __grid_constant__ Sm90BlockScoresArguments<Source> arguments) {
   begin_kernel();
   using Assignment = WarpAssignment<query_warps>;
   constexpr int kRoundQueries = Assignment::kRoundQueries;
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<BlockScoresShared*>(memory);
-  const Problem& problem = arguments.problem;
+  const ProblemOf<Source>& problem = arguments.problem;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * kRoundQueries;
   const int queries = static_cast<int>(min(std::int64_t{kRoundQueries}, problem.q.tokens - t0));
   const Assignment assignment;
@@ -138,17 +139,23 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 }  // namespace
 
-void launch_block_scores_sm90(const Problem& problem, const BlockMeanTable& means, float* scores,
-                              std::int64_t stride, cudaStream_t stream) {
+template <class Source>
+void launch_block_scores_sm90(const ProblemOf<Source>& problem, const BlockMeanTable& means,
+                              float* scores, std::int64_t stride, cudaStream_t stream) {
   const auto launch = [&]<int query_warps>() {
     constexpr int kRoundQueries = WarpAssignment<query_warps>::kRoundQueries;
     const auto grid = static_cast<unsigned>((problem.q.tokens + kRoundQueries - 1) / kRoundQueries);
-    launch_kernel("block scores", sm90_block_scores_kernel<query_warps>, dim3(grid), kSm90Threads,
-                  sizeof(BlockScoresShared), stream,
-                  Sm90BlockScoresArguments{problem, means, scores, stride});
+    launch_kernel("block scores", sm90_block_scores_kernel<query_warps, Source>, dim3(grid),
+                  kSm90Threads, sizeof(BlockScoresShared), stream,
+                  Sm90BlockScoresArguments<Source>{problem, means, scores, stride});
   };
   warps_of_query(problem.q.heads) == 2 ? launch.template operator()<2>()
                                        : launch.template operator()<4>();
 }
+
+template void launch_block_scores_sm90(const Problem&, const BlockMeanTable&, float*, std::int64_t,
+                                       cudaStream_t);
+template void launch_block_scores_sm90(const PagedProblem&, const BlockMeanTable&, float*,
+                                       std::int64_t, cudaStream_t);
 
 }  // namespace misa::cuda::filter

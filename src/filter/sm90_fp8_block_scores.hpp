@@ -12,7 +12,8 @@
 namespace misa::cuda::filter {
 
 // Does what launch_block_scores does, for problems that sm90_can_implement() accepts.
-void launch_block_scores_sm90(const Problem& problem, const BlockMeanTable& means, float* scores,
-                              std::int64_t stride, cudaStream_t stream);
+template <class Source>
+void launch_block_scores_sm90(const ProblemOf<Source>& problem, const BlockMeanTable& means,
+                              float* scores, std::int64_t stride, cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

@@ -7,7 +7,7 @@
 //  4. select  the top k of each row; if re-ranking follows, the top m
 //  5. rerank  scores [chunk, m] over all heads, of which the top k are selected
 //
-// Where Hopper's kernels can score, and no block is filtered, they do 3 and 4 at once
+// Where Hopper's kernels can score ragged keys, and no block is filtered, they do 3 and 4 at once
 // (Chunk::score_and_select). If a config computes short rows as DSA (dense_work), there are two
 // passes over the queries, and each treats the rows of the other as empty.
 //
@@ -34,6 +34,7 @@
 #include "score/columns.hpp"
 #include "score/generic.hpp"
 #include "score/sm90_fp8.hpp"
+#include "score/sm90_fp8_paged.hpp"
 #include "select/gate.hpp"
 #include "select/generic.hpp"
 
@@ -52,9 +53,9 @@ Shape with_tokens(Shape shape, std::int64_t tokens) {
   return shape;
 }
 
-std::size_t bytes_for(const IndexerConfig& config, const Shape& chunk, std::int64_t total_keys,
+std::size_t bytes_for(const IndexerConfig& config, const Shape& chunk, const KeyBounds& keys,
                       const DeviceTraits& device) {
-  return ChunkWorkspace(config, chunk, total_keys, device, nullptr).bytes;
+  return ChunkWorkspace(config, chunk, keys, device, nullptr).bytes;
 }
 
 // Row `first` of an output; null if the output is not requested.
@@ -78,10 +79,11 @@ struct ChunkOutputs {
 };
 
 // One chunk of queries: the stages in order.
+template <class Source>
 class Chunk {
  public:
   // `empty`: rows of queries that see nothing are written, else they are left as they are.
-  Chunk(const IndexerConfig& config, const PassSpec& spec, const Problem& problem,
+  Chunk(const IndexerConfig& config, const PassSpec& spec, const ProblemOf<Source>& problem,
         const ChunkWorkspace& workspace, const DeviceTraits& device, bool empty, Stages& stages,
         cudaStream_t stream)
       : config_(config),
@@ -113,7 +115,9 @@ class Chunk {
     const bool reranked = spec_.recipe.reranked;
     const TopK first = reranked ? TopK{workspace_.candidates, nullptr} : out.top_k;
     if (spec_.fused) {
-      score_and_select(first);
+      if constexpr (!kPaged<Source>) {
+        score_and_select(first);
+      }
     } else {
       stages_.enter("score");
       score::launch_row_lengths(problem_.k, problem_.q.tokens, columns, kAll, workspace_.lengths,
@@ -171,7 +175,7 @@ class Chunk {
     const FusedWorkspace& fused = workspace_.fused;
     const fused::WorkPlan& work_plan = fused.work_plan;
     const score::ActiveRows rows = active_rows();
-    const DeviceRaggedSource& keys = problem_.k;
+    const Source& keys = problem_.k;
     const std::int64_t queries = problem_.q.tokens;
     stages_.enter("samples");
     fused::launch_samples(problem_, rows, work_plan, workspace_.scales, fused.samples.data(),
@@ -194,7 +198,11 @@ class Chunk {
   void score(const score::ActiveRows& rows, const score::RowOperands& operands, bool sm90,
              const Columns& columns, const std::int32_t* lengths, std::int32_t unscored,
              const Scores& scores) const {
-    if (sm90) {
+    if (sm90 && columns.list == nullptr) {
+      if constexpr (kPaged<Source>) {
+        score::launch_paged(problem_, rows, unscored, scores, device_.num_sms, stream_);
+      }
+    } else if (sm90) {
       score::launch_gathered(problem_, rows, columns, lengths, unscored, workspace_.scales, scores,
                              device_.num_sms, stream_);
     } else {
@@ -221,7 +229,7 @@ class Chunk {
 
   const IndexerConfig& config_;
   const PassSpec& spec_;
-  Problem problem_;
+  ProblemOf<Source> problem_;
   ChunkWorkspace workspace_;
   const DeviceTraits& device_;
   bool empty_;
@@ -251,19 +259,19 @@ std::vector<Step::Pass> Step::passes(const IndexerConfig& config, const Shape& s
 }
 
 std::size_t Step::least_bytes(const IndexerConfig& config, const Shape& shape,
-                              std::int64_t total_keys, const DeviceTraits& device) {
+                              const KeyBounds& keys, const DeviceTraits& device) {
   std::size_t bytes = 0;
   for (const Pass& pass : passes(config, shape)) {
-    bytes = std::max(bytes, bytes_for(pass.config, with_tokens(shape, 1), total_keys, device));
+    bytes = std::max(bytes, bytes_for(pass.config, with_tokens(shape, 1), keys, device));
   }
   return bytes;
 }
 
-Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_keys,
+Step::Step(const IndexerConfig& config, const Shape& shape, const KeyBounds& keys,
            std::size_t workspace_cap, const DeviceTraits& device)
-    : passes_(passes(config, shape)), total_keys_(total_keys), device_(device) {
+    : passes_(passes(config, shape)), keys_(keys), device_(device) {
   for (const Pass& pass : passes_) {
-    const PassSpec spec(pass.config, shape, device);
+    const PassSpec spec(pass.config, shape, keys.paged, device);
     for (const int wanted : {pass.config.top_k, spec.keep}) {
       if (wanted > kMaxTopK) {
         throw Error(ErrorCode::unsupported,
@@ -271,13 +279,13 @@ Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_k
                                 kMaxTopK, wanted));
       }
     }
-    if ((spec.sm90_scores || spec.sm90_rerank) && total_keys > fused::kMaxKeys) {
+    if (!keys.paged && (spec.sm90_scores || spec.sm90_rerank) && keys.total > fused::kMaxKeys) {
       throw Error(ErrorCode::unsupported,
                   fmt::format("total_keys: expected at most {} of e4m3 on this backend, got {}",
-                              fused::kMaxKeys, total_keys));
+                              fused::kMaxKeys, keys.total));
     }
   }
-  const std::size_t least = least_bytes(config, shape, total_keys, device);
+  const std::size_t least = least_bytes(config, shape, keys, device);
   if (least > workspace_cap) {
     throw Error(ErrorCode::workspace,
                 fmt::format("workspace cap: expected at least {} bytes for this shape, got {}",
@@ -289,7 +297,7 @@ Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_k
     while (too_many - fits > 1) {
       const std::int64_t middle = std::midpoint(fits, too_many);
       const bool fit =
-          bytes_for(pass.config, with_tokens(shape, middle), total_keys, device) <= workspace_cap;
+          bytes_for(pass.config, with_tokens(shape, middle), keys, device) <= workspace_cap;
       (fit ? fits : too_many) = middle;
     }
     pass.chunk.tokens = fits;
@@ -299,12 +307,13 @@ Step::Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_k
 std::size_t Step::workspace_bytes() const {
   std::size_t bytes = 0;
   for (const Pass& pass : passes_) {
-    bytes = std::max(bytes, bytes_for(pass.config, pass.chunk, total_keys_, device_));
+    bytes = std::max(bytes, bytes_for(pass.config, pass.chunk, keys_, device_));
   }
   return bytes;
 }
 
-void Step::run(const Problem& problem, const Selection& out, std::byte* workspace,
+template <class Source>
+void Step::run(const ProblemOf<Source>& problem, const Selection& out, std::byte* workspace,
                void* stream) const {
   const auto on = static_cast<cudaStream_t>(stream);
   Stages stages;
@@ -319,21 +328,25 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
   }
   for (const Pass& pass : passes_) {
     const IndexerConfig& config = pass.config;
-    const PassSpec spec(config, pass.chunk, device_);
-    const ChunkWorkspace planned(config, pass.chunk, total_keys_, device_, workspace);
-    Problem seen = problem;
+    const PassSpec spec(config, pass.chunk, keys_.paged, device_);
+    const ChunkWorkspace planned(config, pass.chunk, keys_, device_, workspace);
+    ProblemOf<Source> seen = problem;
     seen.k.least_keys = pass.least;
     seen.k.most_keys = pass.most;
-    if (spec.sm90_scores || spec.sm90_rerank) {
-      stages.enter("scales");
-      score::launch_scales(seen.k, planned.scales, on);
+    if constexpr (!kPaged<Source>) {
+      if (spec.sm90_scores || spec.sm90_rerank) {
+        stages.enter("scales");
+        score::launch_scales(seen.k, planned.scales, on);
+      }
     }
     const bool first_pass = &pass == &passes_.front();
     for (std::int64_t first = 0; first < seen.q.tokens; first += pass.chunk.tokens) {
       const std::int64_t count = std::min(pass.chunk.tokens, seen.q.tokens - first);
       ChunkWorkspace fitted = planned;
-      if (spec.fused) {
-        fitted.fused.fit(spec, with_tokens(pass.chunk, count), seen.k.tokens, device_);
+      if constexpr (!kPaged<Source>) {
+        if (spec.fused) {
+          fitted.fused.fit(spec, with_tokens(pass.chunk, count), seen.k.tokens, device_);
+        }
       }
       const ChunkOutputs outputs{
           {row_of(out.indices, first, config.top_k), row_of(out.scores, first, config.top_k)},
@@ -344,5 +357,8 @@ void Step::run(const Problem& problem, const Selection& out, std::byte* workspac
     }
   }
 }
+
+template void Step::run(const Problem&, const Selection&, std::byte*, void*) const;
+template void Step::run(const PagedProblem&, const Selection&, std::byte*, void*) const;
 
 }  // namespace misa::cuda

@@ -15,19 +15,20 @@ namespace misa::cuda {
 
 class Step {
  public:
-  // For calls of at most this shape, with at most `total_keys` keys in all. Throws Error if the cap
-  // cannot hold a chunk of one query.
-  Step(const IndexerConfig& config, const Shape& shape, std::int64_t total_keys,
+  // For calls of at most this shape. Throws Error if the cap cannot hold a chunk of one query.
+  Step(const IndexerConfig& config, const Shape& shape, const KeyBounds& keys,
        std::size_t workspace_cap, const DeviceTraits& device);
 
   // The smallest workspace cap, in bytes, that holds a chunk of one query.
   static std::size_t least_bytes(const IndexerConfig& config, const Shape& shape,
-                                 std::int64_t total_keys, const DeviceTraits& device);
+                                 const KeyBounds& keys, const DeviceTraits& device);
 
   [[nodiscard]] std::size_t workspace_bytes() const;
 
   // Enqueues everything on the stream; neither synchronises nor allocates.
-  void run(const Problem& problem, const Selection& out, std::byte* workspace, void* stream) const;
+  template <class Source>
+  void run(const ProblemOf<Source>& problem, const Selection& out, std::byte* workspace,
+           void* stream) const;
 
  private:
   // A pass computes the queries that see `least` to `most` positions, with one config.
@@ -41,7 +42,7 @@ class Step {
   static std::vector<Pass> passes(const IndexerConfig& config, const Shape& shape);
 
   std::vector<Pass> passes_;
-  std::int64_t total_keys_;
+  KeyBounds keys_;
   DeviceTraits device_;
 };
 

@@ -265,7 +265,7 @@ class CudaPlan final : public BackendPlan {
   CudaPlan(const IndexerConfig& config, const Shape& shape, std::size_t cap,
            const DeviceTraits& device)
       : config_(config), shape_(shape), cap_(cap), device_(device) {
-    const Step checked(config, shape, shape.max_keys, cap, device);
+    const Step checked(config, shape, ragged_bounds(shape.max_keys), cap, device);
   }
 
   // No host memory: the workspace is on the device, and each run allocates and frees it.
@@ -290,8 +290,9 @@ class CudaPlan final : public BackendPlan {
     shape.tokens = problem.q.tokens;
     // The total number of keys is known only now. If the cap, which was enough for the longest
     // query alone, cannot hold one query with that many keys, it is exceeded.
-    const std::size_t cap = std::max(cap_, Step::least_bytes(config_, shape, k.tokens, device_));
-    const Step step(config_, shape, k.tokens, cap, device_);
+    const KeyBounds keys = ragged_bounds(k.tokens);
+    const std::size_t cap = std::max(cap_, Step::least_bytes(config_, shape, keys, device_));
+    const Step step(config_, shape, keys, cap, device_);
 
     DeviceLayout layout;
     layout.add(inputs.bytes().size());

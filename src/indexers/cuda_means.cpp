@@ -63,8 +63,8 @@ void route_from_means(const MeansCall& call, int heads, std::int32_t* out) {
     return;
   }
   const MeansWorkspace workspace = filled(call);
-  route::launch_pooled({call.q, call.w, workspace.table.keys()}, call.device, workspace.table.means,
-                       heads, out, static_cast<cudaStream_t>(call.stream));
+  route::launch_pooled(Problem{call.q, call.w, workspace.table.keys()}, call.device,
+                       workspace.table.means, heads, out, static_cast<cudaStream_t>(call.stream));
 }
 
 void keep_blocks_from_means(const MeansCall& call, int filter_blocks, std::int32_t* out) {
@@ -74,7 +74,7 @@ void keep_blocks_from_means(const MeansCall& call, int filter_blocks, std::int32
   const MeansWorkspace workspace = filled(call);
   for (std::int64_t first = 0; first < call.q.tokens; first += workspace.chunk.tokens) {
     const std::int64_t count = std::min(workspace.chunk.tokens, call.q.tokens - first);
-    filter::launch(chunk_of({call.q, call.w, workspace.table.keys()}, first, count),
+    filter::launch(chunk_of(Problem{call.q, call.w, workspace.table.keys()}, first, count),
                    MeansWorkspace::filter_config(filter_blocks), call.device, workspace.table.means,
                    out + first * filter_blocks, workspace.scores,
                    static_cast<cudaStream_t>(call.stream));

@@ -34,7 +34,8 @@ std::span<std::byte> take_bytes(std::size_t bytes, Arena& arena) {
 
 }  // namespace
 
-PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, const DeviceTraits& device)
+PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, bool paged,
+                   const DeviceTraits& device)
     : recipe(largest_recipe(config, shape.heads, shape.max_keys)),
       heads(static_cast<std::int32_t>(recipe.heads)),
       keep(static_cast<std::int32_t>(recipe.keep)),
@@ -45,7 +46,7 @@ PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, const Device
     return sm90_can_implement(device, shape.q_dtype, shape.k_dtype, shape.dim, scoring_rows);
   };
   sm90_scores = sm90(rows());
-  fused = sm90_scores && !recipe.filtered;
+  fused = sm90_scores && !recipe.filtered && !paged;
   sm90_rerank = recipe.reranked && sm90(shape.heads);
 }
 
@@ -77,9 +78,9 @@ void FusedWorkspace::fit(const PassSpec& spec, Shape chunk, std::int64_t total_k
 }
 
 ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
-                               std::int64_t total_keys, const DeviceTraits& device,
+                               const KeyBounds& keys, const DeviceTraits& device,
                                std::byte* memory) {
-  const PassSpec spec(config, chunk, device);
+  const PassSpec spec(config, chunk, keys.paged, device);
   const std::int64_t queries = chunk.tokens;
   Arena arena(memory, kDeviceAlignment);
   if (config.router != Router::all) {
@@ -90,23 +91,23 @@ ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
       routing.rounded_scale = arena.take<float>(queries);
     }
     if (traits_of(config.router).keys == RouterKeys::block_means) {
-      route_means = take_bytes(pool::workspace_bytes(chunk, total_keys, config.block, true), arena);
+      route_means = take_bytes(pool::workspace_bytes(chunk, keys, config.block, true), arena);
     }
   }
   if (spec.recipe.filtered) {
     blocks = arena.take<std::int32_t>(queries * config.filter_blocks);
     filter = take_bytes(filter::workspace_bytes(config, chunk), arena);
     filter_means =
-        take_bytes(pool::workspace_bytes(chunk, total_keys, config.filter_block, false), arena);
+        take_bytes(pool::workspace_bytes(chunk, keys, config.filter_block, false), arena);
   }
-  if (spec.sm90_scores || spec.sm90_rerank) {
-    scales = arena.take<float>(score::scale_count(total_keys));
+  if (!keys.paged && (spec.sm90_scores || spec.sm90_rerank)) {
+    scales = arena.take<float>(score::scale_count(keys.total));
   }
   if (!spec.sm90_scores) {
     rows = take_rows(chunk, spec.heads, spec.recipe.residual, arena);
   }
   if (spec.fused) {
-    fused = FusedWorkspace(spec, chunk, total_keys, device, arena);
+    fused = FusedWorkspace(spec, chunk, keys.total, device, arena);
   } else {
     scores = {arena.take<float>(queries * spec.columns), spec.columns};
     lengths = arena.take<std::int32_t>(queries);

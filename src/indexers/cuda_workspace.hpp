@@ -22,13 +22,13 @@ namespace misa::cuda {
 struct PassSpec {
   Recipe recipe;         // of the longest row
   bool sm90_scores;      // the first scores come from Hopper's kernels for e4m3
-  bool fused;            // and the same kernel applies the gate to them
+  bool fused;            // and the same kernel applies the gate to them (ragged keys only)
   bool sm90_rerank;      // the scores of the candidates come from Hopper's kernels
   std::int32_t heads;    // that give the first scores
   std::int32_t keep;     // the most keys that the first selection keeps
   std::int64_t columns;  // of the matrix of first scores
 
-  PassSpec(const IndexerConfig& config, const Shape& shape, const DeviceTraits& device);
+  PassSpec(const IndexerConfig& config, const Shape& shape, bool paged, const DeviceTraits& device);
 
   // How many rows give a query's first scores: heads and, if there is one, the residual row.
   [[nodiscard]] std::int32_t rows() const { return heads + (recipe.residual ? 1 : 0); }
@@ -63,7 +63,7 @@ struct ChunkWorkspace {
   std::span<std::byte> route_means;
   std::span<std::byte> filter;
   std::span<std::byte> filter_means;
-  float* scales = nullptr;  // of all keys of a call (score::launch_scales)
+  float* scales = nullptr;  // of all ragged keys of a call (score::launch_scales)
   FusedWorkspace fused;
   score::RowOperands rows{};
   score::RowOperands all_rows{};
@@ -74,7 +74,7 @@ struct ChunkWorkspace {
   std::int32_t* candidate_lengths = nullptr;
   std::int32_t* indices = nullptr;  // used if the caller requests none
 
-  ChunkWorkspace(const IndexerConfig& config, const Shape& chunk, std::int64_t total_keys,
+  ChunkWorkspace(const IndexerConfig& config, const Shape& chunk, const KeyBounds& keys,
                  const DeviceTraits& device, std::byte* memory);
 
   std::size_t bytes = 0;

@@ -19,6 +19,8 @@
 //     and divides.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/block_means.cuh"
 #include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
@@ -74,24 +76,26 @@ struct PoolShared {
 // fill_rows, step 1. A row belongs to the sequence of the largest rank among those that start in it
 // or in an earlier row. Few thread blocks have a sequence that starts after their first row; these
 // read the queries once more.
-__device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource& keys,
-                                   std::int64_t tokens, const BlockMeanTable& means,
-                                   std::int64_t first_row) {
+template <class Source>
+__device__ void find_row_sequences(PoolShared& shared, const Source& keys, std::int64_t tokens,
+                                   const BlockMeanTable& means, std::int64_t first_row) {
   constexpr int kQueriesInFlight = 8;
   const int rows = thread_block_rows(means.block);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t row_1 = (first_row + 1) * means.block;  // first key of the second row
   const std::int64_t end = (first_row + rows) * means.block;
+  const QueryRange queries = queries_near(keys, tokens, first_row * means.block, end);
   if (thread < kPages) {
     shared.row_ranks[thread] = 0;
   }
   SequenceRank before = 0;
   bool starts_later = false;  // a sequence starts after the first row
-  for (std::int64_t t0 = thread; t0 < tokens; t0 += kQueriesInFlight * kThreads) {
+  for (std::int64_t t0 = queries.first + thread; t0 < queries.end;
+       t0 += kQueriesInFlight * kThreads) {
     Range range[kQueriesInFlight];
 #pragma unroll
     for (int i = 0; i < kQueriesInFlight; ++i) {
-      range[i] = visible(keys, min(t0 + i * kThreads, tokens - 1));
+      range[i] = visible(keys, min(t0 + i * kThreads, queries.end - 1));
     }
 #pragma unroll
     for (int i = 0; i < kQueriesInFlight; ++i) {
@@ -106,7 +110,7 @@ __device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource&
   }
   starts_later = __syncthreads_or(static_cast<int>(starts_later)) != 0;
   if (starts_later) {
-    for (std::int64_t t = thread; t < tokens; t += kThreads) {
+    for (std::int64_t t = queries.first + thread; t < queries.end; t += kThreads) {
       const Range range = visible(keys, t);
       if (row_1 <= range.start && range.start < end) {
         atomicMax(&shared.row_ranks[base_row(means, range.start) - first_row], rank_of(range));
@@ -138,9 +142,9 @@ __device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource&
 // Step 2 of both tasks. Each half warp sums one page: the `count` keys from `token` on, or none if
 // `token` is -1. If `whole`, all pages have all their keys. Unless `running` is null, the sums
 // after every key are stored there.
-template <DType type, bool whole>
-__device__ void sum_pages(PoolShared& shared, const DeviceRaggedSource& keys, std::int64_t token,
-                          int count, int first_column, float (*running)[kSumColumns]) {
+template <DType type, bool whole, class Source>
+__device__ void sum_pages(PoolShared& shared, const Source& keys, std::int64_t token, int count,
+                          int first_column, float (*running)[kSumColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kSumLanes;
   const int column = static_cast<int>(threadIdx.x) % kSumLanes * kLaneColumns;
   if (!__any_sync(kFullMask, token >= 0)) {
@@ -166,8 +170,8 @@ __device__ void sum_pages(PoolShared& shared, const DeviceRaggedSource& keys, st
   }
 }
 
-template <DType type>
-__device__ void fill_rows(PoolShared& shared, const DeviceRaggedSource& keys, std::int64_t tokens,
+template <DType type, class Source>
+__device__ void fill_rows(PoolShared& shared, const Source& keys, std::int64_t tokens,
                           const BlockMeanTable& means, std::int64_t first_row, int first_column) {
   find_row_sequences(shared, keys, tokens, means, first_row);
   const std::int32_t pages = means.block / kPage;
@@ -245,10 +249,9 @@ __device__ void write_partial_means(const PoolShared& shared, const BlockMeanTab
   }
 }
 
-template <DType type>
-__device__ void fill_partial_means(PoolShared& shared, const DeviceRaggedSource& keys,
-                                   std::int64_t tokens, const BlockMeanTable& means,
-                                   std::int64_t t0, int first_column) {
+template <DType type, class Source>
+__device__ void fill_partial_means(PoolShared& shared, const Source& keys, std::int64_t tokens,
+                                   const BlockMeanTable& means, std::int64_t t0, int first_column) {
   const int thread = static_cast<int>(threadIdx.x);
   const int queries = static_cast<int>(min(std::int64_t{kPartialQueries}, tokens - t0));
   if (thread < queries) {
@@ -315,10 +318,10 @@ __device__ void fill_partial_means(PoolShared& shared, const DeviceRaggedSource&
   }
 }
 
-template <DType type>
+template <DType type, class Source>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
-    block_means_kernel(const DeviceRaggedSource keys, std::int64_t tokens,
-                       const BlockMeanTable means, std::int32_t partial_blocks) {
+    block_means_kernel(const Source keys, std::int64_t tokens, const BlockMeanTable means,
+                       std::int32_t partial_blocks) {
   begin_kernel();
   __shared__ PoolShared shared;
   const auto thread_block = static_cast<std::int32_t>(blockIdx.x);
@@ -343,8 +346,8 @@ std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
          padded(count * kMaxBf16Parts * static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
 }
 
-template <DType type>
-void launch(const DeviceRaggedSource& keys, std::int64_t tokens, const BlockMeanTable& means,
+template <DType type, class Source>
+void launch(const Source& keys, std::int64_t tokens, const BlockMeanTable& means,
             cudaStream_t stream) {
   const std::int64_t rows = thread_block_rows(means.block);
   const std::int64_t partial_blocks =
@@ -352,20 +355,21 @@ void launch(const DeviceRaggedSource& keys, std::int64_t tokens, const BlockMean
   const dim3 grid(static_cast<unsigned>(partial_blocks + (means.capacity + rows - 1) / rows),
                   static_cast<unsigned>(means.dim / kSumColumns));
   if (grid.x > 0) {
-    launch_kernel("block means", block_means_kernel<type>, grid, kThreads, 0, stream, keys, tokens,
-                  means, static_cast<std::int32_t>(partial_blocks));
+    launch_kernel("block means", block_means_kernel<type, Source>, grid, kThreads, 0, stream, keys,
+                  tokens, means, static_cast<std::int32_t>(partial_blocks));
   }
 }
 
 }  // namespace
 
-std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::int32_t block,
+std::size_t workspace_bytes(const Shape& shape, const KeyBounds& keys, std::int32_t block,
                             bool partial) {
   return partial_bytes(shape.tokens, shape.dim, partial) +
-         table_bytes(total_keys / block, shape.dim);
+         std::min(table_bytes(keys.total / block, shape.dim), keys.table_bytes);
 }
 
-BlockMeanTable launch(const Problem& problem, std::int32_t block, bool partial,
+template <class Source>
+BlockMeanTable launch(const ProblemOf<Source>& problem, std::int32_t block, bool partial,
                       std::span<std::byte> workspace, cudaStream_t stream) {
   const std::int64_t tokens = problem.q.tokens;
   const std::int64_t dim = problem.q.dim;
@@ -373,7 +377,7 @@ BlockMeanTable launch(const Problem& problem, std::int32_t block, bool partial,
 
   // As many rows as the workspace has room for, at most what sequences without overlap need.
   std::int64_t capacity = 0;
-  std::int64_t high = problem.k.tokens / block;
+  std::int64_t high = index_bound(problem.k) / block;
   while (capacity < high) {
     const std::int64_t middle = high - (high - capacity) / 2;
     if (partial_size + table_bytes(middle, dim) <= workspace.size()) {
@@ -399,12 +403,21 @@ BlockMeanTable launch(const Problem& problem, std::int32_t block, bool partial,
   means.block = block;
   means.dim = static_cast<std::int32_t>(dim);
   means.fp16 = problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3;
-  switch (problem.k.dtype) {
-    case DType::f32: launch<DType::f32>(problem.k, tokens, means, stream); break;
-    case DType::bf16: launch<DType::bf16>(problem.k, tokens, means, stream); break;
-    case DType::e4m3: launch<DType::e4m3>(problem.k, tokens, means, stream); break;
+  if constexpr (kPaged<Source>) {
+    launch<DType::e4m3>(problem.k, tokens, means, stream);
+  } else {
+    switch (problem.k.dtype) {
+      case DType::f32: launch<DType::f32>(problem.k, tokens, means, stream); break;
+      case DType::bf16: launch<DType::bf16>(problem.k, tokens, means, stream); break;
+      case DType::e4m3: launch<DType::e4m3>(problem.k, tokens, means, stream); break;
+    }
   }
   return means;
 }
+
+template BlockMeanTable launch(const Problem&, std::int32_t, bool, std::span<std::byte>,
+                               cudaStream_t);
+template BlockMeanTable launch(const PagedProblem&, std::int32_t, bool, std::span<std::byte>,
+                               cudaStream_t);
 
 }  // namespace misa::cuda::pool

@@ -14,16 +14,17 @@
 
 namespace misa::cuda::pool {
 
-// Bytes of workspace for the block-mean table of sequences that do not overlap and have
-// `total_keys` keys in all. With less memory, or where sequences overlap, results are the same but
-// take longer. `partial`: include the partial block means of the queries.
-std::size_t workspace_bytes(const Shape& shape, std::int64_t total_keys, std::int32_t block,
+// Bytes of workspace for the block-mean table of sequences that do not overlap. With less memory,
+// or where sequences overlap, results are the same but take longer. `partial`: include the partial
+// block means of the queries.
+std::size_t workspace_bytes(const Shape& shape, const KeyBounds& keys, std::int32_t block,
                             bool partial);
 
 // Fills a table in `workspace` with the means of all whole blocks that queries of `problem` see
 // and, if `partial`, with the queries' partial block means. The table has as many rows as there is
 // room.
-BlockMeanTable launch(const Problem& problem, std::int32_t block, bool partial,
+template <class Source>
+BlockMeanTable launch(const ProblemOf<Source>& problem, std::int32_t block, bool partial,
                       std::span<std::byte> workspace, cudaStream_t stream);
 
 }  // namespace misa::cuda::pool

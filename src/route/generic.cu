@@ -9,8 +9,10 @@
 
 namespace misa::cuda::route {
 
-void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeanTable* means, const Routing& out, cudaStream_t stream) {
+template <class Source>
+void launch(const ProblemOf<Source>& problem, const IndexerConfig& config,
+            const DeviceTraits& device, const BlockMeanTable* means, const Routing& out,
+            cudaStream_t stream) {
   if (problem.q.tokens == 0) {
     return;
   }
@@ -22,5 +24,10 @@ void launch(const Problem& problem, const IndexerConfig& config, const DeviceTra
     launch_sampled(problem, config, device, out, stream);
   }
 }
+
+template void launch(const Problem&, const IndexerConfig&, const DeviceTraits&,
+                     const BlockMeanTable*, const Routing&, cudaStream_t);
+template void launch(const PagedProblem&, const IndexerConfig&, const DeviceTraits&,
+                     const BlockMeanTable*, const Routing&, cudaStream_t);
 
 }  // namespace misa::cuda::route

@@ -14,7 +14,9 @@ namespace misa::cuda::route {
 // Writes `out`: the active heads of every query, and its residual row if the configuration has one.
 // The router is any but `all`. `means`: for the router `pooled` the table of blocks of
 // `config.block` keys, with partial block means; else null.
-void launch(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-            const BlockMeanTable* means, const Routing& out, cudaStream_t stream);
+template <class Source>
+void launch(const ProblemOf<Source>& problem, const IndexerConfig& config,
+            const DeviceTraits& device, const BlockMeanTable* means, const Routing& out,
+            cudaStream_t stream);
 
 }  // namespace misa::cuda::route

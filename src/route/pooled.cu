@@ -7,14 +7,22 @@
 
 namespace misa::cuda::route {
 
-void launch_pooled(const Problem& problem, const DeviceTraits& device, const BlockMeanTable& means,
-                   std::int32_t count, std::int32_t* heads, cudaStream_t stream) {
+template <class Source>
+void launch_pooled(const ProblemOf<Source>& problem, const DeviceTraits& device,
+                   const BlockMeanTable& means, std::int32_t count, std::int32_t* heads,
+                   cudaStream_t stream) {
   if (sm90_can_implement(problem, device)) {
     launch_pooled_sm90(problem, means, count, heads, device.num_sms, stream);
     return;
   }
   block_mean_products::launch<block_mean_products::MeansOutput::head_energies>(
-      {problem, means, count, heads, nullptr, 0}, stream);
+      block_mean_products::MeansArguments<Source>{problem, means, count, heads, nullptr, 0},
+      stream);
 }
+
+template void launch_pooled(const Problem&, const DeviceTraits&, const BlockMeanTable&,
+                            std::int32_t, std::int32_t*, cudaStream_t);
+template void launch_pooled(const PagedProblem&, const DeviceTraits&, const BlockMeanTable&,
+                            std::int32_t, std::int32_t*, cudaStream_t);
 
 }  // namespace misa::cuda::route

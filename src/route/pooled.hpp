@@ -13,7 +13,9 @@
 namespace misa::cuda::route {
 
 // Writes the heads [T, count] of largest energy, ascending; -1 for queries that see no keys.
-void launch_pooled(const Problem& problem, const DeviceTraits& device, const BlockMeanTable& means,
-                   std::int32_t count, std::int32_t* heads, cudaStream_t stream);
+template <class Source>
+void launch_pooled(const ProblemOf<Source>& problem, const DeviceTraits& device,
+                   const BlockMeanTable& means, std::int32_t count, std::int32_t* heads,
+                   cudaStream_t stream);
 
 }  // namespace misa::cuda::route

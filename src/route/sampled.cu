@@ -36,10 +36,9 @@ namespace misa::cuda::route {
 namespace {
 
 // Step 1. A lane loads 16 bytes of each of several keys, all in flight at once.
-template <int dim, bool fp16>
-__device__ void load_samples(SampledShared& shared, SampleRow<dim>* rows,
-                             const SampledArguments& arguments, const SampleGrid& grid) {
-  const DeviceRaggedSource& keys = arguments.problem.k;
+template <int dim, bool fp16, class Source>
+__device__ void load_samples(SampledShared& shared, SampleRow<dim>* rows, const Source& keys,
+                             const SampleGrid& grid) {
   with_dtype(keys.dtype, [&]<DType type>() {
     constexpr int kElements = 16 / static_cast<int>(size_of(type));
     constexpr int kKeyLanes = dim / kElements;
@@ -111,9 +110,9 @@ __device__ void multiply_samples(const SampledShared& shared, const SampleRow<di
 }
 
 // Steps 2 to 4 for heads first … first + 15 of query t.
-template <int key_parts, DType type, bool fp16, int dim>
+template <int key_parts, DType type, bool fp16, int dim, class Source>
 __device__ void evaluate_heads(SampledShared& shared, const SampleRow<dim>* rows,
-                               const SampledArguments& arguments, std::int64_t t, int query,
+                               const SampledArguments<Source>& arguments, std::int64_t t, int query,
                                int first, Range range) {
   HeadOperands<type, fp16, dim, 1> heads;
   heads.load(arguments.problem.q, t, first);
@@ -133,14 +132,14 @@ __device__ void evaluate_heads(SampledShared& shared, const SampleRow<dim>* rows
   write_values(shared, arguments, query, first, fit, kappa, statistic, weight);
 }
 
-template <int key_parts, DType type, bool fp16, int dim>
+template <class Source, int key_parts, DType type, bool fp16, int dim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
-    sampled_kernel(const __grid_constant__ SampledArguments arguments) {
+    sampled_kernel(const __grid_constant__ SampledArguments<Source> arguments) {
   begin_kernel();
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<SampledShared*>(memory);
   auto* rows = reinterpret_cast<SampleRow<dim>*>(memory + sizeof(SampledShared));
-  const Problem& problem = arguments.problem;
+  const ProblemOf<Source>& problem = arguments.problem;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
   const int query_tasks =
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
       grid.count = max(grid.count, next.count);
     }
     if (arguments.fits) {
-      load_samples<dim, fp16>(shared, rows, arguments, grid);
+      load_samples<dim, fp16>(shared, rows, problem.k, grid);
     }
     __syncthreads();
     for (int task = warp; task < (end - first) * query_tasks; task += kWarps) {
@@ -178,17 +177,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
   }
 }
 
-template <int key_parts, DType type, bool fp16, int dim>
-void launch(const SampledArguments& arguments, cudaStream_t stream) {
-  const auto kernel = sampled_kernel<key_parts, type, fp16, dim>;
+template <int key_parts, DType type, bool fp16, int dim, class Source>
+void launch(const SampledArguments<Source>& arguments, cudaStream_t stream) {
+  const auto kernel = sampled_kernel<Source, key_parts, type, fp16, dim>;
   const std::size_t bytes = sample_bytes<dim>(arguments.fits ? key_parts : 0);
   const auto grid = static_cast<unsigned>((arguments.problem.q.tokens + arguments.queries - 1) /
                                           arguments.queries);
   launch_kernel("sampled routing", kernel, dim3(grid), kThreads, bytes, stream, arguments);
 }
 
-template <int key_parts, DType type, bool fp16>
-void launch(const SampledArguments& arguments, cudaStream_t stream) {
+template <int key_parts, DType type, bool fp16, class Source>
+void launch(const SampledArguments<Source>& arguments, cudaStream_t stream) {
   if (arguments.problem.q.dim == 64) {
     launch<key_parts, type, fp16, 64>(arguments, stream);
   } else {
@@ -196,23 +195,28 @@ void launch(const SampledArguments& arguments, cudaStream_t stream) {
   }
 }
 
-template <DType type>
-void launch(const SampledArguments& arguments, cudaStream_t stream) {
+template <DType type, class Source>
+void launch(const SampledArguments<Source>& arguments, cudaStream_t stream) {
   const DType keys = arguments.problem.k.dtype;
-  if (keys == DType::f32) {
-    launch<kBf16Parts<DType::f32>, type, false>(arguments, stream);
-  } else if (type == DType::e4m3 && keys == DType::e4m3) {
-    launch<1, type, type == DType::e4m3>(arguments, stream);
-  } else {
+  if (type == DType::e4m3 && keys == DType::e4m3) {
+    return launch<1, type, type == DType::e4m3>(arguments, stream);
+  }
+  if constexpr (!kPaged<Source>) {
+    if (keys == DType::f32) {
+      return launch<kBf16Parts<DType::f32>, type, false>(arguments, stream);
+    }
+  }
+  if constexpr (!kPaged<Source> || type != DType::e4m3) {
     launch<1, type, false>(arguments, stream);
   }
 }
 
 }  // namespace
 
-void launch_sampled(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-                    const Routing& out, cudaStream_t stream) {
-  SampledArguments arguments{};
+template <class Source>
+void launch_sampled(const ProblemOf<Source>& problem, const IndexerConfig& config,
+                    const DeviceTraits& device, const Routing& out, cudaStream_t stream) {
+  SampledArguments<Source> arguments{};
   arguments.problem = problem;
   arguments.out = out;
   arguments.router = config.router;
@@ -232,5 +236,10 @@ void launch_sampled(const Problem& problem, const IndexerConfig& config, const D
     case DType::e4m3: return launch<DType::e4m3>(arguments, stream);
   }
 }
+
+template void launch_sampled(const Problem&, const IndexerConfig&, const DeviceTraits&,
+                             const Routing&, cudaStream_t);
+template void launch_sampled(const PagedProblem&, const IndexerConfig&, const DeviceTraits&,
+                             const Routing&, cudaStream_t);
 
 }  // namespace misa::cuda::route

@@ -11,8 +11,9 @@
 
 namespace misa::cuda::route {
 
+template <class Source>
 struct SampledArguments {
-  Problem problem;
+  ProblemOf<Source> problem;
   Routing out;
   Router router;
   std::int32_t count;  // heads to choose
@@ -228,8 +229,8 @@ __device__ void self_products(const Source& keys, const HeadOperands<type, fp16,
 
 // What the router needs to know about a lane's heads besides their fits: |q|^2, or the product with
 // the last key.
-template <DType type, bool fp16, int dim>
-__device__ void head_statistics(const SampledArguments& arguments,
+template <class Source, DType type, bool fp16, int dim>
+__device__ void head_statistics(const SampledArguments<Source>& arguments,
                                 const HeadOperands<type, fp16, dim, 1>& heads, Range range,
                                 float (&statistic)[2]) {
   const Router router = arguments.router;
@@ -241,8 +242,9 @@ __device__ void head_statistics(const SampledArguments& arguments,
 }
 
 // The weights of a lane's heads; 0 for heads beyond H.
-__device__ inline void load_weights(const Problem& problem, std::int64_t t, int first,
-                                    float (&weight)[2]) {
+template <class Source>
+__device__ void load_weights(const ProblemOf<Source>& problem, std::int64_t t, int first,
+                             float (&weight)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = first + half * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
@@ -251,9 +253,10 @@ __device__ inline void load_weights(const Problem& problem, std::int64_t t, int 
 }
 
 // Step 4 for the heads from `first` on.
-__device__ inline void write_values(SampledShared& shared, const SampledArguments& arguments,
-                                    int query, int first, const LaneFit& fit, float kappa,
-                                    const float (&statistic)[2], const float (&weight)[2]) {
+template <class Source>
+__device__ void write_values(SampledShared& shared, const SampledArguments<Source>& arguments,
+                             int query, int first, const LaneFit& fit, float kappa,
+                             const float (&statistic)[2], const float (&weight)[2]) {
   const Router router = arguments.router;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -294,11 +297,12 @@ __device__ inline void mark_active(const std::int32_t* heads, int count, std::ui
 }
 
 // Step 5's residual row. All lanes of a warp call.
-template <DType type, int dim>
-__device__ void write_residual(const SampledShared& shared, const SampledArguments& arguments,
-                               std::int64_t t, int query, bool empty) {
+template <DType type, int dim, class Source>
+__device__ void write_residual(const SampledShared& shared,
+                               const SampledArguments<Source>& arguments, std::int64_t t, int query,
+                               bool empty) {
   constexpr int kHeadsInFlight = 32 / static_cast<int>(size_of(type));
-  const Problem& problem = arguments.problem;
+  const ProblemOf<Source>& problem = arguments.problem;
   const Routing& out = arguments.out;
   const int heads = static_cast<int>(problem.q.heads);
   const int d = static_cast<int>(threadIdx.x) % 32 * kResidualElements;
@@ -364,8 +368,8 @@ __device__ void write_residual(const SampledShared& shared, const SampledArgumen
 }
 
 // Step 5. No query has more than `max_heads` heads.
-template <DType type, int dim, int max_heads>
-__device__ void write_routing(SampledShared& shared, const SampledArguments& arguments,
+template <DType type, int dim, int max_heads, class Source>
+__device__ void write_routing(SampledShared& shared, const SampledArguments<Source>& arguments,
                               std::int64_t t, int query) {
   const bool empty = visible(arguments.problem.k, t).length == 0;
   const bool heads_given = arguments.router == Router::pooled || arguments.router == Router::fixed;

@@ -12,7 +12,8 @@ namespace misa::cuda::route {
 
 // Writes the heads of every query, for any router but `all`, and the residual row if the
 // configuration has one. For the router `pooled`, `out` holds the heads already.
-void launch_sampled(const Problem& problem, const IndexerConfig& config, const DeviceTraits& device,
-                    const Routing& out, cudaStream_t stream);
+template <class Source>
+void launch_sampled(const ProblemOf<Source>& problem, const IndexerConfig& config,
+                    const DeviceTraits& device, const Routing& out, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

@@ -53,8 +53,9 @@ struct PooledShared {
   float energies[kThreadBlockQueries][kMaxRows];
 };
 
+template <class Source>
 struct Sm90PooledArguments {
-  Problem problem;
+  ProblemOf<Source> problem;
   BlockMeanTable means;
   int queries;          // per thread block
   std::int32_t count;   // heads to choose
@@ -82,16 +83,16 @@ __device__ void add_energies(const float (&x)[kTileMeans / 2], const float (&fac
   }
 }
 
-template <int query_warps>
+template <int query_warps, class Source>
 __global__ void __launch_bounds__(kSm90Threads, 1)
-    sm90_pooled_kernel(const __grid_constant__ Sm90PooledArguments arguments) {
+    sm90_pooled_kernel(const __grid_constant__ Sm90PooledArguments<Source> arguments) {
   using Assignment = WarpAssignment<query_warps>;
   constexpr int kRoundQueries = Assignment::kRoundQueries;
   // Shuffles read lane round + slot, up to a round after the last query.
   static_assert(kThreadBlockQueries + kRoundQueries <= 32);
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<PooledShared*>(memory);
-  const Problem& problem = arguments.problem;
+  const ProblemOf<Source>& problem = arguments.problem;
   const BlockMeanTable& means = arguments.means;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
@@ -216,15 +217,21 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 }  // namespace
 
-void launch_pooled_sm90(const Problem& problem, const BlockMeanTable& means, std::int32_t count,
-                        std::int32_t* heads, int num_sms, cudaStream_t stream) {
+template <class Source>
+void launch_pooled_sm90(const ProblemOf<Source>& problem, const BlockMeanTable& means,
+                        std::int32_t count, std::int32_t* heads, int num_sms, cudaStream_t stream) {
   const int queries = thread_block_queries(problem.q.tokens, num_sms);
   const auto grid = static_cast<unsigned>((problem.q.tokens + queries - 1) / queries);
-  launch_kernel(
-      "pooled routing",
-      warps_of_query(problem.q.heads) == 2 ? sm90_pooled_kernel<2> : sm90_pooled_kernel<4>,
-      dim3(grid), kSm90Threads, sizeof(PooledShared), stream,
-      Sm90PooledArguments{problem, means, queries, count, heads});
+  launch_kernel("pooled routing",
+                warps_of_query(problem.q.heads) == 2 ? sm90_pooled_kernel<2, Source>
+                                                     : sm90_pooled_kernel<4, Source>,
+                dim3(grid), kSm90Threads, sizeof(PooledShared), stream,
+                Sm90PooledArguments<Source>{problem, means, queries, count, heads});
 }
+
+template void launch_pooled_sm90(const Problem&, const BlockMeanTable&, std::int32_t, std::int32_t*,
+                                 int, cudaStream_t);
+template void launch_pooled_sm90(const PagedProblem&, const BlockMeanTable&, std::int32_t,
+                                 std::int32_t*, int, cudaStream_t);
 
 }  // namespace misa::cuda::route

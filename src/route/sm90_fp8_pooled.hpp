@@ -13,7 +13,8 @@ namespace misa::cuda::route {
 
 // Does what launch_pooled does, for problems that sm90_can_implement() accepts. `num_sms`: the
 // number of SMs of the device.
-void launch_pooled_sm90(const Problem& problem, const BlockMeanTable& means, std::int32_t count,
-                        std::int32_t* heads, int num_sms, cudaStream_t stream);
+template <class Source>
+void launch_pooled_sm90(const ProblemOf<Source>& problem, const BlockMeanTable& means,
+                        std::int32_t count, std::int32_t* heads, int num_sms, cudaStream_t stream);
 
 }  // namespace misa::cuda::route

@@ -33,8 +33,9 @@ struct Sm90SampledShared {
 };
 
 // Step 1. A lane loads 16 bytes of each of several keys.
-__device__ void load_samples(Sm90SampledShared& shared, const DeviceRaggedSource& keys,
-                             std::int32_t start, int shift, int count) {
+template <class Source>
+__device__ void load_samples(Sm90SampledShared& shared, const Source& keys, std::int32_t start,
+                             int shift, int count) {
   constexpr int kKeyLanes = kDim / 16;
   constexpr int kKeys = kSm90Threads / kKeyLanes;  // loaded at once by the thread block
   constexpr int kLaneKeys = kSamples / kKeys;
@@ -84,9 +85,9 @@ __device__ void load_samples(Sm90SampledShared& shared, const DeviceRaggedSource
   }
 }
 
-template <int query_warps>
+template <int query_warps, class Source>
 __global__ void __launch_bounds__(kSm90Threads, 1)
-    sm90_sampled_kernel(const __grid_constant__ SampledArguments arguments) {
+    sm90_sampled_kernel(const __grid_constant__ SampledArguments<Source> arguments) {
   begin_kernel();
   using Assignment = WarpAssignment<query_warps>;
   constexpr int kRoundQueries = Assignment::kRoundQueries;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   static_assert(kThreadBlockQueries + kRoundQueries <= 32);
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<Sm90SampledShared*>(memory);
-  const Problem& problem = arguments.problem;
+  const ProblemOf<Source>& problem = arguments.problem;
   const std::int64_t t0 = std::int64_t{blockIdx.x} * arguments.queries;
   const int queries = static_cast<int>(min(std::int64_t{arguments.queries}, problem.q.tokens - t0));
   const Assignment assignment;
@@ -158,14 +159,18 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 }  // namespace
 
-void launch_sampled_sm90(SampledArguments arguments, int num_sms, cudaStream_t stream) {
+template <class Source>
+void launch_sampled_sm90(SampledArguments<Source> arguments, int num_sms, cudaStream_t stream) {
   const std::int64_t tokens = arguments.problem.q.tokens;
   arguments.queries = thread_block_queries(tokens, num_sms);
   const auto grid = static_cast<unsigned>((tokens + arguments.queries - 1) / arguments.queries);
   launch_kernel("sampled routing",
-                warps_of_query(arguments.problem.q.heads) == 2 ? sm90_sampled_kernel<2>
-                                                               : sm90_sampled_kernel<4>,
+                warps_of_query(arguments.problem.q.heads) == 2 ? sm90_sampled_kernel<2, Source>
+                                                               : sm90_sampled_kernel<4, Source>,
                 dim3(grid), kSm90Threads, sizeof(Sm90SampledShared), stream, arguments);
 }
+
+template void launch_sampled_sm90(SampledArguments<DeviceRaggedSource>, int, cudaStream_t);
+template void launch_sampled_sm90(SampledArguments<DevicePagedSource>, int, cudaStream_t);
 
 }  // namespace misa::cuda::route

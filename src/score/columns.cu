@@ -15,7 +15,8 @@ constexpr int kThreads = 256;
 constexpr int kWarpThreads = 32;
 
 // One warp per query: its lanes take the entries of the list in turn.
-__global__ void row_lengths_kernel(DeviceRaggedSource keys, std::int64_t queries, Columns columns,
+template <class Source>
+__global__ void row_lengths_kernel(Source keys, std::int64_t queries, Columns columns,
                                    std::int32_t most, std::int32_t* lengths) {
   begin_kernel();
   const std::int64_t t = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpThreads;
@@ -39,7 +40,8 @@ __global__ void row_lengths_kernel(DeviceRaggedSource keys, std::int64_t queries
 }
 
 // One thread per entry.
-__global__ void positions_kernel(DeviceRaggedSource keys, std::int64_t entries, Columns columns,
+template <class Source>
+__global__ void positions_kernel(Source keys, std::int64_t entries, Columns columns,
                                  std::int32_t* selected, std::int32_t width) {
   begin_kernel();
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -56,18 +58,28 @@ unsigned blocks_for(std::int64_t threads) {
 
 }  // namespace
 
-void launch_row_lengths(const DeviceRaggedSource& keys, std::int64_t queries,
-                        const Columns& columns, std::int32_t most, std::int32_t* lengths,
-                        void* stream) {
-  launch_kernel("lengths", row_lengths_kernel, dim3(blocks_for(queries * kWarpThreads)), kThreads,
-                0, stream, keys, queries, columns, most, lengths);
+template <class Source>
+void launch_row_lengths(const Source& keys, std::int64_t queries, const Columns& columns,
+                        std::int32_t most, std::int32_t* lengths, void* stream) {
+  launch_kernel("lengths", row_lengths_kernel<Source>, dim3(blocks_for(queries * kWarpThreads)),
+                kThreads, 0, stream, keys, queries, columns, most, lengths);
 }
 
-void launch_positions(const DeviceRaggedSource& keys, std::int64_t queries, const Columns& columns,
+template <class Source>
+void launch_positions(const Source& keys, std::int64_t queries, const Columns& columns,
                       std::int32_t* selected, std::int32_t width, void* stream) {
   const std::int64_t entries = queries * width;
-  launch_kernel("positions", positions_kernel, dim3(blocks_for(entries)), kThreads, 0, stream, keys,
-                entries, columns, selected, width);
+  launch_kernel("positions", positions_kernel<Source>, dim3(blocks_for(entries)), kThreads, 0,
+                stream, keys, entries, columns, selected, width);
 }
+
+template void launch_row_lengths(const DeviceRaggedSource&, std::int64_t, const Columns&,
+                                 std::int32_t, std::int32_t*, void*);
+template void launch_row_lengths(const DevicePagedSource&, std::int64_t, const Columns&,
+                                 std::int32_t, std::int32_t*, void*);
+template void launch_positions(const DeviceRaggedSource&, std::int64_t, const Columns&,
+                               std::int32_t*, std::int32_t, void*);
+template void launch_positions(const DevicePagedSource&, std::int64_t, const Columns&,
+                               std::int32_t*, std::int32_t, void*);
 
 }  // namespace misa::cuda::score

@@ -8,13 +8,14 @@
 namespace misa::cuda::score {
 
 // lengths[t]: how many columns stand for positions that query t sees, at most `most`.
-void launch_row_lengths(const DeviceRaggedSource& keys, std::int64_t queries,
-                        const Columns& columns, std::int32_t most, std::int32_t* lengths,
-                        void* stream);
+template <class Source>
+void launch_row_lengths(const Source& keys, std::int64_t queries, const Columns& columns,
+                        std::int32_t most, std::int32_t* lengths, void* stream);
 
 // Replaces the columns in selected [T, width], padded with -1, by their positions. Positions ascend
 // with columns, so ordered entries stay ordered.
-void launch_positions(const DeviceRaggedSource& keys, std::int64_t queries, const Columns& columns,
+template <class Source>
+void launch_positions(const Source& keys, std::int64_t queries, const Columns& columns,
                       std::int32_t* selected, std::int32_t width, void* stream);
 
 }  // namespace misa::cuda::score

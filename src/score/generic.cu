@@ -9,7 +9,8 @@
 //
 // tensor_core_kernel, 32 columns per warp:
 //  1. Finds its queries. If columns are keys, these are the queries of the thread block, up to 32,
-//     that see any of the warp's keys; if columns are gathered, it is one query.
+//     that see any of the warp's keys; if columns are gathered, it is one query. Paged keys are
+//     always gathered: then no grid has to cover the indices of the keys of all sequences.
 //  2. Loads its keys into registers as bf16. A negative or non-finite scale is folded into them.
 //  3. Multiplies the 32 keys with each query's rows in groups of 8. The products are clipped at the
 //     rows' floors, weighted, and added in order of the rows.
@@ -51,8 +52,9 @@ constexpr int kCudaCoreKeys = 64;
 // Three bf16 hold the 24 bits of an fp32 mantissa.
 constexpr int kResidualParts = 3;
 
+template <class Source>
 struct ScoreArguments {
-  DeviceRaggedSource keys;
+  Source keys;
   RowOperands rows;
   Columns columns;
   Scores scores;
@@ -62,8 +64,9 @@ struct ScoreArguments {
 
 // ---- row operands
 
+template <class Source>
 struct RowOperandsArguments {
-  Problem problem;
+  ProblemOf<Source> problem;
   Routing routing;
   bool routed;
   RowOperands rows;
@@ -83,7 +86,9 @@ __device__ float residual_part(float value, int part) {
   return high;
 }
 
-__global__ void row_operands_kernel(const __grid_constant__ RowOperandsArguments arguments) {
+template <class Source>
+__global__ void row_operands_kernel(
+    const __grid_constant__ RowOperandsArguments<Source> arguments) {
   begin_kernel();
   const auto& [problem, routing, routed, rows] = arguments;
   const std::int64_t t = blockIdx.x;
@@ -233,11 +238,11 @@ __device__ float pick(const float (&values)[4], int i) {
   return i / 2 == 0 ? low : high;
 }
 
-template <bool kE4m3, int kDim, bool kGathered>
+template <class Source, bool kE4m3, int kDim, bool kGathered>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
-    tensor_core_kernel(const __grid_constant__ ScoreArguments arguments) {
+    tensor_core_kernel(const __grid_constant__ ScoreArguments<Source> arguments) {
   begin_kernel();
-  const DeviceRaggedSource& keys = arguments.keys;
+  const Source& keys = arguments.keys;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int c = lane % 4;
   const std::int64_t first =
@@ -266,13 +271,15 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     std::int64_t key = first + 8 * i + lane / 4;
-    bool valid = key < keys.tokens;
+    bool valid;
     if constexpr (kGathered) {
       const bool in_row = key < arguments.scores.columns;
       const std::int32_t position =
           in_row ? position_of(arguments.columns, base, key, range.length) : -1;
       key = range.start + position;
       valid = position >= 0;
+    } else {
+      valid = key < keys.tokens;
     }
     fragments[i] = {};
     scales[i] = 1;
@@ -323,9 +330,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
 
 // ---- CUDA cores
 
-template <bool kGathered>
+template <class Source, bool kGathered>
 __global__ void __launch_bounds__(kCudaCoreKeys)
-    cuda_core_kernel(const __grid_constant__ ScoreArguments arguments) {
+    cuda_core_kernel(const __grid_constant__ ScoreArguments<Source> arguments) {
   begin_kernel();
   __shared__ float shared[kMaxDim][kCudaCoreKeys + 1];  // keys; the padding avoids bank conflicts
   __shared__ float scales[kCudaCoreKeys];
@@ -348,7 +355,7 @@ __global__ void __launch_bounds__(kCudaCoreKeys)
     key = key < keys.tokens ? key : -1;
   }
   indices[thread] = key;
-  float scale = key >= 0 && keys.scale != nullptr ? key_scale<DType::e4m3>(keys, key) : 1;
+  float scale = key >= 0 && has_scales(keys) ? key_scale<DType::e4m3>(keys, key) : 1;
   float factor = 1;
   if (is_folded(scale)) {
     factor = isfinite(scale) ? -1 : scale;
@@ -400,12 +407,15 @@ __global__ void __launch_bounds__(kCudaCoreKeys)
   }
 }
 
-template <class Kernel>
-void launch(Kernel kernel, const ScoreArguments& arguments, bool gathered, int keys, int threads,
+template <bool kGathered, class Kernel, class Source>
+void launch(Kernel kernel, const ScoreArguments<Source>& arguments, int keys, int threads,
             void* stream) {
-  const std::int64_t columns = gathered ? arguments.scores.columns : arguments.keys.tokens;
-  const std::int64_t rows =
-      gathered ? arguments.tokens : (arguments.tokens + kQueries - 1) / kQueries;
+  std::int64_t columns = arguments.scores.columns;
+  std::int64_t rows = arguments.tokens;
+  if constexpr (!kGathered) {
+    columns = arguments.keys.tokens;
+    rows = (rows + kQueries - 1) / kQueries;
+  }
   if (columns == 0 || rows == 0) {
     return;
   }
@@ -413,20 +423,21 @@ void launch(Kernel kernel, const ScoreArguments& arguments, bool gathered, int k
   launch_kernel("scores", kernel, grid, threads, 0, stream, arguments);
 }
 
-template <bool kGathered>
-void launch_scores(const ScoreArguments& arguments, void* stream) {
-  const auto tensor = [&](auto kernel) {
-    launch(kernel, arguments, kGathered, kTensorCoreKeys, kWarps * 32, stream);
+template <bool kGathered, class Source>
+void launch_scores(const ScoreArguments<Source>& arguments, void* stream) {
+  const auto tensor = [&]<bool kE4m3>() {
+    const auto kernel = arguments.rows.dim == kMaxDim
+                            ? tensor_core_kernel<Source, kE4m3, kMaxDim, kGathered>
+                            : tensor_core_kernel<Source, kE4m3, 64, kGathered>;
+    launch<kGathered>(kernel, arguments, kTensorCoreKeys, kWarps * 32, stream);
   };
-  const bool e4m3 = arguments.keys.dtype == DType::e4m3;
   if (arguments.rows.operand == DType::f32) {
-    launch(cuda_core_kernel<kGathered>, arguments, kGathered, kCudaCoreKeys, kCudaCoreKeys, stream);
-  } else if (arguments.rows.dim == kMaxDim) {
-    e4m3 ? tensor(tensor_core_kernel<true, 128, kGathered>)
-         : tensor(tensor_core_kernel<false, 128, kGathered>);
-  } else {
-    e4m3 ? tensor(tensor_core_kernel<true, 64, kGathered>)
-         : tensor(tensor_core_kernel<false, 64, kGathered>);
+    launch<kGathered>(cuda_core_kernel<Source, kGathered>, arguments, kCudaCoreKeys, kCudaCoreKeys,
+                      stream);
+  } else if (arguments.keys.dtype == DType::e4m3) {
+    tensor.template operator()<true>();
+  } else if constexpr (!kPaged<Source>) {
+    tensor.template operator()<false>();
   }
 }
 
@@ -443,20 +454,35 @@ RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residu
           residual ? linear : 0};
 }
 
-void launch_row_operands(const Problem& problem, const Routing* routing, const RowOperands& rows,
-                         void* stream) {
+template <class Source>
+void launch_row_operands(const ProblemOf<Source>& problem, const Routing* routing,
+                         const RowOperands& rows, void* stream) {
   constexpr int kThreads = 256;
-  const RowOperandsArguments arguments{problem, routing != nullptr ? *routing : Routing{},
-                                       routing != nullptr, rows};
-  launch_kernel("row operands", row_operands_kernel, dim3(static_cast<unsigned>(problem.q.tokens)),
-                kThreads, 0, stream, arguments);
+  const RowOperandsArguments<Source> arguments{problem, routing != nullptr ? *routing : Routing{},
+                                               routing != nullptr, rows};
+  launch_kernel("row operands", row_operands_kernel<Source>,
+                dim3(static_cast<unsigned>(problem.q.tokens)), kThreads, 0, stream, arguments);
 }
 
-void launch_generic(const Problem& problem, const RowOperands& rows, const Columns& columns,
-                    std::int32_t unscored, const Scores& scores, void* stream) {
-  const ScoreArguments arguments{problem.k, rows, columns, scores, problem.q.tokens, unscored};
-  columns.list != nullptr ? launch_scores<true>(arguments, stream)
-                          : launch_scores<false>(arguments, stream);
+template <class Source>
+void launch_generic(const ProblemOf<Source>& problem, const RowOperands& rows,
+                    const Columns& columns, std::int32_t unscored, const Scores& scores,
+                    void* stream) {
+  const ScoreArguments<Source> arguments{problem.k,        rows,    columns, scores,
+                                         problem.q.tokens, unscored};
+  if constexpr (!kPaged<Source>) {
+    if (columns.list == nullptr) {
+      return launch_scores<false>(arguments, stream);
+    }
+  }
+  launch_scores<true>(arguments, stream);
 }
+
+template void launch_row_operands(const Problem&, const Routing*, const RowOperands&, void*);
+template void launch_row_operands(const PagedProblem&, const Routing*, const RowOperands&, void*);
+template void launch_generic(const Problem&, const RowOperands&, const Columns&, std::int32_t,
+                             const Scores&, void*);
+template void launch_generic(const PagedProblem&, const RowOperands&, const Columns&, std::int32_t,
+                             const Scores&, void*);
 
 }  // namespace misa::cuda::score

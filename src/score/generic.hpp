@@ -35,12 +35,15 @@ RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residu
 
 // Fills the rows of every query: the active heads and residual row of `routing`, or all heads if it
 // is null.
-void launch_row_operands(const Problem& problem, const Routing* routing, const RowOperands& rows,
-                         void* stream);
+template <class Source>
+void launch_row_operands(const ProblemOf<Source>& problem, const Routing* routing,
+                         const RowOperands& rows, void* stream);
 
 // Writes scores[t, c] for every column that stands for a position that query t sees, and nothing
 // else. Queries that see at most `unscored` keys are skipped.
-void launch_generic(const Problem& problem, const RowOperands& rows, const Columns& columns,
-                    std::int32_t unscored, const Scores& scores, void* stream);
+template <class Source>
+void launch_generic(const ProblemOf<Source>& problem, const RowOperands& rows,
+                    const Columns& columns, std::int32_t unscored, const Scores& scores,
+                    void* stream);
 
 }  // namespace misa::cuda::score

@@ -37,9 +37,11 @@ void launch_scales(const DeviceRaggedSource& keys, float* scales, void* stream);
 
 // Gathered scoring: writes scores[t, c] for the columns c < lengths[t], which stand for positions
 // that query t sees, and nothing else. Queries that see at most `unscored` keys are skipped.
-// `columns` has a list; `scales` are those of all keys (launch_scales).
-void launch_gathered(const Problem& problem, const ActiveRows& rows, const Columns& columns,
-                     const std::int32_t* lengths, std::int32_t unscored, const float* scales,
-                     const Scores& scores, int num_sms, void* stream);
+// `columns` has a list; `scales` are those of all ragged keys (launch_scales), and null for paged
+// keys, of which the cache has fewer than 2^32.
+template <class Source>
+void launch_gathered(const ProblemOf<Source>& problem, const ActiveRows& rows,
+                     const Columns& columns, const std::int32_t* lengths, std::int32_t unscored,
+                     const float* scales, const Scores& scores, int num_sms, void* stream);
 
 }  // namespace misa::cuda::score

@@ -23,6 +23,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "score/sm90_fp8.hpp"
 #include "score/sm90_fp8_config.cuh"
+#include "score/sm90_fp8_gather.cuh"
 #include "score/sm90_fp8_rows.cuh"
 
 namespace misa::cuda::score {
@@ -31,31 +32,14 @@ namespace {
 namespace ptx = ::cuda::ptx;
 
 constexpr int kProducts = kGatheredProducts;
-constexpr int kTile = kGatheredTile;
 constexpr int kQuad = 4;
 constexpr int kLaneRows = kMaxRows / kQuad;
 static_assert(kLaneRows == kHeadGroup, "a lane has a group of heads");
 static_assert(kWarpgroupThreads == 2 * kMaxRows, "two threads load a row");
 
-// A key is copied in 16-byte chunks, one per thread, so that a warp copies kKeysAtOnce keys at
-// once, and each thread helps to copy kThreadKeys of its warp's 32 keys.
-constexpr int kChunks = kDim / 16;
-constexpr int kKeysAtOnce = 32 / kChunks;
-constexpr int kThreadKeys = 32 / kKeysAtOnce;
-static_assert(kTile == kWarpgroupThreads, "a thread copies a scale");
-
-struct GatheredArguments {
-  Problem problem;
-  ActiveRows rows;
-  Columns columns;
-  const std::int32_t* lengths;
-  std::int32_t unscored;
-  const float* scales;
-  Scores scores;
-};
-
 // Step 1.
-__device__ void load_query(const GatheredArguments& arguments, std::int64_t t,
+template <class Source>
+__device__ void load_query(const GatheredArguments<Source>& arguments, std::int64_t t,
                            GatheredShared& shared) {
   const auto& [q, w, k] = arguments.problem;
   const ActiveRows& rows = arguments.rows;
@@ -86,136 +70,15 @@ __device__ void load_query(const GatheredArguments& arguments, std::int64_t t,
   }
 }
 
-// Step 2 for one thread: tiles first, first + step, …. With `blocks` the entries of the list are
-// blocks of positions, each a multiple of the 32 keys that a warp copies; otherwise they are single
-// positions.
-template <bool blocks>
-class Gather {
- public:
-  __device__ Gather(const GatheredArguments& arguments, std::int64_t t, std::int32_t first,
-                    std::int32_t step)
-      : list_(arguments.columns.list + t * arguments.columns.width),
-        column_(static_cast<std::uint32_t>(first) * kTile + threadIdx.x),
-        last_entry_(static_cast<std::uint32_t>(arguments.columns.width) - 1),
-        step_columns_(static_cast<std::uint32_t>(step) * kTile),
-        block_size_(static_cast<std::uint32_t>(arguments.columns.block)),
-        key_stride_(static_cast<std::uint64_t>(key_pitch<DType::e4m3>(arguments.problem.k))) {
-    const unsigned warp = threadIdx.x / 32 * 32;
-    const unsigned row = warp + threadIdx.x % 32 / kChunks;
-    chunk_offset_ = row * kDim + (threadIdx.x % kChunks ^ row % 8) * 16;
-    entry_slot_ = warp + threadIdx.x % kKeysAtOnce * kThreadKeys + threadIdx.x % 32 / kKeysAtOnce;
-    if constexpr (blocks) {
-      block_index_ = (column_ - threadIdx.x % 32) / block_size_;
-      block_offset_ = (column_ - threadIdx.x % 32) % block_size_;
-    }
-    entry_ = look_up();
-  }
-
-  // Sets the keys that the query sees, at least one. To be called before the first copy().
-  __device__ void set_range(const GatheredArguments& arguments, const Range& range) {
-    keys_ = reinterpret_cast<const std::uint8_t*>(
-                key_address<DType::e4m3>(arguments.problem.k, range.start)) +
-            threadIdx.x % kChunks * 16;
-    scales_ = arguments.scales + range.start;
-    last_position_ = static_cast<std::uint32_t>(range.length) - 1;
-    if constexpr (!blocks) {
-#pragma unroll
-      for (unsigned i = 0; i < kThreadKeys; ++i) {
-        positions_[i] =
-            __shfl_sync(kFullMask, entry_, i * kKeysAtOnce + threadIdx.x % 32 / kChunks);
-      }
-    }
-    // Hides the values from the compiler, so that it computes an address by one multiply-add.
-    asm("" : "+l"(keys_), "+l"(scales_), "+l"(list_));
-  }
-
-  // Starts the copies of a tile and of the list entries of the tile after it. For columns after the
-  // query's last one it copies some key that the query sees; its score is not stored.
-  __device__ void copy(std::uint8_t* keys, float* scales, std::uint32_t* positions) {
-    if constexpr (blocks) {
-      const std::uint32_t base = entry_ * block_size_ + block_offset_;
-      entry_ = base + threadIdx.x % 32;
-#pragma unroll
-      for (unsigned i = 0; i < kThreadKeys; ++i) {
-        positions_[i] = base + i * kKeysAtOnce + threadIdx.x % 32 / kChunks;
-      }
-    }
-    copy_4(scales + threadIdx.x, scales_ + min(entry_, last_position_));
-#pragma unroll
-    for (unsigned i = 0; i < kThreadKeys; ++i) {
-      // The swizzled chunks of keys that are kKeysAtOnce apart differ in one bit.
-      const std::uint32_t offset =
-          (chunk_offset_ ^ i % 2 * kKeysAtOnce * 16) + i * kKeysAtOnce * kDim;
-      copy_16(keys + offset,
-              keys_ + std::uint64_t{min(positions_[i], last_position_)} * key_stride_);
-    }
-    column_ += step_columns_;
-    if constexpr (blocks) {
-      block_index_ += step_columns_ / block_size_;
-      block_offset_ += step_columns_ % block_size_;
-      if (block_offset_ >= block_size_) {
-        block_offset_ -= block_size_;
-        ++block_index_;
-      }
-      entry_ = look_up();
-    } else {
-      copy_4(positions + entry_slot_, list_ + min(column_, last_entry_));
-    }
-  }
-
-  // Reads the list entries that copy() fetched, once they are in shared memory for the whole warp.
-  __device__ void read(const std::uint32_t* positions) {
-    if constexpr (!blocks) {
-      const auto* vectors =
-          reinterpret_cast<const uint4*>(positions + threadIdx.x / kChunks * kThreadKeys);
-      const uint4 low = vectors[0];
-      const uint4 high = vectors[1];
-      positions_[0] = low.x;
-      positions_[1] = low.y;
-      positions_[2] = low.z;
-      positions_[3] = low.w;
-      positions_[4] = high.x;
-      positions_[5] = high.y;
-      positions_[6] = high.z;
-      positions_[7] = high.w;
-      entry_ = positions[entry_slot_];
-    }
-  }
-
- private:
-  __device__ std::uint32_t look_up() const {
-    return static_cast<std::uint32_t>(
-        __ldg(list_ + min(blocks ? block_index_ : column_, last_entry_)));
-  }
-
-  const std::int32_t* list_;
-  const std::uint8_t* keys_ = nullptr;  // the thread's chunk of the first key that the query sees
-  const float* scales_ = nullptr;       // from the first key that the query sees on
-  std::uint32_t last_position_ = 0;     // the last position that the query sees
-  std::uint32_t column_;                // the column of the next tile whose scale the thread copies
-  std::uint32_t last_entry_;            // index of the list's last entry
-  std::uint32_t step_columns_;          // columns from one tile to the next
-  std::uint32_t block_size_;
-  std::uint64_t key_stride_;
-  std::uint32_t chunk_offset_;  // in a tile: the thread's chunk of the first keys that it copies
-  std::uint32_t entry_slot_;    // in `positions`: the entry of column_
-  std::uint32_t entry_;  // the list's entry for column_: a position or, with `blocks`, a block
-  std::uint32_t positions_[kThreadKeys];  // of the keys that the thread helps to copy
-  std::uint32_t block_index_ = 0;         // with `blocks`: which entry has the warp's first column,
-  std::uint32_t block_offset_ = 0;        // and which position of that block the column is
-};
-static_assert(2 * kKeysAtOnce == 8, "a warp copies half of a swizzle's rows at once");
-static_assert(kThreadKeys == 8, "two vectors");
-
 // Steps 2 to 4. With `nonnegative_scales` it assumes that no scale is negative, and returns whether
 // some scale is, in which case the scores are wrong.
-template <bool residual, bool blocks, bool nonnegative_scales>
-__device__ bool score_query(const GatheredArguments& arguments, std::int64_t t,
+template <bool residual, bool blocks, bool nonnegative_scales, class Source>
+__device__ bool score_query(const GatheredArguments<Source>& arguments, std::int64_t t,
                             GatheredShared& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   auto tile = static_cast<std::int32_t>(blockIdx.y);
   const auto step = static_cast<std::int32_t>(gridDim.y);
-  Gather<blocks> gather(arguments, t, tile, step);
+  Gather<Source, blocks> gather(arguments, t, tile, step);
   const Range range = visible(arguments.problem.k, t);
   const auto length =
       static_cast<std::int32_t>(min(std::int64_t{arguments.lengths[t]}, arguments.scores.columns));
@@ -269,7 +132,13 @@ __device__ bool score_query(const GatheredArguments& arguments, std::int64_t t,
 
     // Step 4.
     const auto store_scores = [&](const float(&sums)[kMaxRows / 2], int key) {
-      const float scales[2] = {shared.scales[stage][key], shared.scales[stage][key + 8]};
+      float scales[2] = {shared.scales[stage][key], shared.scales[stage][key + 8]};
+      if constexpr (kPaged<Source>) {  // those of ragged keys are finite or NaN (launch_scales)
+#pragma unroll
+        for (float& scale : scales) {
+          scale = isfinite(scale) ? scale : kNaN;
+        }
+      }
       signs |= __float_as_int(scales[0]) | __float_as_int(scales[1]);
       float groups[2] = {0, 0};
       float linear[2];
@@ -316,9 +185,9 @@ __device__ bool score_query(const GatheredArguments& arguments, std::int64_t t,
   return __syncthreads_or(static_cast<int>(nonnegative_scales && signs < 0)) != 0;
 }
 
-template <bool residual, bool blocks>
+template <class Source, bool residual, bool blocks>
 __global__ void __launch_bounds__(kWarpgroupThreads, kGatheredBlocks)
-    gathered_kernel(const __grid_constant__ GatheredArguments arguments) {
+    gathered_kernel(const __grid_constant__ GatheredArguments<Source> arguments) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   GatheredShared& shared = *reinterpret_cast<GatheredShared*>(memory);
   const std::int64_t t = blockIdx.x;
@@ -332,18 +201,20 @@ __global__ void __launch_bounds__(kWarpgroupThreads, kGatheredBlocks)
 
 }  // namespace
 
-void launch_gathered(const Problem& problem, const ActiveRows& rows, const Columns& columns,
-                     const std::int32_t* lengths, std::int32_t unscored, const float* scales,
-                     const Scores& scores, int num_sms, void* stream) {
+template <class Source>
+void launch_gathered(const ProblemOf<Source>& problem, const ActiveRows& rows,
+                     const Columns& columns, const std::int32_t* lengths, std::int32_t unscored,
+                     const float* scales, const Scores& scores, int num_sms, void* stream) {
   const std::int64_t queries = problem.q.tokens;
   const std::int64_t tiles = (scores.columns + kTile - 1) / kTile;
   const std::int64_t blocks_per_query = std::clamp<std::int64_t>(
       std::int64_t{kGatheredBlocks} * num_sms / queries, 1, std::max<std::int64_t>(tiles, 1));
   const auto launch = [&]<bool residual, bool blocks>() {
-    launch_kernel("gathered scores", gathered_kernel<residual, blocks>,
-                  dim3(static_cast<unsigned>(queries), static_cast<unsigned>(blocks_per_query)),
-                  kWarpgroupThreads, sizeof(GatheredShared), stream,
-                  GatheredArguments{problem, rows, columns, lengths, unscored, scales, scores});
+    launch_kernel(
+        "gathered scores", gathered_kernel<Source, residual, blocks>,
+        dim3(static_cast<unsigned>(queries), static_cast<unsigned>(blocks_per_query)),
+        kWarpgroupThreads, sizeof(GatheredShared), stream,
+        GatheredArguments<Source>{problem, rows, columns, lengths, unscored, scales, scores});
   };
   if (rows.residual != nullptr) {
     columns.block > 1 ? launch.template operator()<true, true>()
@@ -353,5 +224,12 @@ void launch_gathered(const Problem& problem, const ActiveRows& rows, const Colum
                       : launch.template operator()<false, false>();
   }
 }
+
+template void launch_gathered(const Problem&, const ActiveRows&, const Columns&,
+                              const std::int32_t*, std::int32_t, const float*, const Scores&, int,
+                              void*);
+template void launch_gathered(const PagedProblem&, const ActiveRows&, const Columns&,
+                              const std::int32_t*, std::int32_t, const float*, const Scores&, int,
+                              void*);
 
 }  // namespace misa::cuda::score

@@ -18,7 +18,8 @@ inline constexpr std::int64_t kShortColumns = 16384;
 
 // The same for logits of at most kShortColumns columns. If columns.list is set, selected columns
 // are written as the positions that they stand for; `keys` then says which keys each row sees.
-void launch_short(const Logits& logits, const DeviceRaggedSource& keys, const Columns& columns,
-                  int top_k, const TopK& out, bool empty, void* stream);
+template <class Source>
+void launch_short(const Logits& logits, const Source& keys, const Columns& columns, int top_k,
+                  const TopK& out, bool empty, void* stream);
 
 }  // namespace misa::cuda::select

@@ -193,9 +193,9 @@ __device__ void stage_columns(ShortShared<threads>& shared, std::uint16_t* stage
   __syncthreads();
 }
 
-template <int threads>
+template <int threads, class Source>
 __global__ void __launch_bounds__(threads, 1024 / threads)
-    short_kernel(const Logits logits, const DeviceRaggedSource keys, const Columns columns,
+    short_kernel(const Logits logits, const Source keys, const Columns columns,
                  const std::uint32_t top_k, const TopK out, const bool empty) {
   begin_kernel();
   extern __shared__ __align__(16) std::byte memory[];
@@ -244,20 +244,21 @@ __global__ void __launch_bounds__(threads, 1024 / threads)
   }
 }
 
-template <int threads>
-void launch_short_rows(const Logits& logits, const DeviceRaggedSource& keys, const Columns& columns,
-                       int top_k, const TopK& out, bool empty, void* stream) {
+template <int threads, class Source>
+void launch_short_rows(const Logits& logits, const Source& keys, const Columns& columns, int top_k,
+                       const TopK& out, bool empty, void* stream) {
   const std::int64_t staged = std::min<std::int64_t>(top_k, logits.columns);
   const std::size_t bytes = sizeof(ShortShared<threads>) + sizeof(std::uint16_t) * staged;
-  launch_kernel("selection", short_kernel<threads>, dim3(static_cast<unsigned>(logits.rows)),
-                threads, bytes, stream, logits, keys, columns, static_cast<std::uint32_t>(top_k),
-                out, empty);
+  launch_kernel("selection", short_kernel<threads, Source>,
+                dim3(static_cast<unsigned>(logits.rows)), threads, bytes, stream, logits, keys,
+                columns, static_cast<std::uint32_t>(top_k), out, empty);
 }
 
 }  // namespace
 
-void launch_short(const Logits& logits, const DeviceRaggedSource& keys, const Columns& columns,
-                  int top_k, const TopK& out, bool empty, void* stream) {
+template <class Source>
+void launch_short(const Logits& logits, const Source& keys, const Columns& columns, int top_k,
+                  const TopK& out, bool empty, void* stream) {
   static_assert(kShortColumns == 512 * kThreadScores);
   if (logits.columns <= 128 * kThreadScores) {
     launch_short_rows<128>(logits, keys, columns, top_k, out, empty, stream);
@@ -267,5 +268,10 @@ void launch_short(const Logits& logits, const DeviceRaggedSource& keys, const Co
     launch_short_rows<512>(logits, keys, columns, top_k, out, empty, stream);
   }
 }
+
+template void launch_short(const Logits&, const DeviceRaggedSource&, const Columns&, int,
+                           const TopK&, bool, void*);
+template void launch_short(const Logits&, const DevicePagedSource&, const Columns&, int,
+                           const TopK&, bool, void*);
 
 }  // namespace misa::cuda::select

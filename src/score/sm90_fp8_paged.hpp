@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores of all keys in the pages of a cache, for Hopper. Scores have the bits of the other e4m3
+// kernels (score/sm90_fp8.hpp).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/problem.hpp"
+#include "score/sm90_fp8.hpp"
+
+namespace misa::cuda::score {
+
+// Writes scores[t, p] for every query t and every position p that it sees, and nothing else. Rows
+// of queries that see at most `unscored` keys may be left as they are. Uses at most `num_sms`
+// thread blocks, on which no result depends.
+void launch_paged(const ProblemOf<DevicePagedSource>& problem, const ActiveRows& rows,
+                  std::int32_t unscored, const Scores& scores, int num_sms, void* stream);
+
+}  // namespace misa::cuda::score

@@ -1,0 +1,648 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plan on a device that reads the keys of a paged cache in place: what it selects is, bit for
+// bit, what the backend of the same name selects from the same keys in one array.
+#include <cuda_runtime_api.h>
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common.hpp"
+#include "misa/cuda.hpp"
+#include "misa/error.hpp"
+
+namespace misa::test {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int kTopK = 48;
+constexpr std::int32_t kLeast = std::numeric_limits<std::int32_t>::min();
+constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
+
+// Keys of a batch of sequences, and the queries that see them.
+struct Batch {
+  std::vector<std::int64_t> keys;     // per sequence, that have a place in the cache
+  std::vector<std::int64_t> queries;  // per sequence
+  std::vector<std::int32_t> context_lens;
+  std::vector<std::int32_t> row_lens;  // or empty
+  std::int64_t outside_before = 0;     // queries of no sequence
+  std::int64_t outside_after = 0;
+  std::int64_t next_n = 0;  // 0: query_starts say where the queries of a sequence are
+
+  [[nodiscard]] std::int64_t sequences() const { return std::ssize(keys); }
+};
+
+// Every sequence has `next_n` queries.
+Batch batch_of(std::vector<std::int32_t> context_lens, std::int64_t next_n) {
+  Batch batch;
+  batch.context_lens = std::move(context_lens);
+  batch.next_n = next_n;
+  for (const std::int32_t length : batch.context_lens) {
+    batch.keys.push_back(std::max(length, 0));
+    batch.queries.push_back(next_n);
+  }
+  return batch;
+}
+
+// Sequences with these numbers of queries.
+Batch batch_of(std::vector<std::int32_t> context_lens, std::vector<std::int64_t> queries) {
+  Batch batch = batch_of(std::move(context_lens), 0);
+  batch.queries = std::move(queries);
+  return batch;
+}
+
+struct Layout {
+  std::int64_t page_size = 64;
+  std::int64_t padding = 0;      // of a page, in units of 16 bytes
+  std::int64_t extra_pages = 3;  // of the block table, beyond the longest sequence
+  std::uint64_t seed = 1;        // of the order of pages
+};
+
+struct Numbers {
+  std::int64_t heads = 6;
+  std::int64_t dim = 64;
+  DType q_dtype = DType::e4m3;
+  std::uint64_t seed = 1;
+};
+
+// A call in host memory: queries, ragged keys and the same keys in pages.
+class Inputs {
+ public:
+  Inputs(const Batch& batch, const Layout& layout, const Numbers& numbers)
+      : batch_(batch),
+        layout_(layout),
+        numbers_(numbers),
+        pack_(make_pack(spec())),
+        tensors_(pack_, 0) {
+    for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
+      first_key_.push_back(std::ssize(scale_));
+      k_.insert(k_.end(), pack_.k[b].begin(), pack_.k[b].end());
+      scale_.insert(scale_.end(), pack_.scale[b].begin(), pack_.scale[b].end());
+    }
+    fill_pages();
+    std::int64_t query = batch_.outside_before;
+    query_starts_.push_back(static_cast<std::int32_t>(query));
+    for (const std::int64_t queries : batch_.queries) {
+      query += queries;
+      query_starts_.push_back(static_cast<std::int32_t>(query));
+    }
+  }
+
+  [[nodiscard]] const Batch& batch() const { return batch_; }
+  [[nodiscard]] Queries q() const { return tensors_.q(tensors_.all()); }
+  [[nodiscard]] Weights w() const { return tensors_.w(tensors_.all()); }
+  [[nodiscard]] const std::vector<std::uint8_t>& cache() const { return cache_; }
+  [[nodiscard]] const std::vector<std::int32_t>& block_table() const { return block_table_; }
+  [[nodiscard]] const std::vector<std::int32_t>& query_starts() const { return query_starts_; }
+  [[nodiscard]] std::int64_t max_pages() const { return max_pages_; }
+  [[nodiscard]] std::int64_t pages() const { return pages_; }
+  [[nodiscard]] const Layout& layout() const { return layout_; }
+
+  // The entry for page i of sequence b names no page; the keys in it are NaN.
+  void spoil(std::int64_t b, std::int64_t i, std::int32_t entry) {
+    block_table_[b * max_pages_ + i] = entry;
+    const std::int64_t first = i * layout_.page_size;
+    for (std::int64_t p = first; p < std::min(first + layout_.page_size, batch_.keys[b]); ++p) {
+      scale_[first_key_[b] + p] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+
+  // The largest length of a row.
+  [[nodiscard]] std::int64_t longest() const {
+    std::int64_t longest = 0;
+    for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
+      for (std::int64_t i = 0; i < batch_.queries[b]; ++i) {
+        longest = std::max(longest, length(b, i));
+      }
+    }
+    return longest;
+  }
+
+  [[nodiscard]] Shape shape() const {
+    const Queries queries = q();
+    return {queries.tokens, queries.heads, queries.dim, longest(), queries.dtype, DType::e4m3};
+  }
+
+  // What the context's backend selects from the keys in one array, if rows see `most` keys at most.
+  [[nodiscard]] Selected expected(const Context& context, const IndexerConfig& config,
+                                  std::int64_t most = kMost) const {
+    std::vector<std::int32_t> starts(batch_.outside_before, 0);
+    std::vector<std::int32_t> ends = starts;
+    for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
+      for (std::int64_t i = 0; i < batch_.queries[b]; ++i) {
+        starts.push_back(static_cast<std::int32_t>(first_key_[b]));
+        ends.push_back(static_cast<std::int32_t>(first_key_[b] + std::min(length(b, i), most)));
+      }
+    }
+    starts.resize(starts.size() + batch_.outside_after, 0);
+    ends.resize(starts.size(), 0);
+    const RaggedKeys keys{
+        k_.data(), DType::e4m3, std::ssize(scale_), numbers_.dim, 0, scale_.data(), starts, ends};
+    return select(context, config, q(), w(), keys, {true, true, true});
+  }
+
+ private:
+  [[nodiscard]] PackSpec spec() const {
+    PackSpec spec;
+    for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
+      spec.sequences.push_back({batch_.keys[b], batch_.queries[b]});
+    }
+    // A pack has queries of its sequences only; the others are those of sequences without keys.
+    spec.sequences.push_back({0, batch_.outside_before + batch_.outside_after});
+    spec.heads = numbers_.heads;
+    spec.dim = numbers_.dim;
+    spec.q_dtype = numbers_.q_dtype;
+    spec.k_dtype = DType::e4m3;
+    spec.seed = numbers_.seed;
+    return spec;
+  }
+
+  // How many keys query i of sequence b sees.
+  [[nodiscard]] std::int64_t length(std::int64_t b, std::int64_t i) const {
+    const std::int64_t query =
+        std::accumulate(batch_.queries.begin(), batch_.queries.begin() + b, std::int64_t{0}) + i;
+    const std::int64_t given =
+        batch_.row_lens.empty() ? std::int64_t{batch_.context_lens[b]} - (batch_.queries[b] - 1 - i)
+                                : std::int64_t{batch_.row_lens[batch_.outside_before + query]};
+    return std::clamp<std::int64_t>(given, 0, batch_.keys[b]);
+  }
+
+  // All padding, and every page that no sequence has, is NaN. Entries of the table beyond a
+  // sequence's pages are garbage.
+  void fill_pages() {
+    const std::int64_t size = layout_.page_size;
+    const auto pages_of = [&](std::int64_t b) { return (batch_.keys[b] + size - 1) / size; };
+    std::int64_t used = 0;
+    for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
+      used += pages_of(b);
+      max_pages_ = std::max(max_pages_, pages_of(b));
+    }
+    max_pages_ += layout_.extra_pages;
+    pages_ = used + 2;
+    const std::int64_t stride = size * (numbers_.dim + 4) + layout_.padding * 16;
+    cache_.assign(pages_ * stride, 0xFF);
+    std::vector<std::int32_t> order(pages_);
+    std::iota(order.begin(), order.end(), 0);
+    std::mt19937_64 random(layout_.seed);
+    std::shuffle(order.begin(), order.end(), random);
+    const std::vector<std::int32_t> garbage{
+        -1, static_cast<std::int32_t>(pages_), kLeast, kMost, 0, 1 << 20};
+    std::int64_t next = 0;
+    for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
+      for (std::int64_t i = 0; i < max_pages_; ++i) {
+        block_table_.push_back(i < pages_of(b) ? order[next++]
+                                               : garbage[random() % garbage.size()]);
+      }
+      for (std::int64_t p = 0; p < batch_.keys[b]; ++p) {
+        std::uint8_t* const page = cache_.data() + block_table_[b * max_pages_ + p / size] * stride;
+        std::memcpy(page + p % size * numbers_.dim, &pack_.k[b][p * numbers_.dim],
+                    static_cast<std::size_t>(numbers_.dim));
+        std::memcpy(page + size * numbers_.dim + p % size * 4, &pack_.scale[b][p], sizeof(float));
+      }
+    }
+  }
+
+  Batch batch_;
+  Layout layout_;
+  Numbers numbers_;
+  Pack pack_;
+  QueryTensors tensors_;
+  std::vector<std::byte> k_;
+  std::vector<float> scale_;
+  std::vector<std::int64_t> first_key_;
+  std::vector<std::uint8_t> cache_;
+  std::vector<std::int32_t> block_table_;
+  std::vector<std::int32_t> query_starts_;
+  std::int64_t max_pages_ = 0;
+  std::int64_t pages_ = 0;
+};
+
+std::span<const std::byte> bytes_of(const Queries& q) {
+  return {static_cast<const std::byte*>(q.data),
+          static_cast<std::size_t>(q.tokens * q.heads * q.dim) * size_of(q.dtype)};
+}
+
+// The call on the device, and room for what is selected.
+class Call {
+ public:
+  Call(const Inputs& inputs, const IndexerConfig& config)
+      : top_k_(config.top_k),
+        queries_(inputs.q()),
+        keys_(view_of(inputs)),
+        q_(bytes_of(inputs.q())),
+        w_({inputs.w().data, static_cast<std::size_t>(queries_.tokens * queries_.heads)}),
+        cache_(inputs.cache()),
+        block_table_(inputs.block_table()),
+        context_lens_(inputs.batch().context_lens),
+        row_lens_(inputs.batch().row_lens),
+        query_starts_(inputs.batch().next_n > 0 ? std::vector<std::int32_t>{}
+                                                : inputs.query_starts()),
+        indices_(rows() * static_cast<std::size_t>(config.top_k)),
+        scores_(indices_.span().size()),
+        heads_(config.router == Router::all ? 0 : rows() * static_cast<std::size_t>(config.heads)),
+        residual_(config.residual ? rows() * static_cast<std::size_t>(queries_.dim) : 0) {
+    keys_.cache.data = cache_.data();
+    keys_.block_table = block_table_.data();
+    keys_.context_lens = context_lens_.span();
+    keys_.row_lens = row_lens_.span();
+    keys_.query_starts = query_starts_.span();
+    queries_.data = q_.data();
+  }
+
+  // Other inputs of the same shape.
+  void replace(const Inputs& inputs) const {
+    q_.write(bytes_of(inputs.q()));
+    w_.write({inputs.w().data, w_.span().size()});
+    cache_.write(inputs.cache());
+    block_table_.write(inputs.block_table());
+    replace_lens(inputs.batch().context_lens);
+  }
+  void replace_lens(std::span<const std::int32_t> context_lens) const {
+    context_lens_.write(context_lens);
+  }
+
+  [[nodiscard]] PagedKeys& keys() { return keys_; }
+
+  void enqueue(const cuda::Plan& plan, std::span<std::byte> workspace, cudaStream_t stream) const {
+    const Weights w{w_.data(), queries_.tokens, queries_.heads, 0};
+    plan.run(queries_, w, keys_, {indices_.span(), scores_.span(), heads_.span(), residual_.span()},
+             workspace, stream);
+  }
+
+  [[nodiscard]] Selected result() const {
+    return {queries_.tokens, top_k_,        indices_.read(),
+            scores_.read(),  heads_.read(), residual_.read()};
+  }
+
+  [[nodiscard]] Selected run(const cuda::Plan& plan) const {
+    const Guarded<std::byte> workspace(plan.workspace_bytes());
+    enqueue(plan, workspace.span(), nullptr);
+    expect_success(cudaDeviceSynchronize());
+    (void)workspace.read();
+    return result();
+  }
+
+ private:
+  [[nodiscard]] std::size_t rows() const { return static_cast<std::size_t>(queries_.tokens); }
+
+  static PagedKeys view_of(const Inputs& inputs) {
+    PagedKeys keys;
+    keys.cache.pages = inputs.pages();
+    keys.cache.dim = inputs.q().dim;
+    keys.cache.page_stride = std::ssize(inputs.cache()) / inputs.pages();
+    keys.cache.page_size = inputs.layout().page_size;
+    keys.max_pages = inputs.max_pages();
+    keys.next_n = std::max<std::int64_t>(inputs.batch().next_n, 1);
+    return keys;
+  }
+
+  std::int64_t top_k_;
+  Queries queries_;
+  PagedKeys keys_;
+  Guarded<std::byte> q_;
+  Guarded<float> w_;
+  Guarded<std::uint8_t> cache_;
+  Guarded<std::int32_t> block_table_;
+  Guarded<std::int32_t> context_lens_;
+  Guarded<std::int32_t> row_lens_;
+  Guarded<std::int32_t> query_starts_;
+  Guarded<std::int32_t> indices_;
+  Guarded<float> scores_;
+  Guarded<std::int32_t> heads_;
+  Guarded<float> residual_;
+};
+
+std::vector<NamedConfig> configs() {
+  std::vector<NamedConfig> all = named_configs(kTopK, 2);
+  IndexerConfig everything = IndexerConfig::misa_r(kTopK, 2, 100);
+  everything.filter_block = 128;
+  everything.filter_blocks = 3;
+  all.push_back({"hisa x misa-r re-ranked", everything});
+  IndexerConfig self = IndexerConfig::misa(kTopK, 2);
+  self.router = Router::self;
+  all.push_back({"router self", self});
+  IndexerConfig pooled = IndexerConfig::misa(kTopK, 2);
+  pooled.block = 192;  // divides no power of two
+  pooled.residual = true;
+  all.push_back({"pooled with a residual row", pooled});
+  return all;
+}
+
+std::string message_of(const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+class DevicePagedPlan : public EachCudaBackend {
+ protected:
+  [[nodiscard]] cuda::PlanOptions options(const Inputs& inputs) const {
+    cuda::PlanOptions options;
+    options.batch = inputs.batch().sequences();
+    options.backend = GetParam();
+    return options;
+  }
+
+  [[nodiscard]] cuda::Plan plan(const IndexerConfig& config, const Inputs& inputs) const {
+    return cuda::Plan(config, inputs.shape(), options(inputs));
+  }
+
+  void expect_ragged_result(const Inputs& inputs, const std::string& what,
+                            const std::vector<NamedConfig>& all = configs()) const {
+    for (const NamedConfig& named : all) {
+      const Call call(inputs, named.config);
+      EXPECT_TRUE(
+          same_bits(call.run(plan(named.config, inputs)), inputs.expected(context(), named.config)))
+          << named.name << ", " << what;
+    }
+  }
+};
+
+TEST_P(DevicePagedPlan, SmokeMatchesRaggedKeys) {
+  const Batch batch = batch_of({700, 0, -3, 47, 1, 1100}, 1);
+  for (const std::int64_t dim : {64, 128}) {
+    for (const std::int64_t page_size : {32, 64, 128}) {
+      const Layout layout{page_size, page_size / 32, 3, 5};
+      expect_ragged_result(
+          Inputs(batch, layout, {6, dim}),
+          "D = " + std::to_string(dim) + ", pages of " + std::to_string(page_size));
+    }
+  }
+}
+
+// The rows of 64 heads fill those of Hopper's kernels, and more are left to the generic ones.
+TEST_P(DevicePagedPlan, ManyHeads) {
+  for (const std::int64_t heads : {32, 64, 80}) {
+    expect_ragged_result(Inputs(batch_of({900, 5000, 3, 130}, 2), {64, 0, 0, 2}, {heads, 128}),
+                         std::to_string(heads) + " heads");
+  }
+}
+
+TEST_P(DevicePagedPlan, EveryDtypeOfQueries) {
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    for (const std::int64_t dim : {64, 128}) {
+      expect_ragged_result(Inputs(batch_of({900, 0, 140}, 2), {32, 1, 1, 2}, {6, dim, dtype}),
+                           name_of(dtype));
+    }
+  }
+}
+
+TEST_P(DevicePagedPlan, SeveralQueriesOfASequence) {
+  const std::vector<std::int64_t> page_sizes{32, 64, 128};
+  for (std::int64_t next_n = 1; next_n <= 8; ++next_n) {
+    const Layout layout{page_sizes[next_n % 3], next_n % 2, 2, static_cast<std::uint64_t>(next_n)};
+    expect_ragged_result(
+        Inputs(batch_of({5000, 0, 3, 64, -2, 129, 1025, 4097, 127}, next_n), layout, {6, 128}),
+        "next_n = " + std::to_string(next_n));
+  }
+}
+
+// As in prefill, or where speculative decoding leaves different numbers of rows.
+TEST_P(DevicePagedPlan, SmokeDifferentNumbersOfQueries) {
+  for (const std::int64_t page_size : {32, 64, 128}) {
+    Batch batch = batch_of({300, 700, 64, 1300, 0, 5}, {0, 3, 1, 70, 2, 0});
+    expect_ragged_result(Inputs(batch, {page_size, 0, 1, 7}, {6, 128}), "query_starts");
+    batch.outside_before = 2;
+    batch.outside_after = 5;
+    expect_ragged_result(Inputs(batch, {page_size, 0, 1, 7}, {6, 128}), "padding rows");
+  }
+}
+
+TEST_P(DevicePagedPlan, SmokeLengthsByRow) {
+  Batch batch = batch_of({700, 64, 1300}, 4);
+  batch.row_lens = {700, -5, 1, 699, 64, 64, 0, kLeast, 129, 1300, 47, 1024};
+  for (const std::int64_t page_size : {32, 64, 128}) {
+    expect_ragged_result(Inputs(batch, {page_size, 2, 1, 7}, {6, 128}), "row_lens");
+    Batch uneven = batch;
+    uneven.next_n = 0;
+    uneven.queries = {5, 1, 6};
+    expect_ragged_result(Inputs(uneven, {page_size, 2, 1, 7}, {6, 128}),
+                         "row_lens and query_starts");
+  }
+}
+
+// Rows of more columns than the registers of one thread block hold.
+TEST_P(DevicePagedPlan, LongRows) {
+  std::vector<NamedConfig> all = configs();
+  IndexerConfig many = IndexerConfig::misa_r(2048, 3, 8192);
+  all.push_back({"misa-r 2048 of 8192", many});
+  all.push_back({"hisa 2048", IndexerConfig::hisa(2048, 128, 64)});
+  expect_ragged_result(Inputs(batch_of({20000, 40, 33000}, 2), {64, 1, 5, 3}, {8, 128}), "long",
+                       all);
+}
+
+// A cache and a block table at their usual sizes have pages and entries that are never read.
+TEST_P(DevicePagedPlan, WideTables) {
+  const Inputs inputs(batch_of({300, 1, 900}, 1), {64, 0, 16384, 3}, {6, 128});
+  for (const NamedConfig& named : configs()) {
+    const Call call(inputs, named.config);
+    Shape shape = inputs.shape();
+    shape.max_keys = 1 << 20;
+    cuda::PlanOptions wide = options(inputs);
+    wide.batch = 16;
+    EXPECT_TRUE(same_bits(call.run(cuda::Plan(named.config, shape, wide)),
+                          inputs.expected(context(), named.config)))
+        << named.name;
+  }
+}
+
+TEST_P(DevicePagedPlan, SmokeEntriesWithoutAPage) {
+  for (const std::int64_t page_size : {32, 64, 128}) {
+    Inputs inputs(batch_of({700, 40, 1300}, 2), {page_size, 1, 1, 4}, {6, 128});
+    inputs.spoil(0, 2, -1);
+    inputs.spoil(1, 0, static_cast<std::int32_t>(inputs.pages()));  // the whole sequence
+    inputs.spoil(2, 0, kMost);
+    inputs.spoil(2, 1300 / page_size, kLeast);  // the last page
+    expect_ragged_result(inputs, "pages of " + std::to_string(page_size));
+  }
+}
+
+// A key without a page is selected only where there are too few others. A residual row that was
+// fitted to such keys makes all scores NaN.
+TEST_P(DevicePagedPlan, KeysWithoutAPageRankLast) {
+  Inputs inputs(batch_of({300}, 1), {64, 0, 0, 4}, {6, 128});
+  inputs.spoil(0, 1, -7);
+  for (const NamedConfig& named : configs()) {
+    if (named.config.residual) {
+      continue;
+    }
+    const Call call(inputs, named.config);
+    const Selected result = call.run(plan(named.config, inputs));
+    for (const std::int32_t position : result.indices) {
+      EXPECT_TRUE(position < 64 || position >= 128) << named.name << ": " << position;
+    }
+  }
+}
+
+TEST_P(DevicePagedPlan, SmokeMemoryChangesNothing) {
+  const Inputs inputs(batch_of({700, 2, 900}, {40, 3, 60}), {64, 0, 1, 7}, {6, 128});
+  for (const NamedConfig& named : configs()) {
+    const Call call(inputs, named.config);
+    cuda::PlanOptions small = options(inputs);
+    const auto fits = [&](std::size_t cap) {
+      small.workspace_cap = cap;
+      try {
+        return cuda::Plan(named.config, inputs.shape(), small).workspace_bytes() <= cap;
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::workspace) << error.what();
+        return false;
+      }
+    };
+    std::size_t cap = 1;
+    while (!fits(cap) && cap < (std::size_t{1} << 30)) {
+      cap *= 2;
+    }
+    EXPECT_TRUE(same_bits(call.run(cuda::Plan(named.config, inputs.shape(), small)),
+                          inputs.expected(context(), named.config)))
+        << named.name << " in " << cap << " bytes";
+  }
+}
+
+// A captured call sees the lengths, tables and keys of its replay.
+TEST_P(DevicePagedPlan, SmokeAGraphReplaysWithOtherData) {
+  const auto inputs_of = [](std::vector<std::int32_t> context_lens, std::uint64_t seed) {
+    Batch batch = batch_of(std::move(context_lens), 2);
+    batch.keys = {1500, 1500, 1500, 1500};  // a cache of one size
+    return Inputs(batch, {64, 1, 1, seed}, {6, 128, DType::e4m3, seed});
+  };
+  const std::vector<Inputs> replays{inputs_of({1500, 1, 300, 64}, 1),
+                                    inputs_of({2, 1500, 0, 65}, 2), inputs_of({-1, -9, 0, 0}, 3),
+                                    inputs_of({1500, 1, 300, 64}, 1)};
+  for (const NamedConfig& named : configs()) {
+    const Call call(replays.front(), named.config);
+    const cuda::Plan plan = this->plan(named.config, replays.front());
+    const Guarded<std::byte> workspace(plan.workspace_bytes());
+    cudaStream_t stream = nullptr;
+    expect_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    expect_success(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    call.enqueue(plan, workspace.span(), stream);
+    cudaGraph_t graph = nullptr;
+    expect_success(cudaStreamEndCapture(stream, &graph));
+    cudaGraphExec_t executable = nullptr;
+    expect_success(cudaGraphInstantiate(&executable, graph, 0));
+    for (const Inputs& inputs : replays) {
+      call.replace(inputs);
+      expect_success(cudaDeviceSynchronize());
+      expect_success(cudaGraphLaunch(executable, stream));
+      expect_success(cudaStreamSynchronize(stream));
+      EXPECT_TRUE(same_bits(call.result(), inputs.expected(context(), named.config))) << named.name;
+    }
+    expect_success(cudaGraphExecDestroy(executable));
+    expect_success(cudaGraphDestroy(graph));
+    expect_success(cudaStreamDestroy(stream));
+  }
+}
+
+// Lengths that no host ever saw are cut off at the block table and at the planned length.
+TEST_P(DevicePagedPlan, SmokeLengthsAreClamped) {
+  Batch batch = batch_of({kMost, kLeast, 641, 640, kMost - 1}, 2);
+  batch.keys = {640, 640, 640, 640, 640};
+  for (const std::int64_t page_size : {32, 64, 128}) {
+    const Inputs inputs(batch, {page_size, 0, 0, 9}, {6, 128});
+    expect_ragged_result(inputs, "cut off at the table");
+    for (const NamedConfig& named : configs()) {
+      const Call call(inputs, named.config);
+      Shape shape = inputs.shape();
+      shape.max_keys = 500;
+      EXPECT_TRUE(same_bits(call.run(cuda::Plan(named.config, shape, options(inputs))),
+                            inputs.expected(context(), named.config, 500)))
+          << named.name << ", cut off as planned";
+    }
+  }
+}
+
+// Whatever query_starts holds, nothing is read or written out of bounds.
+TEST_P(DevicePagedPlan, SmokeQueryStartsAreClamped) {
+  const Inputs inputs(batch_of({700, 2, 900}, {4, 3, 5}), {64, 0, 1, 7}, {6, 128});
+  const std::vector<std::vector<std::int32_t>> wrong{
+      {kLeast, kMost, kLeast, kMost}, {kMost, kMost, kMost, kMost}, {9, 6, 3, 0}, {0, -4, 20, 12}};
+  for (const std::vector<std::int32_t>& starts : wrong) {
+    const Guarded<std::int32_t> on_device{std::span<const std::int32_t>(starts)};
+    for (const NamedConfig& named : configs()) {
+      Call call(inputs, named.config);
+      call.keys().query_starts = on_device.span();
+      const Selected result = call.run(plan(named.config, inputs));
+      for (const std::int32_t position : result.indices) {
+        EXPECT_TRUE(position >= -1 && position < 900) << named.name;
+      }
+    }
+  }
+}
+
+TEST_P(DevicePagedPlan, SmokeACacheWithoutPages) {
+  const Inputs inputs(batch_of({700, 2}, 1), {}, {});
+  for (const NamedConfig& named : configs()) {
+    Call call(inputs, named.config);
+    call.keys().cache.pages = 0;
+    EXPECT_THAT(call.run(plan(named.config, inputs)).indices, ::testing::Each(-1)) << named.name;
+  }
+}
+
+TEST_P(DevicePagedPlan, RefusesBadArguments) {
+  const IndexerConfig config = IndexerConfig::dsa(kTopK);
+  const Inputs inputs(batch_of({700, 2}, 2), {}, {});
+  const auto plan_with = [&](const std::function<void(Shape&, cuda::PlanOptions&)>& change) {
+    return message_of([&] {
+      Shape shape = inputs.shape();
+      cuda::PlanOptions changed = options(inputs);
+      change(shape, changed);
+      const cuda::Plan plan(config, shape, changed);
+    });
+  };
+  EXPECT_EQ(plan_with([](auto&, auto&) {}), "no error");
+  EXPECT_THAT(plan_with([](auto&, auto& changed) { changed.batch = -1; }), HasSubstr("batch: "));
+  EXPECT_THAT(plan_with([](auto&, auto& changed) { changed.batch = 1 << 21; }),
+              HasSubstr("batch: expected 0 (ragged keys) to 2097151 with max_keys = 700"));
+  EXPECT_THAT(plan_with([](auto& shape, auto&) { shape.k_dtype = DType::bf16; }),
+              HasSubstr("k_dtype: expected e4m3 with paged keys"));
+
+  const cuda::Plan plan = this->plan(config, inputs);
+  const Guarded<std::byte> workspace(plan.workspace_bytes());
+  const auto run_with = [&](const std::function<void(PagedKeys&)>& change) {
+    Call call(inputs, config);
+    change(call.keys());
+    return message_of([&] { call.enqueue(plan, workspace.span(), nullptr); });
+  };
+  EXPECT_EQ(run_with([](auto&) {}), "no error");
+  EXPECT_THAT(run_with([](auto& k) { k.cache.data += 4; }), HasSubstr("cache: expected data"));
+  EXPECT_THAT(run_with([](auto& k) { k.cache.page_stride += 4; }),
+              HasSubstr("cache: expected a page stride that is a multiple of 16"));
+  EXPECT_THAT(run_with([](auto& k) { k.cache.page_size = 48; }),
+              HasSubstr("cache: expected a page size of 32, 64 or 128, got 48"));
+  EXPECT_THAT(run_with([](auto& k) { k.cache.dim = 128; }), HasSubstr("cache: expected D = 64"));
+  EXPECT_THAT(run_with([](auto& k) { k.cache.pages = std::int64_t{1} << 26; }),
+              HasSubstr("cache: expected at most 4294967295 keys"));
+  EXPECT_THAT(run_with([](auto& k) { k.next_n = 3; }), HasSubstr("q: expected T = batch * next_n"));
+  EXPECT_THAT(run_with([](auto& k) { k.row_lens = k.context_lens; }),
+              HasSubstr("row_lens: expected 4 entries"));
+  EXPECT_THAT(run_with([](auto& k) { k.max_pages = -1; }), HasSubstr("block_table: "));
+
+  const Inputs larger(batch_of({700, 2, 1}, 1), {}, {});
+  const Call three(larger, config);
+  EXPECT_THAT(message_of([&] { three.enqueue(plan, workspace.span(), nullptr); }),
+              HasSubstr("context_lens: expected a batch of 2 at most, as planned, got 3"));
+  cuda::PlanOptions of_ragged = options(inputs);
+  of_ragged.batch = 0;
+  of_ragged.total_keys = 700;
+  const cuda::Plan ragged(config, inputs.shape(), of_ragged);
+  const Call call(inputs, config);
+  EXPECT_THAT(message_of([&] { call.enqueue(ragged, workspace.span(), nullptr); }),
+              HasSubstr("k: expected ragged keys, as planned"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Each, DevicePagedPlan, ::testing::ValuesIn(cuda_backends_of_this_build()),
+                         backend_name);
+
+}  // namespace
+}  // namespace misa::test
