@@ -259,6 +259,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   bool sees = range.length > arguments.unscored;
   if constexpr (!kGathered) {
     sees = sees && range.start < first + kWarpKeys && first < range.start + range.length;
+  } else if constexpr (kPaged<Source>) {  // the grid has room for the longest row
+    sees = sees && first < range.length;
   }
   unsigned queries = __ballot_sync(kFullMask, sees);
   if (queries == 0) {
@@ -344,6 +346,11 @@ __global__ void __launch_bounds__(kCudaCoreKeys)
       kGathered ? std::int64_t{blockIdx.y} : std::int64_t{blockIdx.y} * kQueries;
   const std::int64_t end = kGathered ? begin + 1 : min(begin + kQueries, tokens);
   const auto dim = static_cast<std::int32_t>(rows.dim);
+  if constexpr (kPaged<Source>) {  // the grid has room for the longest row
+    if (first >= visible(keys, begin).length) {
+      return;
+    }
+  }
 
   std::int64_t key = first + thread;
   if constexpr (kGathered) {

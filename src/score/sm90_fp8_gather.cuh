@@ -316,14 +316,13 @@ class Gather<DevicePagedSource, blocks> {
   std::uint32_t block_size_;
   std::uint32_t chunk_offset_;  // in a tile: the thread's chunk of the first keys that it copies
   std::uint32_t entry_slot_;    // in the exchanged indices: that of the thread's column
-  // The tile after the one that is copied next: the list's entry for the thread's column or, with
-  // `blocks`, for the warp's first column.
+  // The look-ups in flight, of the thread's column or, with `blocks`, of the warp's first one. The
+  // position and its page are those of the tile that is copied next with `blocks`, otherwise of the
+  // tile after it; the list's entry is that of one tile more.
   std::uint32_t entry_;
-  // The tile that is copied next: with `blocks`, the position of the warp's first column and its
-  // page. Otherwise those of the thread's column in the tile after it, and the indices of the
-  // tile's keys.
   std::uint32_t position_ = 0;
   std::int32_t page_ = 0;
+  // Without `blocks`: keys of the tile that is copied next.
   std::uint32_t index_ = 0;             // of the thread's column
   std::uint32_t indices_[kThreadKeys];  // of the keys that the thread helps to copy
   std::uint32_t block_index_ = 0;       // of entry_, with `blocks`: its place in the list, and
