@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of keys for block means, and rows of the block-mean table. Every kernel sums in the same
-// order: the keys of a page in order, scale * element added with one rounding; then the pages in
+// order: the keys of a group in order, scale * element added with one rounding; then the groups in
 // order.
 #pragma once
 
@@ -17,7 +17,7 @@
 
 namespace misa::cuda {
 
-// Half a warp sums 64 columns of a page, four columns per lane.
+// Half a warp sums 64 columns of a group, four columns per lane.
 inline constexpr int kLaneColumns = 4;
 inline constexpr int kSumColumns = 64;
 inline constexpr int kSumLanes = kSumColumns / kLaneColumns;
@@ -28,27 +28,27 @@ inline constexpr int kFewRegisters = 16;
 // An fp32 mean is the sum of two fp16 parts, of 11 bits each.
 inline constexpr int kFp16Parts = 2;
 
-// The sum of a page in the four columns of a lane.
-struct PageSum {
+// The sum of a group in the four columns of a lane.
+struct GroupSum {
   float sum[kLaneColumns];
   std::uint32_t largest;  // bits of the largest |scale|; 0 without scales
 };
 
-// Sums columns d … d + 3 of the page whose first key is `token`, with `batch` keys in flight.
-// Unless the page is `whole`, keys from `count` on count as zeros. visit(i, sum) is called with the
-// sum of keys 0 … i. All lanes of a warp call; the two halves may sum different pages.
+// Sums columns d … d + 3 of the group whose first key is `token`, with `batch` keys in flight.
+// Unless the group is `whole`, keys from `count` on count as zeros. visit(i, sum) is called with
+// the sum of keys 0 … i. All lanes of a warp call; the two halves may sum different groups.
 template <DType type, int batch, bool whole, class Source, class Visit>
-__device__ PageSum sum_page(const Source& keys, std::int64_t token, int count, int d,
-                            const Visit& visit) {
+__device__ GroupSum sum_group(const Source& keys, std::int64_t token, int count, int d,
+                              const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % kSumLanes;
   const std::int64_t pitch = key_pitch<type>(keys);
   const auto address_of = [&](int key) {
     return key_address<type>(keys, token + key) + d * static_cast<int>(size_of(type));
   };
   const std::byte* row = kPaged<Source> ? nullptr : address_of(0);
-  PageSum page{};
+  GroupSum group{};
 #pragma unroll 1
-  for (int first = 0; first < static_cast<int>(kPageSize); first += batch) {
+  for (int first = 0; first < static_cast<int>(kGroupSize); first += batch) {
     if constexpr (kPaged<Source>) {
       static_assert(kSmallestPage % batch == 0);  // the keys of a batch are in one page
       row = whole || first < count ? address_of(first) : nullptr;
@@ -68,7 +68,7 @@ __device__ PageSum sum_page(const Source& keys, std::int64_t token, int count, i
       for (int i = 0; i < batch / kSumLanes; ++i) {
         const int key = first + i * kSumLanes + lane;
         scales[i] = whole || key < count ? key_scale<type>(keys, token + key) : 0;
-        page.largest = max(page.largest, __float_as_uint(fabsf(scales[i])));
+        group.largest = max(group.largest, __float_as_uint(fabsf(scales[i])));
       }
     }
 #pragma unroll
@@ -81,16 +81,16 @@ __device__ PageSum sum_page(const Source& keys, std::int64_t token, int count, i
       }
 #pragma unroll
       for (int e = 0; e < kLaneColumns; ++e) {
-        page.sum[e] = __fmaf_rn(scale, value[e], page.sum[e]);
+        group.sum[e] = __fmaf_rn(scale, value[e], group.sum[e]);
       }
-      visit(first + i, page.sum);
+      visit(first + i, group.sum);
     }
   }
 #pragma unroll
   for (int step = 1; step < kSumLanes; step *= 2) {
-    page.largest = max(page.largest, __shfl_xor_sync(kFullMask, page.largest, step));
+    group.largest = max(group.largest, __shfl_xor_sync(kFullMask, group.largest, step));
   }
-  return page;
+  return group;
 }
 
 // A power of two that brings the mean of keys below 2^15, in fp16's upper range; 1 if a scale is
@@ -169,14 +169,14 @@ __device__ float write_mean(const Source& keys, const BlockMeanTable& means, std
   std::uint32_t largest = 0;
   const auto sum_block = [&]<DType type>() {
 #pragma unroll 1
-    for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kPageSize)) {
-      const PageSum page = sum_page<type, kFewRegisters / static_cast<int>(size_of(type)), true>(
-          keys, token + first, static_cast<int>(kPageSize), d,
+    for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kGroupSize)) {
+      const GroupSum group = sum_group<type, kFewRegisters / static_cast<int>(size_of(type)), true>(
+          keys, token + first, static_cast<int>(kGroupSize), d,
           [](int, const float(&)[kLaneColumns]) {});
-      largest = max(largest, page.largest);
+      largest = max(largest, group.largest);
 #pragma unroll
       for (int e = 0; e < kLaneColumns; ++e) {
-        sum[e] = __fadd_rn(sum[e], page.sum[e]);
+        sum[e] = __fadd_rn(sum[e], group.sum[e]);
       }
     }
   };

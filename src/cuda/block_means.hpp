@@ -18,7 +18,7 @@ struct BlockMeanTable {
   std::uint16_t* rows;    // [capacity, parts, D] in operand order (elements.cuh)
   float* partial;         // [T, D] mean of the keys after a query's last whole block; or null
   std::int32_t capacity;  // rows
-  std::int32_t block;     // keys, a multiple of the page size
+  std::int32_t block;     // keys, a multiple of the group size
   std::int32_t dim;       // D
   bool fp16;              // a mean is two parts in fp16 (e4m3 keys and queries), else three in bf16
 };

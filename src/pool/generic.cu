@@ -5,17 +5,19 @@
 // fill_rows: some rows of the block-mean table.
 //  1. Row r belongs to one sequence: of the sequences that start before key (r + 1) * block, the
 //     one that starts last; of several with that start, the longest.
-//  2. Each half warp sums a page. Then a thread sums the pages of a block in one column and writes
+//  2. Each half warp sums a group. Then a thread sums the groups of a block in one column and
+//  writes
 //     the mean.
 //
 // fill_partial_means: the partial block means of 64 queries.
 //  1. Consecutive queries of one sequence and one partial block form a run if none sees fewer keys
 //     than the one before it.
-//  2. Each half warp sums a page, up to the keys of the run's last query. In the pages where the
-//     keys of queries end, the sum after every key is kept. This is done for two pages at a time,
+//  2. Each half warp sums a group, up to the keys of the run's last query. In the groups where the
+//     keys of queries end, the sum after every key is kept. This is done for two groups at a time,
 //     enough for 64 queries that each see one key more than the one before.
-//  3. A thread turns page sums into sums of all earlier pages.
-//  4. Each half warp adds, for a query, the sum of its earlier pages and the sum in its last page,
+//  3. A thread turns group sums into sums of all earlier groups.
+//  4. Each half warp adds, for a query, the sum of its earlier groups and the sum in its last
+//  group,
 //     and divides.
 #include <cuda_runtime.h>
 
@@ -31,7 +33,7 @@ namespace misa::cuda::pool {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
-constexpr int kPage = static_cast<int>(kPageSize);
+constexpr int kGroup = static_cast<int>(kGroupSize);
 
 constexpr std::size_t padded(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -39,7 +41,7 @@ constexpr std::size_t padded(std::size_t bytes) {
 
 // Rows of the table that a thread block fills.
 __host__ __device__ constexpr int thread_block_rows(std::int32_t block) {
-  return block < kPages * kPage ? kPages * kPage / block : 1;
+  return block < kGroups * kGroup ? kGroups * kGroup / block : 1;
 }
 
 // The rank of a sequence: larger if it starts later or, of equal starts, is longer. 0: no sequence.
@@ -59,13 +61,13 @@ __device__ SequenceRank warp_max(SequenceRank lane_rank) {
 }
 
 struct PoolShared {
-  alignas(16) float sums[kPages][kSumColumns];
-  alignas(16) float running[kEndPages][kPage][kSumColumns];  // after every key of a page
-  std::uint32_t largest[kPages];                             // bits of a page's largest |scale|
+  alignas(16) float sums[kGroups][kSumColumns];
+  alignas(16) float running[kEndGroups][kGroup][kSumColumns];  // after every key of a group
+  std::uint32_t largest[kGroups];                              // bits of a group's largest |scale|
   // For find_row_sequences; the thread block's rows are counted from 0.
   SequenceRank before[kThreads / 32];  // per warp: the largest that starts before row 1
-  SequenceRank row_ranks[kPages];      // per row from 1 on: the largest that starts in it
-  std::int64_t tokens[kPages];         // first key of a row's block; -1: there is none
+  SequenceRank row_ranks[kGroups];     // per row from 1 on: the largest that starts in it
+  std::int64_t tokens[kGroups];        // first key of a row's block; -1: there is none
   // Per query: its first key, the number of its whole blocks, and the number of keys after them.
   std::int32_t starts[kPartialQueries];
   std::int32_t whole_blocks[kPartialQueries];
@@ -85,7 +87,7 @@ __device__ void find_row_sequences(PoolShared& shared, const Source& keys, std::
   const std::int64_t row_1 = (first_row + 1) * means.block;  // first key of the second row
   const std::int64_t end = (first_row + rows) * means.block;
   const QueryRange queries = queries_near(keys, tokens, first_row * means.block, end);
-  if (thread < kPages) {
+  if (thread < kGroups) {
     shared.row_ranks[thread] = 0;
   }
   SequenceRank before = 0;
@@ -139,12 +141,12 @@ __device__ void find_row_sequences(PoolShared& shared, const Source& keys, std::
   __syncthreads();
 }
 
-// Step 2 of both tasks. Each half warp sums one page: the `count` keys from `token` on, or none if
-// `token` is -1. If `whole`, all pages have all their keys. Unless `running` is null, the sums
+// Step 2 of both tasks. Each half warp sums one group: the `count` keys from `token` on, or none if
+// `token` is -1. If `whole`, all groups have all their keys. Unless `running` is null, the sums
 // after every key are stored there.
 template <DType type, bool whole, class Source>
-__device__ void sum_pages(PoolShared& shared, const Source& keys, std::int64_t token, int count,
-                          int first_column, float (*running)[kSumColumns]) {
+__device__ void sum_groups(PoolShared& shared, const Source& keys, std::int64_t token, int count,
+                           int first_column, float (*running)[kSumColumns]) {
   const int half = static_cast<int>(threadIdx.x) / kSumLanes;
   const int column = static_cast<int>(threadIdx.x) % kSumLanes * kLaneColumns;
   if (!__any_sync(kFullMask, token >= 0)) {
@@ -153,20 +155,20 @@ __device__ void sum_pages(PoolShared& shared, const Source& keys, std::int64_t t
   const auto store = [&](float* row, const float(&sum)[kLaneColumns]) {
     *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   };
-  if constexpr (whole) {  // a half warp without a page sums the page of the other half
+  if constexpr (whole) {  // a half warp without a group sums the group of the other half
     const std::int64_t other = __shfl_xor_sync(kFullMask, token, kSumLanes);
     token = token >= 0 ? token : other;
   }
-  const PageSum page = sum_page<type, kKeysInFlight, whole>(
+  const GroupSum group = sum_group<type, kKeysInFlight, whole>(
       keys, max(token, std::int64_t{0}), token >= 0 ? count : 0, first_column + column,
       [&](int i, const float(&sum)[kLaneColumns]) {
         if (running != nullptr) {
           store(running[i], sum);
         }
       });
-  store(shared.sums[half], page.sum);
+  store(shared.sums[half], group.sum);
   if (column == 0) {
-    shared.largest[half] = page.largest;
+    shared.largest[half] = group.largest;
   }
 }
 
@@ -174,33 +176,33 @@ template <DType type, class Source>
 __device__ void fill_rows(PoolShared& shared, const Source& keys, std::int64_t tokens,
                           const BlockMeanTable& means, std::int64_t first_row, int first_column) {
   find_row_sequences(shared, keys, tokens, means, first_row);
-  const std::int32_t pages = means.block / kPage;
+  const std::int32_t groups = means.block / kGroup;
   const int rows = thread_block_rows(means.block);
   const int half = static_cast<int>(threadIdx.x) / kSumLanes;
   const int column = static_cast<int>(threadIdx.x) % kSumColumns;
-  const int slot = pages < kPages ? half / pages : 0;
+  const int slot = groups < kGroups ? half / groups : 0;
   const std::int64_t begin = slot < rows ? shared.tokens[slot] : -1;
 
-  float sum = 0;  // continued in the next iteration if a block has more than kPages pages
+  float sum = 0;  // continued in the next iteration if a block has more than kGroups groups
   std::uint32_t largest = 0;
-  for (std::int32_t first = 0; first < pages; first += kPages) {
-    const std::int32_t page = pages < kPages ? half % pages : first + half;
-    const bool exists = begin >= 0 && page < pages;
-    sum_pages<type, true>(shared, keys, exists ? begin + std::int64_t{page} * kPage : -1, kPage,
-                          first_column, nullptr);
+  for (std::int32_t first = 0; first < groups; first += kGroups) {
+    const std::int32_t group = groups < kGroups ? half % groups : first + half;
+    const bool exists = begin >= 0 && group < groups;
+    sum_groups<type, true>(shared, keys, exists ? begin + std::int64_t{group} * kGroup : -1, kGroup,
+                           first_column, nullptr);
     __syncthreads();
-    const int count = min(kPages, pages - first);
+    const int count = min(kGroups, groups - first);
     for (int i = static_cast<int>(threadIdx.x) / kSumColumns; i < rows;
          i += kThreads / kSumColumns) {
       if (shared.tokens[i] < 0) {
         continue;
       }
 #pragma unroll 8
-      for (int j = i * pages; j < i * pages + count; ++j) {
+      for (int j = i * groups; j < i * groups + count; ++j) {
         sum = __fadd_rn(sum, shared.sums[j][column]);
         largest = max(largest, shared.largest[j]);
       }
-      if (first + count == pages && first_row + i < means.capacity) {
+      if (first + count == groups && first_row + i < means.capacity) {
         const std::int64_t row = first_row + i;
         const float mean = sum / static_cast<float>(means.block);
         const int d = first_column + column;
@@ -225,21 +227,21 @@ __device__ void fill_rows(PoolShared& shared, const Source& keys, std::int64_t t
 }
 
 // fill_partial_means, step 4, for those of queries first … end - 1 whose keys end in one of
-// `end_pages` pages from `end_page` on. shared.sums[0] belongs to page page0.
+// `end_groups` groups from `end_group` on. shared.sums[0] belongs to group group0.
 __device__ void write_partial_means(const PoolShared& shared, const BlockMeanTable& means,
-                                    std::int64_t t0, int first, int end, std::int32_t page0,
-                                    std::int32_t end_page, int end_pages, int first_column) {
+                                    std::int64_t t0, int first, int end, std::int32_t group0,
+                                    std::int32_t end_group, int end_groups, int first_column) {
   const int column = static_cast<int>(threadIdx.x) % kSumLanes * kLaneColumns;
-  for (int i = first + static_cast<int>(threadIdx.x) / kSumLanes; i < end; i += kPages) {
+  for (int i = first + static_cast<int>(threadIdx.x) / kSumLanes; i < end; i += kGroups) {
     const std::int32_t partial_keys = shared.partial_keys[i];
-    const std::int32_t page = partial_keys / kPage;
-    if (partial_keys == 0 || page < end_page || page >= end_page + end_pages) {
+    const std::int32_t group = partial_keys / kGroup;
+    if (partial_keys == 0 || group < end_group || group >= end_group + end_groups) {
       continue;
     }
-    float4 sum = *reinterpret_cast<const float4*>(&shared.sums[page - page0][column]);
-    if (const int rest = partial_keys % kPage; rest > 0) {
+    float4 sum = *reinterpret_cast<const float4*>(&shared.sums[group - group0][column]);
+    if (const int rest = partial_keys % kGroup; rest > 0) {
       const float4 running =
-          *reinterpret_cast<const float4*>(&shared.running[page - end_page][rest - 1][column]);
+          *reinterpret_cast<const float4*>(&shared.running[group - end_group][rest - 1][column]);
       sum = make_float4(__fadd_rn(sum.x, running.x), __fadd_rn(sum.y, running.y),
                         __fadd_rn(sum.z, running.z), __fadd_rn(sum.w, running.w));
     }
@@ -285,34 +287,34 @@ __device__ void fill_partial_means(PoolShared& shared, const Source& keys, std::
     if (max_keys == 0) {
       continue;
     }
-    float total = 0;  // of the pages before page0
-    for (std::int32_t page0 = 0; page0 <= max_keys / kPage; page0 += kPages) {
-      const std::int32_t page = page0 + half;
-      const std::int32_t last = min(page0 + kPages - 1, max_keys / kPage);
-      std::int32_t end_page = max(page0, shared.partial_keys[first] / kPage);
+    float total = 0;  // of the groups before group0
+    for (std::int32_t group0 = 0; group0 <= max_keys / kGroup; group0 += kGroups) {
+      const std::int32_t group = group0 + half;
+      const std::int32_t last = min(group0 + kGroups - 1, max_keys / kGroup);
+      std::int32_t end_group = max(group0, shared.partial_keys[first] / kGroup);
       float next_total = total;
       do {
-        const int end_pages = min(kEndPages, last + 1 - end_page);
-        const int count = min(kPage, max_keys - page * kPage);
-        const bool keep_running = page >= end_page && page < end_page + end_pages;
-        sum_pages<type, false>(shared, keys, count > 0 ? begin + std::int64_t{page} * kPage : -1,
-                               count, first_column,
-                               keep_running ? shared.running[page - end_page] : nullptr);
+        const int end_groups = min(kEndGroups, last + 1 - end_group);
+        const int count = min(kGroup, max_keys - group * kGroup);
+        const bool keep_running = group >= end_group && group < end_group + end_groups;
+        sum_groups<type, false>(shared, keys, count > 0 ? begin + std::int64_t{group} * kGroup : -1,
+                                count, first_column,
+                                keep_running ? shared.running[group - end_group] : nullptr);
         __syncthreads();
         if (thread < kSumColumns) {  // step 3
           next_total = total;
-          for (std::int32_t i = page0; i <= last; ++i) {
-            const float sum = shared.sums[i - page0][column];
-            shared.sums[i - page0][column] = next_total;
+          for (std::int32_t i = group0; i <= last; ++i) {
+            const float sum = shared.sums[i - group0][column];
+            shared.sums[i - group0][column] = next_total;
             next_total = __fadd_rn(next_total, sum);
           }
         }
         __syncthreads();
-        write_partial_means(shared, means, t0, first, end, page0, end_page, end_pages,
+        write_partial_means(shared, means, t0, first, end, group0, end_group, end_groups,
                             first_column);
         __syncthreads();
-        end_page += kEndPages;
-      } while (end_page <= last);
+        end_group += kEndGroups;
+      } while (end_group <= last);
       total = next_total;
     }
   }

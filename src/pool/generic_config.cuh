@@ -9,26 +9,26 @@
 
 namespace misa::cuda::pool {
 
-// Each half warp sums one page, so a thread block sums 16 pages at a time: a block of 1024 keys.
+// Each half warp sums one group, so a thread block sums 16 groups at a time: a block of 1024 keys.
 // 64K keys are 128 thread blocks where D = 128.
 inline constexpr int kThreads = 256;
-inline constexpr int kPages = kThreads / kSumLanes;
+inline constexpr int kGroups = kThreads / kSumLanes;
 
 // With three thread blocks per SM, the 320 thread blocks for 128K keys and 2048 queries run as one
 // wave on 132 SMs. With fp32, keys in flight take too many registers for three.
 template <DType type>
 inline constexpr int kBlocksPerSm = type == DType::f32 ? 2 : 3;
 
-// Keys in flight per lane. Fully unrolled, the loop over a page would be 30 KB of instructions, and
-// warps would wait longer for instructions than for keys.
+// Keys in flight per lane. Fully unrolled, the loop over a group would be 30 KB of instructions,
+// and warps would wait longer for instructions than for keys.
 inline constexpr int kKeysInFlight = 16;
 
 // Queries whose partial block means a thread block computes. Usually each sees one key more than
-// the query before it, so that their keys end in one or two pages.
+// the query before it, so that their keys end in one or two groups.
 inline constexpr int kPartialQueries = 64;
 
-// Pages of which a thread block keeps the sums after every key: those where these queries' keys
+// Groups of which a thread block keeps the sums after every key: those where these queries' keys
 // end.
-inline constexpr int kEndPages = 2;
+inline constexpr int kEndGroups = 2;
 
 }  // namespace misa::cuda::pool
