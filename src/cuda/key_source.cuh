@@ -52,20 +52,13 @@ __device__ inline float key_scale(const DeviceRaggedSource& keys, std::int64_t t
 // Whether a key's format has scales, where the dtype is known at run time only.
 __device__ inline bool has_scales(const DeviceRaggedSource& keys) { return keys.scale != nullptr; }
 
-// Queries first … end - 1 of a chunk.
+// Paged keys.
+
+// Queries first … end - 1.
 struct QueryRange {
   std::int64_t first;
   std::int64_t end;
 };
-
-// Among the `queries` of the chunk, those that may see keys with indices from first_key to end_key
-// - 1: all, since they are in no order.
-__device__ inline QueryRange queries_near(const DeviceRaggedSource& /*keys*/, std::int64_t queries,
-                                          std::int64_t /*first_key*/, std::int64_t /*end_key*/) {
-  return {0, queries};
-}
-
-// Paged keys.
 
 // The queries of a sequence, of those of the call.
 __device__ inline QueryRange queries_of(const DevicePagedSource& keys, std::int32_t sequence) {
@@ -90,21 +83,49 @@ __device__ inline std::int32_t sequence_of(const DevicePagedSource& keys, std::i
   return sequence;
 }
 
+// The most keys that the block table and max_keys let a query see.
+__host__ __device__ inline std::int32_t row_limit(const DevicePagedSource& keys) {
+  const std::int64_t room = std::int64_t{keys.max_pages} << keys.page_bits;
+  return room < keys.max_keys ? static_cast<std::int32_t>(room) : keys.max_keys;
+}
+
+// How many keys a query of a sequence sees, least_keys and most_keys aside. `queries` are the
+// sequence's; the query is counted as they are, from the first one of the call.
+__device__ inline std::int32_t row_length(const DevicePagedSource& keys, std::int32_t sequence,
+                                          const QueryRange& queries, std::int64_t query) {
+  const std::int64_t length = keys.row_lens != nullptr
+                                  ? keys.row_lens[query]
+                                  : keys.context_lens[sequence] - (queries.end - 1 - query);
+  const auto limit = std::int64_t{keys.pages > 0 ? row_limit(keys) : 0};
+  return static_cast<std::int32_t>(max(std::int64_t{0}, min(length, limit)));
+}
+
 // A query that query_starts gives to no sequence sees nothing.
 __device__ inline Range visible(const DevicePagedSource& keys, std::int64_t t) {
   const auto query = keys.first_query + static_cast<std::int32_t>(t);
   const std::int32_t sequence = sequence_of(keys, t);
   const QueryRange queries = queries_of(keys, sequence);
-  std::int64_t length = 0;
-  if (queries.first <= query && query < queries.end) {
-    length = keys.row_lens != nullptr ? keys.row_lens[query]
-                                      : keys.context_lens[sequence] - (queries.end - 1 - query);
+  const bool exists = queries.first <= query && query < queries.end;
+  const std::int32_t length = exists ? row_length(keys, sequence, queries, query) : 0;
+  const bool computed = length >= keys.least_keys && length <= keys.most_keys;
+  return {sequence << keys.sequence_bits, computed ? length : 0};
+}
+
+// As many keys as the chunk's `tokens` queries of a sequence see at most, least_keys and most_keys
+// aside.
+__device__ inline std::int32_t longest_row(const DevicePagedSource& keys, std::int64_t tokens,
+                                           std::int32_t sequence) {
+  const QueryRange queries = queries_of(keys, sequence);
+  const std::int64_t end = min(queries.end, keys.first_query + tokens);
+  std::int64_t query = max(queries.first, std::int64_t{keys.first_query});
+  if (keys.row_lens == nullptr) {
+    query = max(query, end - 1);  // the last one sees the most
   }
-  const std::int64_t room = std::int64_t{keys.max_pages} << keys.page_bits;
-  const auto cut = static_cast<std::int32_t>(
-      max(std::int64_t{0}, min(min(length, room), std::int64_t{keys.max_keys})));
-  const bool computed = keys.pages > 0 && cut >= keys.least_keys && cut <= keys.most_keys;
-  return {sequence << keys.sequence_bits, computed ? cut : 0};
+  std::int32_t longest = 0;
+  for (; query < end; ++query) {
+    longest = max(longest, row_length(keys, sequence, queries, query));
+  }
+  return longest;
 }
 
 // The page of a key that some query sees; -1 if the block table names a page that does not exist.
@@ -148,14 +169,5 @@ __device__ inline std::int64_t key_pitch(const DevicePagedSource& keys) {
 }
 
 __device__ inline bool has_scales(const DevicePagedSource& /*keys*/) { return true; }
-
-__device__ inline QueryRange queries_near(const DevicePagedSource& keys, std::int64_t queries,
-                                          std::int64_t first_key, std::int64_t end_key) {
-  const auto last = static_cast<std::int32_t>((end_key - 1) >> keys.sequence_bits);
-  const std::int64_t first =
-      queries_of(keys, static_cast<std::int32_t>(first_key >> keys.sequence_bits)).first;
-  const std::int64_t end = queries_of(keys, min(last, keys.sequences - 1)).end;
-  return {max(first - keys.first_query, std::int64_t{0}), min(end - keys.first_query, queries)};
-}
 
 }  // namespace misa::cuda

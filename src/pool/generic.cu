@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block means, computed once for all queries of a call. blockIdx.x selects one of two tasks, and
-// blockIdx.y the 64 columns to work on.
+// Block means, computed once for all queries of a call. blockIdx.x selects the task, and blockIdx.y
+// the 64 columns to work on.
 //
 // fill_rows: some rows of the block-mean table.
 //  1. Row r belongs to one sequence: of the sequences that start before key (r + 1) * block, the
 //     one that starts last; of several with that start, the longest.
 //  2. Each half warp sums a group. Then a thread sums the groups of a block in one column and
-//  writes
-//     the mean.
+//     writes the mean.
+//
+// fill_paged_rows: the same for paged keys, where every sequence has rows of its own.
+//  1. A work item is what a thread block sums at once: 1024 keys of a sequence, or a longer block.
+//     Every thread block has the same share of all items that there may be, which are far more than
+//     there are if sequences are short. Each thread looks up whether one of them exists.
+//  2. As step 2 above, for those that exist.
 //
 // fill_partial_means: the partial block means of 64 queries.
 //  1. Consecutive queries of one sequence and one partial block form a run if none sees fewer keys
@@ -16,12 +21,12 @@
 //     keys of queries end, the sum after every key is kept. This is done for two groups at a time,
 //     enough for 64 queries that each see one key more than the one before.
 //  3. A thread turns group sums into sums of all earlier groups.
-//  4. Each half warp adds, for a query, the sum of its earlier groups and the sum in its last
-//  group,
+//  4. Each half warp adds, for a query, the sum of its earlier groups and the sum in its last one,
 //     and divides.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/block_means.cuh"
 #include "cuda/key_source.cuh"
@@ -78,26 +83,24 @@ struct PoolShared {
 // fill_rows, step 1. A row belongs to the sequence of the largest rank among those that start in it
 // or in an earlier row. Few thread blocks have a sequence that starts after their first row; these
 // read the queries once more.
-template <class Source>
-__device__ void find_row_sequences(PoolShared& shared, const Source& keys, std::int64_t tokens,
-                                   const BlockMeanTable& means, std::int64_t first_row) {
+__device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource& keys,
+                                   std::int64_t tokens, const BlockMeanTable& means,
+                                   std::int64_t first_row) {
   constexpr int kQueriesInFlight = 8;
   const int rows = thread_block_rows(means.block);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t row_1 = (first_row + 1) * means.block;  // first key of the second row
   const std::int64_t end = (first_row + rows) * means.block;
-  const QueryRange queries = queries_near(keys, tokens, first_row * means.block, end);
   if (thread < kGroups) {
     shared.row_ranks[thread] = 0;
   }
   SequenceRank before = 0;
   bool starts_later = false;  // a sequence starts after the first row
-  for (std::int64_t t0 = queries.first + thread; t0 < queries.end;
-       t0 += kQueriesInFlight * kThreads) {
+  for (std::int64_t t0 = thread; t0 < tokens; t0 += kQueriesInFlight * kThreads) {
     Range range[kQueriesInFlight];
 #pragma unroll
     for (int i = 0; i < kQueriesInFlight; ++i) {
-      range[i] = visible(keys, min(t0 + i * kThreads, queries.end - 1));
+      range[i] = visible(keys, min(t0 + i * kThreads, tokens - 1));
     }
 #pragma unroll
     for (int i = 0; i < kQueriesInFlight; ++i) {
@@ -112,7 +115,7 @@ __device__ void find_row_sequences(PoolShared& shared, const Source& keys, std::
   }
   starts_later = __syncthreads_or(static_cast<int>(starts_later)) != 0;
   if (starts_later) {
-    for (std::int64_t t = queries.first + thread; t < queries.end; t += kThreads) {
+    for (std::int64_t t = thread; t < tokens; t += kThreads) {
       const Range range = visible(keys, t);
       if (row_1 <= range.start && range.start < end) {
         atomicMax(&shared.row_ranks[base_row(means, range.start) - first_row], rank_of(range));
@@ -172,10 +175,10 @@ __device__ void sum_groups(PoolShared& shared, const Source& keys, std::int64_t 
   }
 }
 
+// Step 2 of fill_rows and fill_paged_rows, for the blocks whose first keys shared.tokens holds.
 template <DType type, class Source>
-__device__ void fill_rows(PoolShared& shared, const Source& keys, std::int64_t tokens,
-                          const BlockMeanTable& means, std::int64_t first_row, int first_column) {
-  find_row_sequences(shared, keys, tokens, means, first_row);
+__device__ void write_rows(PoolShared& shared, const Source& keys, const BlockMeanTable& means,
+                           std::int64_t first_row, int first_column) {
   const std::int32_t groups = means.block / kGroup;
   const int rows = thread_block_rows(means.block);
   const int half = static_cast<int>(threadIdx.x) / kSumLanes;
@@ -223,6 +226,88 @@ __device__ void fill_rows(PoolShared& shared, const Source& keys, std::int64_t t
       }
     }
     __syncthreads();
+  }
+}
+
+template <DType type>
+__device__ void fill_rows(PoolShared& shared, const DeviceRaggedSource& keys, std::int64_t tokens,
+                          const BlockMeanTable& means, std::int64_t first_row, int first_column) {
+  find_row_sequences(shared, keys, tokens, means, first_row);
+  write_rows<type>(shared, keys, means, first_row, first_column);
+}
+
+// The work items of paged keys: `steps` of each sequence, of up to `rows` rows each.
+struct PagedItems {
+  std::int32_t rows;
+  std::int32_t steps;
+  std::int64_t count;
+
+  __host__ __device__ PagedItems(const DevicePagedSource& keys, std::int32_t block)
+      : rows(thread_block_rows(block)),
+        steps((row_limit(keys) / block + rows - 1) / rows),
+        count(std::int64_t{keys.sequences} * steps) {}
+};
+
+struct PagedItem {
+  std::int32_t sequence;
+  std::int32_t start;  // first key of the sequence
+  std::int32_t block;  // the item's first one in the sequence
+  std::int64_t row;    // of the table, for that block
+
+  __device__ PagedItem(const DevicePagedSource& keys, const BlockMeanTable& means,
+                       const PagedItems& items, std::int64_t item)
+      : sequence(static_cast<std::int32_t>(item / items.steps)),
+        start(sequence << keys.sequence_bits),
+        block(static_cast<std::int32_t>(item % items.steps) * items.rows),
+        row(std::int64_t{base_row(means, start)} + block) {}
+};
+
+// What fill_paged_rows keeps of the items that it looked up, one per thread.
+struct PagedPoolShared : PoolShared {
+  std::uint32_t exist[kThreads / 32];  // per warp: whose item has rows
+  std::int32_t rows[kThreads];
+};
+
+__device__ void fill_paged_rows(PagedPoolShared& shared, const DevicePagedSource& keys,
+                                std::int64_t tokens, const BlockMeanTable& means,
+                                std::int32_t thread_block, std::int32_t thread_blocks,
+                                int first_column) {
+  const PagedItems items(keys, means.block);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (std::int64_t base = thread_block; base < items.count;
+       base += std::int64_t{thread_blocks} * kThreads) {
+    const auto item_of = [&](int other_thread) {
+      return base + std::int64_t{other_thread} * thread_blocks;
+    };
+    std::int64_t rows = 0;
+    if (item_of(thread) < items.count) {
+      const PagedItem item(keys, means, items, item_of(thread));
+      const std::int32_t blocks = longest_row(keys, tokens, item.sequence) / means.block;
+      rows = min(std::int64_t{min(blocks - item.block, items.rows)}, means.capacity - item.row);
+    }
+    shared.rows[thread] = static_cast<std::int32_t>(rows);
+    const std::uint32_t exist = __ballot_sync(kFullMask, rows > 0);
+    if (thread % 32 == 0) {
+      shared.exist[thread / 32] = exist;
+    }
+    __syncthreads();
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      for (std::uint32_t rest = shared.exist[warp]; rest != 0; rest &= rest - 1) {
+        const int owner = warp * 32 + __ffs(static_cast<int>(rest)) - 1;
+        const PagedItem item(keys, means, items, item_of(owner));
+        if (thread < items.rows) {
+          const bool exists = thread < shared.rows[owner];
+          shared.tokens[thread] =
+              exists ? item.start + (std::int64_t{item.block} + thread) * means.block : -1;
+          if (exists) {
+            means.starts[item.row + thread] = item.start;
+          }
+        }
+        __syncthreads();
+        write_rows<DType::e4m3>(shared, keys, means, item.row, first_column);
+      }
+    }
+    __syncthreads();  // before other items are looked up
   }
 }
 
@@ -325,16 +410,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
     block_means_kernel(const Source keys, std::int64_t tokens, const BlockMeanTable means,
                        std::int32_t partial_blocks) {
   begin_kernel();
-  __shared__ PoolShared shared;
+  __shared__ std::conditional_t<kPaged<Source>, PagedPoolShared, PoolShared> shared;
   const auto thread_block = static_cast<std::int32_t>(blockIdx.x);
   const int first_column = static_cast<int>(blockIdx.y) * kSumColumns;
   if (thread_block < partial_blocks) {
     fill_partial_means<type>(shared, keys, tokens, means,
                              std::int64_t{thread_block} * kPartialQueries, first_column);
   } else {
-    fill_rows<type>(shared, keys, tokens, means,
-                    std::int64_t{thread_block - partial_blocks} * thread_block_rows(means.block),
-                    first_column);
+    const std::int32_t block = thread_block - partial_blocks;
+    if constexpr (kPaged<Source>) {
+      fill_paged_rows(shared, keys, tokens, means, block,
+                      static_cast<std::int32_t>(gridDim.x) - partial_blocks, first_column);
+    } else {
+      fill_rows<type>(shared, keys, tokens, means,
+                      std::int64_t{block} * thread_block_rows(means.block), first_column);
+    }
   }
 }
 
@@ -354,8 +444,15 @@ void launch(const Source& keys, std::int64_t tokens, const BlockMeanTable& means
   const std::int64_t rows = thread_block_rows(means.block);
   const std::int64_t partial_blocks =
       means.partial == nullptr ? 0 : (tokens + kPartialQueries - 1) / kPartialQueries;
-  const dim3 grid(static_cast<unsigned>(partial_blocks + (means.capacity + rows - 1) / rows),
-                  static_cast<unsigned>(means.dim / kSumColumns));
+  const std::int64_t column_blocks = means.dim / kSumColumns;
+  std::int64_t row_blocks = (means.capacity + rows - 1) / rows;
+  if constexpr (kPaged<Source>) {  // as many as run at a time
+    const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount);
+    row_blocks = std::min(PagedItems(keys, means.block).count,
+                          std::int64_t{num_sms} * kBlocksPerSm<type> / column_blocks);
+  }
+  const dim3 grid(static_cast<unsigned>(partial_blocks + row_blocks),
+                  static_cast<unsigned>(column_blocks));
   if (grid.x > 0) {
     launch_kernel("block means", block_means_kernel<type, Source>, grid, kThreads, 0, stream, keys,
                   tokens, means, static_cast<std::int32_t>(partial_blocks));
