@@ -62,7 +62,7 @@ struct RaggedSource : RaggedKeys {
 // except the last n - 1 - i keys, which belong to the queries after it; or as many keys as its
 // entry of row_lens says.
 struct PagedSource : PagedKeys {
-  [[nodiscard]] KeyFormat format() const { return kPageFormat; }
+  [[nodiscard]] KeyFormat format() const { return page_format(); }
 
   [[nodiscard]] std::int64_t visible(std::int64_t t) const {
     const std::int64_t length =

@@ -12,7 +12,7 @@
 namespace misa {
 
 // The format of the keys in a page.
-inline constexpr KeyFormat kPageFormat = format_of(DType::e4m3);
+constexpr KeyFormat page_format() { return format_of(DType::e4m3); }
 
 // A page has 2^page_bits tokens.
 inline int page_bits(std::int64_t page_size) {
@@ -24,13 +24,13 @@ constexpr std::int64_t groups_of(std::int64_t page_size) { return page_size / kG
 
 // Bytes of a page without padding: the elements of its keys, then their scales.
 constexpr std::int64_t page_bytes(std::int64_t dim, std::int64_t page_size) {
-  return page_size * kPageFormat.key_bytes(dim);
+  return page_size * page_format().key_bytes(dim);
 }
 
 // Bytes from the start of a page to the scale of token i. Pages need not be aligned, so a scale is
 // read and written by memcpy.
 constexpr std::int64_t scale_offset(std::int64_t dim, std::int64_t page_size, std::int64_t i) {
-  return page_size * kPageFormat.element_bytes(dim) + kPageFormat.scale_bytes() * i;
+  return page_size * page_format().element_bytes(dim) + page_format().scale_bytes() * i;
 }
 
 inline float load_scale(const std::uint8_t* page, std::int64_t dim, std::int64_t page_size,

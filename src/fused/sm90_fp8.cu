@@ -26,19 +26,17 @@
 
 #include <cuda/ptx>
 #include <limits>
-#include <string>
 #include <type_traits>
 #include <utility>
 
-#include "cuda/check.cuh"
 #include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/tensor_map.hpp"
 #include "fused/sm90_fp8.hpp"
 #include "fused/sm90_fp8_config.cuh"
-#include "misa/error.hpp"
 #include "score/sm90_fp8_rows.cuh"
 
 namespace misa::cuda::fused {
@@ -453,42 +451,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// The TMA descriptor of `rows` keys that are `stride` bytes apart, for tiles of `tile` keys.
-CUtensorMap key_map(const DeviceRaggedSource& k, std::int64_t rows, std::int64_t stride, int tile) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &found),
-          "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess) {
-      throw Error(ErrorCode::unsupported, "cuTensorMapEncodeTiled: not in this driver");
-    }
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  CUtensorMap map{};
-  const cuuint64_t sizes[2] = {kDim, static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[2] = {kDim, static_cast<cuuint32_t>(tile)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(k.data), sizes, strides, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw Error(ErrorCode::internal,
-                "cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
-  }
-  return map;
-}
-
 template <Sink sink>
 void launch(const FusedArguments& arguments, void* stream) {
   const DeviceRaggedSource& k = arguments.problem.k;
   // Without keys there are no tiles, and nothing reads the map.
   const CUtensorMap map =
       arguments.key_rows > 0
-          ? key_map(k, arguments.key_rows, k.stride * arguments.key_stride, KeyTile<sink>::kKeys)
+          ? tensor_map<2>(k.data, {kDim, static_cast<cuuint64_t>(arguments.key_rows)},
+                          {static_cast<cuuint64_t>(k.stride * arguments.key_stride)},
+                          {kDim, KeyTile<sink>::kKeys})
           : CUtensorMap{};
   score::for_rows(arguments.rows, [&]<int rows, bool residual>() {
     const auto kernel = score_kernel<rows, residual, sink>;
