@@ -145,9 +145,10 @@ def select_paged(
     page_sums, largest_scales: float32 [pages, page_size / 64, D] and [pages, page_size / 64], see
         :func:`append`; computed from the cache if not given.
 
-    Other arguments and errors are as for :func:`select`. On CUDA tensors the pages of the block
-    table are first gathered into B * max_pages * page_size contiguous keys, where page numbers out
-    of range are clamped; page_sums are not read.
+    Other arguments and errors are as for :func:`select`. On CUDA tensors the cache is aligned to 16
+    bytes, and so are its pages; lengths beyond the block table are clamped; a page number out of
+    range stands for keys of score NaN; a query that query_starts gives to no sequence is an empty
+    row; page_sums and largest_scales are not read.
     """
     checked_config(config)
     wanted = _checked_wanted(scores, heads, residual)
@@ -425,7 +426,9 @@ class Plan:
         else:
             total = max_keys if total_keys is None else integer("total_keys", total_keys, 64)
             number = integer("device", int(index or 0))
-            self._plan = device_plan(config, *shape, *dtypes, total, number, backend, workspace_cap)
+            self._plan = device_plan(
+                config, *shape, *dtypes, total, 0, number, backend, workspace_cap
+            )
 
     @property
     def workspace_bytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import os
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 from . import _arrays, _core  # type: ignore[attr-defined]  # compiled
@@ -93,7 +94,7 @@ def select_into(
     keys, _ = checked_shape("k", k, "[L, D]")
     dtypes = _arrays.dtype_name("q", q.dtype), _arrays.dtype_name("k", k.dtype)
     plan = device_plan(
-        config, tokens, heads, dim, keys, *dtypes, keys, device, backend, workspace_cap
+        config, tokens, heads, dim, keys, *dtypes, keys, 0, device, backend, workspace_cap
     )
     return run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
 
@@ -114,15 +115,25 @@ def select_paged_into(
     threads: int,
     workspace_cap: int,
 ) -> Selected:
-    """Like :func:`misa.select_paged` in host memory, but writes into ``out`` and returns it."""
+    """Like :func:`misa.select_paged`, but writes into ``out`` and returns it."""
     named = {"q": q, "w": w, "cache": cache, "block_table": block_table,
-             "context_lens": context_lens, "query_starts": query_starts}  # fmt: skip
-    inputs = [_arrays.readable(name, array) for name, array in named.items()]
-    derived = [
-        _arrays.readable("page_sums", page_sums),
-        _arrays.readable("largest_scales", largest_scales),
-    ]
-    _core.select_paged(config, *inputs, next_n, *derived, *out, backend, threads, workspace_cap)
+             "context_lens": context_lens, "query_starts": query_starts, "page_sums": page_sums,
+             "largest_scales": largest_scales}  # fmt: skip
+    device = _arrays.cuda_device("q", q)
+    if device is None:
+        inputs = [_arrays.readable(name, array) for name, array in named.items()]
+        _core.select_paged(config, *inputs, next_n, *out, backend, threads, workspace_cap)
+        return out
+    tokens, heads, dim = q.shape
+    batch, max_pages = checked_shape("block_table", block_table, "[B, max_pages]")
+    page_size = prod(_arrays.checked("cache", cache).shape[1:]) // (dim + 4)
+    plan = device_plan(
+        config, tokens, heads, dim, max_pages * page_size, _arrays.dtype_name("q", q.dtype), "e4m3",
+        0, max(batch, 1), device, backend, workspace_cap,
+    )  # fmt: skip
+    workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
+    inputs = [_arrays.on_stream(name, array) for name, array in named.items()]
+    plan.run_paged(*inputs, next_n, *outputs(out), workspace, _arrays.stream_of(q))
     return out
 
 

@@ -16,16 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._arrays import cuda_device, dtype_name
-from ._call import (
-    Selected,
-    checked_config,
-    device_plan,
-    empty_selected,
-    run_on_device,
-    select_into,
-    select_paged_into,
-)
+from ._call import Selected, checked_config, empty_selected, select_into, select_paged_into
 from ._config import Config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -170,20 +161,10 @@ def select_paged_op(
          "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales}
     )  # fmt: skip
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
-    device = cuda_device("q", q)
-    if device is None:
-        select_paged_into(
-            out, q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
-            next_n, config, backend, threads, workspace_cap,
-        )  # fmt: skip
-    else:
-        tokens, of_heads, dim = q.shape
-        k, k_scale, ks, ke = gather(cache, block_table, context_lens, next_n, query_starts, tokens)
-        plan = device_plan(
-            config, tokens, of_heads, dim, k.shape[0] // max(len(block_table), 1),
-            dtype_name("q", q.dtype), "e4m3", k.shape[0], device, backend, workspace_cap,
-        )  # fmt: skip
-        run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
+    select_paged_into(
+        out, q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
+        next_n, config, backend, threads, workspace_cap,
+    )  # fmt: skip
     return _tensors(q, out)
 
 
@@ -345,95 +326,3 @@ def select_paged(
         *_fields(config), scores, heads, residual, backend, threads, workspace_cap,
     )  # fmt: skip
     return _selected(outputs)
-
-
-_FLAT_PAGES = {size * (dim + 4): (size, dim) for size in (32, 64, 128) for dim in (64, 128)}
-
-
-def _page_shape(cache: Tensor) -> tuple[int, int]:
-    """The page size and D of a cache."""
-    if cache.dim() == 3 and cache.shape[1] * cache.shape[2] in _FLAT_PAGES:
-        found = _FLAT_PAGES[cache.shape[1] * cache.shape[2]]
-        if found[0] == cache.shape[1]:
-            return found
-    if cache.dim() == 2 and cache.shape[1] in _FLAT_PAGES:
-        return _FLAT_PAGES[cache.shape[1]]
-    raise ValueError(
-        "cache: expected [pages, page_size, D + 4] or [pages, page_size * (D + 4)], page_size 32, "
-        f"64 or 128, got {list(cache.shape)}"
-    )
-
-
-def gather(
-    cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    next_n: int,
-    query_starts: Tensor | None = None,
-    tokens: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The keys of a paged cache as contiguous keys, on the tensors' device without a
-    synchronisation.
-
-    cache: uint8 [pages, page_size, D + 4] or [pages, page_size * (D + 4)].
-    block_table: int32 [B, max_pages]; page numbers out of range are clamped.
-    context_lens: int32 [B] or [B, next_n], limited to max_pages * page_size.
-    query_starts, tokens: as for :func:`misa.select_paged`, and T; values out of range are clamped.
-
-    Returns k uint8 [L, D], k_scale float32 [L], ks and ke int32 [T], L = B * max_pages * page_size:
-    sequence b has the keys from b * max_pages * page_size on. Raises ValueError for a wrong
-    argument.
-    """
-    given = {"cache": cache, "block_table": block_table, "context_lens": context_lens,
-             "query_starts": query_starts}  # fmt: skip
-    for name, tensor in given.items():
-        _require(
-            tensor is None or tensor.layout == torch.strided,
-            f"{name}: expected a dense tensor, got {getattr(tensor, 'layout', None)}",
-        )
-    _require(cache.dtype == torch.uint8, f"cache: expected torch.uint8, got {cache.dtype}")
-    page_size, dim = _page_shape(cache)
-    _require(
-        block_table.dtype == torch.int32 and block_table.dim() == 2,
-        f"block_table: expected torch.int32 [B, max_pages], got {block_table.dtype} "
-        f"{list(block_table.shape)}",
-    )
-    batch, max_pages = block_table.shape
-    _require(next_n >= 1, f"next_n: expected 1 or more, got {next_n}")
-    by_row = query_starts is None and context_lens.dim() == 2
-    _require(
-        context_lens.dtype == torch.int32
-        and context_lens.shape == ((batch, next_n) if by_row else (batch,)),
-        f"context_lens: expected torch.int32 [{batch}] or, without query_starts, "
-        f"[{batch}, {next_n}], got {context_lens.dtype} {list(context_lens.shape)}",
-    )
-    longest = max_pages * page_size
-    _require(
-        batch * longest < 2**31,
-        f"block_table: expected fewer than 2^31 keys, got {batch} * {longest}",
-    )
-    pages = cache.flatten(1)
-    _require(pages.shape[0] > 0 or batch * max_pages == 0, "cache: expected 1 page or more, got 0")
-    chosen = block_table.flatten().long().clamp(0, max(pages.shape[0] - 1, 0))
-    k = pages[:, : page_size * dim][chosen].view(-1, dim)
-    k_scale = pages[:, page_size * dim :][chosen].view(torch.float32).flatten()
-
-    device = block_table.device
-    if query_starts is None:
-        first = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * longest
-        row = torch.arange(next_n, dtype=torch.int32, device=device)
-        length = context_lens if by_row else context_lens[:, None] - next_n + 1 + row
-        ks, length = first.repeat(1, next_n).flatten(), length.flatten()
-    else:
-        _require(next_n == 1, f"next_n: expected 1 with query_starts, got {next_n}")
-        _require(
-            query_starts.dtype == torch.int32 and query_starts.shape == (batch + 1,),
-            f"query_starts: expected torch.int32 [{batch + 1}], got {query_starts.dtype} "
-            f"{list(query_starts.shape)}",
-        )
-        row = torch.arange(tokens if batch > 0 else 0, dtype=torch.int32, device=device)
-        sequence = torch.searchsorted(query_starts, row, right=True) - 1
-        sequence = sequence.clamp(0, max(batch - 1, 0))
-        ks = sequence.int() * longest
-        length = context_lens[sequence] - (query_starts[sequence + 1] - 1 - row)
-    return k, k_scale, ks, ks + length.clamp(0, longest)

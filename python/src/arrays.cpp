@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "arrays.hpp"
 
-#include <algorithm>
 #include <string>
 #include <type_traits>
 
@@ -101,6 +100,18 @@ Any cast(std::string_view name, nb::handle object, std::optional<nb::dlpack::dty
   return array;
 }
 
+// Whether one of the layouts in e.g. "[B] or [B, next_n]" has `ndim` dimensions.
+bool has_layout(std::size_t ndim, std::string_view layouts) {
+  std::size_t dimensions = 0;
+  for (const char c : layouts) {
+    if (c == ']' && dimensions == ndim) {
+      return true;
+    }
+    dimensions = c == '[' ? 1 : dimensions + (c == ',' ? 1 : 0);
+  }
+  return false;
+}
+
 }  // namespace
 
 Array::Array(std::string_view name, nb::handle object, std::optional<nb::dlpack::dtype> dtype,
@@ -110,8 +121,7 @@ Array::Array(std::string_view name, nb::handle object, std::optional<nb::dlpack:
                  ? cast<nb::ndarray<nb::ro>>(name, object, dtype, layout, place)
                  : nb::ndarray<nb::ro>(cast<nb::ndarray<>>(name, object, dtype, layout, place))) {
   const std::size_t ndim = array_.ndim();
-  require(ndim == 1 + static_cast<std::size_t>(std::count(layout.begin(), layout.end(), ',')),
-          "{}: expected {}, got {} dimensions", name, layout, ndim);
+  require(has_layout(ndim, layout), "{}: expected {}, got {} dimensions", name, layout, ndim);
   require(extent(ndim - 1) <= 1 || array_.size() == 0 || array_.stride(ndim - 1) == 1,
           "{}: expected a contiguous last dimension, got a stride of {}", name,
           array_.stride(ndim - 1));
@@ -230,10 +240,6 @@ RaggedMeans MeansArrays::means() const {
 
 namespace {
 
-std::string_view cache_layout(nb::handle cache) {
-  return dimensions_of(cache) == 2 ? "[pages, page_size * (D + 4)]" : "[pages, page_size, D + 4]";
-}
-
 struct PageShape {
   std::int64_t page_size;
   std::int64_t dim;
@@ -266,15 +272,10 @@ PageShape page_shape(const Array& cache) {
 
 }  // namespace
 
-std::int64_t dimensions_of(nb::handle array) {
-  return nb::hasattr(array, "shape")
-             ? static_cast<std::int64_t>(nb::len(nb::object(array.attr("shape"))))
-             : 0;
-}
-
 CacheArrays::CacheArrays(nb::handle cache, nb::handle page_sums, nb::handle largest_scales,
                          Place place, Access access)
-    : cache_("cache", cache, nb::dtype<std::uint8_t>(), cache_layout(cache), place, access),
+    : cache_("cache", cache, nb::dtype<std::uint8_t>(),
+             "[pages, page_size, D + 4] or [pages, page_size * (D + 4)]", place, access),
       sums_(optional_array("page_sums", page_sums, nb::dtype<float>(), "[pages, page_size / 64, D]",
                            place, access)),
       largest_(optional_array("largest_scales", largest_scales, nb::dtype<float>(),
@@ -324,6 +325,56 @@ CacheSpan CacheArrays::span() const {
           sums_ ? sums_->stride(0) : 0,
           largest_ ? largest_->writable_data_of<float>() : nullptr,
           largest_ ? largest_->stride(0) : 0};
+}
+
+PagedArrays::PagedArrays(nb::handle q_, nb::handle w_, nb::handle cache_, nb::handle block_table_,
+                         nb::handle context_lens_, nb::handle query_starts_, nb::handle page_sums,
+                         nb::handle largest_scales, std::int64_t next_n_, Place place)
+    : q("q", q_, kElements, "[T, H, D]", place),
+      w("w", w_, nb::dtype<float>(), "[T, H]", place),
+      cache(cache_, page_sums, largest_scales, place, Access::read),
+      block_table("block_table", block_table_, nb::dtype<std::int32_t>(), "[B, max_pages]", place),
+      context_lens("context_lens", context_lens_, nb::dtype<std::int32_t>(),
+                   query_starts_.is_none() ? "[B] or [B, next_n]" : "[B]", place),
+      query_starts(optional_array("query_starts", query_starts_, nb::dtype<std::int32_t>(),
+                                  "[B + 1]", place)),
+      next_n(next_n_) {
+  const std::int64_t batch = context_lens.extent(0);
+  require(block_table.extent(0) == batch,
+          "block_table: expected B = {} rows as context_lens has, got {}", batch,
+          block_table.extent(0));
+  if (query_starts) {
+    require(query_starts->extent(0) == batch + 1,
+            "query_starts: expected B + 1 = {} entries, got {}", batch + 1,
+            query_starts->extent(0));
+  }
+  if (context_lens.dimensions() == 2) {
+    require(context_lens.extent(1) == next_n,
+            "context_lens: expected [B] or [B, next_n = {}], got [{}, {}]", next_n, batch,
+            context_lens.extent(1));
+    const std::int64_t apart = context_lens.stride(0);
+    require(apart == 0 || apart == next_n,
+            "context_lens: expected a contiguous array, got a stride of {}", apart);
+  }
+}
+
+Queries PagedArrays::queries() const { return python::queries(q); }
+Weights PagedArrays::weights() const { return python::weights(w); }
+
+PagedKeys PagedArrays::keys() const {
+  PagedKeys keys{cache.view(), block_table.data_of<std::int32_t>(), block_table.extent(1),
+                 block_table.stride(0)};
+  if (context_lens.dimensions() == 2) {
+    keys.row_lens = {context_lens.data_of<std::int32_t>(),
+                     static_cast<std::size_t>(context_lens.extent(0) * next_n)};
+  } else {
+    keys.context_lens = context_lens.span_of<std::int32_t>();
+  }
+  keys.next_n = next_n;
+  if (query_starts) {
+    keys.query_starts = query_starts->span_of<std::int32_t>();
+  }
+  return keys;
 }
 
 OutputArrays::OutputArrays(nb::handle indices_, nb::handle scores_, nb::handle heads_,

@@ -35,7 +35,7 @@ inline constexpr std::optional<nb::dlpack::dtype> kElements = std::nullopt;
 class Array {
  public:
   // Throws Error unless `object` is an array of this dtype in `place` that allows the access and
-  // has as many dimensions as `layout`, e.g. "[T, H, D]".
+  // has as many dimensions as `layout`, e.g. "[T, H, D]", or as one of "[B] or [B, next_n]".
   Array(std::string_view name, nb::handle object, std::optional<nb::dlpack::dtype> dtype,
         std::string_view layout, Place place, Access access = Access::read);
 
@@ -72,9 +72,6 @@ class Array {
   std::string_view name_;
   nb::ndarray<nb::ro> array_;
 };
-
-// How many dimensions an object has by its attribute `shape`; 0 without one.
-std::int64_t dimensions_of(nb::handle array);
 
 // std::nullopt if `object` is None.
 std::optional<Array> optional_array(std::string_view name, nb::handle object,
@@ -176,6 +173,25 @@ struct RebuildArrays {
                 nb::handle largest_scales, Place place);
 
   [[nodiscard]] std::span<const std::int32_t> counts() const;
+};
+
+// The arrays of a selection on a paged cache. context_lens is [B, next_n] if it has two dimensions.
+struct PagedArrays {
+  Array q;
+  Array w;
+  CacheArrays cache;
+  Array block_table;
+  Array context_lens;
+  std::optional<Array> query_starts;
+  std::int64_t next_n;
+
+  PagedArrays(nb::handle q, nb::handle w, nb::handle cache, nb::handle block_table,
+              nb::handle context_lens, nb::handle query_starts, nb::handle page_sums,
+              nb::handle largest_scales, std::int64_t next_n, Place place);
+
+  [[nodiscard]] Queries queries() const;
+  [[nodiscard]] Weights weights() const;
+  [[nodiscard]] PagedKeys keys() const;
 };
 
 // The arrays that a call writes.

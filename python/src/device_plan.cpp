@@ -18,39 +18,56 @@ class DevicePlan {
  public:
   DevicePlan(nb::handle config, std::int64_t tokens, std::int64_t heads, std::int64_t dim,
              std::int64_t max_keys, std::string_view q_dtype, std::string_view k_dtype,
-             std::int64_t total_keys, int device, std::string_view backend,
+             std::int64_t total_keys, std::int64_t batch, int device, std::string_view backend,
              std::int64_t workspace_cap)
       : device_(device) {
     require(workspace_cap >= 0, "workspace_cap: expected 0 bytes or more, got {}", workspace_cap);
     require_device(device);
     const OnDevice here(device);
-    plan_.emplace(config_of(config),
-                  Shape{tokens, heads, dim, max_keys, dtype_by_name("q_dtype", q_dtype),
-                        dtype_by_name("k_dtype", k_dtype)},
-                  cuda::PlanOptions{total_keys, static_cast<std::size_t>(workspace_cap), backend});
+    plan_.emplace(
+        config_of(config),
+        Shape{tokens, heads, dim, max_keys, dtype_by_name("q_dtype", q_dtype),
+              dtype_by_name("k_dtype", k_dtype)},
+        cuda::PlanOptions{total_keys, static_cast<std::size_t>(workspace_cap), backend, batch});
   }
 
   [[nodiscard]] std::size_t workspace_bytes() const { return plan_->workspace_bytes(); }
   [[nodiscard]] std::string backend() const { return std::string(plan_->backend()); }
 
-  void run(nb::handle q, nb::handle w, nb::handle k, nb::handle ks, nb::handle ke,
-           nb::handle k_scale, nb::handle indices, nb::handle scores, nb::handle heads,
+  void run_ragged(nb::handle q, nb::handle w, nb::handle k, nb::handle ks, nb::handle ke,
+                  nb::handle k_scale, nb::handle indices, nb::handle scores, nb::handle heads,
+                  nb::handle residual, nb::handle workspace, std::uintptr_t stream) const {
+    const RaggedArrays in(q, w, k, ks, ke, k_scale, Place{device_});
+    run(in, indices, scores, heads, residual, workspace, stream);
+  }
+
+  void run_paged(nb::handle q, nb::handle w, nb::handle cache, nb::handle block_table,
+                 nb::handle context_lens, nb::handle query_starts, nb::handle page_sums,
+                 nb::handle largest_scales, std::int64_t next_n, nb::handle indices,
+                 nb::handle scores, nb::handle heads, nb::handle residual, nb::handle workspace,
+                 std::uintptr_t stream) const {
+    const PagedArrays in(q, w, cache, block_table, context_lens, query_starts, page_sums,
+                         largest_scales, next_n, Place{device_});
+    run(in, indices, scores, heads, residual, workspace, stream);
+  }
+
+ private:
+  template <class Arrays>
+  void run(const Arrays& in, nb::handle indices, nb::handle scores, nb::handle heads,
            nb::handle residual, nb::handle workspace, std::uintptr_t stream) const {
     const Place place{device_};
-    const RaggedArrays in(q, w, k, ks, ke, k_scale, place);
     const OutputArrays out(indices, scores, heads, residual, place);
     const Output scratch("workspace", workspace, place);
     const auto bytes = std::as_writable_bytes(scratch.span_of<std::uint8_t>());
     const Queries queries = in.queries();
     const Weights weights = in.weights();
-    const RaggedKeys keys = in.keys();
+    const auto keys = in.keys();
     const Selection selection = out.selection();
     const nb::gil_scoped_release released;
     const OnDevice here(device_);
     plan_->run(queries, weights, keys, selection, bytes, reinterpret_cast<void*>(stream));
   }
 
- private:
   int device_;
   std::optional<cuda::Plan> plan_;  // constructed after its device is made current
 };
@@ -88,17 +105,24 @@ void bind_from_means(nb::module_& module, const char* name, const char* width) {
 void bind_device_plan(nb::module_& module) {
   nb::class_<DevicePlan>(module, "DevicePlan", "misa::cuda::Plan: arrays on a CUDA device.")
       .def(nb::init<nb::handle, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                    std::string_view, std::string_view, std::int64_t, int, std::string_view,
-                    std::int64_t>(),
+                    std::string_view, std::string_view, std::int64_t, std::int64_t, int,
+                    std::string_view, std::int64_t>(),
            nb::arg("config"), nb::arg("tokens"), nb::arg("heads"), nb::arg("dim"),
            nb::arg("max_keys"), nb::arg("q_dtype"), nb::arg("k_dtype"), nb::arg("total_keys"),
-           nb::arg("device"), nb::arg("backend"), nb::arg("workspace_cap"))
+           nb::arg("batch"), nb::arg("device"), nb::arg("backend"), nb::arg("workspace_cap"))
       .def_prop_ro("workspace_bytes", &DevicePlan::workspace_bytes)
       .def_prop_ro("backend", &DevicePlan::backend)
-      .def("run", &DevicePlan::run, nb::arg("q").none(), nb::arg("w").none(), nb::arg("k").none(),
-           nb::arg("ks").none(), nb::arg("ke").none(), nb::arg("k_scale").none(),
-           nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
-           nb::arg("residual").none(), nb::arg("workspace").none(), nb::arg("stream"));
+      .def("run", &DevicePlan::run_ragged, nb::arg("q").none(), nb::arg("w").none(),
+           nb::arg("k").none(), nb::arg("ks").none(), nb::arg("ke").none(),
+           nb::arg("k_scale").none(), nb::arg("indices").none(), nb::arg("scores").none(),
+           nb::arg("heads").none(), nb::arg("residual").none(), nb::arg("workspace").none(),
+           nb::arg("stream"))
+      .def("run_paged", &DevicePlan::run_paged, nb::arg("q").none(), nb::arg("w").none(),
+           nb::arg("cache").none(), nb::arg("block_table").none(), nb::arg("context_lens").none(),
+           nb::arg("query_starts").none(), nb::arg("page_sums").none(),
+           nb::arg("largest_scales").none(), nb::arg("next_n"), nb::arg("indices").none(),
+           nb::arg("scores").none(), nb::arg("heads").none(), nb::arg("residual").none(),
+           nb::arg("workspace").none(), nb::arg("stream"));
   module.def("means_workspace_bytes", &cuda::means_workspace_bytes, nb::arg("tokens"),
              nb::arg("dim"), nb::arg("count"),
              "Workspace bytes that the calls on block means need on a device.");

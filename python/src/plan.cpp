@@ -93,50 +93,16 @@ void select(nb::handle config, nb::handle q, nb::handle w, nb::handle k, nb::han
                in.weights(), keys, keys.dtype, out.selection());
 }
 
-// context_lens [B, next_n], lengths by row, as one dimension.
-std::span<const std::int32_t> rows_of(const Array& context_lens, std::int64_t next_n) {
-  require(context_lens.extent(1) == next_n,
-          "context_lens: expected [B] or [B, next_n = {}], got [{}, {}]", next_n,
-          context_lens.extent(0), context_lens.extent(1));
-  const std::int64_t apart = context_lens.stride(0);
-  require(apart == 0 || apart == next_n,
-          "context_lens: expected a contiguous array, got a stride of {}", apart);
-  return {context_lens.data_of<std::int32_t>(),
-          static_cast<std::size_t>(context_lens.extent(0) * next_n)};
-}
-
-void select_paged(nb::handle config, nb::handle q_, nb::handle w_, nb::handle cache_,
+void select_paged(nb::handle config, nb::handle q, nb::handle w, nb::handle cache,
                   nb::handle block_table, nb::handle context_lens, nb::handle query_starts,
-                  std::int64_t next_n, nb::handle page_sums, nb::handle largest_scales,
+                  nb::handle page_sums, nb::handle largest_scales, std::int64_t next_n,
                   nb::handle indices, nb::handle scores, nb::handle heads, nb::handle residual,
                   std::string_view backend, int threads, std::int64_t workspace_cap) {
-  const auto i32 = nb::dtype<std::int32_t>();
-  const Array q("q", q_, kElements, "[T, H, D]", {});
-  const Array w("w", w_, nb::dtype<float>(), "[T, H]", {});
-  const Array table("block_table", block_table, i32, "[B, max_pages]", {});
-  const bool by_row = query_starts.is_none() && dimensions_of(context_lens) == 2;
-  const Array lengths("context_lens", context_lens, i32, by_row ? "[B, next_n]" : "[B]", {});
-  const auto starts = optional_array("query_starts", query_starts, i32, "[B + 1]", {});
-  const CacheArrays cache(cache_, page_sums, largest_scales, {}, Access::read);
+  const PagedArrays in(q, w, cache, block_table, context_lens, query_starts, page_sums,
+                       largest_scales, next_n, {});
   const OutputArrays out(indices, scores, heads, residual, {});
-  require(table.extent(0) == lengths.extent(0),
-          "block_table: expected B = {} rows as context_lens has, got {}", lengths.extent(0),
-          table.extent(0));
-  PagedKeys keys{cache.view(), table.data_of<std::int32_t>(), table.extent(1), table.stride(0)};
-  keys.next_n = next_n;
-  if (starts) {
-    require(starts->extent(0) == table.extent(0) + 1,
-            "query_starts: expected B + 1 = {} entries, got {}", table.extent(0) + 1,
-            starts->extent(0));
-    keys.query_starts = starts->span_of<std::int32_t>();
-  }
-  if (by_row) {
-    keys.row_lens = rows_of(lengths, next_n);
-  } else {
-    keys.context_lens = lengths.span_of<std::int32_t>();
-  }
-  plan_and_run(context_of(backend, threads, workspace_cap), config_of(config), queries(q),
-               weights(w), keys, DType::e4m3, out.selection());
+  plan_and_run(context_of(backend, threads, workspace_cap), config_of(config), in.queries(),
+               in.weights(), in.keys(), DType::e4m3, out.selection());
 }
 
 }  // namespace
@@ -162,8 +128,8 @@ void bind_plan(nb::module_& module) {
              "Plans and runs on contiguous keys in host memory.");
   module.def("select_paged", &select_paged, nb::arg("config"), nb::arg("q").none(),
              nb::arg("w").none(), nb::arg("cache").none(), nb::arg("block_table").none(),
-             nb::arg("context_lens").none(), nb::arg("query_starts").none(), nb::arg("next_n"),
-             nb::arg("page_sums").none(), nb::arg("largest_scales").none(),
+             nb::arg("context_lens").none(), nb::arg("query_starts").none(),
+             nb::arg("page_sums").none(), nb::arg("largest_scales").none(), nb::arg("next_n"),
              nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
              nb::arg("residual").none(), nb::arg("backend"), nb::arg("threads"),
              nb::arg("workspace_cap"), "Plans and runs on a paged cache in host memory.");

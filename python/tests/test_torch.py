@@ -108,76 +108,37 @@ def test_compile(device: str) -> None:
     assert torch.equal(compiled(**arguments), step(**arguments))
 
 
-def paged(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def paged(
+    device: str = "cpu", page_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A cache of 64-dimensional keys whose pages are padded, a block table and lengths."""
-    cache = misa.Cache(10, 64)
-    keys = np.random.default_rng(0).standard_normal((640, 64)).astype(np.float32)
-    cache.append(keys, np.arange(640))
-    data = torch.full((10, 64 * 68 + 64), 0x7F, dtype=torch.uint8)
-    data[:, : 64 * 68] = tensor(cache.data).flatten(1)
+    cache = misa.Cache(10, 64, page_size=page_size)
+    keys = np.random.default_rng(0).standard_normal((10 * page_size, 64)).astype(np.float32)
+    cache.append(keys, np.arange(10 * page_size))
+    data = torch.full((10, page_size * 68 + 64), 0x7F, dtype=torch.uint8)
+    data[:, : page_size * 68] = tensor(cache.data).flatten(1)
     table = torch.tensor([[7, 1, 2, 9], [4, 5, -1, -1]], dtype=torch.int32)
-    lengths = torch.tensor([250, 70], dtype=torch.int32)
-    return data.to(device)[:, : 64 * 68], table.to(device), lengths.to(device)
+    lengths = torch.tensor([4 * page_size - 6, page_size + 6], dtype=torch.int32)
+    return data.to(device)[:, : page_size * 68], table.to(device), lengths.to(device)
 
 
 def forms(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int, torch.Tensor | None, int]]:
     """Every form of lengths: context_lens, next_n, query_starts, T."""
-    by_row = torch.tensor([[3, 130], [70, -1]], dtype=torch.int32)
+    longer, shorter = lengths.tolist()
+    by_row = torch.tensor([[3, longer // 2], [shorter, -1]], dtype=torch.int32)
     starts = torch.tensor([0, 3, 4], dtype=torch.int32)
     return [(lengths, 1, None, 2), (lengths, 2, None, 4), (by_row.to(lengths.device), 2, None, 4),
             (lengths, 1, starts.to(lengths.device), 4)]  # fmt: skip
 
 
-@pytest.mark.parametrize("form", range(4))
-def test_gather(form: int) -> None:
-    """Gathered pages give what the cache gives."""
+def test_paged_layouts() -> None:
+    """Pages may be flat or not."""
     cache, table, lengths = paged()
-    lens, next_n, starts, tokens = forms(lengths)[form]
-    torch.manual_seed(0)
-    q, w = torch.randn(tokens, 8, 64), torch.randn(tokens, 8)
-    call = {"next_n": next_n, "query_starts": starts, "config": CONFIG, "scores": True}
-    want = misa.select_paged(q, w, cache, table, lens, **call)
-    k, k_scale, ks, ke = torch_ops.gather(cache, table, lens, next_n, starts, tokens)
-    got = misa.select(q, w, k, ks, ke, k_scale=k_scale, config=CONFIG, scores=True)
-    assert torch.equal(got.indices, want.indices)
-    assert torch.equal(got.scores, want.scores)
+    q, w = torch.randn(2, 8, 64), torch.randn(2, 8)
+    want = misa.select_paged(q, w, cache, table, lengths, config=CONFIG)
     shaped = cache.contiguous().view(10, 64, 68)
-    again = misa.select_paged(q, w, shaped, table, lens, **call)
+    again = misa.select_paged(q, w, shaped, table, lengths, config=CONFIG)
     assert torch.equal(again.indices, want.indices)
-
-
-@pytest.mark.parametrize("page_size", [32, 128])
-def test_gather_of_page_sizes(page_size: int) -> None:
-    held = misa.Cache(4, 64, page_size=page_size)
-    held.append(torch.randn(4 * page_size, 64), torch.arange(4 * page_size))
-    cache, table = tensor(held.data), torch.tensor([[3, 0, 2]], dtype=torch.int32)
-    length = torch.tensor([2 * page_size + 5], dtype=torch.int32)
-    q, w = torch.randn(1, 8, 64), torch.randn(1, 8)
-    want = misa.select_paged(q, w, cache, table, length, config=CONFIG)
-    for layout in (cache, cache.flatten(1)):
-        k, k_scale, ks, ke = torch_ops.gather(layout, table, length, 1)
-        got = misa.select(q, w, k, ks, ke, k_scale=k_scale, config=CONFIG)
-        assert torch.equal(got.indices, want.indices)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cache": torch.zeros(2, 63, 68, dtype=torch.uint8)}, "cache: expected .pages, page_size"),
-        ({"cache": torch.zeros(2, 64, 68)}, "cache: expected torch.uint8, got torch.float32"),
-        ({"block_table": torch.zeros(2, 4)}, "block_table: expected torch.int32"),
-        ({"context_lens": torch.zeros(3, dtype=torch.int32)}, "context_lens: expected torch.int32"),
-        ({"next_n": 0}, "next_n: expected 1 or more, got 0"),
-        ({"context_lens": torch.zeros(2, 2, dtype=torch.int32)}, "context_lens: expected .*2, 1"),
-        ({"query_starts": torch.zeros(2, dtype=torch.int32)}, "query_starts: expected .*3"),
-        ({"query_starts": torch.zeros(3, dtype=torch.int32), "next_n": 2}, "next_n: expected 1 "),
-    ],
-)
-def test_gather_refuses(change: dict, message: str) -> None:
-    cache, table, lengths = paged()
-    arguments = {"cache": cache, "block_table": table, "context_lens": lengths, "next_n": 1}
-    with pytest.raises(ValueError, match=message):
-        torch_ops.gather(**(arguments | change))
 
 
 def test_plan() -> None:
@@ -265,23 +226,47 @@ def test_device_graph() -> None:
 
 
 @cuda
-def test_device_paged() -> None:
-    cache, table, lengths = paged("cuda")
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+def test_device_paged(page_size: int) -> None:
+    """Every form of lengths, and pages that are flat or not, without waiting for the device."""
+    flat, table, lengths = paged("cuda", page_size)
+    shaped = flat.contiguous().view(10, page_size, 68)
     q, w = torch.randn(4, 8, 64, device="cuda"), torch.randn(4, 8, device="cuda")
     config = misa.Config("dsa", top_k=16)
     for lens, next_n, starts, tokens in forms(lengths):
         options = {"next_n": next_n, "config": config}
-        call = q[:tokens], w[:tokens], cache, table, lens
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            got = misa.select_paged(*call, query_starts=starts, **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        there = None if starts is None else starts.cpu()
-        host = [tensor_.cpu() for tensor_ in call]
-        want = misa.select_paged(*host, query_starts=there, **options)
-        assert torch.equal(got.indices.cpu().sort(1).values, want.indices.sort(1).values)
+        for cache in (flat, shaped):
+            call = q[:tokens], w[:tokens], cache, table, lens
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                got = misa.select_paged(*call, query_starts=starts, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            there = None if starts is None else starts.cpu()
+            host = [tensor_.cpu() for tensor_ in call]
+            want = misa.select_paged(*host, query_starts=there, backend="cuda", **options)
+            assert torch.equal(got.indices.cpu(), want.indices)
+
+
+@cuda
+def test_device_paged_replays() -> None:
+    """A graph sees the lengths and the block table of its replay; entries that name no page are
+    keys that rank last."""
+    cache, table, lengths = paged("cuda")
+    config = misa.Config("dsa", top_k=16)
+    q, w = torch.randn(2, 8, 64, device="cuda"), torch.randn(2, 8, device="cuda")
+    misa.select_paged(q, w, cache, table, lengths, config=config)  # loads the modules
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = misa.select_paged(q, w, cache, table, lengths, config=config).indices
+    lengths.copy_(torch.tensor([180, 100], dtype=torch.int32))
+    table[:, :2] = torch.tensor([[3, 8], [-5, 6]], dtype=torch.int32)
+    graph.replay()
+    assert torch.equal(
+        captured, misa.select_paged(q, w, cache, table, lengths, config=config).indices
+    )
+    assert captured[1].min() >= 64
 
 
 @cuda
