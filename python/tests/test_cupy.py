@@ -71,3 +71,23 @@ def test_refuses() -> None:
         misa.select(**(arrays(inputs) | {"k": inputs.k}), **OPTIONS)
     with pytest.raises(ValueError, match="q: expected float32, .*, got float64"):
         misa.select(**(arrays(inputs) | {"q": cupy.zeros((4, 8, 64))}), **OPTIONS)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_paged(by_row: bool) -> None:
+    """Pages may be flat or not, and context_lens of one dimension or two."""
+    cache = misa.Cache(10, 64)
+    random = np.random.default_rng(0)
+    cache.append(random.standard_normal((640, 64)).astype(np.float32), np.arange(640))
+    call = (
+        random.standard_normal((4, 8, 64)).astype(np.float32),
+        random.standard_normal((4, 8)).astype(np.float32),
+        cache.data.reshape(10, -1) if by_row else cache.data,
+        np.array([[7, 1, 2, 9], [4, 5, -1, -1]], np.int32),
+        np.array([[250, 3], [-1, 70]] if by_row else [250, 70], np.int32),
+    )
+    want = misa.select_paged(*call, next_n=2, **OPTIONS, backend="cuda")
+    got = misa.select_paged(*map(cupy.asarray, call), next_n=2, **OPTIONS)
+    for a, b in zip(got, want, strict=True):
+        assert isinstance(a, cupy.ndarray)
+        assert np.array_equal(a.get(), b)
