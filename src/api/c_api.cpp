@@ -149,7 +149,9 @@ std::int64_t page_size_from(std::int64_t page_size) {
   return page_size == 0 ? misa::kPageSize : page_size;
 }
 
-misa::CacheView view_from(const misa_cache_view& c) {
+// A CacheView or a CacheSpan, whose fields are in the same order.
+template <class Cache, class From>
+Cache cache_from(const From& c) {
   return {c.data,
           c.pages,
           c.dim,
@@ -161,17 +163,8 @@ misa::CacheView view_from(const misa_cache_view& c) {
           c.largest_scales_stride};
 }
 
-misa::CacheSpan cache_from(const misa_cache_span& c) {
-  return {c.data,
-          c.pages,
-          c.dim,
-          c.page_stride,
-          c.page_sums,
-          page_size_from(c.page_size),
-          c.page_sums_stride,
-          c.largest_scales,
-          c.largest_scales_stride};
-}
+misa::CacheView view_from(const misa_cache_view& c) { return cache_from<misa::CacheView>(c); }
+misa::CacheSpan span_of(const misa_cache_span& c) { return cache_from<misa::CacheSpan>(c); }
 
 misa::PagedKeys keys_from(const misa_paged_keys& k) {
   return {view_from(k.cache),
@@ -348,7 +341,7 @@ misa_status misa_cache_append(const misa_cache_span* cache, const misa_new_keys*
                               std::int32_t scale_format) noexcept {
   return guarded([&] {
     const misa_new_keys& k = deref("keys", keys);
-    misa::append(cache_from(deref("cache", cache)),
+    misa::append(span_of(deref("cache", cache)),
                  {k.data, enum_from<misa::DType>("k", k.dtype), k.tokens, k.dim, k.token_stride},
                  span_from("slots", slots, slot_count),
                  enum_from<misa::ScaleFormat>("scale_format", scale_format));
@@ -360,14 +353,14 @@ misa_status misa_cache_copy_pages(const misa_cache_view* source, const std::int3
                                   std::size_t count) noexcept {
   return guarded([&] {
     misa::copy_pages(view_from(deref("source", source)), span_from("from", from, count),
-                     cache_from(deref("target", target)), span_from("to", to, count));
+                     span_of(deref("target", target)), span_from("to", to, count));
   });
 }
 
 misa_status misa_cache_rebuild_page_sums(const misa_cache_span* cache, const std::int32_t* pages,
                                          const std::int32_t* filled, std::size_t count) noexcept {
   return guarded([&] {
-    misa::rebuild_page_sums(cache_from(deref("cache", cache)), span_from("pages", pages, count),
+    misa::rebuild_page_sums(span_of(deref("cache", cache)), span_from("pages", pages, count),
                             {filled, filled != nullptr ? count : 0});
   });
 }
