@@ -6,7 +6,8 @@
 ///
 /// DSA selects the top k by the score over all heads. MISA (arXiv 2605.07363) routes each query to
 /// a few heads and scores with those. Every indexer combines four optional stages: block filter,
-/// head routing, linear residual row, re-rank.
+/// head routing, linear residual row, re-rank. Before a re-rank, scores may be computed from a
+/// sketch of the keys, which has a quarter or half of their bytes.
 #pragma once
 
 #include <cstddef>
@@ -38,12 +39,14 @@ enum class Router : std::uint8_t {
 struct IndexerConfig {
   int top_k = 2048;  ///< positions selected per query, 1 or more
   Router router = Router::all;
-  int heads = 0;                ///< h: routed heads, 1 to H; 0 only with residual; ignored by `all`
-  int block = 1024;             ///< B of the pooled router, a multiple of 64
-  bool residual = false;        ///< replace the heads that are not routed by one linear row
-  int filter_block = 0;         ///< HISA's B, a multiple of 64; 0: no block filter
-  int filter_blocks = 64;       ///< blocks that the filter keeps, the first and the last included
-  int candidates = 0;           ///< m: positions re-ranked by all heads; 0: no re-rank
+  int heads = 0;           ///< h: routed heads, 1 to H; 0 only with residual; ignored by `all`
+  int block = 1024;        ///< B of the pooled router, a multiple of 64
+  bool residual = false;   ///< replace the heads that are not routed by one linear row
+  int filter_block = 0;    ///< HISA's B, a multiple of 64; 0: no block filter
+  int filter_blocks = 64;  ///< blocks that the filter keeps, the first and the last included
+  int candidates = 0;      ///< m: positions re-ranked by all heads; 0: no re-rank
+  int sketch = 0;  ///< bits an element, 2 or 4, of the sketch of e4m3 keys that the first scores
+                   ///< are computed from; needs a re-rank; not on CUDA backends; 0: none
   std::int64_t dense_work = 0;  ///< rows of at most this many heads x positions use DSA; 0: none
   bool ordered = false;         ///< whether the positions of a row ascend
   std::vector<std::int32_t>

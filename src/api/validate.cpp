@@ -87,6 +87,19 @@ void validate_routing(const IndexerConfig& config, std::int64_t heads) {
   }
 }
 
+void validate_sketch(const IndexerConfig& config, DType k_dtype) {
+  if (config.sketch == 0) {
+    return;
+  }
+  require(config.sketch == 2 || config.sketch == 4, "sketch: expected 0 (none), 2 or 4, got {}",
+          config.sketch);
+  require(k_dtype == DType::e4m3, "sketch: expected 0 (none) with {} keys, got {}",
+          name_of(k_dtype), config.sketch);
+  require(config.candidates > 0,
+          "candidates: expected at least top_k = {} with a sketch, which needs a re-rank, got 0",
+          config.top_k);
+}
+
 void validate_filter(const IndexerConfig& config) {
   if (config.filter_block == 0) {
     return;
@@ -142,6 +155,7 @@ void validate(const IndexerConfig& config, const Shape& shape) {
   require(config.candidates == 0 || config.candidates >= config.top_k,
           "candidates: expected 0 (no re-rank) or at least top_k = {}, got {}", config.top_k,
           config.candidates);
+  validate_sketch(config, shape.k_dtype);
   require(config.dense_work >= 0, "dense_work: expected 0 (none) or more, got {}",
           config.dense_work);
 }

@@ -3,6 +3,7 @@
 
 #include "core/ceil_div.hpp"
 #include "core/key_format.hpp"
+#include "core/sketch.hpp"
 
 namespace misa {
 namespace {
@@ -16,9 +17,12 @@ Recipe with_scored(const IndexerConfig& config, std::int64_t heads, bool filtere
   recipe.routed = config.router != Router::all;
   recipe.sampled =
       recipe.routed && (config.residual || traits_of(config.router).keys == RouterKeys::sampled);
-  // If every scored key would be a candidate, all heads score the keys in the first place.
+  // If every scored key would be a candidate, all heads score the keys in the first place. Without
+  // routing the first scores are those of a re-rank too, unless they are computed from a sketch.
   const bool every_head = !recipe.routed || config.heads == heads;
-  recipe.reranked = !every_head && config.candidates > 0 && config.candidates < scored;
+  const bool sketch = config.sketch != 0 && !(recipe.routed && every_head);
+  recipe.reranked = (!every_head || sketch) && config.candidates > 0 && config.candidates < scored;
+  recipe.sketched = recipe.reranked && sketch;
   recipe.active = !every_head && (config.candidates == 0 || recipe.reranked);
   recipe.residual = recipe.active && config.residual;
   recipe.heads = recipe.active ? config.heads : heads;
@@ -84,7 +88,9 @@ Cost cost_of(const IndexerConfig& config, const Shape& shape, std::int64_t n) {
       read(sample_count(n), shape.heads, key_bytes);
     }
   }
-  read(recipe.scored, recipe.heads + (recipe.residual ? 1 : 0), key_bytes);
+  const auto first_bytes =
+      recipe.sketched ? static_cast<double>(sketch_key_bytes(config.sketch, shape.dim)) : key_bytes;
+  read(recipe.scored, recipe.heads + (recipe.residual ? 1 : 0), first_bytes);
   if (recipe.reranked) {
     read(recipe.keep, shape.heads, key_bytes);
   }

@@ -81,6 +81,7 @@ inline IndexerConfig effective_config(IndexerConfig config, std::int64_t heads) 
     config.static_heads.clear();
     config.residual = false;
     config.candidates = 0;
+    config.sketch = 0;
   }
   return config;
 }
@@ -93,6 +94,7 @@ struct Recipe {
   bool filtered = false;  // only the keys of kept blocks are scored
   bool active = false;    // the active heads give the first scores; else all heads do
   bool residual = false;  // and the residual row with them
+  bool sketched = false;  // and they are computed from the keys' sketch
   bool reranked = false;  // all heads score what the first selection kept, and the best remain
 
   std::int64_t heads = 0;   // that give the first scores: h or H

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/problem.hpp"
+#include "core/sketch.hpp"
 
 namespace misa::reference {
 
@@ -43,6 +44,32 @@ inline Row load_row(const Problem& problem, std::int64_t t) {
     const Key key = problem.key(t, position);
     for (std::int64_t d = 0; d < row.dim; ++d) {
       row.k.push_back(double{key.scale} * element(key.data, problem.k_dtype(), d));
+    }
+  }
+  return row;
+}
+
+// The row with the keys' sketch in place of the keys. For a rotated sketch, the heads are rotated
+// and rounded too, and their scales are folded into the weights.
+inline Row load_sketched_row(const Problem& problem, std::int64_t t) {
+  Row row = load_row(problem, t);
+  const int sketch = problem.config.sketch;
+  for (std::int64_t position = 0; position < row.length; ++position) {
+    const Key key = problem.key(t, position);
+    std::uint16_t elements[kMaxSketchDim];
+    const double factor = sketched_key(sketch, reinterpret_cast<const std::uint8_t*>(key.data),
+                                       key.scale, row.dim, elements);
+    for (std::int64_t d = 0; d < row.dim; ++d) {
+      row.k[position * row.dim + d] = factor * bf16_to_float(elements[d]);
+    }
+  }
+  for (std::int64_t j = 0; is_rotated(sketch) && j < row.heads; ++j) {
+    float rotated[kMaxSketchDim];
+    std::uint8_t rounded[kMaxSketchDim];
+    rotate(problem.query(t, j), problem.q.dtype, row.dim, rotated);
+    row.w[j] = problem.weight(t, j) * round_to_e4m3(rotated, row.dim, rounded);
+    for (std::int64_t d = 0; d < row.dim; ++d) {
+      row.q[j * row.dim + d] = e4m3_to_float(rounded[d]);
     }
   }
   return row;

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -26,6 +28,15 @@ struct Heads {
 
 // QueryRows::floor of heads, which all clip at 0.
 inline constexpr float kReluFloors[kMaxHeads] = {};
+
+// 0, 1, 2, …
+inline constexpr auto kEveryHead = [] {
+  std::array<std::int32_t, kMaxHeads> heads{};
+  for (int j = 0; j < kMaxHeads; ++j) {
+    heads[static_cast<std::size_t>(j)] = j;
+  }
+  return heads;
+}();
 
 // All heads as the rows that score keys, or block means.
 inline QueryRows rows_for_keys(const Heads& heads) {

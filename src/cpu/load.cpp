@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "core/sketch.hpp"
+
 namespace misa::cpu {
 namespace {
 
@@ -75,6 +77,24 @@ void load_page(const Kernels& kernels, const Problem& problem, std::int64_t t, s
   }
   load_tile(kernels, problem, t, {positions, static_cast<std::size_t>(count)}, operand, scratch,
             tile);
+}
+
+void load_sketched_page(const Kernels& kernels, const Problem& problem, std::int64_t t,
+                        std::int64_t first, int count, Operand operand, std::uint16_t* rows,
+                        void* scratch, Tile& tile) {
+  const void* row_pointers[kPageSize] = {};
+  for (int i = 0; i < count; ++i) {
+    const Key key = problem.key(t, first + i);
+    std::uint16_t* row = rows + i * problem.q.dim;
+    row_pointers[i] = row;
+    tile.scale[i] =
+        sketched_key(problem.config.sketch, reinterpret_cast<const std::uint8_t*>(key.data),
+                     key.scale, problem.q.dim, row);
+    tile.position[i] = static_cast<std::uint32_t>(first + i);
+  }
+  tile.dim = static_cast<int>(problem.q.dim);
+  tile.scaled = true;
+  kernels.pack(row_pointers, DType::bf16, count, tile.dim, operand, scratch, tile.data);
 }
 
 void prefetch_tile(const Problem& problem, std::int64_t t,

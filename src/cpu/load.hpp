@@ -26,6 +26,12 @@ void load_tile(const Kernels& kernels, const Problem& problem, std::int64_t t,
 void load_page(const Kernels& kernels, const Problem& problem, std::int64_t t, std::int64_t first,
                int count, Operand operand, void* scratch, Tile& tile);
 
+// The same with the keys' sketches (problem.config.sketch) in place of the keys. `rows` holds 64
+// rows of D elements.
+void load_sketched_page(const Kernels& kernels, const Problem& problem, std::int64_t t,
+                        std::int64_t first, int count, Operand operand, std::uint16_t* rows,
+                        void* scratch, Tile& tile);
+
 // Prefetches the keys of a later load_tile or load_page, whose order the hardware cannot foresee.
 void prefetch_tile(const Problem& problem, std::int64_t t,
                    std::span<const std::uint32_t> positions);

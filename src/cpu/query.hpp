@@ -34,6 +34,7 @@ struct ScoreScratch {
   Tile tile;               // operands
   void* pack;              // [64][D] operands
   std::uint64_t* entries;  // [capacity of the selector]
+  std::uint16_t* sketch;   // [64][D] bf16 elements of the keys' sketches; null without one
 };
 
 }  // namespace misa::cpu

@@ -60,16 +60,23 @@ void score_pages(const Kernels& kernels, const Problem& problem, std::span<const
   const std::int64_t t = queries.front().t;
   alignas(64) float scores[kPageSize];
   const std::int64_t end = pages * (split.index + 1) / split.count;
-  for (std::int64_t i = pages * split.index / split.count; i < end; ++i) {
+  // Scores the i-th page by the queries that take its keys, or their sketches.
+  const auto score_page = [&](std::int64_t i, bool sketched) {
     const std::int64_t first = order.position(i);
     bool loaded = false;
     for (const Query& query : queries) {
-      if (!scores_page(query, problem.config.filter_block, first)) {
+      if (query.recipe.sketched != sketched ||
+          !scores_page(query, problem.config.filter_block, first)) {
         continue;
       }
       if (!loaded) {
-        load_page(kernels, problem, t, first, keys_in_page(longest, first), operand, scratch.pack,
-                  scratch.tile);
+        const int count = keys_in_page(longest, first);
+        if (sketched) {
+          load_sketched_page(kernels, problem, t, first, count, operand, scratch.sketch,
+                             scratch.pack, scratch.tile);
+        } else {
+          load_page(kernels, problem, t, first, count, operand, scratch.pack, scratch.tile);
+        }
         loaded = true;
         if (i + 1 < end) {
           const std::int64_t next = order.position(i + 1);
@@ -80,6 +87,12 @@ void score_pages(const Kernels& kernels, const Problem& problem, std::span<const
       kernels.score(operand, query.rows, scratch.tile, valid, scores);
       kernels.offer(scores, scratch.tile.position, valid, query.selectors[split.index],
                     scratch.entries);
+    }
+  };
+  for (std::int64_t i = pages * split.index / split.count; i < end; ++i) {
+    score_page(i, false);
+    if (problem.config.sketch != 0) {
+      score_page(i, true);
     }
   }
 }

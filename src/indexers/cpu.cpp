@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "core/arena.hpp"
+#include "core/sketch.hpp"
 #include "core/workspace.hpp"
 #include "fused/cpu.hpp"
 #include "indexers/cpu_chunk.hpp"
@@ -115,10 +116,21 @@ class Run {
       std::copy_n(result.residual.begin(), residual_out.size(), residual_out.begin());
     }
     if (query.scored) {
-      query.rows = recipe.active ? active_rows(heads, result.active, result.residual,
-                                               problem_.k_dtype(), query.row_buffers)
-                                 : all_rows(heads, query.row_buffers);
+      query.rows = first_rows(query, heads, result);
     }
+  }
+
+  // The rows that give the query's first scores.
+  QueryRows first_rows(const Query& query, const Heads& heads, const Routed& routed) const {
+    const Recipe& recipe = query.recipe;
+    const std::span<const std::int32_t> active =
+        recipe.active ? routed.active : std::span(kEveryHead).first(heads.count);
+    const std::span<const float> residual =
+        recipe.residual ? routed.residual : std::span<const float>{};
+    return recipe.sketched && is_rotated(config_.sketch)
+               ? rotated_rows(kernels_, problem_, query.t, heads, active, residual,
+                              query.row_buffers)
+               : active_rows(heads, active, residual, problem_.k_dtype(), query.row_buffers);
   }
 
   // The block means that a query sees; none where the plan has no block size for them.

@@ -71,6 +71,9 @@ ThreadScratch take_thread_scratch(const WorkspaceSpec& spec, Arena& arena) {
                                              static_cast<std::int64_t>(size_of(spec.operand)));
   scratch.score.tile = take_tile(arena, spec.operand, spec.dim);
   scratch.score.entries = arena.take<std::uint64_t>(spec.capacity);
+  if (spec.largest.sketched) {
+    scratch.score.sketch = arena.take<std::uint16_t>(kPageSize * spec.dim);
+  }
   scratch.heads = take_head_buffers(arena, spec.operand, spec.heads, spec.dim, spec.has_means());
   if (spec.has_means()) {
     scratch.pool = take_pool_scratch(arena, spec.dim);

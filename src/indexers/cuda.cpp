@@ -270,6 +270,10 @@ std::size_t Step::least_bytes(const IndexerConfig& config, const Shape& shape,
 Step::Step(const IndexerConfig& config, const Shape& shape, const KeyBounds& keys,
            std::size_t workspace_cap, const DeviceTraits& device)
     : passes_(passes(config, shape)), keys_(keys), device_(device) {
+  if (config.sketch != 0) {
+    throw Error(ErrorCode::unsupported,
+                fmt::format("sketch: expected 0 (none) on a CUDA backend, got {}", config.sketch));
+  }
   for (const Pass& pass : passes_) {
     const PassSpec spec(pass.config, shape, keys.paged, device);
     for (const int wanted : {pass.config.top_k, spec.keep}) {

@@ -85,15 +85,27 @@ std::vector<std::int64_t> filter(const Row& row, const IndexerConfig& config,
                              row.length);
 }
 
-Ranked select_row(const Row& row, const IndexerConfig& config, const Recipe& recipe, DType k_dtype,
+// The residual row as it is used for the first scores; empty without one.
+std::vector<double> scored_residual(const Routed& routed, const IndexerConfig& config,
+                                    const Recipe& recipe, DType k_dtype) {
+  if (!recipe.residual) {
+    return {};
+  }
+  return recipe.sketched ? sketched_residual(routed.residual, config.sketch)
+                         : rounded_residual(routed.residual, k_dtype);
+}
+
+Ranked select_row(const Problem& problem, std::int64_t t, const Row& row, const Recipe& recipe,
                   const Routed& routed) {
+  const IndexerConfig& config = problem.config;
   const std::vector<std::int32_t> heads = recipe.active ? routed.heads : all_heads(row);
-  const std::vector<double> residual =
-      recipe.residual ? rounded_residual(routed.residual, k_dtype) : std::vector<double>{};
+  const std::vector<double> residual = scored_residual(routed, config, recipe, problem.k_dtype());
+  const Row first = recipe.sketched ? load_sketched_row(problem, t) : Row{};
+  const Row& scored = recipe.sketched ? first : row;
   Ranked ranked;
   ranked.positions = filter(row, config, recipe);
   for (const std::int64_t position : ranked.positions) {
-    ranked.scores.push_back(score(row, row.key(position), heads, residual));
+    ranked.scores.push_back(score(scored, scored.key(position), heads, residual));
   }
   if (recipe.reranked) {
     ranked = best(ranked, recipe.keep);
@@ -164,8 +176,7 @@ void run_row(const Problem& problem, std::int64_t t) {
   const Recipe recipe = recipe_of(config, row.heads, row.length);
   const reference::Routed routed =
       recipe.routed ? reference::route(row, config) : reference::Routed{};
-  const reference::Ranked ranked =
-      reference::select_row(row, config, recipe, problem.k_dtype(), routed);
+  const reference::Ranked ranked = reference::select_row(problem, t, row, recipe, routed);
   const Selection& out = problem.out;
   write(output_row(out.indices, t, config.top_k), ranked.positions, -1);
   write(output_row(out.scores, t, config.top_k), ranked.scores,

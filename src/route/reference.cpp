@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/recipe.hpp"
+#include "core/sketch.hpp"
 
 namespace misa::reference {
 namespace {
@@ -165,6 +166,14 @@ std::vector<double> rounded_residual(std::span<const float> residual, DType k_dt
     rounded.push_back(scale == 0 ? 0 : double{scale} * e4m3_to_float(float_to_e4m3(value / scale)));
   }
   return rounded;
+}
+
+std::vector<double> sketched_residual(std::span<const float> residual, int sketch) {
+  std::vector<float> row(residual.begin(), residual.end());
+  if (is_rotated(sketch)) {
+    rotate(residual.data(), DType::f32, std::ssize(residual), row.data());
+  }
+  return rounded_residual(row, DType::e4m3);
 }
 
 }  // namespace misa::reference

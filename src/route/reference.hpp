@@ -48,4 +48,8 @@ std::vector<float> residual_row(const Row& row, std::span<const std::int32_t> he
 // same values.
 std::vector<double> rounded_residual(std::span<const float> residual, DType k_dtype);
 
+// The same for a sketch of the keys: where that is rotated, the row is rotated before it is
+// rounded.
+std::vector<double> sketched_residual(std::span<const float> residual, int sketch);
+
 }  // namespace misa::reference

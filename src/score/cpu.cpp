@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "core/sketch.hpp"
+
 namespace misa::cpu {
 namespace {
 
@@ -59,13 +61,6 @@ int split_residual(std::span<const float> row, DType k_dtype, Operand operand, v
 
 }  // namespace
 
-QueryRows all_rows(const Heads& heads, const RowBuffers& buffers) {
-  std::copy_n(heads.rows, heads.count * heads.row_bytes(), buffers.data);
-  std::copy_n(heads.weight, heads.count, buffers.weight);
-  std::fill_n(buffers.floor, heads.count, 0.0F);
-  return {buffers.data, buffers.weight, buffers.floor, heads.count};
-}
-
 QueryRows active_rows(const Heads& heads, std::span<const std::int32_t> active,
                       std::span<const float> residual, DType k_dtype, const RowBuffers& buffers) {
   int count = 0;
@@ -85,6 +80,25 @@ QueryRows active_rows(const Heads& heads, std::span<const std::int32_t> active,
     count += rows;
   }
   return {buffers.data, buffers.weight, buffers.floor, count};
+}
+
+QueryRows rotated_rows(const Kernels& kernels, const Problem& problem, std::int64_t t,
+                       const Heads& heads, std::span<const std::int32_t> active,
+                       std::span<const float> residual, const RowBuffers& buffers) {
+  float rotated[kMaxSketchDim];
+  if (!residual.empty()) {
+    rotate(residual.data(), DType::f32, heads.dim, rotated);
+    residual = {rotated, residual.size()};
+  }
+  const QueryRows rows = active_rows(heads, active, residual, DType::e4m3, buffers);
+  for (std::size_t i = 0; i < active.size(); ++i) {
+    std::uint8_t rounded[kMaxSketchDim];
+    rotate(problem.query(t, active[i]), problem.q.dtype, heads.dim, rotated);
+    buffers.weight[i] *= round_to_e4m3(rotated, heads.dim, rounded);
+    kernels.convert(rounded, DType::e4m3, heads.dim, heads.operand,
+                    buffers.data + static_cast<std::int64_t>(i) * heads.row_bytes());
+  }
+  return rows;
 }
 
 }  // namespace misa::cpu

@@ -95,12 +95,15 @@ TEST(Allocation, RunsAllocateNothing) {
   filtered.heads = 2;
   IndexerConfig by_length = IndexerConfig::automatic(40);
   by_length.dense_work = 200 * 8;
+  IndexerConfig sketched = IndexerConfig::misa_r(40, 2, 80);
+  sketched.sketch = 2;
   const std::vector<IndexerConfig> configs{IndexerConfig::dsa(40),
                                            IndexerConfig::misa(40, 2),
                                            IndexerConfig::misa_dagger(40, 2, 80),
                                            IndexerConfig::misa_r(40, 2, 80),
                                            filtered,
-                                           by_length};
+                                           by_length,
+                                           sketched};
   for (const BackendInfo& backend : backends()) {
     // The reference may allocate, so that it can follow the formulas. CUDA backends copy inputs in
     // host memory to the device first; tests/gpu checks plans for device memory.

@@ -174,6 +174,16 @@ std::vector<Case<Keys>> common_cases() {
        }},
       {"candidates", "at least top_k = 16, got 15", [](C& c, B&) { c.config.candidates = 15; }},
       {"candidates", "at least top_k = 16, got -1", [](C& c, B&) { c.config.candidates = -1; }},
+      {"sketch", "0 (none), 2 or 4, got 3",
+       [](C& c, B&) { c.config.candidates = 32, c.config.sketch = 3; }},
+      {"sketch", "0 (none), 2 or 4, got -2",
+       [](C& c, B&) { c.config.candidates = 32, c.config.sketch = -2; }},
+      {"sketch", "0 (none) with bf16 keys, got 4",
+       [](C& c, B&) {
+         c.config.candidates = 32, c.config.sketch = 4, c.shape.k_dtype = DType::bf16;
+       }},
+      {"candidates", "at least top_k = 16 with a sketch, which needs a re-rank, got 0",
+       [](C& c, B&) { c.config.candidates = 0, c.config.sketch = 2; }},
       {"dense_work", "0 (none) or more, got -1", [](C& c, B&) { c.config.dense_work = -1; }},
       {"static_heads", "none with router 'nonlinearity', got 2",
        [](C& c, B&) {
@@ -385,6 +395,10 @@ TEST(Arguments, RightCallsAreAccepted) {
   expect_accepted<RaggedKeys>([](auto&, Buffers& b) { b.ks[3] = 100; });
   expect_accepted<RaggedKeys>([](auto& c, auto&) { c.config.heads = 0, c.out.heads = {}; });
   expect_accepted<RaggedKeys>([](auto& c, auto&) { c.config.candidates = kTopK; });
+  expect_accepted<RaggedKeys>(
+      [](auto& c, auto&) { c.config.candidates = kTopK, c.config.sketch = 2; });
+  expect_accepted<PagedKeys>(
+      [](auto& c, auto&) { c.config.candidates = kTopK, c.config.sketch = 4; });
   expect_accepted<RaggedKeys>(
       [](auto& c, auto&) { c.config.dense_work = std::numeric_limits<std::int64_t>::max(); });
   expect_accepted<PagedKeys>([](auto&, Buffers& b) { b.context_lens = {-7, 0}; });

@@ -31,6 +31,7 @@ TEST(Config, IndexersAreNamedPoints) {
   EXPECT_EQ(dsa.router, Router::all);
   EXPECT_EQ(dsa.filter_block, 0);
   EXPECT_EQ(dsa.candidates, 0);
+  EXPECT_EQ(dsa.sketch, 0);
 
   const IndexerConfig misa = indexer_by_name("misa");
   EXPECT_EQ(misa.router, Router::pooled);

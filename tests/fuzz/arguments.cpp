@@ -153,6 +153,7 @@ misa::IndexerConfig make_config(Arguments& from, const Sizes& sizes) {
   config.filter_block = from.near_int(64 * static_cast<int>(from.in(0, 2)));
   config.filter_blocks = from.near_int(static_cast<int>(from.in(2, 4)));
   config.candidates = from.near_int(from.in(0, 1) == 0 ? 0 : config.top_k);
+  config.sketch = from.near_int(2 * static_cast<int>(from.in(0, 2)));
   config.ordered = from.in(0, 1) == 1;
   config.dense_work = from.near(from.in(0, 1) == 0 ? 0 : from.in(0, sizes.heads * sizes.keys));
   if (config.router == misa::Router::fixed) {

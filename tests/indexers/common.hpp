@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "misa/indexer.hpp"
@@ -59,6 +60,38 @@ inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
     named.config.block = 128;
   }
   return configs;
+}
+
+// Re-ranked indexers whose first scores come from a sketch of e4m3 keys. CUDA backends have none.
+inline std::vector<NamedConfig> sketched_configs(int top_k, int heads) {
+  std::vector<NamedConfig> configs;
+  for (const int sketch : {2, 4}) {
+    IndexerConfig every_head = IndexerConfig::dsa(top_k);
+    every_head.candidates = top_k + top_k / 2;
+    IndexerConfig filtered = IndexerConfig::misa_r(top_k, heads, 2 * top_k);
+    filtered.filter_block = 64;
+    filtered.filter_blocks = 3 + (top_k + 63) / 64;
+    for (const NamedConfig& named :
+         {NamedConfig{"misa-dagger", IndexerConfig::misa_dagger(top_k, heads, 2 * top_k + 1)},
+          NamedConfig{"misa-r", IndexerConfig::misa_r(top_k, heads, 2 * top_k)},
+          NamedConfig{"linear", IndexerConfig::misa_r(top_k, 0, 2 * top_k)},
+          NamedConfig{"every head", every_head}, NamedConfig{"hisa x misa-r", filtered}}) {
+      NamedConfig sketched{named.name + ", " + std::to_string(sketch) + "-bit", named.config};
+      sketched.config.sketch = sketch;
+      sketched.config.block = 128;
+      configs.push_back(sketched);
+    }
+  }
+  return configs;
+}
+
+inline bool is_cuda(std::string_view backend) { return backend.starts_with("cuda"); }
+
+// The available backends without the CUDA ones.
+inline std::vector<std::string> host_backends() {
+  std::vector<std::string> names = available_backends();
+  std::erase_if(names, is_cuda);
+  return names;
 }
 
 // Every combination of block filter, router, residual and re-rank.

@@ -33,8 +33,12 @@ Pack sequence(std::int64_t keys, std::int64_t queries, std::uint64_t seed = 1,
 // Queries from the first token on, and queries at the end of a long context.
 std::vector<Pack> sequences() { return {sequence(330, 330), sequence(2085, 43)}; }
 
-std::vector<NamedConfig> configs() {
+std::vector<NamedConfig> configs_for(std::string_view backend, DType k_dtype) {
   std::vector<NamedConfig> all = named_configs(kTopK, 2);
+  if (k_dtype == DType::e4m3 && !is_cuda(backend)) {
+    const std::vector<NamedConfig> sketched = sketched_configs(kTopK, 2);
+    all.insert(all.end(), sketched.begin(), sketched.end());
+  }
   IndexerConfig everything = IndexerConfig::misa_r(kTopK, 2, 100);
   everything.filter_block = 128;
   everything.filter_blocks = 3;
@@ -50,6 +54,10 @@ std::vector<NamedConfig> configs() {
 
 class Invariance : public EachBackend {
  protected:
+  static std::vector<NamedConfig> configs(DType k_dtype = DType::e4m3) {
+    return configs_for(GetParam(), k_dtype);
+  }
+
   // Runs the rows in chunks, one call per chunk.
   [[nodiscard]] Selected run_chunks(const IndexerConfig& config, const RaggedInputs& inputs,
                                     const std::vector<std::int64_t>& sizes) const {
@@ -80,7 +88,7 @@ TEST_P(Invariance, APrefillIsItsChunks) {
   packs.push_back(sequence(400, 260, 3, DType::f32));
   for (const Pack& pack : packs) {
     const RaggedInputs inputs(pack);
-    for (const NamedConfig& named : configs()) {
+    for (const NamedConfig& named : configs(pack.spec.k_dtype)) {
       EXPECT_TRUE(same_bits(run(context(), named.config, inputs),
                             run_chunks(named.config, inputs, {1, 64, 3, 65, 127, 2})))
           << named.name << ", " << name_of(pack.spec.k_dtype);
@@ -204,17 +212,19 @@ TEST_P(Invariance, SmokeThreadsChangeNothing) {
 }
 
 TEST_P(Invariance, FloatingPointModeOfTheCaller) {
-  Pack pack = sequence(2085, 43, 1, DType::f32);
-  for (float& w : pack.w) {
-    w *= 0x1p-126F;  // scores near the smallest normal number, many of them below
-  }
-  const RaggedInputs inputs(pack);
-  for (const NamedConfig& named : configs()) {
-    for (const int threads : {1, 3}) {
-      const Selected expected = run(context(threads), named.config, inputs);
-      const OtherFloatMode mode;
-      EXPECT_TRUE(same_bits(run(context(threads), named.config, inputs), expected))
-          << named.name << ", " << threads << " threads";
+  for (const DType k_dtype : {DType::f32, DType::e4m3}) {
+    Pack pack = sequence(2085, 43, 1, k_dtype);
+    for (float& w : pack.w) {
+      w *= 0x1p-126F;  // scores near the smallest normal number, many of them below
+    }
+    const RaggedInputs inputs(pack);
+    for (const NamedConfig& named : configs(k_dtype)) {
+      for (const int threads : {1, 3}) {
+        const Selected expected = run(context(threads), named.config, inputs);
+        const OtherFloatMode mode;
+        EXPECT_TRUE(same_bits(run(context(threads), named.config, inputs), expected))
+            << named.name << ", " << name_of(k_dtype) << ", " << threads << " threads";
+      }
     }
   }
 }

@@ -13,7 +13,8 @@ namespace misa {
 bool operator==(const Recipe& a, const Recipe& b) {
   return a.dense == b.dense && a.routed == b.routed && a.sampled == b.sampled &&
          a.filtered == b.filtered && a.active == b.active && a.residual == b.residual &&
-         a.reranked == b.reranked && a.heads == b.heads && a.scored == b.scored && a.keep == b.keep;
+         a.sketched == b.sketched && a.reranked == b.reranked && a.heads == b.heads &&
+         a.scored == b.scored && a.keep == b.keep;
 }
 
 void PrintTo(const Recipe& recipe, std::ostream* out) {
@@ -24,6 +25,7 @@ void PrintTo(const Recipe& recipe, std::ostream* out) {
   flag(recipe.filtered, "filtered ");
   flag(recipe.active, "active ");
   flag(recipe.residual, "residual ");
+  flag(recipe.sketched, "sketched ");
   flag(recipe.reranked, "reranked ");
   *out << recipe.heads << " heads score " << recipe.scored << " keys, " << recipe.keep << " kept";
 }
@@ -52,8 +54,14 @@ IndexerConfig dense_up_to(IndexerConfig config, std::int64_t keys) {
   return config;
 }
 
+IndexerConfig sketched(IndexerConfig config, int sketch) {
+  config.sketch = sketch;
+  return config;
+}
+
 std::vector<Case> cases() {
-  // dense, routed, sampled, filtered, active, residual, reranked; heads, keys scored, kept
+  // dense, routed, sampled, filtered, active, residual, sketched, reranked; heads, keys scored,
+  // kept
   const auto same = [](std::string name, IndexerConfig config, std::int64_t n, Recipe recipe) {
     return Case{std::move(name), std::move(config), n, recipe, recipe};
   };
@@ -63,36 +71,57 @@ std::vector<Case> cases() {
   const IndexerConfig misa_r = IndexerConfig::misa_r(100, 7);
   const IndexerConfig hisa = IndexerConfig::hisa(100, 64, 4);
   IndexerConfig every = IndexerConfig::misa_r(100, 64, 400);
+  IndexerConfig unrouted = dsa;
+  unrouted.candidates = 150;
   return {
-      same("dsa", dsa, 1000, {0, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
-      same("empty row", misa, 0, {1, 0, 0, 0, 0, 0, 0, 64, 0, 100}),
-      same("pooled", misa, 1000, {0, 1, 0, 0, 1, 0, 0, 8, 1000, 100}),
-      same("no more keys than wanted", misa, 50, {0, 1, 0, 0, 1, 0, 0, 8, 50, 100}),
-      same("residual", misa_r, 1000, {0, 1, 1, 0, 1, 1, 0, 7, 1000, 100}),
-      same("re-rank", dagger, 401, {0, 1, 0, 0, 1, 0, 1, 8, 401, 400}),
-      same("every key a candidate", dagger, 400, {0, 1, 0, 0, 0, 0, 0, 64, 400, 100}),
-      same("every head routed", every, 1000, {0, 1, 1, 0, 0, 0, 0, 64, 1000, 100}),
-      same("as many blocks as are kept", hisa, 256, {0, 0, 0, 0, 0, 0, 0, 64, 256, 100}),
+      same("dsa", dsa, 1000, {0, 0, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
+      same("empty row", misa, 0, {1, 0, 0, 0, 0, 0, 0, 0, 64, 0, 100}),
+      same("pooled", misa, 1000, {0, 1, 0, 0, 1, 0, 0, 0, 8, 1000, 100}),
+      same("no more keys than wanted", misa, 50, {0, 1, 0, 0, 1, 0, 0, 0, 8, 50, 100}),
+      same("residual", misa_r, 1000, {0, 1, 1, 0, 1, 1, 0, 0, 7, 1000, 100}),
+      same("re-rank", dagger, 401, {0, 1, 0, 0, 1, 0, 0, 1, 8, 401, 400}),
+      same("every key a candidate", dagger, 400, {0, 1, 0, 0, 0, 0, 0, 0, 64, 400, 100}),
+      same("every head routed", every, 1000, {0, 1, 1, 0, 0, 0, 0, 0, 64, 1000, 100}),
+      same("as many blocks as are kept", hisa, 256, {0, 0, 0, 0, 0, 0, 0, 0, 64, 256, 100}),
       {"one block more, of one key",
        hisa,
        257,
-       {0, 0, 0, 1, 0, 0, 0, 64, 193, 100},
-       {0, 0, 0, 1, 0, 0, 0, 64, 256, 100}},
+       {0, 0, 0, 1, 0, 0, 0, 0, 64, 193, 100},
+       {0, 0, 0, 1, 0, 0, 0, 0, 64, 256, 100}},
       {"a last block that is whole",
        hisa,
        640,
-       {0, 0, 0, 1, 0, 0, 0, 64, 256, 100},
-       {0, 0, 0, 1, 0, 0, 0, 64, 256, 100}},
+       {0, 0, 0, 1, 0, 0, 0, 0, 64, 256, 100},
+       {0, 0, 0, 1, 0, 0, 0, 0, 64, 256, 100}},
       // Rows of 201 to 256 keys are re-ranked; those of 257 to 264 have fewer keys in their blocks.
       {"candidates between a short and a whole last block",
        filtered(IndexerConfig::misa_dagger(100, 8, 200), 64, 4),
        257,
-       {0, 1, 0, 1, 0, 0, 0, 64, 193, 100},
-       {0, 1, 0, 1, 1, 0, 1, 8, 256, 200}},
-      same("little work", dense_up_to(misa_r, 1000), 1000, {1, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
-      same("a key beyond", dense_up_to(misa_r, 1000), 1001, {0, 1, 1, 0, 1, 1, 0, 7, 1001, 100}),
+       {0, 1, 0, 1, 0, 0, 0, 0, 64, 193, 100},
+       {0, 1, 0, 1, 1, 0, 0, 1, 8, 256, 200}},
+      same("a sketch of routed rows", sketched(IndexerConfig::misa_r(100, 3, 400), 2), 401,
+           {0, 1, 1, 0, 1, 1, 1, 1, 3, 401, 400}),
+      same("a sketch, every key a candidate", sketched(IndexerConfig::misa_r(100, 3, 400), 2), 400,
+           {0, 1, 1, 0, 0, 0, 0, 0, 64, 400, 100}),
+      same("a sketch for every head", sketched(unrouted, 4), 1000,
+           {0, 0, 0, 0, 0, 0, 1, 1, 64, 1000, 150}),
+      same("a sketch for every head, every key a candidate", sketched(unrouted, 4), 150,
+           {0, 0, 0, 0, 0, 0, 0, 0, 64, 150, 100}),
+      same("a re-rank for every head, no sketch", unrouted, 1000,
+           {0, 0, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
+      same("a sketch, every head routed", sketched(every, 2), 1000,
+           {0, 1, 1, 0, 0, 0, 0, 0, 64, 1000, 100}),
+      {"a sketch behind the block filter",
+       filtered(sketched(unrouted, 2), 64, 4),
+       640,
+       {0, 0, 0, 1, 0, 0, 1, 1, 64, 256, 150},
+       {0, 0, 0, 1, 0, 0, 1, 1, 64, 256, 150}},
+      same("little work needs no sketch", dense_up_to(sketched(unrouted, 4), 1000), 1000,
+           {1, 0, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
+      same("little work", dense_up_to(misa_r, 1000), 1000, {1, 0, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
+      same("a key beyond", dense_up_to(misa_r, 1000), 1001, {0, 1, 1, 0, 1, 1, 0, 0, 7, 1001, 100}),
       same("little work is not filtered", dense_up_to(hisa, 1000), 1000,
-           {1, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
+           {1, 0, 0, 0, 0, 0, 0, 0, 64, 1000, 100}),
   };
 }
 
@@ -114,6 +143,7 @@ TEST(Recipe, LargestCoversEveryRow) {
       EXPECT_LE(row.filtered, largest.filtered) << each.name << ", " << n;
       EXPECT_LE(row.active, largest.active) << each.name << ", " << n;
       EXPECT_LE(row.residual, largest.residual) << each.name << ", " << n;
+      EXPECT_LE(row.sketched, largest.sketched) << each.name << ", " << n;
       EXPECT_LE(row.reranked, largest.reranked) << each.name << ", " << n;
       EXPECT_LE(row.scored, largest.scored) << each.name << ", " << n;
       EXPECT_LE(row.keep, largest.keep) << each.name << ", " << n;
@@ -191,6 +221,18 @@ TEST(CostOf, Fp8KeysCarryAScale) {
   Shape shape = kShape;
   shape.k_dtype = DType::e4m3;
   EXPECT_DOUBLE_EQ(cost_of(IndexerConfig::dsa(1024), shape, 16384).bytes, 16384.0 * (128 + 4));
+}
+
+TEST(CostOf, ASketchHasAQuarterOrHalfOfTheBytes) {
+  Shape shape = kShape;
+  shape.k_dtype = DType::e4m3;
+  IndexerConfig config = IndexerConfig::dsa(1024);
+  config.candidates = 2048;
+  config.sketch = 2;
+  EXPECT_DOUBLE_EQ(cost_of(config, shape, 16384).bytes, 16384.0 * 34 + 2048.0 * 132);
+  config.sketch = 4;
+  EXPECT_DOUBLE_EQ(cost_of(config, shape, 16384).bytes, 16384.0 * 68 + 2048.0 * 132);
+  EXPECT_DOUBLE_EQ(cost_of(config, shape, 16384).dots, 18432.0 * 64);
 }
 
 }  // namespace

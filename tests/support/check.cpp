@@ -14,6 +14,7 @@
 
 #include "core/recipe.hpp"
 #include "misa/context.hpp"
+#include "support/sketch.hpp"
 #include "support/tolerance.hpp"
 
 namespace misa::test {
@@ -205,8 +206,16 @@ Fault judge_row(const Problem& problem, std::string_view backend, const Selected
   }
 
   Membership universe = filtered(config, row);
-  std::vector<Interval> values =
-      recipe.active ? score_intervals(row, config, routed) : all_head_intervals(row);
+  std::vector<Interval> values;
+  if (recipe.sketched) {
+    reference::Routed rotated = routed;
+    if (recipe.residual && config.sketch == 2) {
+      rotated.residual = brute_force_rotated(routed.residual.data(), DType::f32, row.row.dim);
+    }
+    values = score_intervals(bounded_sketched_row(problem, t), config, rotated);
+  } else {
+    values = recipe.active ? score_intervals(row, config, routed) : all_head_intervals(row);
+  }
   if (recipe.reranked) {
     universe = best_of(values, universe, recipe.keep);
     values = all_head_intervals(row);

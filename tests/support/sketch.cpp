@@ -227,4 +227,28 @@ RoundedRow brute_force_rounded(const std::vector<float>& row) {
   return out;
 }
 
+BoundedRow bounded_sketched_row(const Problem& problem, std::int64_t t) {
+  BoundedRow bounded = bounded_row(problem, t);
+  const int sketch = problem.config.sketch;
+  const std::int64_t dim = bounded.row.dim;
+  for (std::int64_t position = 0; position < bounded.row.length; ++position) {
+    const Key key = problem.key(t, position);
+    const SketchedKey sketched =
+        brute_force_sketch(sketch, reinterpret_cast<const std::uint8_t*>(key.data), key.scale, dim);
+    bounded.k_scale[position] = sketched.factor;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      const double value = sketched.factor * sketched.value[d];
+      bounded.row.k[position * dim + d] = value;
+      bounded.k_magnitude[position * dim + d] = std::abs(value);
+    }
+  }
+  for (std::int64_t j = 0; sketch == 2 && j < bounded.row.heads; ++j) {
+    const RoundedRow head =
+        brute_force_rounded(brute_force_rotated(problem.query(t, j), problem.q.dtype, dim));
+    std::copy(head.value.begin(), head.value.end(), bounded.row.q.begin() + j * dim);
+    bounded.row.w[j] = problem.weight(t, j) * head.scale;
+  }
+  return bounded;
+}
+
 }  // namespace misa::test

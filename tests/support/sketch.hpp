@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/problem.hpp"
+#include "support/tolerance.hpp"
 
 namespace misa::test {
 
@@ -29,5 +30,8 @@ struct RoundedRow {
   float scale;
 };
 RoundedRow brute_force_rounded(const std::vector<float>& row);
+
+// bounded_row with what the first scores of a config with a sketch are computed from.
+BoundedRow bounded_sketched_row(const Problem& problem, std::int64_t t);
 
 }  // namespace misa::test
