@@ -126,7 +126,8 @@ class RandomStep {
 
 struct Result {
   Variant variant;
-  Timing first_stage;  // routing, scoring and the selection of what is kept for the next stage
+  std::optional<Timing> first_stage;  // routing, scoring and the selection of what is kept for the
+                                      // next stage; none where that is no indexer of its own
   Timing step;
   Cost cost;  // per query
 };
@@ -137,6 +138,9 @@ Result measure_variant(const Context& context, const Variant& variant, const Ste
                 {},
                 time_step(context, variant.config, inputs, runs).step,
                 mean_cost(variant.config, inputs)};
+  if (variant.config.sketch != 0) {
+    return result;  // a sketch is only ever followed by a re-rank
+  }
   result.first_stage = variant.config.candidates > 0
                            ? time_step(context, first_stage(variant.config), inputs, runs).step
                            : result.step;
@@ -191,6 +195,10 @@ nlohmann::ordered_json to_json(const Timing& timing) {
   return {{"median", timing.median}, {"fastest", timing.fastest}, {"slowest", timing.slowest}};
 }
 
+nlohmann::ordered_json to_json(const std::optional<Timing>& timing) {
+  return timing ? to_json(*timing) : nlohmann::ordered_json();
+}
+
 nlohmann::ordered_json to_json(const std::vector<Result>& results,
                                const std::optional<Timing>& selection, const Context& context,
                                const Options& options) {
@@ -203,16 +211,11 @@ nlohmann::ordered_json to_json(const std::vector<Result>& results,
                         {"keys_x_heads", result.cost.dots},
                         {"gflops", giga_flops(result, options)}});
   }
-  return {{"backend", context.backend()},
-          {"threads", context.threads()},
-          {"runs", options.runs},
-          {"queries", options.queries},
-          {"heads", options.heads},
-          {"dim", options.dim},
-          {"keys", options.keys},
-          {"top_k", options.top_k},
-          {"dtype", options.dtype},
-          {"seconds_selection", selection ? to_json(*selection) : nlohmann::ordered_json()},
+  return {{"backend", context.backend()},   {"threads", context.threads()},
+          {"runs", options.runs},           {"queries", options.queries},
+          {"heads", options.heads},         {"dim", options.dim},
+          {"keys", options.keys},           {"top_k", options.top_k},
+          {"dtype", options.dtype},         {"seconds_selection", to_json(selection)},
           {"indexers", std::move(indexers)}};
 }
 
@@ -226,8 +229,8 @@ std::string to_text(const std::vector<Result>& results, const std::optional<Timi
   for (const Result& result : results) {
     const auto millis = [](double seconds) { return fmt::format("{:.2f}", 1e3 * seconds); };
     rows.push_back(
-        {result.variant.label, millis(result.first_stage.median), millis(result.step.median),
-         millis(result.step.fastest), millis(result.step.slowest),
+        {result.variant.label, result.first_stage ? millis(result.first_stage->median) : "–",
+         millis(result.step.median), millis(result.step.fastest), millis(result.step.slowest),
          fmt::format("{:.1f}", 1e6 * result.step.median / static_cast<double>(options.queries)),
          fmt::format("{:.0f}", giga_flops(result, options)),
          dense == results.end() ? "–"

@@ -5,6 +5,7 @@
 
 #include <CLI/App.hpp>
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <limits>
@@ -40,6 +41,7 @@ struct Options {
   std::optional<int> heads;
   std::optional<int> block;
   std::optional<int> candidates;
+  int sketch = 0;
   std::optional<std::int64_t> dense_work;
   std::optional<int> filter_block;
   std::optional<int> filter_blocks;
@@ -75,8 +77,10 @@ IndexerConfig config_from(const Options& options) {
   require(!routed || !filtered || options.heads || config.router == Router::fixed,
           "--heads: expected a number of heads with --indexer hisa --router {}, got none",
           name_of(config.router));
-  require(routed || options.candidates.value_or(0) == 0,
-          "--candidates: expected an indexer that routes heads, got {}", unrouted);
+  require(routed || options.sketch != 0 || options.candidates.value_or(0) == 0,
+          "--candidates: expected an indexer that routes heads, or --sketch, got {}", unrouted);
+  require(options.sketch == 0 || options.candidates.value_or(config.candidates) > 0,
+          "--sketch: expected --candidates with it, for its scores are ranked again, got none");
   require(options.indexer != "misa-dagger" || options.candidates != 0,
           "--candidates: expected 1 or more with --indexer misa-dagger, which re-ranks, got 0");
   require(options.indexer != "dsa" || !options.dense_work,
@@ -94,6 +98,7 @@ IndexerConfig config_from(const Options& options) {
   config.heads = options.heads.value_or(config.heads);
   config.block = options.block.value_or(config.block);
   config.candidates = options.candidates.value_or(config.candidates);
+  config.sketch = options.sketch;
   config.dense_work = options.dense_work.value_or(config.dense_work);
   return config;
 }
@@ -274,6 +279,8 @@ void add_number(CLI::App& command, const std::string& name, std::optional<T>& va
       ->check(whole_number(least, std::numeric_limits<T>::max()));
 }
 
+constexpr std::array<std::string_view, 3> kSketches{"0", "2", "4"};
+
 constexpr const char* kFooter = R"(Indexers (µs beside recall: `misa compare`):
   dsa          every head scores every key
   misa         8 heads a query, chosen by block means, score every key
@@ -325,6 +332,13 @@ void add_select(CLI::App& app) {
   add_number(*command, "--candidates", options->candidates, 0,
              "Positions that every head ranks again; 0: no re-rank (misa-dagger: 8192, auto: twice "
              "top-k, others: 0)");
+  command
+      ->add_option("--sketch", options->sketch,
+                   "Score before the re-rank by a sketch of so many bits an element, 2 or 4, of "
+                   "keys that are F8_E4M3; 0: by the keys themselves")
+      ->type_name("BITS")
+      ->check(one_of(kSketches))
+      ->capture_default_str();
   add_number(*command, "--dense-work", options->dense_work, 0,
              "Queries of at most so many heads x keys are selected for as dsa does; 0: none (auto: "
              "512 times top-k, others: 0)");

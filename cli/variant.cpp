@@ -60,6 +60,9 @@ std::string label_of(std::string_view name, const IndexerConfig& config) {
   if (config.candidates > 0) {
     label += fmt::format(" m={}", config.candidates);
   }
+  if (config.sketch != 0) {
+    label += fmt::format(" {}-bit", config.sketch);
+  }
   if (config.dense_work != indexer_by_name(name, config.top_k).dense_work) {
     label += fmt::format(" dense={}", config.dense_work);
   }
@@ -81,6 +84,8 @@ Variant parse_variant(std::string_view text, int top_k) {
       config.heads = number(text, value);
     } else if (key == "m") {
       config.candidates = multiple(text, value, top_k);
+    } else if (key == "sketch") {
+      config.sketch = number(text, value);
     } else if (key == "dense") {
       config.dense_work = multiple(text, value, top_k);
     } else if (key == "B") {
@@ -90,7 +95,7 @@ Variant parse_variant(std::string_view text, int top_k) {
     } else if (key == "router") {
       config.router = router_by_name(value);
     } else {
-      fail(text, "h=, m=, dense=, B=, blocks= or router=", setting);
+      fail(text, "h=, m=, sketch=, dense=, B=, blocks= or router=", setting);
     }
   }
   return {std::string(text), label_of(name, config), config};

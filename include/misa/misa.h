@@ -108,6 +108,7 @@ typedef struct misa_config {
   const int32_t* static_heads;
   size_t static_head_count;
   int64_t dense_work;
+  int32_t sketch; /**< bits an element: 0, 2 or 4 */
 } misa_config;
 
 /** The defaults of an indexer: "dsa", "misa", "misa-dagger", "misa-r", "hisa" or "auto". */

@@ -102,6 +102,7 @@ misa::IndexerConfig config_from(const misa_config& c) {
   const auto heads = span_from("static_heads", c.static_heads, c.static_head_count);
   config.static_heads.assign(heads.begin(), heads.end());
   config.dense_work = c.dense_work;
+  config.sketch = c.sketch;
   return config;
 }
 
@@ -264,7 +265,8 @@ misa_status misa_config_by_name(const char* indexer, misa_config* config) noexce
                                named.ordered ? 1 : 0,
                                nullptr,
                                0,
-                               named.dense_work};
+                               named.dense_work,
+                               named.sketch};
   });
 }
 

@@ -317,7 +317,38 @@ TEST(CApi, ConfigsAreThoseOfTheNamedIndexers) {
     EXPECT_EQ(config.ordered != 0, expected.ordered);
     EXPECT_EQ(config.static_head_count, 0U);
     EXPECT_EQ(config.dense_work, expected.dense_work);
+    EXPECT_EQ(config.sketch, expected.sketch);
   }
+}
+
+// A plan with a sketch needs other memory than one without.
+TEST(CApi, APlanHasTheSketchOfItsConfig) {
+  const misa_context_options options{"cpu", 1, 0};
+  const Context context({.backend = "cpu", .threads = 1});
+  const misa_shape c_shape{8, 8, 64, 150, MISA_BF16, MISA_E4M3};
+  const Shape shape{8, 8, 64, 150, DType::bf16, DType::e4m3};
+  std::vector<std::size_t> sizes;
+  for (const int sketch : {0, 2, 4, 3}) {
+    Handles handles;
+    ASSERT_EQ(misa_context_create(&options, &handles.context), MISA_OK);
+    misa_config c = c_config();
+    c.sketch = sketch;
+    IndexerConfig config = kConfig;
+    config.sketch = sketch;
+    if (sketch == 3) {
+      EXPECT_EQ(misa_plan_create(handles.context, &c, &c_shape, &handles.plan),
+                MISA_INVALID_ARGUMENT);
+      EXPECT_STREQ(misa_last_error(), "sketch: expected 0 (none), 2 or 4, got 3");
+      continue;
+    }
+    ASSERT_EQ(misa_plan_create(handles.context, &c, &c_shape, &handles.plan), MISA_OK);
+    std::size_t bytes = 0;
+    ASSERT_EQ(misa_plan_workspace_bytes(handles.plan, &bytes), MISA_OK);
+    EXPECT_EQ(bytes, Plan(context, config, shape).workspace_bytes());
+    sizes.push_back(bytes);
+  }
+  EXPECT_LT(sizes[0], sizes[1]);
+  EXPECT_EQ(sizes[1], sizes[2]);
 }
 
 // The status of a failed call; checks its message.

@@ -238,6 +238,24 @@ TEST_F(Commands, CompareTakesPagedKeys) {
   EXPECT_EQ(trace.at("sweeps").at("time_by_keys").at(0).at("points").at(0).at("x"), 25);
 }
 
+// On the reference, so that it runs on machines with CUDA devices too.
+TEST_F(Commands, CompareTakesSketches) {
+  const std::string file = path("quantised.safetensors");
+  run({"synth", "-o", file, "--dtype", "F8_E4M3", "--queries", "4", "--keys", "700", "--heads", "8",
+       "--dim", "64"});
+  const json out = json::parse(run(
+      {"compare", file, "--top-k", "32", "--runs", "1", "--backend", "reference", "--indexers",
+       "misa-r:h=3:m=4k,misa-r:h=3:m=4k:sketch=2,dsa:m=700:sketch=4,dsa:m=32:sketch=2", "--json"}));
+  const json& indexers = out.at("traces").at(0).at("indexers");
+  EXPECT_EQ(indexers.at(1).at("label"), "MISA-R 3+1 m=128 2-bit");
+  EXPECT_GT(indexers.at(1).at("recall").at("mean"), 0.5);
+  EXPECT_LT(indexers.at(1).at("bytes_read"), indexers.at(0).at("bytes_read"));
+  EXPECT_EQ(indexers.at(1).at("keys_x_heads"), indexers.at(0).at("keys_x_heads"));
+  EXPECT_EQ(indexers.at(2).at("recall").at("min"), 1);  // every key re-ranked
+  EXPECT_LT(indexers.at(3).at("recall").at("mean"), 1);
+  EXPECT_THROW(run({"compare", write_trace(false), "--indexers", "dsa:m=2k:sketch=4"}), Error);
+}
+
 TEST_F(Commands, CompareSweepsForThePage) {
   const std::string page = path("report.html");
   const json out = json::parse(run({"compare", write_trace(false), "--top-k", kTopK, "--runs", "1",
@@ -325,6 +343,33 @@ TEST_F(Commands, BenchJsonHasItsSchema) {
   // Query t of 4 sees 297 + t keys, all with every head.
   EXPECT_EQ(out.at("indexers").at(0).at("keys_x_heads"), 298.5 * 8);
   EXPECT_EQ(out.at("indexers").at(1).at("label"), "MISA-R 2+1 m=64");
+}
+
+TEST_F(Commands, BenchTimesTheWholeStepOfASketch) {
+  std::vector<std::string> arguments{"bench",
+                                     "--queries",
+                                     "2",
+                                     "--keys",
+                                     "300",
+                                     "--heads",
+                                     "8",
+                                     "--dim",
+                                     "64",
+                                     "--top-k",
+                                     "32",
+                                     "--dtype",
+                                     "F8_E4M3",
+                                     "--runs",
+                                     "1",
+                                     "--backend",
+                                     "reference",
+                                     "--indexers",
+                                     "dsa:m=2k:sketch=4"};
+  EXPECT_THAT(run(arguments), HasSubstr("DSA m=64 4-bit             –"));
+  arguments.emplace_back("--json");
+  const json indexer = json::parse(run(arguments)).at("indexers").at(0);
+  EXPECT_TRUE(indexer.at("seconds_first_stage").is_null());
+  EXPECT_GT(indexer.at("seconds_step").at("median"), 0);
 }
 
 TEST_F(Commands, BenchTimesSelectionWhereTheBackendHasIt) {

@@ -337,6 +337,27 @@ TEST(SmokeProgram, RefusesWrongArguments) {
   EXPECT_THAT(folder.names(), ElementsAre("in"));
 }
 
+TEST(SmokeProgram, SelectsByTheSketchOfItsOptions) {
+  const Folder folder;
+  done(synth(folder / "in", {"--queries", "5", "--keys", "400", "--dtype", "F8_E4M3"}));
+  const Trace trace(folder / "in");
+  for (const std::string sketch : {"2", "4"}) {
+    for (const std::string backend : {"reference", "cpu"}) {
+      done({"select", folder / "in", "-o", folder / "out", "--indexer", "dsa", "--top-k", "40",
+            "--candidates", "40", "--sketch", sketch, "--backend", backend});
+      IndexerConfig config = IndexerConfig::dsa(40);
+      config.candidates = 40;
+      const Context context({.backend = backend});
+      const Selected exact = select(context, config, trace.inputs(), {});
+      config.sketch = std::stoi(sketch);
+      const Selected expected = select(context, config, trace.inputs(), {});
+      const Tensors out = read_tensors(folder / "out");
+      EXPECT_EQ(values_of<std::int32_t>(out.at("indices")), expected.indices);
+      EXPECT_NE(expected.indices, exact.indices);
+    }
+  }
+}
+
 // Options that the indexer would have to ignore.
 TEST(SmokeProgram, RefusesContradictions) {
   const Folder folder;
@@ -358,6 +379,10 @@ TEST(SmokeProgram, RefusesContradictions) {
               HasSubstr("--block: expected the router pooled, got self"));
   EXPECT_THAT(error({"--indexer", "misa-dagger", "--candidates", "0"}),
               HasSubstr("--candidates: expected 1 or more"));
+  EXPECT_THAT(
+      error({"--sketch", "2"}),
+      HasSubstr("--sketch: expected --candidates with it, for its scores are ranked again"));
+  EXPECT_THAT(error({"--sketch", "3", "--candidates", "4000"}), HasSubstr("--sketch"));
   EXPECT_THAT(error({"--indexer", "hisa", "--heads", "2"}), HasSubstr("--heads: expected"));
   EXPECT_THAT(error({"--indexer", "hisa", "--router", "self"}), HasSubstr("--heads: expected"));
   EXPECT_THAT(folder.names(), ElementsAre("in"));

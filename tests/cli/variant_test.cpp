@@ -29,6 +29,10 @@ TEST(Variant, SettingsOverrideThem) {
   EXPECT_EQ(routed.label, "MISA-R 3+1 m=2048");
   EXPECT_EQ(routed.config.heads, 3);
   EXPECT_EQ(routed.config.candidates, 2048);
+  const Variant sketched = parse_variant("misa-r:h=3:m=4k:sketch=2", 1024);
+  EXPECT_EQ(sketched.label, "MISA-R 3+1 m=4096 2-bit");
+  EXPECT_EQ(sketched.config.sketch, 2);
+  EXPECT_EQ(parse_variant("dsa:m=2k:sketch=4", 1024).label, "DSA m=2048 4-bit");
   EXPECT_EQ(parse_variant("misa:m=3000", 1024).config.candidates, 3000);
   const Variant by_length = parse_variant("auto:dense=300k", 1024);
   EXPECT_EQ(by_length.label, "Auto 3+1 m=2048 dense=307200");
@@ -53,9 +57,10 @@ TEST(Variant, SaysWhatIsWrong) {
   EXPECT_EQ(message("misa:h=x"), "--indexers misa:h=x: expected a number, got 'x'");
   EXPECT_EQ(message("misa:m=9999999k"),
             "--indexers misa:m=9999999k: expected a number, got '9999999'");
-  EXPECT_EQ(message("misa:heads=8"),
-            "--indexers misa:heads=8: expected h=, m=, dense=, B=, blocks= or router=, got "
-            "'heads=8'");
+  EXPECT_EQ(
+      message("misa:heads=8"),
+      "--indexers misa:heads=8: expected h=, m=, sketch=, dense=, B=, blocks= or router=, got "
+      "'heads=8'");
   EXPECT_EQ(message("best"),
             "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, auto, got 'best'");
 }
