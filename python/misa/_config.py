@@ -58,6 +58,8 @@ class Config:
     filter_block, filter_blocks: HISA's block size, a multiple of 64 or 0 for no filter, and how
         many blocks are kept.
     candidates: m, positions that all heads re-rank; 0 for no re-rank.
+    sketch: bits an element, 2 or 4, of the sketch of the keys from which scores are computed
+        before the re-rank; needs candidates and e4m3 keys, and no CUDA backend has it; 0 for none.
     dense_work: rows of at most this many heads x positions use DSA; 0 for none.
     ordered: whether the positions of a row ascend.
     static_heads: the heads of the router "static".
@@ -80,6 +82,7 @@ class Config:
     filter_block: int = _NOT_GIVEN
     filter_blocks: int = _NOT_GIVEN
     candidates: int = _NOT_GIVEN
+    sketch: int = _NOT_GIVEN
     dense_work: int = _NOT_GIVEN
     ordered: bool = _NOT_GIVEN
     static_heads: tuple[int, ...] = _NOT_GIVEN

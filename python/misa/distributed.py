@@ -70,7 +70,7 @@ def select(
 
     Returns what `misa.select` returns, the same on every rank. If an argument or a step fails on
     one rank, every rank raises: that rank the error itself (ValueError for an argument), the others
-    a RuntimeError that names the rank and its error.
+    a RuntimeError that names the rank and its error. A config with a sketch is a RuntimeError.
     """
     peers = Peers(group)
     options = {"backend": backend, "threads": threads, "workspace_cap": workspace_cap}
@@ -251,6 +251,8 @@ def _checked(
     misa.select(
         q[:0], w[:0], k, ks[:0], ke[:0], k_scale=k_scale, config=config, backend=options["backend"]
     )
+    if config.sketch:
+        raise RuntimeError(f"sketch: expected 0 (none) in misa.distributed, got {config.sketch}")
     if w.shape != q.shape[:2]:
         raise ValueError(f"w: expected {list(q.shape[:2])}, got {list(w.shape)}")
 

@@ -8,7 +8,7 @@ MISA-dagger, arXiv 2605.07363; HISA, the block filter; MISA-R, this project's ow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,6 +74,14 @@ class Row:
     """[n, D]"""
     quantised: bool
     """Whether the keys are e4m3."""
+    element: np.ndarray | None = None
+    """[n, D]: the elements of e4m3 keys, without their scales"""
+    scale: np.ndarray | None = None
+    """float32 [n]: the scales of e4m3 keys"""
+    integer: bool = False
+    """Whether the queries are e4m3."""
+    rotated: bool = False
+    """Whether the keys are those of a rotated sketch."""
 
 
 def relu(x: np.ndarray) -> np.ndarray:
@@ -172,10 +180,128 @@ def residual_row(row: Row, heads: np.ndarray) -> np.ndarray:
 
 def rounded_residual(row: Row, residual: np.ndarray) -> np.ndarray:
     """float64 [D]: the row used for scoring; with e4m3 keys, rounded with the scale max / 448."""
+    if row.rotated:
+        residual = rotate(residual)
     if not row.quantised or not np.all(np.isfinite(residual)):
         return residual.astype(np.float64)
     scale = np.float32(np.abs(residual).max() / np.float32(E4M3_MAX))
     return round_e4m3(residual / scale) * np.float64(scale) if scale else np.zeros(len(residual))
+
+
+# Sketch -----------------------------------------------------------------------------------------
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+"""The magnitudes of the entries of MXFP4; bit 3 of a code is the sign."""
+SKETCH_REACH = 14
+"""Groups of MXFP4 scaled further than 2^14 below a key's largest count as zero."""
+
+
+def hadamard(dim: int) -> np.ndarray:
+    """int64 [D, D]: the Sylvester-Hadamard matrix."""
+    matrix = np.ones((1, 1), np.int64)
+    while len(matrix) < dim:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def rotated_codes(element: np.ndarray, scale: np.float32) -> tuple[np.ndarray, np.float16]:
+    """The 2-bit sketch of the key scale * element [D]: codes [D] and the distance of levels."""
+    dim = len(element)
+    if np.isnan(element).any() or not np.isfinite(scale):
+        return np.zeros(dim, int), np.float16(np.nan)
+    a = (element * 512).astype(np.int64) * (-1 if scale < 0 else 1)
+    t, total = hadamard(dim) @ a, int(a @ a)
+    beyond = np.where(t >= 0, 8192 * t * t >= 8122 * total, 8192 * t * t > 8122 * total)
+    codes = np.where(t >= 0, 2, 1) + np.where(beyond & (total > 0), np.where(t >= 0, 1, -1), 0)
+    level = np.float32(np.sqrt(8122 / 8192) / 512 / np.sqrt(dim))
+    step = np.abs(scale) * (np.sqrt(np.float32(total)) * level)
+    return codes, np.float16(min(np.float32(65504), step))
+
+
+def mxfp4_codes(element: np.ndarray, scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """The 4-bit sketch of the key scale * element [D]: codes [D] and ue8m0 bytes [D / 32]."""
+    groups = (scale * element.astype(np.float32)).reshape(-1, 32).astype(np.float64)
+    codes, exponents = [], []
+    for group in groups:
+        largest = np.abs(group).max()
+        if not np.isfinite(largest):
+            exponents.append(0xFF)
+            codes.append(np.zeros(32, int))
+            continue
+        exponent = -127
+        while largest > 6 * 2.0**exponent:
+            exponent += 1
+        distance = np.abs(np.abs(group[:, None]) / 2.0**exponent - E2M1)
+        # The nearest of the even codes, unless an odd one is nearer.
+        even, odd = 2 * distance[:, ::2].argmin(1), 1 + 2 * distance[:, 1::2].argmin(1)
+        every = np.arange(32)
+        code = np.where(distance[every, odd] < distance[every, even], odd, even)
+        exponents.append(exponent + 127)
+        codes.append((code + 8 * np.signbit(group)) * (largest > 0))
+    return np.concatenate(codes), np.array(exponents)
+
+
+def sketched_key(sketch: int, element: np.ndarray, scale: np.float32) -> np.ndarray:
+    """float64 [D]: what the sketch of a key stands for."""
+    if sketch == 2:
+        codes, step = rotated_codes(element, scale)
+        return (codes - 1.5) * np.float64(step)
+    codes, exponents = mxfp4_codes(element, scale)
+    largest = exponents.max()
+    if largest == 0xFF:
+        return np.full(len(element), np.nan)
+    units = np.where(largest - exponents > SKETCH_REACH, 0, 2.0 ** (exponents - 127))
+    signs = np.where(codes >= 8, -1, 1)
+    return signs * E2M1[codes % 8] * np.repeat(units, 32)
+
+
+def rotate(x: np.ndarray) -> np.ndarray:
+    """float32 [..., D]: rows times the matrix, by butterflies of stride 1, 2, 4, ..., over
+    sqrt(D)."""
+    dim, stride = x.shape[-1], 1
+    x = x.astype(np.float32)
+    while stride < dim:
+        low, high = np.moveaxis(x.reshape(*x.shape[:-1], -1, 2, stride), -2, 0)
+        x = np.stack([low + high, low - high], -2).reshape(x.shape)
+        stride *= 2
+    return x * np.float32(1 / np.sqrt(dim))
+
+
+def rotated_heads(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [H, D] and [H]: the heads rotated and rounded to e4m3, with a scale of max / 448 each
+    in the weights."""
+    dim = row.q.shape[1]
+    if row.integer:
+        t = np.where(np.isnan(row.q), 0, row.q * 512).astype(np.int64) @ hadamard(dim)
+        x = t.astype(np.float32) * np.float32(2.0**-9) * np.float32(1 / np.sqrt(dim))
+        x[np.isnan(row.q).any(1)] = np.nan
+    else:
+        x = rotate(row.q)
+    finite = np.isfinite(x).all(1)
+    largest = np.abs(x).max(1)
+    scale = np.where(finite, largest / np.float32(E4M3_MAX), np.float32(1))
+    ratio = np.where(scale[:, None] > 0, x / np.where(scale > 0, scale, 1)[:, None], 0)
+    rounded = np.where(finite[:, None], round_e4m3(np.where(finite[:, None], ratio, 0)), np.nan)
+    return rounded, (row.w.astype(np.float32) * scale).astype(np.float64)
+
+
+def sketched(row: Row, sketch: int) -> Row:
+    """The row from which first scores are computed with a sketch of so many bits an element."""
+    assert row.element is not None and row.scale is not None
+    keys = [
+        sketched_key(sketch, e, np.float32(s)) for e, s in zip(row.element, row.scale, strict=True)
+    ]
+    k = np.stack(keys)
+    if sketch == 4:
+        return replace(row, k=k)
+    q, w = rotated_heads(row)
+    return replace(row, q=q, w=w, k=k, rotated=True)
+
+
+def is_sketched(row: Row, config: Config, scored: int) -> bool:
+    """Whether the first scores of so many positions come from the sketch."""
+    routes_every_head = config.router != "all" and config.heads == len(row.w)
+    return config.sketch > 0 and config.candidates < scored and not routes_every_head
 
 
 # Filter, score, select, re-rank -----------------------------------------------------------------
@@ -216,7 +342,8 @@ def select_row(
         positions, found = np.arange(len(row.k)), scores(row, row.k, every)
     else:
         positions = kept_positions(row, config)
-        found = routed_scores(row, heads, residual)[positions]
+        first = sketched(row, config.sketch) if is_sketched(row, config, len(positions)) else row
+        found = routed_scores(first, heads, residual)[positions]
         if config.candidates > 0:
             best = top_k(found, config.candidates)
             positions, found = positions[best], scores(row, row.k[positions[best]], every)
@@ -236,15 +363,27 @@ def rows(
     k_scale: np.ndarray | None = None,
 ) -> list[Row]:
     """The queries of :func:`misa.select`'s arguments."""
-    keys = values(k)
-    if k_scale is not None:
-        keys = keys * k_scale[:, None].astype(np.float64)
-    quantised = k_scale is not None
+    elements = values(k)
     queries, weights = values(q), w.astype(np.float64)
-    return [
-        Row(queries[t], weights[t], keys[ks[t] : max(ks[t], ke[t])], quantised)
-        for t in range(len(queries))
-    ]
+    result = []
+    for t in range(len(queries)):
+        seen = slice(ks[t], max(ks[t], ke[t]))
+        scale = None if k_scale is None else k_scale[seen]
+        result.append(_row(queries[t], weights[t], elements[seen], scale, _is_e4m3(q)))
+    return result
+
+
+def _is_e4m3(q: np.ndarray) -> bool:
+    return q.dtype.itemsize == 1
+
+
+def _row(
+    q: np.ndarray, w: np.ndarray, element: np.ndarray, scale: np.ndarray | None, integer: bool
+) -> Row:
+    if scale is None:
+        return Row(q, w, element, False)
+    keys = element * scale[:, None].astype(np.float64)
+    return Row(q, w, keys, True, element, scale, integer)
 
 
 @np.errstate(invalid="ignore")  # unused slots may hold anything
@@ -264,7 +403,7 @@ def paged_rows(
     page_size, dim = cache.shape[1], cache.shape[2] - 4
     flat = cache.reshape(len(cache), -1)
     elements = values(flat[:, : page_size * dim]).reshape(-1, page_size, dim)
-    scale = np.ascontiguousarray(flat[:, page_size * dim :]).view(np.float32).astype(np.float64)
+    scale = np.ascontiguousarray(flat[:, page_size * dim :]).view(np.float32)
     queries, weights = values(q), w.astype(np.float64)
     starts = np.arange(0, len(q) + 1, next_n) if query_starts is None else query_starts
     result = []
@@ -276,8 +415,8 @@ def paged_rows(
             n = int(context_lens.reshape(-1)[t])
         n = max(n, 0)
         pages = block_table[b, : -(-n // page_size)]
-        keys = (elements[pages] * scale[pages][:, :, None]).reshape(-1, dim)[:n]
-        result.append(Row(queries[t], weights[t], keys, True))
+        seen = elements[pages].reshape(-1, dim)[:n], scale[pages].reshape(-1)[:n]
+        result.append(_row(queries[t], weights[t], *seen, _is_e4m3(q)))
     return result
 
 

@@ -29,12 +29,12 @@ Tensors = Mapping[str, Tensor | None]
 
 @lru_cache(maxsize=256)
 def _config(*fields: Any) -> Config:
-    (top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
-     ordered, static_heads) = fields  # fmt: skip
+    (top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
+     dense_work, ordered, static_heads) = fields  # fmt: skip
     config = Config(
         "dsa", top_k=top_k, router=router, heads=heads, block=block, residual=residual,
         filter_block=filter_block, filter_blocks=filter_blocks, candidates=candidates,
-        dense_work=dense_work, ordered=ordered, static_heads=static_heads,
+        sketch=sketch, dense_work=dense_work, ordered=ordered, static_heads=static_heads,
     )  # fmt: skip
     return checked_config(config)
 
@@ -42,8 +42,8 @@ def _config(*fields: Any) -> Config:
 def _fields(config: Config) -> tuple:
     return (
         config.top_k, config.router, config.heads, config.block, config.residual,
-        config.filter_block, config.filter_blocks, config.candidates, config.dense_work,
-        config.ordered, config.static_heads,
+        config.filter_block, config.filter_blocks, config.candidates, config.sketch,
+        config.dense_work, config.ordered, config.static_heads,
     )  # fmt: skip
 
 
@@ -99,6 +99,7 @@ def select_op(
     filter_block: int,
     filter_blocks: int,
     candidates: int,
+    sketch: int,
     dense_work: int,
     ordered: bool,
     static_heads: Sequence[int],
@@ -112,8 +113,8 @@ def select_op(
     """Like :func:`misa.select`, with the fields of a Config as separate arguments; returns
     :data:`Outputs`."""
     config = _config(
-        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
-        ordered, tuple(static_heads),
+        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
+        dense_work, ordered, tuple(static_heads),
     )  # fmt: skip
     require_one_device({"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale})
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
@@ -140,6 +141,7 @@ def select_paged_op(
     filter_block: int,
     filter_blocks: int,
     candidates: int,
+    sketch: int,
     dense_work: int,
     ordered: bool,
     static_heads: Sequence[int],
@@ -153,8 +155,8 @@ def select_paged_op(
     """Like :func:`misa.select_paged`, with the fields of a Config as separate arguments; returns
     :data:`Outputs`."""
     config = _config(
-        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
-        ordered, tuple(static_heads),
+        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
+        dense_work, ordered, tuple(static_heads),
     )  # fmt: skip
     require_one_device(
         {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
@@ -241,8 +243,8 @@ def _fake(
 
 @select_op.register_fake
 def _(q, w, k, ks, ke, k_scale, top_k, router, heads, block, residual, filter_block,
-      filter_blocks, candidates, dense_work, ordered, static_heads, want_scores, want_heads,
-      want_residual, backend, threads, workspace_cap):  # fmt: skip
+      filter_blocks, candidates, sketch, dense_work, ordered, static_heads, want_scores,
+      want_heads, want_residual, backend, threads, workspace_cap):  # fmt: skip
     tensors = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
     wanted = want_scores, want_heads, want_residual
     return _fake(tensors, _RAGGED, top_k, router, heads, residual, *wanted)
@@ -250,8 +252,8 @@ def _(q, w, k, ks, ke, k_scale, top_k, router, heads, block, residual, filter_bl
 
 @select_paged_op.register_fake
 def _(q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, next_n,
-      top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, dense_work,
-      ordered, static_heads, want_scores, want_heads, want_residual, backend, threads,
+      top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
+      dense_work, ordered, static_heads, want_scores, want_heads, want_residual, backend, threads,
       workspace_cap):  # fmt: skip
     tensors = {"q": q, "w": w, "cache": cache, "block_table": block_table,
                "context_lens": context_lens, "query_starts": query_starts, "page_sums": page_sums,

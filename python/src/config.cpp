@@ -6,6 +6,7 @@
 
 #include "bindings.hpp"
 #include "core/recipe.hpp"
+#include "core/sketch.hpp"
 
 namespace misa::python {
 
@@ -32,6 +33,7 @@ nb::dict fields_of(const IndexerConfig& config) {
   fields["filter_block"] = config.filter_block;
   fields["filter_blocks"] = config.filter_blocks;
   fields["candidates"] = config.candidates;
+  fields["sketch"] = config.sketch;
   fields["dense_work"] = config.dense_work;
   fields["ordered"] = config.ordered;
   fields["static_heads"] = nb::tuple(nb::cast(config.static_heads));
@@ -60,6 +62,7 @@ IndexerConfig config_of(nb::handle config) {
   chosen.filter_block = field<int>(config, "filter_block");
   chosen.filter_blocks = field<int>(config, "filter_blocks");
   chosen.candidates = field<int>(config, "candidates");
+  chosen.sketch = field<int>(config, "sketch");
   chosen.dense_work = field<std::int64_t>(config, "dense_work");
   chosen.ordered = field<bool>(config, "ordered");
   chosen.static_heads = field<std::vector<std::int32_t>>(config, "static_heads");
@@ -98,6 +101,7 @@ void bind_config(nb::module_& module) {
         fields["filtered"] = recipe.filtered;
         fields["active"] = recipe.active;
         fields["residual"] = recipe.residual;
+        fields["sketched"] = recipe.sketched;
         fields["reranked"] = recipe.reranked;
         fields["heads"] = recipe.heads;
         fields["scored"] = recipe.scored;
@@ -106,6 +110,21 @@ void bind_config(nb::module_& module) {
       },
       nb::arg("config"), nb::arg("heads"), nb::arg("n"),
       "What a config means for a row of n keys and H heads (core/recipe.hpp).");
+  module.def(
+      "sketch_key",
+      [](int sketch, nb::bytes elements, float scale) {
+        const auto dim = static_cast<std::int64_t>(elements.size());
+        std::string codes(static_cast<std::size_t>(sketch_code_bytes(sketch, dim)), '\0');
+        std::string scales(static_cast<std::size_t>(sketch_scale_bytes(sketch, dim)), '\0');
+        encode_sketch(sketch, static_cast<const std::uint8_t*>(elements.data()), scale, dim,
+                      reinterpret_cast<std::uint8_t*>(codes.data()),
+                      reinterpret_cast<std::uint8_t*>(scales.data()));
+        return nb::make_tuple(nb::bytes(codes.data(), codes.size()),
+                              nb::bytes(scales.data(), scales.size()));
+      },
+      nb::arg("sketch"), nb::arg("elements"), nb::arg("scale"),
+      "The codes and the scales of a key's sketch of 2 or 4 bits an element (core/sketch.hpp); the "
+      "key has 64 or 128 e4m3 elements.");
   module.def(
       "router_keys",
       [](std::string_view name) { return name_of(traits_of(router_by_name(name)).keys); },

@@ -52,6 +52,7 @@ def test_config_defaults() -> None:
     assert (config.router, config.heads, config.block, config.candidates) == (
         "pooled", 8, 1024, 8192
     )  # fmt: skip
+    assert misa.Config("misa-r").sketch == 0
     assert misa.Config("misa-r").residual and misa.Config("hisa").filter_block == 128
     assert misa.Config(router="static", heads=2, static_heads=[3, 1]).static_heads == (3, 1)
 
@@ -100,6 +101,7 @@ def test_config_equals_by_value() -> None:
         ({"indexer": None}, "indexer: expected a name, got None"),
         ({"router": "best"}, "router: expected all, .*, got 'best'"),
         ({"heads": 1.5}, "heads: expected an integer, got 1.5"),
+        ({"sketch": "2"}, "sketch: expected an integer, got '2'"),
         ({"top_k": 2**40}, "top_k: expected an integer of 32 bits"),
         ({"ordered": 1}, "ordered: expected True or False, got 1"),
         ({"static_heads": "12"}, "static_heads: expected a list"),
@@ -108,6 +110,28 @@ def test_config_equals_by_value() -> None:
 )
 def test_config_refuses(fields: dict, message: str) -> None:
     expect(message, misa.Config, **fields)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields", "message"),
+    [
+        ("e4m3", {"sketch": 3, "candidates": 32}, "sketch: expected 0 .none., 2 or 4, got 3"),
+        (
+            "bf16",
+            {"sketch": 2, "candidates": 32},
+            "sketch: expected 0 .none. with bf16 keys, got 2",
+        ),
+        ("e4m3", {"sketch": 4}, "candidates: expected at least top_k = 16 with a sketch"),
+        (
+            "e4m3",
+            {"sketch": 4, "candidates": 15},
+            "candidates: expected 0 .no re-rank. or at least",
+        ),
+    ],
+)
+def test_sketch_refuses(dtype: str, fields: dict, message: str) -> None:
+    config = misa.Config("misa-r", top_k=16, heads=2, **fields)
+    expect(message, misa.select, **random_inputs(PACK, dtype=dtype).arguments(), config=config)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "e4m3"])

@@ -332,6 +332,12 @@ def run_broken(store: Path, ranks: int, rank: int) -> None:
     for name, value in (("ke", case.ke.clamp(max=100)), ("config", misa.Config("dsa"))):
         with pytest.raises(ValueError, match=rf"{name}.*the same.*on ranks \[{ranks - 1}\]"):
             misa.distributed.select(**good | ({name: value} if rank == ranks - 1 else {}))
+    quantised, _ = CASES[f"misa-r normal {torch.float8_e4m3fn}"]
+    sketched = misa.Config("misa-r", top_k=96, heads=2, candidates=200, sketch=2)
+    with pytest.raises(
+        RuntimeError, match=r"sketch: expected 0 \(none\) in misa.distributed, got 2"
+    ):
+        misa.distributed.select(**shard(quantised, [500] * (ranks - 1), rank), config=sketched)
     with pytest.raises(ValueError, match=r"ke\[0\]: expected 0 to L = 1500, got 1501"):
         misa.distributed.select(**good | {"ke": case.ke.clone().fill_(1501)})
     assert torch.equal(misa.distributed.select(**good).indices, expected)

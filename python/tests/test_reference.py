@@ -45,6 +45,19 @@ CONFIGS = [
                 block=64, residual=True, candidates=40),
     misa.Config("misa-r", top_k=32, heads=2, dense_work=2000),
 ]  # fmt: skip
+SKETCHED = [
+    misa.Config("misa-r", top_k=32, heads=3, candidates=64, sketch=2),
+    misa.Config("misa-r", top_k=32, heads=7, candidates=64, sketch=4),
+    misa.Config("misa-dagger", top_k=32, heads=3, block=128, candidates=64, sketch=2),
+    misa.Config("misa-dagger", top_k=32, heads=3, block=128, candidates=64, sketch=4),
+    misa.Config("dsa", top_k=32, candidates=64, sketch=2),
+    misa.Config("dsa", top_k=32, candidates=48, sketch=4),
+    misa.Config("hisa", top_k=32, filter_block=64, filter_blocks=4, router="pooled", heads=2,
+                block=64, residual=True, candidates=40, sketch=2),
+    misa.Config("misa-r", top_k=32, heads=8, candidates=64, sketch=2),
+    misa.Config("misa-r", top_k=32, heads=2, candidates=64, sketch=4, dense_work=2000),
+]  # fmt: skip
+"""For e4m3 keys."""
 backends = pytest.mark.parametrize("backend", list(UNIT))
 configs = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 
@@ -119,34 +132,37 @@ def check_row(row: Row, config: misa.Config, got: misa.Selected, t: int, unit: f
         assert len(positions) == 0
         return
 
-    linear = None if residual is None else reference.rounded_residual(row, residual)
     of_heads = reference.scores(row, row.k, every)
-    first = reference.routed_scores(row, heads, residual) if routed else of_heads
-    error = score_error(row, heads, linear, unit)
     allowed = np.arange(n)
     if routed and config.filter_block:
         # Blocks whose scores are close may differ: what was chosen lies in few enough blocks.
         blocks = np.unique(positions // config.filter_block)
         assert len(blocks) <= config.filter_blocks
         allowed = reference.kept_positions(row, config)
+    scored = row
+    if routed and reference.is_sketched(row, config, len(allowed)):
+        scored = reference.sketched(row, config.sketch)
+    linear = None if residual is None else reference.rounded_residual(scored, residual)
+    first = reference.routed_scores(scored, heads, residual) if routed else of_heads
+    error = score_error(scored, heads, linear, unit)
     chosen = np.searchsorted(allowed, positions)
     assert np.array_equal(allowed[np.minimum(chosen, len(allowed) - 1)], positions)
     if routed and config.candidates:
         error_all = score_error(row, every, None, unit)
         best = reference.top_k(first[allowed], config.candidates)
         check_subset(chosen, first[allowed], error[allowed], config.candidates)
-        scored = of_heads[positions]
+        exact = of_heads[positions]
         if not np.setdiff1d(chosen, best).size:
             place = np.searchsorted(best, chosen)
             again = allowed[best]
             check_set(place, of_heads[again], error_all[again], config.top_k, f"query {t}")
         error = error_all
     else:
-        scored = first[positions]
+        exact = first[positions]
         check_set(chosen, first[allowed], error[allowed], config.top_k, f"query {t}")
     written = got.scores[t, : len(positions)]
-    off = np.abs(written - scored)
-    bound = error[positions] + OUTPUT_UNIT * np.abs(scored) + TINY
+    off = np.abs(written - exact)
+    bound = error[positions] + OUTPUT_UNIT * np.abs(exact) + TINY
     assert np.all(off <= bound), f"query {t}: scores are off by {off.max()}"
 
 
@@ -178,6 +194,46 @@ PACKS = {
 @pytest.mark.parametrize("pack", list(PACKS))
 def test_random(pack: str, dtype: str, config: misa.Config, backend: str) -> None:
     check(random_inputs(PACKS[pack], dtype=dtype), config, backend)
+
+
+@backends
+@pytest.mark.parametrize("config", SKETCHED, ids=repr)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "e4m3"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sketches(dim: int, dtype: str, config: misa.Config, backend: str) -> None:
+    lengths = [(0, 0), (0, 20), (0, 65), (0, 300), (300, 371), (300, 900)]
+    inputs = random_inputs(lengths, dim=dim, dtype="e4m3")
+    inputs.q = random_inputs(lengths, dim=dim, dtype=dtype).q
+    assert inputs.k_scale is not None
+    inputs.k_scale[::7] *= -1
+    inputs.k[310] = 0
+    check(inputs, config, backend)
+
+
+@pytest.mark.parametrize("scale", [1, -1, 0, 0.0123, -3e-5, 3e38, 1e-38, 1e-45, np.nan, np.inf])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sketch_bytes(dim: int, scale: float) -> None:
+    """The bytes of sketches are those of the integers here."""
+    rng = np.random.default_rng(1)
+    keys = rng.integers(0, 256, (60, dim)).astype(np.uint8)
+    keys[(keys & 0x7F) == 0x7F] = 0
+    keys[:20] &= 0x87  # subnormals
+    keys[20:30] *= rng.integers(0, 8, (10, dim)) == 0
+    keys[30], keys[31], keys[32] = 0, 0x38, 0x80
+    keys[33, 5] = 0xFF
+    for key in keys:
+        element, scale32 = reference.values(key), np.float32(scale)
+        with np.errstate(all="ignore"):
+            codes, step = reference.rotated_codes(element, scale32)
+            codes4, exponents = reference.mxfp4_codes(element, scale32)
+        got_codes, got_step = misa._core.sketch_key(2, key.tobytes(), float(scale32))
+        quads = (codes.reshape(-1, 4) << np.arange(0, 8, 2)).sum(1).astype(np.uint8)
+        assert got_codes == quads.tobytes()
+        assert got_step == (b"\xff\x7f" if np.isnan(step) else step.tobytes())
+        got_codes, got_exponents = misa._core.sketch_key(4, key.tobytes(), float(scale32))
+        pairs = (codes4.reshape(-1, 2) << [0, 4]).sum(1).astype(np.uint8)
+        assert got_codes == pairs.tobytes()
+        assert got_exponents == exponents.astype(np.uint8).tobytes()
 
 
 # Those that fit no slopes, which no integers make exact.
@@ -252,7 +308,7 @@ def test_traces(path: Path, indexer: str, backend: str) -> None:
 
 
 @backends
-@configs
+@pytest.mark.parametrize("config", CONFIGS + SKETCHED, ids=repr)
 @pytest.mark.parametrize(("next_n", "page_size"), [(1, 64), (3, 64), (3, 32), (1, 128)])
 def test_paged(next_n: int, page_size: int, config: misa.Config, backend: str) -> None:
     rng = np.random.default_rng(2)
@@ -312,7 +368,7 @@ def test_e4m3_round_trip() -> None:
     )
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS + SKETCHED, ids=str)
 def test_recipe(config: misa.Config) -> None:
     """What the library takes a config to mean for a row is what this specification does."""
     random = np.random.default_rng(9)
@@ -330,6 +386,7 @@ def test_recipe(config: misa.Config) -> None:
         assert recipe["scored"] == len(kept)
         assert recipe["filtered"] == (len(kept) < n)
         assert recipe["routed"] == (config.router != "all")
+        assert recipe["sketched"] == reference.is_sketched(row, config, len(kept))
         samples = reference.sample_positions(n)
         assert misa._core.sample_stride(n) == (samples[1] if len(samples) > 1 else 1)
         # Another routing changes the selection only where the recipe says that heads are active.
@@ -342,6 +399,7 @@ def test_recipe(config: misa.Config) -> None:
             assert config.candidates >= len(kept)  # all of them are re-ranked by all heads
         if recipe["reranked"]:
             assert recipe["keep"] == config.candidates < len(kept)
+            assert recipe["sketched"] == (config.sketch > 0)
         else:
             assert recipe["keep"] == config.top_k
             if not recipe["active"]:

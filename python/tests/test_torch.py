@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,14 @@ def test_equals_numpy(dtype: str) -> None:
     got = misa.select(**tensors(inputs), **options)
     for a, b in zip(got, want, strict=True):
         assert np.array_equal(a.numpy(), b)
+    if dtype == "e4m3":
+        narrow = misa.Config("dsa", top_k=16, candidates=16)
+        sketched = replace(narrow, sketch=2)
+        want, exact = (
+            misa.select(**inputs.arguments(), config=c).indices for c in (sketched, narrow)
+        )
+        assert np.array_equal(misa.select(**tensors(inputs), config=sketched).indices.numpy(), want)
+        assert not np.array_equal(want, exact)
     dense = misa.select(**tensors(inputs), config=misa.Config("dsa", top_k=9), heads=True)
     assert dense.scores is None and dense.heads is None and dense.residual is None
 

@@ -90,7 +90,8 @@ def operator(entry: str) -> Call:
     function, arguments = calls()[entry]
     rest = {"next_n": 1} if entry == "select_paged" else {}
     rest |= dict(zip(("top_k", "router", "heads", "block", "residual", "filter_block",
-                      "filter_blocks", "candidates", "dense_work", "ordered", "static_heads"),
+                      "filter_blocks", "candidates", "sketch", "dense_work", "ordered",
+                      "static_heads"),
                      torch_ops._fields(CONFIG), strict=True))  # fmt: skip
     rest |= {"want_scores": True, "want_heads": True, "want_residual": True, "backend": "auto",
              "threads": 0, "workspace_cap": 1 << 28}  # fmt: skip

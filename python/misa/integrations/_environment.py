@@ -30,6 +30,7 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "filter_block": (int, "an integer"),
     "filter_blocks": (int, "an integer"),
     "candidates": (int, "an integer"),
+    "sketch": (int, "an integer"),
     "dense_work": (int, "an integer"),
     "ordered": (_flag, "0 or 1"),
     "static_heads": (_integers, "integers separated by commas"),

@@ -29,6 +29,7 @@ def test_every_variable():
             "MISA_FILTER_BLOCK": "64",
             "MISA_FILTER_BLOCKS": "32",
             "MISA_CANDIDATES": "4096",
+            "MISA_SKETCH": "2",
             "MISA_DENSE_WORK": "1000",
             "MISA_ORDERED": "1",
             "MISA_STATIC_HEADS": "0,2, 5",
@@ -40,7 +41,8 @@ def test_every_variable():
     assert (config.indexer, config.top_k, config.router) == ("misa-r", 1024, "static")
     assert (config.heads, config.block, config.residual) == (3, 128, False)
     assert (config.filter_block, config.filter_blocks) == (64, 32)
-    assert (config.candidates, config.dense_work, config.ordered) == (4096, 1000, True)
+    assert (config.candidates, config.sketch) == (4096, 2)
+    assert (config.dense_work, config.ordered) == (1000, True)
     assert tuple(config.static_heads) == (0, 2, 5)
 
 
