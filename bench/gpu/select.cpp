@@ -217,7 +217,13 @@ void run(bool json) {
   Report report(json, copy_rate());
   const std::vector<float> normals = normal(kNormals);
   time_top_k(report, normals, 1, 131072, 2048);
+  time_top_k(report, normals, 1, 1048576, 2048);
+  time_top_k(report, normals, 4, 131072, 2048);
+  time_top_k(report, normals, 16, 131072, 2048);
+  time_top_k(report, normals, 64, 32768, 2048);
   time_top_k(report, normals, 64, 131072, 2048);
+  time_top_k(report, normals, 64, 131072, 8192);
+  time_top_k(report, normals, 64, 131072, 16384);
   time_top_k(report, normals, 1024, 65536, 2048);
   time_top_k(report, normals, 2048, 65536, 2048);
   time_top_k(report, normals, 2048, 131072, 2048);

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "core/require.hpp"
+#include "cuda/launch.cuh"
 #include "misa/cuda.hpp"
 #include "select/generic.hpp"
 
@@ -25,7 +26,8 @@ void top_k(const Logits& logits, int top_k, const TopK& out, void* stream) {
   require_data("indices", out.indices, rows.rows * top_k, alignof(std::int32_t));
   require_data("scores", out.scores, 0, alignof(float));
   if (rows.rows > 0) {
-    select::launch_generic(rows, top_k, out, true, stream);
+    select::launch_generic(rows, top_k, out, true, device_attribute(cudaDevAttrMultiProcessorCount),
+                           stream);
   }
 }
 

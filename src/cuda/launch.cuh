@@ -34,27 +34,38 @@ inline std::size_t shared_limit() {
   return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// Enqueues a kernel that calls begin_kernel, with `bytes` of dynamic shared memory. From compute
-// capability 9.0 on, its launch overlaps the end of the previous kernel.
+// Enqueues a kernel that calls begin_kernel, with `bytes` of dynamic shared memory, in clusters of
+// `cluster` thread blocks; more than one needs compute capability 9.0. From there on, its launch
+// overlaps the end of the previous kernel.
 template <class... Parameters, class... Arguments>
-void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
-                   std::size_t bytes, void* stream, const Arguments&... arguments) {
+void launch_clusters(const char* name, void (*kernel)(Parameters...), dim3 grid, int cluster,
+                     int threads, std::size_t bytes, void* stream, const Arguments&... arguments) {
   if (bytes > 0) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes)),
           name);
   }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  const bool overlaps = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  config.numAttrs = overlaps ? (cluster > 1 ? 2 : 1) : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+// The same without clusters.
+template <class... Parameters, class... Arguments>
+void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
+                   std::size_t bytes, void* stream, const Arguments&... arguments) {
+  launch_clusters(name, kernel, grid, 1, threads, bytes, stream, arguments...);
 }
 
 }  // namespace misa::cuda

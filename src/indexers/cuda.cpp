@@ -221,7 +221,7 @@ class Chunk {
       select::launch_short(logits, problem_.k, columns, count, out, empty_, stream_);
       return;
     }
-    select::launch_generic(logits, count, out, empty_, stream_);
+    select::launch_generic(logits, count, out, empty_, device_.num_sms, stream_);
     if (columns.list != nullptr) {
       score::launch_positions(problem_.k, problem_.q.tokens, columns, out.indices, count, stream_);
     }

@@ -28,19 +28,22 @@ __device__ inline void pad(const OutputRow& out, std::uint32_t count, std::uint3
   }
 }
 
-// source.visit(first, last, visitor) must visit at least the entries with first <= position < last.
-// At most top_k outputs are written, whatever the entries are.
+// Writes the selected entries of the positions from `begin` up to `end` behind the `written` first
+// outputs, and returns how many are written then. source.visit(first, last, visitor) must visit at
+// least the entries with first <= position < last. At most top_k outputs are written, whatever the
+// entries are.
 template <class Source>
-__device__ void emit(Shared& shared, std::uint16_t* staged, const Source& source,
-                     std::uint64_t kth_entry, std::uint32_t length, std::uint32_t top_k,
-                     const OutputRow& out) {
-  std::uint32_t written = 0;
-  for (std::uint32_t first = 0; first < length && written < top_k; first += kWindow) {
+__device__ std::uint32_t emit_range(Shared& shared, std::uint16_t* staged, const Source& source,
+                                    std::uint64_t kth_entry, std::uint32_t begin, std::uint32_t end,
+                                    std::uint32_t written, std::uint32_t top_k,
+                                    const OutputRow& out) {
+  for (std::uint32_t first = begin; first < end && written < top_k; first += kWindow) {
+    const std::uint32_t window = min(end - first, std::uint32_t{kWindow});
     // Steps 1 and 4 visit the same entries: those selected in this window.
     const auto visit_selected = [&](const auto& visitor) {
-      source.visit(first, first + kWindow, [&](std::uint64_t entry, bool valid) {
+      source.visit(first, first + window, [&](std::uint64_t entry, bool valid) {
         const std::uint32_t offset = entry_position(entry) - first;
-        if (valid && entry >= kth_entry && offset < kWindow) {
+        if (valid && entry >= kth_entry && offset < window) {
           visitor(entry, offset);
         }
       });
@@ -93,7 +96,15 @@ __device__ void emit(Shared& shared, std::uint16_t* staged, const Source& source
     written += count;
     __syncthreads();
   }
-  pad(out, written, top_k);
+  return written;
+}
+
+// The same for a whole row, and its padding.
+template <class Source>
+__device__ void emit(Shared& shared, std::uint16_t* staged, const Source& source,
+                     std::uint64_t kth_entry, std::uint32_t length, std::uint32_t top_k,
+                     const OutputRow& out) {
+  pad(out, emit_range(shared, staged, source, kth_entry, 0, length, 0, top_k, out), top_k);
 }
 
 }  // namespace misa::cuda::select

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k of rows of scores, one thread block per row (row.cuh; short rows: short.cu).
+// Top-k of rows of scores, one thread block per row (row.cuh; short rows: short.cu; few long rows:
+// cluster.cu).
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -28,9 +29,15 @@ __global__ void __launch_bounds__(kThreads, kRowBlocksPerSm)
 
 }  // namespace
 
-void launch_generic(const Logits& logits, int top_k, const TopK& out, bool empty, void* stream) {
+void launch_generic(const Logits& logits, int top_k, const TopK& out, bool empty, int num_sms,
+                    void* stream) {
   if (logits.columns <= kShortColumns) {
     launch_short(logits, DeviceRaggedSource{}, Columns{nullptr, 0, 1}, top_k, out, empty, stream);
+    return;
+  }
+  const int cluster = cluster_size(logits, num_sms);
+  if (cluster > 1) {
+    launch_cluster(logits, top_k, cluster, out, empty, stream);
     return;
   }
   const RowPlan plan = plan_row(top_k, shared_limit());

@@ -87,17 +87,18 @@ struct RowEntries {
   }
 };
 
-// kLoads vectors of a row per thread. Beyond the last vector they are NaN, which exceeds nothing.
+// kLoads vectors of a row per thread, from vector `first` on. From `end` on they are NaN, which
+// exceeds nothing.
 struct Vectors {
   float4 loaded[kLoads];
 
-  __device__ void load(const Row& row, std::uint32_t first) {
+  __device__ void load(const Row& row, std::uint32_t first, std::uint32_t end) {
     constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const std::uint32_t vector = first + i * kThreads + threadIdx.x;
-      loaded[i] = vector < row.vectors ? __ldcs(row.body() + vector)
-                                       : make_float4(kNone, kNone, kNone, kNone);
+      loaded[i] =
+          vector < end ? __ldcs(row.body() + vector) : make_float4(kNone, kNone, kNone, kNone);
     }
   }
 };
@@ -175,14 +176,15 @@ __device__ void append(Shared& shared, RowCandidate* candidates, std::uint32_t c
   }
 }
 
-// Step 3. `next` holds the first vectors.
+// Step 3 for the vectors from `first` up to `end`; `next` holds the first ones.
 __device__ inline void stream(Shared& shared, RowCandidate* candidates, std::uint32_t capacity,
-                              float threshold, const Row& row, Vectors& next) {
+                              float threshold, const Row& row, std::uint32_t first,
+                              std::uint32_t end, Vectors& next) {
   constexpr std::uint32_t kStep = kThreads * kLoads;
 #pragma unroll 2
-  for (std::uint32_t first = 0; first < row.vectors; first += kStep) {
+  for (; first < end; first += kStep) {
     const Vectors current = next;
-    next.load(row, first + kStep);
+    next.load(row, first + kStep, end);
     float scores[kLoads * 4];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -194,11 +196,17 @@ __device__ inline void stream(Shared& shared, RowCandidate* candidates, std::uin
     append(shared, candidates, capacity, threshold, scores,
            [&](int i) { return row.head + 4 * (first + i / 4 * kThreads + threadIdx.x) + i % 4; });
   }
-  // At most three scores before the vectors and three after them.
-  const std::uint32_t body = 4 * row.vectors;
-  const std::uint32_t position = threadIdx.x < row.head ? threadIdx.x : threadIdx.x + body;
-  const float edge[1] = {position < row.length ? row.scores[position]
-                                               : std::numeric_limits<float>::quiet_NaN()};
+}
+
+// Step 3 for the scores beside the vectors: at most three before them and three after them.
+__device__ inline void append_edges(Shared& shared, RowCandidate* candidates,
+                                    std::uint32_t capacity, float threshold, const Row& row,
+                                    bool before, bool after) {
+  const bool is_before = threadIdx.x < row.head;
+  const std::uint32_t position = is_before ? threadIdx.x : threadIdx.x + 4 * row.vectors;
+  const float edge[1] = {position < row.length && (is_before ? before : after)
+                             ? row.scores[position]
+                             : std::numeric_limits<float>::quiet_NaN()};
   append(shared, candidates, capacity, threshold, edge, [&](int) { return position; });
 }
 
@@ -244,49 +252,37 @@ __device__ inline std::uint64_t find_tied_entry(Shared& shared, const Row& row, 
   return 0;
 }
 
-// Selects one row. All kThreads threads of the thread block call it, with plan.bytes() of shared
-// memory, aligned to 16 bytes, and synchronise between two calls. The row may have been written by
-// the same thread block before a barrier.
-__device__ inline void select_row(std::byte* memory, const RowPlan& plan, const float* row_scores,
-                                  std::uint32_t length, const OutputRow& out) {
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  auto* candidates = reinterpret_cast<RowCandidate*>(memory + sizeof(Shared));
-  auto* staged = reinterpret_cast<std::uint16_t*>(candidates + plan.capacity);
+// The memory of a thread block: plan.bytes(), aligned to 16 bytes.
+struct RowMemory {
+  Shared& shared;
+  RowCandidate* candidates;
+  std::uint16_t* staged;
+
+  __device__ RowMemory(std::byte* memory, const RowPlan& plan)
+      : shared(*reinterpret_cast<Shared*>(memory)),
+        candidates(reinterpret_cast<RowCandidate*>(memory + sizeof(Shared))),
+        staged(reinterpret_cast<std::uint16_t*>(candidates + plan.capacity)) {}
+};
+
+// Step 1.
+__device__ inline void select_whole(const Row& row, std::uint32_t top_k, const OutputRow& out) {
+  for (std::uint32_t i = threadIdx.x; i < row.length; i += kThreads) {
+    out.indices[i] = static_cast<std::int32_t>(i);
+    if (out.scores != nullptr) {
+      out.scores[i] = score_of_bits(ordered_bits(row.scores[i]));
+    }
+  }
+  pad(out, row.length, top_k);
+}
+
+// Steps 4 and 5: `count` scores exceed the threshold; if they fit, they are the candidates.
+__device__ inline void select_candidates(const RowMemory& memory, const RowPlan& plan,
+                                         const Row& row, std::uint32_t count, float threshold,
+                                         const OutputRow& out) {
+  Shared& shared = memory.shared;
   const std::uint32_t top_k = plan.top_k;
-  const Row row(row_scores, length);
-
-  if (length <= top_k) {  // step 1
-    for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
-      out.indices[i] = static_cast<std::int32_t>(i);
-      if (out.scores != nullptr) {
-        out.scores[i] = score_of_bits(ordered_bits(row.scores[i]));
-      }
-    }
-    pad(out, length, top_k);
-    return;
-  }
-
-  std::uint32_t count = length;
-  float threshold = 0;
-  if (length <= plan.capacity) {
-#pragma unroll 4
-    for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
-      candidates[i] = {row.scores[i], i};
-    }
-    __syncthreads();
-  } else {
-    if (threadIdx.x == 0) {
-      shared.appended = 0;
-    }
-    Vectors first;
-    first.load(row, 0);
-    threshold = sample_threshold(shared, plan, row);  // has barriers
-    stream(shared, candidates, plan.capacity, threshold, row, first);
-    __syncthreads();
-    count = shared.appended;
-  }
-
-  RowEntries source{candidates, count, row.scores, 0, 0};  // step 4a
+  const std::uint32_t length = row.length;
+  RowEntries source{memory.candidates, count, row.scores, 0, 0};  // step 4a
   std::uint64_t kth_entry = 0;
   const bool fits = count <= plan.capacity;
   if (fits && count < top_k) {  // step 4b
@@ -296,13 +292,47 @@ __device__ inline void select_row(std::byte* memory, const RowPlan& plan, const 
   }
   if (kth_entry == 0) {
     if (!fits || count < top_k) {  // step 4c
-      source = {candidates, 0, row.scores, length, kLargestKey};
+      source = {memory.candidates, 0, row.scores, length, kLargestKey};
     }
     kth_entry =
         find_kth_entry(shared, max(source.count, source.length), top_k, length,
                        [&](const auto& visitor) { source.visit(0, source.length, visitor); });
   }
-  emit(shared, staged, source, kth_entry, length, top_k, out);
+  emit(shared, memory.staged, source, kth_entry, length, top_k, out);
+}
+
+// Selects one row. All kThreads threads of the thread block call it and synchronise between two
+// calls. The row may have been written by the same thread block before a barrier.
+__device__ inline void select_row(std::byte* bytes, const RowPlan& plan, const float* row_scores,
+                                  std::uint32_t length, const OutputRow& out) {
+  const RowMemory memory(bytes, plan);
+  Shared& shared = memory.shared;
+  const Row row(row_scores, length);
+  if (length <= plan.top_k) {
+    select_whole(row, plan.top_k, out);
+    return;
+  }
+  std::uint32_t count = length;
+  float threshold = 0;
+  if (length <= plan.capacity) {
+#pragma unroll 4
+    for (std::uint32_t i = threadIdx.x; i < length; i += kThreads) {
+      memory.candidates[i] = {row.scores[i], i};
+    }
+    __syncthreads();
+  } else {
+    if (threadIdx.x == 0) {
+      shared.appended = 0;
+    }
+    Vectors first;
+    first.load(row, 0, row.vectors);
+    threshold = sample_threshold(shared, plan, row);  // has barriers
+    stream(shared, memory.candidates, plan.capacity, threshold, row, 0, row.vectors, first);
+    append_edges(shared, memory.candidates, plan.capacity, threshold, row, true, true);
+    __syncthreads();
+    count = shared.appended;
+  }
+  select_candidates(memory, plan, row, count, threshold, out);
 }
 
 }  // namespace misa::cuda::select

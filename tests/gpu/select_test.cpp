@@ -147,6 +147,14 @@ void expect_equal(const Selected& got, const Selected& want, const std::string& 
 
 using RowsOfScores = std::vector<std::vector<float>>;
 
+std::vector<std::uint32_t> bits_of(const std::vector<float>& scores) {
+  std::vector<std::uint32_t> bits;
+  for (const float score : scores) {
+    bits.push_back(std::bit_cast<std::uint32_t>(score));
+  }
+  return bits;
+}
+
 // Runs the selector, with and without scores, over rows that are `padding` elements apart and start
 // `shift` elements after a boundary.
 void check_top_k(const RowsOfScores& rows, const std::vector<std::int32_t>& lengths, int top_k,
@@ -179,6 +187,16 @@ void check_top_k(const RowsOfScores& rows, const std::vector<std::int32_t>& leng
                      ", row " + std::to_string(row));
   }
   EXPECT_EQ(only_indices.indices.values(), got) << what << ": another run, without scores";
+  // By thread blocks that share a row, 1 to 16 of them, as if the device had so many SMs.
+  for (std::int64_t size = 1; size <= 16 && columns > cuda::select::kShortColumns; size *= 2) {
+    const Outputs shared(count, top_k);
+    const int sms = static_cast<int>(size > 2 ? 2 * size * count : size * count);
+    cuda::select::launch_generic(logits, top_k, {shared.indices.data(), shared.scores.data()}, true,
+                                 sms, nullptr);
+    EXPECT_EQ(shared.indices.values(), got) << what << ": indices of clusters of " << size;
+    EXPECT_EQ(bits_of(shared.scores.values()), bits_of(got_scores))
+        << what << ": scores of clusters of " << size;
+  }
 }
 
 std::vector<float> normal_row(std::int64_t n, std::uint64_t seed) {
