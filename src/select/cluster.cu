@@ -39,6 +39,28 @@ constexpr std::uint32_t kLeastPart = 8192;
 constexpr int kMaxCluster = 16;
 static_assert(kLeastShared / kLeastPart > 1 && kLeastShared > kMaxTopK + kRowCandidates);
 
+// Of a longer row a thread samples more vectors.
+constexpr std::uint32_t kLeastManySamples = 1U << 18;
+constexpr int kManySampleVectors = 8;
+
+// How many scores the threshold should let through: more than k by five standard deviations of what
+// the sample says. If `length` scores lie `weight` apart in the sample, `count` of them have a
+// standard deviation of sqrt(count * weight). Where that is more than fits, midway.
+__device__ inline std::uint32_t target_of(const RowPlan& plan, std::uint32_t length, int sampled) {
+  const float weight = static_cast<float>(length) / static_cast<float>(sampled);
+  const auto k = static_cast<float>(plan.top_k);
+  const float target = k + 5 * sqrtf(k * weight) + 12 * weight;
+  const std::uint32_t middle = plan.top_k + (plan.capacity - plan.top_k) / 2;
+  return min(static_cast<std::uint32_t>(target), middle);
+}
+
+// The threshold of a row, the same in each thread block.
+template <int vectors>
+__device__ float row_threshold(Shared& shared, RowPlan plan, const Row& row) {
+  plan.target = target_of(plan, row.length, kSampled<vectors>);
+  return sample_threshold<vectors>(shared, plan, row);
+}
+
 // How many positions of each part are selected.
 struct PartCounts {
   std::uint32_t of[kMaxCluster];
@@ -61,7 +83,7 @@ struct PartCounts {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kRowBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, 1)
     cluster_kernel(const Logits logits, const RowPlan plan, const TopK out, const bool empty) {
   begin_kernel();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -100,7 +122,9 @@ __global__ void __launch_bounds__(kThreads, kRowBlocksPerSm)
   const bool is_last = rank == parts - 1;
   Vectors next;
   next.load(row, first, end);
-  const float threshold = sample_threshold(shared, plan, row);  // step 2; has barriers
+  const float threshold = length < kLeastManySamples  // step 2; has barriers
+                              ? row_threshold<kSampleVectors>(shared, plan, row)
+                              : row_threshold<kManySampleVectors>(shared, plan, row);
   stream(shared, memory.candidates, plan.capacity, threshold, row, first, end, next);
   append_edges(shared, memory.candidates, plan.capacity, threshold, row, leads, is_last);
   cluster.barrier_wait();
@@ -183,7 +207,11 @@ int cluster_size(const Logits& logits, int num_sms) {
 
 void launch_cluster(const Logits& logits, int top_k, int size, const TopK& out, bool empty,
                     void* stream) {
-  const RowPlan plan = plan_row(top_k, shared_limit() - sizeof(PartCounts));
+  // One thread block an SM may have all shared memory.
+  RowPlan plan = plan_row(top_k, shared_limit() - sizeof(PartCounts));
+  plan.capacity = static_cast<std::uint32_t>(
+      (shared_limit() - sizeof(PartCounts) - RowPlan{plan.top_k, 0, 0}.bytes()) /
+      sizeof(RowCandidate));
   check(cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
         "selection by clusters");
   launch_clusters("selection by clusters", cluster_kernel,

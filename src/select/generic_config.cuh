@@ -66,8 +66,9 @@ inline constexpr int kLoads = 4;
 // and k = 2048 the threshold has rank 62 in the sample, which holds 32 +- 6 of the top k: a margin
 // of five standard deviations; at 64K it is nearly twelve.
 inline constexpr int kSampleVectors = 2;  // of 4 scores, per thread
-inline constexpr int kSample = kThreads * kSampleVectors * 4;
-inline constexpr int kSegments = kSample / 8;
+template <int vectors>
+inline constexpr int kSampled = kThreads* vectors * 4;
+inline constexpr int kSample = kSampled<kSampleVectors>;
 
 // The sizes that determine the layout of a thread block's shared memory.
 struct RowPlan {

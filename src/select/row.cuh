@@ -43,10 +43,10 @@ struct Row {
     vectors = (n - head) / 4;
   }
   __device__ const float4* body() const { return reinterpret_cast<const float4*>(scores + head); }
-  // The i-th of the 2 kSegments sampled vectors; two make a segment.
-  __device__ const float4* sample(std::uint32_t i) const {
+  // The i-th of `count` sampled vectors; two make a segment.
+  __device__ const float4* sample(std::uint32_t i, std::uint32_t count) const {
     const std::uint64_t pairs = vectors / 2;
-    return body() + 2 * static_cast<std::uint32_t>(i / 2 * pairs / kSegments) + i % 2;
+    return body() + 2 * static_cast<std::uint32_t>(i / 2 * pairs / (count / 2)) + i % 2;
   }
 };
 
@@ -103,13 +103,14 @@ struct Vectors {
   }
 };
 
-// Step 2.
-__device__ inline float sample_threshold(Shared& shared, const RowPlan& plan, const Row& row) {
+// Step 2, from a sample of `vectors` vectors a thread.
+template <int vectors = kSampleVectors>
+__device__ float sample_threshold(Shared& shared, const RowPlan& plan, const Row& row) {
   Radix::clear(shared.radix);
-  std::uint32_t keys[kSampleVectors * 4];
+  std::uint32_t keys[vectors * 4];
 #pragma unroll
-  for (int i = 0; i < kSampleVectors; ++i) {
-    const float4 scores = *row.sample(i * kThreads + threadIdx.x);
+  for (int i = 0; i < vectors; ++i) {
+    const float4 scores = *row.sample(i * kThreads + threadIdx.x, vectors * kThreads);
     keys[4 * i] = ordered_bits(scores.x);
     keys[4 * i + 1] = ordered_bits(scores.y);
     keys[4 * i + 2] = ordered_bits(scores.z);
@@ -122,9 +123,9 @@ __device__ inline float sample_threshold(Shared& shared, const RowPlan& plan, co
     smallest = min(smallest, key);
     largest = max(largest, key);
   }
-  const Bucket all = Radix::initial_bucket(shared.radix, smallest, largest, kSampleVectors * 4);
+  const Bucket all = Radix::initial_bucket(shared.radix, smallest, largest, vectors * 4);
   const auto rank = [&](std::uint32_t scores) {
-    return static_cast<std::uint32_t>(std::uint64_t{scores} * kSample / row.length);
+    return static_cast<std::uint32_t>(std::uint64_t{scores} * kSampled<vectors> / row.length);
   };
   // At most three quarters of the capacity should be filled, also where scores are tied.
   const std::uint32_t max_passing = rank(plan.capacity / 4 * 3);

@@ -14,11 +14,7 @@ namespace misa::cuda {
 // The L2 policy of data that is read once.
 __device__ inline std::uint64_t evict_first_policy() {
   std::uint64_t policy;
-#ifdef MISA_NOHINT
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-#else
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#endif
   return policy;
 }
 
