@@ -127,12 +127,14 @@ void keep_blocks_from_means(const Queries& q, const Weights& w, const RaggedMean
 /// including those in spans, is in device memory. They run in order on `stream` and return at once:
 /// they neither synchronise nor allocate, and may be captured into a graph.
 ///
-/// Keys and largest scales have the bits that the same calls write in host memory. Sums are rounded
-/// as the kernels that read them round (docs/numerics.md), once per token where the CPU rounds
-/// twice: after a cache has been copied between host and device memory, its sums are rebuilt.
+/// Keys, largest scales and sketches have the bits that the same calls write in host memory. Sums
+/// are rounded as the kernels that read them round (docs/numerics.md), once per token where the CPU
+/// rounds twice: after a cache has been copied between host and device memory, its sums are
+/// rebuilt.
 ///
 /// The values of slots, pages and `filled` cannot be checked on the host: slots and pages out of
-/// range are skipped, `filled` is clamped. The cache's data is aligned to 4 bytes.
+/// range are skipped, `filled` is clamped. The cache's data is aligned to 4 bytes, its sketch and
+/// the sketch's stride to 16.
 ///
 /// All throw Error: invalid_argument before anything is enqueued, internal, with CUDA's message, if
 /// a CUDA call fails.
@@ -149,7 +151,7 @@ void copy_pages(const CacheView& source, std::span<const std::int32_t> from,
                 const CacheSpan& target, std::span<const std::int32_t> to, void* stream);
 
 /// No page is in `pages` twice. An empty `filled` means that every token counts.
-void rebuild_page_sums(const CacheSpan& cache, std::span<const std::int32_t> pages,
-                       std::span<const std::int32_t> filled, void* stream);
+void rebuild(const CacheSpan& cache, std::span<const std::int32_t> pages,
+             std::span<const std::int32_t> filled, void* stream);
 
 }  // namespace misa::cuda

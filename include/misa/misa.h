@@ -179,6 +179,9 @@ typedef struct misa_cache_view {
   int64_t page_sums_stride;
   const float* largest_scales; /**< [pages, page_size / 64] or null */
   int64_t largest_scales_stride;
+  const uint8_t* sketch; /**< the sketch of each page, or null */
+  int32_t sketch_bits;   /**< 2 or 4; 0 without a sketch */
+  int64_t sketch_stride; /**< bytes */
 } misa_cache_view;
 
 typedef struct misa_paged_keys {
@@ -255,6 +258,9 @@ typedef struct misa_cache_span {
   int64_t page_sums_stride;
   float* largest_scales;
   int64_t largest_scales_stride;
+  uint8_t* sketch;
+  int32_t sketch_bits; /**< 0, 2 or 4 */
+  int64_t sketch_stride;
 } misa_cache_span;
 
 typedef struct misa_new_keys {
@@ -276,7 +282,8 @@ typedef struct misa_page_tail {
   int64_t page_stride; /**< the least page stride, a multiple of 128 */
 } misa_page_tail;
 
-misa_status misa_cache_page_tail(int64_t dim, int64_t page_size, int64_t sketch_bytes,
+/** sketch_bits: 0, 2 or 4 bits an element. */
+misa_status misa_cache_page_tail(int64_t dim, int64_t page_size, int32_t sketch_bits,
                                  misa_page_tail* tail) MISA_NOEXCEPT;
 
 /** Quantises one key [dim] to out [dim] and its scale. */
@@ -293,8 +300,8 @@ misa_status misa_cache_copy_pages(const misa_cache_view* source, const int32_t* 
                                   size_t count) MISA_NOEXCEPT;
 
 /** filled [count], or null: all tokens of every page count. */
-misa_status misa_cache_rebuild_page_sums(const misa_cache_span* cache, const int32_t* pages,
-                                         const int32_t* filled, size_t count) MISA_NOEXCEPT;
+misa_status misa_cache_rebuild(const misa_cache_span* cache, const int32_t* pages,
+                               const int32_t* filled, size_t count) MISA_NOEXCEPT;
 
 /** k [tokens, D] and scale [tokens]. */
 misa_status misa_cache_gather(const misa_cache_view* cache, const int32_t* block_table,

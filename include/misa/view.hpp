@@ -76,6 +76,11 @@ struct CacheView {
       nullptr;  ///< [pages, page_size / 64] the largest |scale| of each group; only with page_sums
   /// Elements from the scales of one page to those of the next; 0: page_size / 64.
   std::int64_t largest_scales_stride = 0;
+  /// The sketch of each page (docs/formats.md), or null. Only configs with a sketch of as many bits
+  /// read it, and score the same with and without it.
+  const std::uint8_t* sketch = nullptr;
+  int sketch_bits = 0;             ///< of an element: 2 or 4, or 0 without a sketch
+  std::int64_t sketch_stride = 0;  ///< bytes from one page's sketch to the next; 0: dense
 };
 
 /// Keys of a batch of sequences in a paged cache. By default each sequence has next_n queries: row

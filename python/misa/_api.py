@@ -253,7 +253,7 @@ def append(
 
     A group's content then ends with the last key appended to it. Sums made in host memory are for
     selections there, and those made on a device for selections there: after a copy to the other,
-    :func:`rebuild_page_sums` makes them again. Raises ValueError for a wrong argument.
+    :func:`rebuild` makes them again. Raises ValueError for a wrong argument.
 
     All arrays are in host memory or on one CUDA device, where the call runs on PyTorch's current
     stream and does not wait for it; slots out of range are skipped there, and of equal slots the
@@ -287,7 +287,7 @@ def _write_cache(
         on_device(*arrays, *options, *written, device, _arrays.stream_of(like))
 
 
-def rebuild_page_sums(
+def rebuild(
     cache: Array,
     page_sums: Array,
     pages: Array,
@@ -305,7 +305,7 @@ def rebuild_page_sums(
     for :func:`append`; there pages out of range are skipped, and filled is clamped.
     """
     inputs = {"cache": cache, "page_sums": page_sums, "pages": pages, "filled": filled}
-    _write_cache("rebuild_page_sums", cache, inputs, {"largest_scales": largest_scales})
+    _write_cache("rebuild", cache, inputs, {"largest_scales": largest_scales})
 
 
 class PageTail(NamedTuple):
@@ -314,7 +314,7 @@ class PageTail(NamedTuple):
 
     page_sums: float32 [page_size / 64, D].
     largest_scales: float32 [page_size / 64].
-    sketch: the bytes asked for.
+    sketch: the page's codes, then its scales.
     page_stride: the least page stride, a multiple of 128.
     """
 
@@ -324,18 +324,19 @@ class PageTail(NamedTuple):
     page_stride: int
 
 
-def page_tail(dim: int, page_size: int = PAGE_SIZE, sketch_bytes: int = 0) -> PageTail:
+def page_tail(dim: int, page_size: int = PAGE_SIZE, sketch_bits: int = 0) -> PageTail:
     """The layout of a page that carries its derived data in its tail (docs/formats.md).
 
-    dim: D, 64 or 128; page_size: 32, 64 or 128; sketch_bytes: bytes of a sketch of the page.
+    dim: D, 64 or 128; page_size: 32, 64 or 128.
+    sketch_bits: of an element of its sketch, 2 or 4; 0 without one.
 
     Views of such a page are arrays with the page stride: with ``data`` uint8 [pages, page_stride],
     the cache is ``data[:, : page_size * (dim + 4)]`` and the page sums are
     ``data[:, tail.page_sums :][:, : groups * dim * 4].view("f4").reshape(-1, groups, dim)``, where
     groups is page_size / 64. Raises ValueError for a wrong argument.
     """
-    sizes = {"dim": dim, "page_size": page_size, "sketch_bytes": sketch_bytes}
-    return PageTail(*_core.page_tail(*(integer(name, size, 64) for name, size in sizes.items())))
+    sizes = integer("dim", dim, 64), integer("page_size", page_size, 64)
+    return PageTail(*_core.page_tail(*sizes, integer("sketch_bits", sketch_bits)))
 
 
 class Cache:

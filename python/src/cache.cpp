@@ -68,7 +68,7 @@ void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handl
   const auto numbers = in.pages.span_of<std::int32_t>();
   const auto counts = in.counts();
   const nb::gil_scoped_release released;
-  rebuild_page_sums(span, numbers, counts);
+  rebuild(span, numbers, counts);
 }
 
 }  // namespace
@@ -78,16 +78,16 @@ void bind_cache(nb::module_& module) {
              nb::arg("slots").none(), nb::arg("scale_format"), nb::arg("page_sums").none(),
              nb::arg("largest_scales").none(),
              "Quantises keys into the slots of a cache in host memory.");
-  module.def("rebuild_page_sums", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
+  module.def("rebuild", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
              nb::arg("pages").none(), nb::arg("filled").none(), nb::arg("largest_scales").none(),
              "Rebuilds the sums of pages from their bytes.");
   module.def(
       "page_tail",
-      [](std::int64_t dim, std::int64_t page_size, std::int64_t sketch_bytes) {
-        const PageTail tail = page_tail(dim, page_size, sketch_bytes);
+      [](std::int64_t dim, std::int64_t page_size, int sketch_bits) {
+        const PageTail tail = page_tail(dim, page_size, sketch_bits);
         return nb::make_tuple(tail.page_sums, tail.largest_scales, tail.sketch, tail.page_stride);
       },
-      nb::arg("dim"), nb::arg("page_size"), nb::arg("sketch_bytes"), "The fields of PageTail.");
+      nb::arg("dim"), nb::arg("page_size"), nb::arg("sketch_bits"), "The fields of PageTail.");
 }
 
 }  // namespace misa::python

@@ -36,7 +36,7 @@ void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handl
   const nb::gil_scoped_release released;
   require_device(device);
   const OnDevice here(device);
-  cuda::rebuild_page_sums(span, numbers, counts, reinterpret_cast<void*>(stream));
+  cuda::rebuild(span, numbers, counts, reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
@@ -46,9 +46,9 @@ void bind_device_cache(nb::module_& module) {
              nb::arg("slots").none(), nb::arg("scale_format"), nb::arg("page_sums").none(),
              nb::arg("largest_scales").none(), nb::arg("device"), nb::arg("stream"),
              "Quantises keys into the slots of a cache in device memory.");
-  module.def("rebuild_page_sums_on_device", &rebuild, nb::arg("cache").none(),
-             nb::arg("page_sums").none(), nb::arg("pages").none(), nb::arg("filled").none(),
-             nb::arg("largest_scales").none(), nb::arg("device"), nb::arg("stream"),
+  module.def("rebuild_on_device", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
+             nb::arg("pages").none(), nb::arg("filled").none(), nb::arg("largest_scales").none(),
+             nb::arg("device"), nb::arg("stream"),
              "Rebuilds the sums of pages in device memory from their bytes.");
 }
 

@@ -350,15 +350,15 @@ def test_cache() -> None:
         assert np.all(cache.page_sums[2] == 0)
 
 
-def test_rebuild_page_sums() -> None:
+def test_rebuild() -> None:
     cache = filled_cache()
     want = cache.page_sums.copy()
     cache.page_sums[...] = POISON
-    misa.rebuild_page_sums(cache.data, cache.page_sums, np.array([1, 3], np.int32))
+    misa.rebuild(cache.data, cache.page_sums, np.array([1, 3], np.int32))
     assert np.array_equal(cache.page_sums[[1, 3]], want[[1, 3]])
     assert np.all(cache.page_sums[[0, 2, 4, 5]] == POISON)
     page, empty = np.array([2], np.int32), np.array([0], np.int32)
-    misa.rebuild_page_sums(
+    misa.rebuild(
         cache.data, cache.page_sums, page, empty, largest_scales=cache.largest_scales
     )
     assert np.all(cache.page_sums[2] == 0) and cache.largest_scales[2] == 0
@@ -402,7 +402,7 @@ def test_page_sizes(page_size: int) -> None:
 
     cache = misa.Cache(512 // page_size, 64, page_size=page_size)
     cache.append(keys, np.arange(512))
-    groups, tail = page_size // 64, misa.page_tail(64, page_size, 100)
+    groups, tail = page_size // 64, misa.page_tail(64, page_size, 2)
     whole = np.full((512 // page_size, tail.page_stride), 0x7F, np.uint8)
     flat = whole[:, : page_size * 68]
     derived: dict[str, Any] = {}

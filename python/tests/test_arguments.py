@@ -21,7 +21,7 @@ CONFIG = misa.Config("misa-r", top_k=4, heads=2)
 SHAPE = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 9}
 OUTPUTS = misa.Selected._fields
 CACHE = ("cache", "page_sums", "largest_scales")
-WRITTEN = {"append": CACHE, "rebuild_page_sums": CACHE, "Plan.run": (*OUTPUTS, "workspace")}
+WRITTEN = {"append": CACHE, "rebuild": CACHE, "Plan.run": (*OUTPUTS, "workspace")}
 OPTIONAL = ("k_scale", "query_starts", "page_sums", "largest_scales", "filled", "partial", *OUTPUTS,
             "workspace")  # fmt: skip
 ELEMENTS = ("q", "k")
@@ -61,8 +61,8 @@ def calls() -> dict[str, Call]:
             {**queries, **means},
         ),
         "append": (misa.append, {**held, "k": keys, "slots": slots}),
-        "rebuild_page_sums": (
-            misa.rebuild_page_sums,
+        "rebuild": (
+            misa.rebuild,
             {**held, "pages": np.zeros(1, np.int32), "filled": np.ones(1, np.int32)},
         ),
         "Plan.run": (run_plan, {**given, **out._asdict(), "workspace": aligned}),
@@ -175,8 +175,8 @@ def test_accepts(tmp_path: Path) -> None:
         (misa.Cache, {"pages": 2, "page_size": "64"}),
         (misa.page_tail, {"dim": 96}),
         (misa.page_tail, {"dim": 64, "page_size": 16}),
-        (misa.page_tail, {"dim": 64, "sketch_bytes": -1}),
-        (misa.page_tail, {"dim": 64, "sketch_bytes": 1.5}),
+        (misa.page_tail, {"dim": 64, "sketch_bits": -1}),
+        (misa.page_tail, {"dim": 64, "sketch_bits": 1.5}),
         (misa.Cache, {"pages": 2, "scale_format": 8}),
         (misa.Cache, {"pages": 2, "scale_format": "e5m2"}),
         (partial(misa.Plan, CONFIG, **SHAPE, k_dtype="f32"), {"q_dtype": np.dtype(">f4")}),

@@ -115,7 +115,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
         _means(),
     ),
     "append": (misa.append, _append()),
-    "rebuild_page_sums": (misa.rebuild_page_sums, _rebuild()),
+    "rebuild": (misa.rebuild, _rebuild()),
     "fp8_mqa_logits": (_fp8_mqa_logits, _logits()),
 }
 

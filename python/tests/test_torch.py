@@ -323,8 +323,8 @@ def test_device_append(page_size: int, scale_format: str) -> None:
         for array in derived.values():
             array.fill_(-1)
         pages = torch.arange(512 // page_size, dtype=torch.int32)
-        misa.rebuild_page_sums(there[0], there[1], pages.cuda(), largest_scales=there[2])
-        misa.rebuild_page_sums(held.data, held.page_sums, pages.numpy(),
+        misa.rebuild(there[0], there[1], pages.cuda(), largest_scales=there[2])
+        misa.rebuild(held.data, held.page_sums, pages.numpy(),
                                largest_scales=held.largest_scales)  # fmt: skip
         same()
 

@@ -20,7 +20,7 @@ from test_torch import tensor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
 
-ENTRIES = ("select", "select_paged", "append", "rebuild_page_sums", "Plan.run")
+ENTRIES = ("select", "select_paged", "append", "rebuild", "Plan.run")
 OPERATORS = ("select", "select_paged")
 
 

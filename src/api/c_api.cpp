@@ -161,7 +161,10 @@ Cache cache_from(const From& c) {
           page_size_from(c.page_size),
           c.page_sums_stride,
           c.largest_scales,
-          c.largest_scales_stride};
+          c.largest_scales_stride,
+          c.sketch,
+          c.sketch_bits,
+          c.sketch_stride};
 }
 
 misa::CacheView view_from(const misa_cache_view& c) { return cache_from<misa::CacheView>(c); }
@@ -319,11 +322,11 @@ misa_status misa_cache_bytes(std::int64_t pages, std::int64_t dim, std::int64_t 
       [&] { deref("bytes", bytes) = misa::cache_bytes(pages, dim, page_size_from(page_size)); });
 }
 
-misa_status misa_cache_page_tail(std::int64_t dim, std::int64_t page_size,
-                                 std::int64_t sketch_bytes, misa_page_tail* tail) noexcept {
+misa_status misa_cache_page_tail(std::int64_t dim, std::int64_t page_size, std::int32_t sketch_bits,
+                                 misa_page_tail* tail) noexcept {
   return guarded([&] {
     misa_page_tail& written = deref("tail", tail);
-    const misa::PageTail from = misa::page_tail(dim, page_size_from(page_size), sketch_bytes);
+    const misa::PageTail from = misa::page_tail(dim, page_size_from(page_size), sketch_bits);
     written = {from.page_sums, from.largest_scales, from.sketch, from.page_stride};
   });
 }
@@ -359,11 +362,11 @@ misa_status misa_cache_copy_pages(const misa_cache_view* source, const std::int3
   });
 }
 
-misa_status misa_cache_rebuild_page_sums(const misa_cache_span* cache, const std::int32_t* pages,
-                                         const std::int32_t* filled, std::size_t count) noexcept {
+misa_status misa_cache_rebuild(const misa_cache_span* cache, const std::int32_t* pages,
+                               const std::int32_t* filled, std::size_t count) noexcept {
   return guarded([&] {
-    misa::rebuild_page_sums(span_of(deref("cache", cache)), span_from("pages", pages, count),
-                            {filled, filled != nullptr ? count : 0});
+    misa::rebuild(span_of(deref("cache", cache)), span_from("pages", pages, count),
+                  {filled, filled != nullptr ? count : 0});
   });
 }
 

@@ -19,10 +19,12 @@ template <class Cache>
 Cache validated_on_device(const Cache& cache, const CacheView& view) {
   const CacheView resolved = validated(view);
   require_data("cache", cache.data, 0, kCacheAlignment);
+  require_device_sketch(resolved);
   Cache strided = cache;
   strided.page_stride = resolved.page_stride;
   strided.page_sums_stride = resolved.page_sums_stride;
   strided.largest_scales_stride = resolved.largest_scales_stride;
+  strided.sketch_stride = resolved.sketch_stride;
   return strided;
 }
 CacheView validated_on_device(const CacheView& cache) { return validated_on_device(cache, cache); }
@@ -58,7 +60,7 @@ void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::in
 void append(const CacheSpan& cache, std::span<const std::int64_t> slots, void* stream) {
   const CacheSpan there = validated_on_device(cache);
   validate_list("slots", slots);
-  if (!slots.empty() && there.page_sums != nullptr) {
+  if (!slots.empty() && (there.page_sums != nullptr || there.sketch != nullptr)) {
     const NewKeys written{nullptr, DType::e4m3, std::ssize(slots), cache.dim};
     cuda::cache::launch_append(there, written, slots.data(), ScaleFormat::f32, stream);
   }
@@ -76,10 +78,11 @@ void copy_pages(const CacheView& source, std::span<const std::int32_t> from,
   }
 }
 
-void rebuild_page_sums(const CacheSpan& cache, std::span<const std::int32_t> pages,
-                       std::span<const std::int32_t> filled, void* stream) {
+void rebuild(const CacheSpan& cache, std::span<const std::int32_t> pages,
+             std::span<const std::int32_t> filled, void* stream) {
   const CacheSpan there = validated_on_device(cache);
-  require(cache.page_sums != nullptr, "page_sums: expected an array, got null");
+  require(cache.page_sums != nullptr || cache.sketch != nullptr,
+          "page_sums: expected an array, or a sketch, got null");
   validate_list("pages", pages);
   require(filled.empty() || filled.size() == pages.size(),
           "filled: expected none or {}, one a page, got {}", pages.size(), filled.size());

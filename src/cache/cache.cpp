@@ -12,6 +12,7 @@
 #include "core/float_mode.hpp"
 #include "core/page.hpp"
 #include "core/require.hpp"
+#include "core/sketch.hpp"
 
 namespace misa {
 namespace {
@@ -27,19 +28,30 @@ void validate_sizes(std::int64_t dim, std::int64_t page_size) {
 }
 
 // The stride of an array beside the cache with `least` elements a page, where 0 means dense.
-std::int64_t validated_sums_stride(std::string_view name, const CacheView& cache, const float* data,
-                                   std::int64_t least, std::int64_t stride) {
+template <class T>
+std::int64_t validated_stride(std::string_view name, const CacheView& cache, const T* data,
+                              std::int64_t least, std::int64_t stride) {
   require(data == nullptr || least > 0, "{}: expected none for pages of {} tokens, got an array",
           name, cache.page_size);
-  require_data(name, data, 0, alignof(float));
+  require_data(name, data, 0, alignof(T));
   if (data == nullptr || stride == 0 || cache.pages < 2) {
     return least;
   }
   require(stride >= least, "{}: expected a page stride of at least {}, got {}", name, least,
           stride);
   const std::int64_t elements = checked_multiply_add(name, cache.pages, stride);
-  checked_multiply_add(name, elements, sizeof(float));
+  checked_multiply_add(name, elements, sizeof(T));
   return stride;
+}
+
+void validate_sketch_bits(int bits) {
+  require(bits == 0 || bits == 2 || bits == 4, "sketch_bits: expected 0 (none), 2 or 4, got {}",
+          bits);
+}
+
+// Bytes of the sketch of a page; 0 without one.
+std::int64_t sketch_bytes_of(int bits, std::int64_t dim, std::int64_t page_size) {
+  return bits == 0 ? 0 : sketch_page_bytes(bits, dim, page_size);
 }
 
 }  // namespace
@@ -60,13 +72,31 @@ CacheView validated(const CacheView& cache) {
   checked_multiply_add("cache", cache.pages, resolved.page_stride);
   require_data("cache", cache.data, cache.pages, 1);
   const std::int64_t groups = groups_of(cache.page_size);
-  resolved.page_sums_stride = validated_sums_stride("page_sums", cache, cache.page_sums,
-                                                    groups * cache.dim, cache.page_sums_stride);
-  resolved.largest_scales_stride = validated_sums_stride(
-      "largest_scales", cache, cache.largest_scales, groups, cache.largest_scales_stride);
+  resolved.page_sums_stride = validated_stride("page_sums", cache, cache.page_sums,
+                                               groups * cache.dim, cache.page_sums_stride);
+  resolved.largest_scales_stride = validated_stride("largest_scales", cache, cache.largest_scales,
+                                                    groups, cache.largest_scales_stride);
   require(cache.largest_scales == nullptr || cache.page_sums != nullptr,
           "largest_scales: expected none without page_sums, got an array");
+  validate_sketch_bits(cache.sketch_bits);
+  require(cache.sketch == nullptr || cache.sketch_bits != 0,
+          "sketch_bits: expected 2 or 4, as there is a sketch, got 0");
+  require_data("sketch", cache.sketch, cache.sketch_bits == 0 ? 0 : cache.pages, 1);
+  resolved.sketch_stride = 0;
+  if (cache.sketch != nullptr) {
+    resolved.sketch_stride = validated_stride(
+        "sketch", cache, cache.sketch,
+        sketch_page_bytes(cache.sketch_bits, cache.dim, cache.page_size), cache.sketch_stride);
+  }
   return resolved;
+}
+
+void require_device_sketch(const CacheView& cache) {
+  constexpr std::int64_t kAlignment = 16;  // dense sketches of pages have multiples of it
+  require_data("sketch", cache.sketch, 0, kAlignment);
+  require(cache.sketch_stride % kAlignment == 0,
+          "sketch: expected a page stride of a multiple of {} bytes, got {}", kAlignment,
+          cache.sketch_stride);
 }
 
 CacheView view_of(const CacheSpan& cache) {
@@ -78,7 +108,10 @@ CacheView view_of(const CacheSpan& cache) {
           cache.page_size,
           cache.page_sums_stride,
           cache.largest_scales,
-          cache.largest_scales_stride};
+          cache.largest_scales_stride,
+          cache.sketch,
+          cache.sketch_bits,
+          cache.sketch_stride};
 }
 
 std::int64_t validated_token_stride(const NewKeys& k, std::int64_t dim) {
@@ -106,6 +139,10 @@ void validate_copy(const CacheView& source, const CacheView& target, std::size_t
           "source: expected page sums, because the target has them, got none");
   require(target.largest_scales == nullptr || source.largest_scales != nullptr,
           "source: expected largest scales, because the target has them, got none");
+  require(target.sketch == nullptr ||
+              (source.sketch != nullptr && source.sketch_bits == target.sketch_bits),
+          "source: expected a sketch of {} bits, because the target has one, got {}",
+          target.sketch_bits, source.sketch == nullptr ? 0 : source.sketch_bits);
 }
 
 void validate(ScaleFormat format) {
@@ -136,6 +173,7 @@ class Pages {
     return load_scale(at(page), cache_.dim, cache_.page_size, token);
   }
   [[nodiscard]] bool has_sums() const { return cache_.page_sums != nullptr; }
+  [[nodiscard]] bool has_sketch() const { return cache_.sketch != nullptr; }
 
   // Recomputes the sum and the largest scale of the first `tokens` tokens of a group. The order of
   // rounding is part of the result: scale * element is rounded once, then added, tokens in order.
@@ -160,6 +198,18 @@ class Pages {
     }
   }
 
+  // Writes the sketch of a token from its bytes.
+  void update_sketch(std::int64_t slot) const {
+    const DefaultFloatMode mode;
+    const std::int64_t page = slot / cache_.page_size;
+    const std::int64_t token = slot % cache_.page_size;
+    const int bits = cache_.sketch_bits;
+    std::uint8_t* sketch = writable_.sketch + page * cache_.sketch_stride;
+    encode_sketch(bits, at(page) + token * cache_.dim, scale(page, token), cache_.dim,
+                  sketch + sketch_code_offset(bits, cache_.dim, token),
+                  sketch + sketch_scale_offset(bits, cache_.dim, cache_.page_size, token));
+  }
+
   void copy_page(const Pages& from, std::int64_t source, std::int64_t target) const {
     std::memcpy(writable(target), from.at(source),
                 static_cast<std::size_t>(page_bytes(cache_.dim, cache_.page_size)));
@@ -170,6 +220,11 @@ class Pages {
     if (writable_.largest_scales != nullptr) {
       std::copy_n(from.cache_.largest_scales + source * from.cache_.largest_scales_stride, groups_,
                   writable_.largest_scales + target * cache_.largest_scales_stride);
+    }
+    if (writable_.sketch != nullptr) {
+      std::copy_n(from.cache_.sketch + source * from.cache_.sketch_stride,
+                  sketch_page_bytes(cache_.sketch_bits, cache_.dim, cache_.page_size),
+                  writable_.sketch + target * cache_.sketch_stride);
     }
   }
 
@@ -210,10 +265,13 @@ std::vector<std::int64_t> validated_slots(std::span<const std::int64_t> slots, s
   return sorted_distinct("slots", std::move(written));
 }
 
-// Recomputes what is derived from the groups of these slots, ascending. The old sum cannot be added
-// to: it may count tokens that are no longer valid (a page was reused, or a speculated token was
-// rolled back).
-void update_groups(const Pages& pages, const std::vector<std::int64_t>& written) {
+// Recomputes what is derived from these slots, ascending, and from their groups. The old sum cannot
+// be added to: it may count tokens that are no longer valid (a page was reused, or a speculated
+// token was rolled back).
+void update_derived(const Pages& pages, const std::vector<std::int64_t>& written) {
+  for (std::size_t i = 0; pages.has_sketch() && i < written.size(); ++i) {
+    pages.update_sketch(written[i]);
+  }
   for (std::size_t i = 0; pages.has_sums() && i < written.size(); ++i) {
     const std::int64_t group = written[i] / kGroupSize;
     if (i + 1 == written.size() || written[i + 1] / kGroupSize != group) {
@@ -230,11 +288,10 @@ std::int64_t cache_bytes(std::int64_t pages, std::int64_t dim, std::int64_t page
   return checked_multiply_add("pages", pages, page_bytes(dim, page_size));
 }
 
-PageTail page_tail(std::int64_t dim, std::int64_t page_size, std::int64_t sketch_bytes) {
+PageTail page_tail(std::int64_t dim, std::int64_t page_size, int sketch_bits) {
   constexpr std::int64_t kAlignment = 128;
   validate_sizes(dim, page_size);
-  require(sketch_bytes >= 0 && sketch_bytes < std::int64_t{1} << 32,
-          "sketch_bytes: expected 0 to 2^32 - 1, got {}", sketch_bytes);
+  validate_sketch_bits(sketch_bits);
   const auto aligned = [](std::int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
   const std::int64_t groups = groups_of(page_size);
   constexpr std::int64_t kFloat = sizeof(float);
@@ -242,7 +299,7 @@ PageTail page_tail(std::int64_t dim, std::int64_t page_size, std::int64_t sketch
   tail.page_sums = aligned(page_bytes(dim, page_size));
   tail.largest_scales = tail.page_sums + aligned(groups * dim * kFloat);
   tail.sketch = tail.largest_scales + aligned(groups * kFloat);
-  tail.page_stride = tail.sketch + aligned(sketch_bytes);
+  tail.page_stride = tail.sketch + aligned(sketch_bytes_of(sketch_bits, dim, page_size));
   return tail;
 }
 
@@ -250,7 +307,7 @@ namespace {
 
 template <class Cache>
 Cache cache_with_tail(Cache cache) {
-  const PageTail tail = page_tail(cache.dim, cache.page_size);
+  const PageTail tail = page_tail(cache.dim, cache.page_size, cache.sketch_bits);
   if (cache.page_stride == 0) {
     cache.page_stride = tail.page_stride;
   }
@@ -263,6 +320,10 @@ Cache cache_with_tail(Cache cache) {
     cache.largest_scales = reinterpret_cast<Float>(cache.data + tail.largest_scales);
     cache.page_sums_stride = cache.largest_scales_stride =
         cache.page_stride / static_cast<std::int64_t>(sizeof(float));
+  }
+  if (cache.data != nullptr && cache.sketch_bits != 0) {
+    cache.sketch = cache.data + tail.sketch;
+    cache.sketch_stride = cache.page_stride;
   }
   return cache;
 }
@@ -315,12 +376,12 @@ void append(const CacheSpan& cache, const NewKeys& keys, std::span<const std::in
     std::memcpy(page + scale_offset(cache.dim, cache.page_size, token), &scale, sizeof scale);
   }
 
-  update_groups(pages, written);
+  update_derived(pages, written);
 }
 
 void append(const CacheSpan& cache, std::span<const std::int64_t> slots) {
   const Pages pages(cache);
-  update_groups(pages, validated_slots(slots, pages.slots()));
+  update_derived(pages, validated_slots(slots, pages.slots()));
 }
 
 void copy_pages(const CacheView& source, std::span<const std::int32_t> from,
@@ -341,10 +402,11 @@ void copy_pages(const CacheView& source, std::span<const std::int32_t> from,
   }
 }
 
-void rebuild_page_sums(const CacheSpan& cache, std::span<const std::int32_t> pages,
-                       std::span<const std::int32_t> filled) {
+void rebuild(const CacheSpan& cache, std::span<const std::int32_t> pages,
+             std::span<const std::int32_t> filled) {
   const Pages all(cache);
-  require(all.has_sums(), "page_sums: expected an array, got null");
+  require(all.has_sums() || all.has_sketch(),
+          "page_sums: expected an array, or a sketch, got null");
   all.require_pages("pages", pages);
   require(filled.empty() || filled.size() == pages.size(),
           "filled: expected none or {}, one a page, got {}", pages.size(), filled.size());
@@ -354,7 +416,10 @@ void rebuild_page_sums(const CacheSpan& cache, std::span<const std::int32_t> pag
   }
   for (std::size_t i = 0; i < pages.size(); ++i) {
     const std::int64_t tokens = filled.empty() ? cache.page_size : filled[i];
-    for (std::int64_t group = 0; group < all.groups(); ++group) {
+    for (std::int64_t token = 0; all.has_sketch() && token < tokens; ++token) {
+      all.update_sketch(pages[i] * cache.page_size + token);
+    }
+    for (std::int64_t group = 0; all.has_sums() && group < all.groups(); ++group) {
       all.update_group(pages[i] * all.groups() + group,
                        std::clamp<std::int64_t>(tokens - group * kGroupSize, 0, kGroupSize));
     }

@@ -13,6 +13,9 @@ namespace misa {
 // strides in place of default ones.
 CacheView validated(const CacheView& cache);
 
+// Checks that kernels can read and write the sketch of a validated cache in words of 16 bytes.
+void require_device_sketch(const CacheView& cache);
+
 CacheView view_of(const CacheSpan& cache);
 
 // The stride of new keys for a cache of this D, in elements. Does not read them.

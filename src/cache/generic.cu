@@ -6,9 +6,12 @@
 #include <algorithm>
 
 #include "cache/quantize.hpp"
+#include "core/ceil_div.hpp"
 #include "core/page.hpp"
+#include "core/sketch.hpp"
 #include "cuda/convert.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/sketch.cuh"
 #include "cuda/warp.cuh"
 
 namespace misa::cuda::cache {
@@ -73,6 +76,25 @@ __device__ void update_group(const CacheSpan& cache, std::int64_t group, int tok
   }
 }
 
+// Writes the sketch of a slot from the cache's bytes, a warp a slot.
+__device__ void update_sketch(const CacheSpan& cache, std::int64_t slot) {
+  const std::int64_t page = slot / cache.page_size;
+  const std::int64_t token = slot % cache.page_size;
+  const std::uint8_t* bytes = cache.data + page * cache.page_stride;
+  const std::uint8_t* elements = bytes + token * cache.dim;
+  const float scale =
+      *reinterpret_cast<const float*>(bytes + scale_offset(cache.dim, cache.page_size, token));
+  const int bits = cache.sketch_bits;
+  std::uint8_t* sketch = cache.sketch + page * cache.sketch_stride;
+  std::uint8_t* codes = sketch + sketch_code_offset(bits, cache.dim, token);
+  std::uint8_t* scales = sketch + sketch_scale_offset(bits, cache.dim, cache.page_size, token);
+  if (cache.dim == kMaxDim) {
+    encode_sketch<kMaxDim / 32>(bits, elements, scale, codes, scales);
+  } else {
+    encode_sketch<2>(bits, elements, scale, codes, scales);
+  }
+}
+
 // Quantises token `token` of the call into a slot. A lane has every 32nd element.
 __device__ void quantize_key(const AppendArguments& arguments, std::int64_t token,
                              std::int64_t slot) {
@@ -113,7 +135,8 @@ __device__ void quantize_key(const AppendArguments& arguments, std::int64_t toke
 //  1. Look for the other tokens of the group among the slots of the call, starting behind the
 //     token, where a later slot is likely. If there is a later slot, the block has nothing to do.
 //  2. Quantise the tokens of the group, a warp a token.
-//  3. Sum the group up to the last slot.
+//  3. Write the sketches of these tokens, a warp a token.
+//  4. Sum the group up to the last slot.
 //
 // Of equal slots, the last token of the call counts, in whatever order blocks run.
 __global__ void __launch_bounds__(kThreads) append_kernel(const AppendArguments arguments) {
@@ -167,6 +190,15 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendArguments 
   }
 
   // 3.
+  if (cache.sketch != nullptr) {
+    for (int i = thread / 32; i < kGroupSize; i += kWarps) {
+      if (token_of[i] >= 0) {
+        update_sketch(cache, group * kGroupSize + i);
+      }
+    }
+  }
+
+  // 4.
   if (cache.page_sums != nullptr) {
     update_group(cache, group, static_cast<int>(own_slot % kGroupSize) + 1);
   }
@@ -203,9 +235,16 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const CopyArguments argu
     copy_words<float>(source.largest_scales + from * source.largest_scales_stride,
                       target.largest_scales + to * target.largest_scales_stride, groups);
   }
+  if (target.sketch != nullptr) {
+    copy_words<uint4>(source.sketch + from * source.sketch_stride,
+                      target.sketch + to * target.sketch_stride,
+                      sketch_page_bytes(target.sketch_bits, target.dim, target.page_size) /
+                          static_cast<std::int64_t>(sizeof(uint4)));
+  }
 }
 
-// Rebuilds group blockIdx.y of page blockIdx.x of the list.
+// Rebuilds what is derived from the blockIdx.y-th run of 64 tokens of page blockIdx.x of the list,
+// a group; a page of 32 tokens has one such run, and no group.
 __global__ void __launch_bounds__(kThreads) rebuild_kernel(const RebuildArguments arguments) {
   begin_kernel();
   const CacheSpan& cache = arguments.cache;
@@ -216,8 +255,15 @@ __global__ void __launch_bounds__(kThreads) rebuild_kernel(const RebuildArgument
   const auto page_size = static_cast<int>(cache.page_size);
   const int filled = arguments.filled == nullptr ? page_size : arguments.filled[blockIdx.x];
   const auto in_page = static_cast<int>(blockIdx.y);
-  const int tokens = min(max(filled, 0), page_size) - in_page * kGroupSize;
-  update_group(cache, page * groups_of(cache.page_size) + in_page, min(max(tokens, 0), kGroupSize));
+  const int tokens = min(max(min(max(filled, 0), page_size) - in_page * kGroupSize, 0), kGroupSize);
+  if (cache.sketch != nullptr) {
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < tokens; i += kWarps) {
+      update_sketch(cache, page * page_size + in_page * kGroupSize + i);
+    }
+  }
+  if (cache.page_sums != nullptr) {
+    update_group(cache, page * groups_of(cache.page_size) + in_page, tokens);
+  }
 }
 
 bool aligned_to_16(const void* data, std::int64_t stride) {
@@ -243,8 +289,9 @@ void launch_copy(const CacheView& source, const std::int32_t* from, const CacheS
 
 void launch_rebuild(const CacheSpan& cache, const std::int32_t* pages, const std::int32_t* filled,
                     std::int64_t count, void* stream) {
-  const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(groups_of(cache.page_size)));
-  launch_kernel("rebuild page sums", rebuild_kernel, grid, kThreads, 0, stream,
+  const dim3 grid(static_cast<unsigned>(count),
+                  static_cast<unsigned>(ceil_div(cache.page_size, kGroupSize)));
+  launch_kernel("rebuild", rebuild_kernel, grid, kThreads, 0, stream,
                 RebuildArguments{cache, pages, filled});
 }
 

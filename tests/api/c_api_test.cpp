@@ -144,7 +144,7 @@ void expect_paged_equal(const test::PageLayout& layout) {
   const misa_paged_keys keys{
       {k.cache.data, k.cache.pages, k.cache.dim, k.cache.page_stride, k.cache.page_sums,
        default_size ? 0 : k.cache.page_size, k.cache.page_sums_stride, k.cache.largest_scales,
-       k.cache.largest_scales_stride},
+       k.cache.largest_scales_stride, k.cache.sketch, k.cache.sketch_bits, k.cache.sketch_stride},
       k.block_table,
       k.max_pages,
       k.block_table_stride,
@@ -236,13 +236,19 @@ TEST(CApi, CacheEqualsTheCppInterface) {
   std::vector<float> largest(4);
   std::vector<float> expected_largest(4);
 
-  const CacheSpan span{expected_data.data(), 4,  64, 0,
-                       expected_sums.data(), 64, 0,  expected_largest.data()};
+  std::vector<std::uint8_t> sketch(4 * 64 * 18);
+  std::vector<std::uint8_t> expected_sketch(sketch.size());
+  const CacheSpan span{
+      expected_data.data(),   4, 64, 0, expected_sums.data(), 64, 0, expected_largest.data(), 0,
+      expected_sketch.data(), 2};
   append(span, {k.data(), DType::f32, kTokens, 64, 0}, slots, ScaleFormat::ue8m0);
-  copy_pages({span.data, 4, 64, 0, span.page_sums, 64, 0, span.largest_scales}, from, span, to);
+  copy_pages({span.data, 4, 64, 0, span.page_sums, 64, 0, span.largest_scales, 0, span.sketch, 2},
+             from, span, to);
 
-  const misa_cache_span cache{data.data(), 4, 64, 0, sums.data(), 0, 0, largest.data(), 0};
-  const misa_cache_view view{data.data(), 4, 64, 0, sums.data(), 0, 0, largest.data(), 0};
+  const misa_cache_span cache{data.data(),   4, 64, 0, sums.data(), 0, 0, largest.data(), 0,
+                              sketch.data(), 2, 0};
+  const misa_cache_view view{data.data(),   4, 64, 0, sums.data(), 0, 0, largest.data(), 0,
+                             sketch.data(), 2, 0};
   const misa_new_keys keys{k.data(), MISA_F32, kTokens, 64, 0};
   ASSERT_EQ(misa_cache_append(&cache, &keys, slots.data(), slots.size(), MISA_SCALE_UE8M0),
             MISA_OK);
@@ -250,23 +256,24 @@ TEST(CApi, CacheEqualsTheCppInterface) {
   EXPECT_EQ(data, expected_data);
   EXPECT_EQ(sums, expected_sums);
   EXPECT_EQ(largest, expected_largest);
+  EXPECT_EQ(sketch, expected_sketch);
 
   misa_page_tail tail{};
-  ASSERT_EQ(misa_cache_page_tail(128, 0, 2176, &tail), MISA_OK);
+  ASSERT_EQ(misa_cache_page_tail(128, 0, 2, &tail), MISA_OK);
   EXPECT_EQ(tail.page_sums, page_tail(128).page_sums);
   EXPECT_EQ(tail.largest_scales, page_tail(128).largest_scales);
   EXPECT_EQ(tail.sketch, page_tail(128).sketch);
-  EXPECT_EQ(tail.page_stride, page_tail(128, 64, 2176).page_stride);
+  EXPECT_EQ(tail.page_stride, page_tail(128, 64, 2).page_stride);
   ASSERT_EQ(misa_cache_bytes(4, 64, 128, &bytes), MISA_OK);
   EXPECT_EQ(bytes, cache_bytes(4, 64, 128));
 
   sums.assign(sums.size(), 0);
   const std::vector<std::int32_t> pages{0, 1, 2, 3};
   const std::vector<std::int32_t> filled{64, 6, 6, 64};
-  ASSERT_EQ(misa_cache_rebuild_page_sums(&cache, pages.data(), filled.data(), 4), MISA_OK);
+  ASSERT_EQ(misa_cache_rebuild(&cache, pages.data(), filled.data(), 4), MISA_OK);
   EXPECT_EQ(sums, expected_sums);
   sums.assign(sums.size(), 0);
-  ASSERT_EQ(misa_cache_rebuild_page_sums(&cache, pages.data(), nullptr, 1), MISA_OK);
+  ASSERT_EQ(misa_cache_rebuild(&cache, pages.data(), nullptr, 1), MISA_OK);
   EXPECT_TRUE(std::equal(sums.begin(), sums.begin() + 64, expected_sums.begin()));
 
   std::vector<std::uint8_t> gathered(kTokens * 64);
@@ -421,7 +428,7 @@ TEST(CApi, NullPointersAreErrorsSmoke) {
   expect_invalid(misa_cache_copy_pages(nullptr, nullptr, &cache, nullptr, 0), "source: ");
   expect_invalid(misa_cache_copy_pages(&view, nullptr, nullptr, nullptr, 0), "target: ");
   expect_invalid(misa_cache_copy_pages(&view, nullptr, &cache, nullptr, 1), "expected 1 elements");
-  expect_invalid(misa_cache_rebuild_page_sums(nullptr, nullptr, nullptr, 0), "cache: ");
+  expect_invalid(misa_cache_rebuild(nullptr, nullptr, nullptr, 0), "cache: ");
   expect_invalid(misa_cache_gather(nullptr, nullptr, 0, 0, nullptr, nullptr), "cache: ");
   misa_context_destroy(nullptr);
   misa_plan_destroy(nullptr);

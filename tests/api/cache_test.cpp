@@ -127,7 +127,7 @@ TEST(Cache, FloatingPointModeOfTheCaller) {
     const CacheSpan cache{data.data(), 2, 64, 0, sums.data()};
     append(cache, {keys.data(), DType::f32, kCount, 64}, slots, format);
     const std::vector<float> appended = sums;
-    rebuild_page_sums(cache, std::vector<std::int32_t>{0, 1}, std::vector<std::int32_t>{64, 6});
+    rebuild(cache, std::vector<std::int32_t>{0, 1}, std::vector<std::int32_t>{64, 6});
     return std::tuple(data, appended, sums);
   };
   for (const ScaleFormat format : {ScaleFormat::f32, ScaleFormat::ue8m0}) {
@@ -287,11 +287,10 @@ TEST(PageSums, RebuildEqualsAppendBitForBit) {
   append(cache, range(0, 100));
   const std::vector<float> appended = cache.sums;
   cache.sums.assign(cache.sums.size(), kPoisonSum);
-  rebuild_page_sums(cache.span(), std::vector<std::int32_t>{1, 0},
-                    std::vector<std::int32_t>{100 - 64, 64});
+  rebuild(cache.span(), std::vector<std::int32_t>{1, 0}, std::vector<std::int32_t>{100 - 64, 64});
   EXPECT_EQ(cache.sums, appended);
   cache.sums.assign(cache.sums.size(), kPoisonSum);
-  rebuild_page_sums(cache.span(), std::vector<std::int32_t>{0});
+  rebuild(cache.span(), std::vector<std::int32_t>{0});
   EXPECT_EQ(cache.sidecar(0), std::vector<float>(appended.begin(), appended.begin() + 64));
   EXPECT_THAT(cache.sidecar(1), Each(kPoisonSum));
 }
@@ -374,8 +373,8 @@ TEST(Cache, WrongArgumentsSmoke) {
   const auto copy = [](const Pages& from, const Pages& to) {
     return [=](Cache& cache) { copy_pages(cache.view(), from, cache.span(), to); };
   };
-  const auto rebuild = [](const Pages& pages, const Pages& filled) {
-    return [=](Cache& cache) { rebuild_page_sums(cache.span(), pages, filled); };
+  const auto rebuilding = [](const Pages& pages, const Pages& filled) {
+    return [=](Cache& cache) { rebuild(cache.span(), pages, filled); };
   };
   const auto gathering = [](const Pages& table, std::int64_t tokens, std::size_t bytes,
                             std::size_t scales) {
@@ -429,15 +428,15 @@ TEST(Cache, WrongArgumentsSmoke) {
          view.page_sums = nullptr;
          copy_pages(view, Pages{0}, cache.span(), Pages{1});
        }},
-      {"pages", "[0]: expected a page from 0 to 2, got 7", rebuild({7}, {})},
-      {"filled", "none or 2, one a page, got 1", rebuild({0, 1}, {64})},
-      {"filled", "[1]: expected 0 to 64, got 65", rebuild({0, 1}, {64, 65})},
-      {"filled", "[0]: expected 0 to 64, got -1", rebuild({0}, {-1})},
+      {"pages", "[0]: expected a page from 0 to 2, got 7", rebuilding({7}, {})},
+      {"filled", "none or 2, one a page, got 1", rebuilding({0, 1}, {64})},
+      {"filled", "[1]: expected 0 to 64, got 65", rebuilding({0, 1}, {64, 65})},
+      {"filled", "[0]: expected 0 to 64, got -1", rebuilding({0}, {-1})},
       {"page_sums", "got null",
        [](Cache& cache) {
          CacheSpan span = cache.span();
          span.page_sums = nullptr;
-         rebuild_page_sums(span, Pages{0});
+         rebuild(span, Pages{0});
        }},
       {"tokens", "0 or more, got -1", gathering({0}, -1, 0, 0)},
       {"block_table", "2 pages for 65 tokens, got 1", gathering({0}, 65, 65 * 64, 65)},

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "core/sketch.hpp"
 #include "misa/cache.hpp"
 #include "misa/error.hpp"
 
@@ -38,7 +39,7 @@ class AnyCache {
     const std::int64_t dense = layout.page_size * (dim + 4);
     const std::int64_t groups = layout.page_size / kGroupSize;
     const std::int64_t stride =
-        (layout.tail ? page_tail(dim, layout.page_size, 700).page_stride : dense) +
+        (layout.tail ? page_tail(dim, layout.page_size, 4).page_stride : dense) +
         4 * layout.padding;
     data_.assign(static_cast<std::size_t>(pages * stride), kPoison);
     span_ = {data_.data(), pages, dim, stride, nullptr, layout.page_size};
@@ -183,7 +184,7 @@ TEST(PageSizes, EveryOperationEqualsPagesOf64) {
         all[i] = static_cast<std::int32_t>(i);
       }
       if (cache.has_sums()) {
-        rebuild_page_sums(cache.span(), all);
+        rebuild(cache.span(), all);
       }
     });
     for (int step = 0; step < 60; ++step) {
@@ -218,7 +219,7 @@ TEST(PageSizes, EveryOperationEqualsPagesOf64) {
             const auto size = static_cast<std::int32_t>(cache.span().page_size);
             counts.push_back(std::clamp(filled - static_cast<std::int32_t>(i) * size, 0, size));
           }
-          rebuild_page_sums(cache.span(), pages, counts);
+          rebuild(cache.span(), pages, counts);
         }
       });
       everywhere([&](const AnyCache& cache) { expect_equal(cache, caches.front()); });
@@ -275,24 +276,120 @@ TEST(PageSizes, LargestScaleIsThatOfTheTokensThatCount) {
   // The scales of an engine may have any bits: the sign does not count, and NaN is the largest.
   const auto set_scale = [&](std::int64_t slot, float scale) {
     std::memcpy(cache.span().data + 128 * 64 + 4 * slot, &scale, sizeof scale);
-    rebuild_page_sums(cache.span(), std::vector<std::int32_t>{0});
+    rebuild(cache.span(), std::vector<std::int32_t>{0});
   };
   set_scale(3, -1e9F);
   EXPECT_EQ(cache.group(0).back(), 1e9F);
   set_scale(4, std::numeric_limits<float>::quiet_NaN());
   EXPECT_TRUE(std::isnan(cache.group(0).back()));
-  rebuild_page_sums(cache.span(), std::vector<std::int32_t>{0}, std::vector<std::int32_t>{0});
+  rebuild(cache.span(), std::vector<std::int32_t>{0}, std::vector<std::int32_t>{0});
   EXPECT_EQ(cache.group(0), std::vector<float>(65));
+}
+
+// Sketches are those of the bytes that stand in the cache, of the written tokens alone.
+TEST(PageSizes, SketchesOfWhatIsWritten) {
+  for (const std::int64_t page_size : {32, 64, 128}) {
+    for (const int sketch : {2, 4}) {
+      for (const bool tail : {false, true}) {
+        for (const std::int64_t dim : {64, 128}) {
+          SCOPED_TRACE(testing::Message() << "pages of " << page_size << ", " << sketch
+                                          << " bits, tail " << tail << ", D = " << dim);
+          constexpr std::int64_t kPages = 4;
+          const std::int64_t stride =
+              tail ? page_tail(dim, page_size, sketch).page_stride + 128 : page_size * (dim + 4);
+          const std::int64_t bytes = sketch_page_bytes(sketch, dim, page_size);
+          std::vector<std::uint8_t> data(static_cast<std::size_t>(kPages * stride), kPoison);
+          std::vector<std::uint8_t> beside(static_cast<std::size_t>(kPages * (bytes + 5)), kPoison);
+          CacheSpan span{data.data(), kPages, dim, stride, nullptr, page_size};
+          span.sketch_bits = sketch;
+          if (tail) {
+            span = with_tail(span);
+            EXPECT_EQ(span.sketch, data.data() + page_tail(dim, page_size, sketch).sketch);
+          } else {
+            span.sketch = beside.data();
+            span.sketch_stride = bytes + 5;
+          }
+          // What the sketches of the pages should hold.
+          std::vector<std::vector<std::uint8_t>> wanted(
+              kPages, std::vector<std::uint8_t>(static_cast<std::size_t>(bytes), kPoison));
+          const auto encode = [&](std::int64_t slot) {
+            const std::uint8_t* page = span.data + slot / page_size * stride;
+            const std::int64_t token = slot % page_size;
+            float scale = 0;
+            std::memcpy(&scale, page + page_size * dim + 4 * token, sizeof scale);
+            std::uint8_t* out = wanted[slot / page_size].data();
+            encode_sketch(sketch, page + token * dim, scale, dim,
+                          out + sketch_code_offset(sketch, dim, token),
+                          out + sketch_scale_offset(sketch, dim, page_size, token));
+          };
+          const auto expect_wanted = [&] {
+            for (std::int64_t page = 0; page < kPages; ++page) {
+              const std::uint8_t* at = span.sketch + page * span.sketch_stride;
+              EXPECT_EQ(std::vector<std::uint8_t>(at, at + bytes), wanted[page]) << page;
+            }
+            for (std::int64_t page = 0; !tail && page < kPages; ++page) {
+              const auto end = beside.begin() + page * (bytes + 5) + bytes;
+              EXPECT_TRUE(std::all_of(end, end + 5, [](auto b) { return b == kPoison; }));
+            }
+          };
+
+          const std::vector<std::int64_t> slots{3, page_size + 1, -1, 2 * page_size - 1};
+          std::vector<float> keys(static_cast<std::size_t>(std::ssize(slots) * dim));
+          for (std::size_t i = 0; i < keys.size(); ++i) {
+            keys[i] = std::sin(static_cast<float>(i * i));
+          }
+          append(span, {keys.data(), DType::f32, std::ssize(slots), dim}, slots);
+          for (const std::int64_t slot : slots) {
+            if (slot >= 0) {
+              encode(slot);
+            }
+          }
+          expect_wanted();
+
+          append(span, std::vector<std::int64_t>{0});  // the poison, as an engine's bytes
+          encode(0);
+          expect_wanted();
+
+          const CacheView view{span.data,
+                               span.pages,
+                               span.dim,
+                               span.page_stride,
+                               span.page_sums,
+                               span.page_size,
+                               span.page_sums_stride,
+                               span.largest_scales,
+                               span.largest_scales_stride,
+                               span.sketch,
+                               span.sketch_bits,
+                               span.sketch_stride};
+          copy_pages(view, std::vector<std::int32_t>{1}, span, std::vector<std::int32_t>{3});
+          wanted[3] = wanted[1];
+          expect_wanted();
+
+          rebuild(span, std::vector<std::int32_t>{2, 0}, std::vector<std::int32_t>{7, 0});
+          for (std::int64_t slot = 2 * page_size; slot < 2 * page_size + 7; ++slot) {
+            encode(slot);
+          }
+          expect_wanted();
+          rebuild(span, std::vector<std::int32_t>{0});
+          for (std::int64_t slot = 0; slot < page_size; ++slot) {
+            encode(slot);
+          }
+          expect_wanted();
+        }
+      }
+    }
+  }
 }
 
 // Multiples of 128 bytes, in the order of the specification.
 TEST(PageSizes, TailOfAPage) {
-  const PageTail two_bits = page_tail(128, 64, 64 * (128 / 4 + 2));
+  const PageTail two_bits = page_tail(128, 64, 2);
   EXPECT_EQ(two_bits.page_sums, 8448);
   EXPECT_EQ(two_bits.largest_scales, 8448 + 512);
   EXPECT_EQ(two_bits.sketch, 8448 + 512 + 128);
   EXPECT_EQ(two_bits.page_stride, 11264);
-  EXPECT_EQ(page_tail(128, 64, 64 * (128 / 2 + 4)).page_stride, 13440);
+  EXPECT_EQ(page_tail(128, 64, 4).page_stride, 13440);
   const PageTail small = page_tail(64, 32);
   EXPECT_EQ(small.page_sums, 17 * 128);
   EXPECT_EQ(small.page_stride, 17 * 128);
@@ -346,7 +443,7 @@ TEST(PageSizes, WrongArgumentsSmoke) {
     append(large.span(), std::vector<std::int64_t>{5, 5});
   });
   refused("filled[0]: expected 0 to 128, got 129", [&] {
-    rebuild_page_sums(large.span(), std::vector<std::int32_t>{0}, std::vector<std::int32_t>{129});
+    rebuild(large.span(), std::vector<std::int32_t>{0}, std::vector<std::int32_t>{129});
   });
   refused("target: expected a page size of 64 as the source has, got 128", [&] {
     const AnyCache other(64, {64, 0, false});
@@ -357,7 +454,30 @@ TEST(PageSizes, WrongArgumentsSmoke) {
     view.largest_scales = nullptr;
     copy_pages(view, {}, large.span(), {});
   });
-  refused("sketch_bytes: expected 0 to 2^32 - 1, got -1", [] { page_tail(64, 64, -1); });
+  const auto sketched = [&](int bits_of, std::uint8_t* sketch, std::int64_t stride) {
+    return [=, &large] {
+      CacheSpan span = large.span();
+      span.sketch_bits = bits_of;
+      span.sketch = sketch;
+      span.sketch_stride = stride;
+      rebuild(span, std::vector<std::int32_t>{0});
+    };
+  };
+  static std::uint8_t byte = 0;
+  refused("sketch_bits: expected 0 (none), 2 or 4, got 8", sketched(8, &byte, 0));
+  refused("sketch_bits: expected 2 or 4, as there is a sketch, got 0", sketched(0, &byte, 0));
+  refused("sketch: expected data for 4 elements, got null", sketched(2, nullptr, 0));
+  refused("sketch: expected a page stride of at least 2304, got 2303", sketched(2, &byte, 2303));
+  refused("source: expected a sketch of 4 bits, because the target has one, got 2", [&] {
+    CacheView view = large.view();
+    view.sketch = &byte;
+    view.sketch_bits = 2;
+    CacheSpan span = large.span();
+    span.sketch = &byte;
+    span.sketch_bits = 4;
+    copy_pages(view, {}, span, {});
+  });
+  refused("sketch_bits: expected 0 (none), 2 or 4, got 3", [] { page_tail(64, 64, 3); });
   refused("dim: expected 64 or 128, got 32", [] { page_tail(32); });
   refused("cache: expected a page stride of at least 4736 bytes, a multiple of 128, got 4740", [&] {
     with_tail(CacheSpan{nullptr, 0, 64, 4740});

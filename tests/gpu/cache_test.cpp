@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common.hpp"
+#include "core/sketch.hpp"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
 
@@ -33,15 +34,20 @@ struct Layout {
   std::int64_t padding;  // of every stride, in units of 4 bytes
   bool tail;
   bool sums;
+  int sketch = 0;  // bits
 };
 
 std::vector<Layout> layouts() {
   std::vector<Layout> all;
   for (const std::int64_t page_size : {32, 64, 128}) {
     all.push_back({page_size, 0, false, false});
-    all.push_back({page_size, 0, false, true});
+    all.push_back({page_size, 0, false, false, 2});
+    all.push_back({page_size, 0, false, true, 4});
     all.push_back({page_size, 3, false, true});  // rows of words, not of 16 bytes
+    all.push_back({page_size, 3, false, true, 2});
     all.push_back({page_size, 32, true, true});
+    all.push_back({page_size, 0, true, true, 2});
+    all.push_back({page_size, 32, true, true, 4});
   }
   return all;
 }
@@ -51,6 +57,7 @@ struct Arrays {
   std::vector<std::uint8_t> data;
   std::vector<float> sums;
   std::vector<float> largest;
+  std::vector<std::uint8_t> sketch;
 };
 
 // One cache in host and in device memory, with the same content.
@@ -60,8 +67,9 @@ class Twins {
       : layout_(layout), pages_(slots / layout.page_size), dim_(dim) {
     std::mt19937 random(seed);
     const std::int64_t groups = layout.page_size / kGroupSize;
-    const std::int64_t dense = layout.tail ? page_tail(dim, layout.page_size, 300).page_stride
-                                           : layout.page_size * (dim + 4);
+    const std::int64_t dense = layout.tail
+                                   ? page_tail(dim, layout.page_size, layout.sketch).page_stride
+                                   : layout.page_size * (dim + 4);
     page_stride_ = dense + 4 * layout.padding;
     host_.data.resize(static_cast<std::size_t>(pages_ * page_stride_));
     std::generate(host_.data.begin(), host_.data.end(),
@@ -72,16 +80,20 @@ class Twins {
       host_.sums.assign(static_cast<std::size_t>(pages_ * sums_stride_), -77.0F);
       host_.largest.assign(static_cast<std::size_t>(pages_ * largest_stride_), -77.0F);
     }
+    if (layout.sketch != 0 && !layout.tail) {
+      sketch_stride_ =
+          sketch_page_bytes(layout.sketch, dim, layout.page_size) + 16 * layout.padding;
+      host_.sketch.assign(static_cast<std::size_t>(pages_ * sketch_stride_), 0x5a);
+    }
     data_.emplace(std::span<const std::uint8_t>(host_.data));
+    sketch_.emplace(std::span<const std::uint8_t>(host_.sketch));
     sums_.emplace(std::span<const float>(host_.sums));
     largest_.emplace(std::span<const float>(host_.largest));
   }
 
-  [[nodiscard]] CacheSpan host() {
-    return span_of(host_.data.data(), host_.sums.data(), host_.largest.data());
-  }
+  [[nodiscard]] CacheSpan host() { return span_of(host_); }
   [[nodiscard]] CacheSpan device() const {
-    return span_of(data_->data(), sums_->data(), largest_->data());
+    return span_of(data_->data(), sums_->data(), largest_->data(), sketch_->data());
   }
 
   [[nodiscard]] std::int64_t pages() const { return pages_; }
@@ -124,23 +136,34 @@ class Twins {
 
   void expect_same() {
     expect_success(cudaDeviceSynchronize());
-    Arrays got{data_->read(), sums_->read(), largest_->read()};
+    Arrays got{data_->read(), sums_->read(), largest_->read(), sketch_->read()};
     Arrays wanted = host_;
-    round_as_devices(span_of(wanted.data.data(), wanted.sums.data(), wanted.largest.data()));
+    round_as_devices(span_of(wanted));
     for (Arrays* arrays : {&got, &wanted}) {
-      unify_nans(span_of(arrays->data.data(), arrays->sums.data(), arrays->largest.data()));
+      unify_nans(span_of(*arrays));
     }
     EXPECT_EQ(got.data, wanted.data);
+    EXPECT_EQ(got.sketch, wanted.sketch);
     EXPECT_TRUE(same_words(got.sums, wanted.sums));
     EXPECT_TRUE(same_words(got.largest, wanted.largest));
   }
 
  private:
-  [[nodiscard]] CacheSpan span_of(std::uint8_t* data, float* sums, float* largest) const {
+  [[nodiscard]] CacheSpan span_of(Arrays& arrays) const {
+    return span_of(arrays.data.data(), arrays.sums.data(), arrays.largest.data(),
+                   arrays.sketch.data());
+  }
+  [[nodiscard]] CacheSpan span_of(std::uint8_t* data, float* sums, float* largest,
+                                  std::uint8_t* sketch) const {
     CacheSpan span{data, pages_, dim_, page_stride_};
     span.page_size = layout_.page_size;
+    span.sketch_bits = layout_.sketch;
     if (layout_.tail) {
       return with_tail(span);
+    }
+    if (layout_.sketch != 0) {
+      span.sketch = sketch;
+      span.sketch_stride = sketch_stride_;
     }
     if (sums_stride_ > 0) {
       span.page_sums = sums;
@@ -194,11 +217,13 @@ class Twins {
   std::int64_t page_stride_ = 0;
   std::int64_t sums_stride_ = 0;
   std::int64_t largest_stride_ = 0;
+  std::int64_t sketch_stride_ = 0;
   std::vector<std::int64_t> counted_;  // per group, see set_counted
   Arrays host_;
   std::optional<Guarded<std::uint8_t>> data_;
   std::optional<Guarded<float>> sums_;
   std::optional<Guarded<float>> largest_;
+  std::optional<Guarded<std::uint8_t>> sketch_;
 };
 
 // What the device takes and the host refuses, as the host takes it: slots out of range are skipped,
@@ -323,8 +348,8 @@ TEST_F(CacheOnDevice, SmokeAppendEqualsTheHost) {
 // More tokens than a thread block reads between two votes, in order, shuffled and repeated.
 TEST_F(CacheOnDevice, AppendsManyTokens) {
   std::mt19937 random(2);
-  for (const Layout& layout :
-       {Layout{64, 0, false, true}, Layout{128, 32, true, true}, Layout{32, 0, false, true}}) {
+  for (const Layout& layout : {Layout{64, 0, false, true, 2}, Layout{128, 32, true, true, 4},
+                               Layout{32, 0, false, true, 2}}) {
     Twins twins(4096, 128, layout, 8);
     std::vector<std::int64_t> slots;
     for (std::int64_t i = 0; i < 3001; ++i) {
@@ -365,7 +390,7 @@ TEST_F(CacheOnDevice, SmokeRebuildEqualsTheHost) {
   std::mt19937 random(4);
   for (const Layout& layout : layouts()) {
     Twins twins(1024, 128, layout, 10);
-    if (twins.host().page_sums == nullptr) {
+    if (twins.host().page_sums == nullptr && layout.sketch == 0) {
       continue;
     }
     const auto pages_in_all = static_cast<std::int32_t>(twins.pages());
@@ -390,7 +415,7 @@ TEST_F(CacheOnDevice, SmokeRebuildEqualsTheHost) {
       }
       const Guarded<std::int32_t> there{std::span<const std::int32_t>(pages)};
       const Guarded<std::int32_t> counts{std::span<const std::int32_t>(filled)};
-      rebuild_page_sums(twins.host(), host_pages, host_filled);
+      rebuild(twins.host(), host_pages, host_filled);
       for (std::size_t i = 0; i < host_pages.size(); ++i) {
         const std::int64_t tokens = with_filled ? host_filled[i] : size;
         for (std::int64_t group = 0; group < size / kGroupSize; ++group) {
@@ -398,7 +423,7 @@ TEST_F(CacheOnDevice, SmokeRebuildEqualsTheHost) {
                             std::clamp<std::int64_t>(tokens - group * kGroupSize, 0, kGroupSize));
         }
       }
-      cuda::rebuild_page_sums(twins.device(), there.span(), counts.span(), nullptr);
+      cuda::rebuild(twins.device(), there.span(), counts.span(), nullptr);
       twins.expect_same();
     }
   }
@@ -406,12 +431,13 @@ TEST_F(CacheOnDevice, SmokeRebuildEqualsTheHost) {
 
 TEST_F(CacheOnDevice, SmokeCopyEqualsTheHost) {
   std::mt19937 random(5);
-  for (const std::int64_t page_size : {32, 64, 128}) {
+  for (const auto& [page_size, sketch] :
+       {std::pair<std::int64_t, int>{32, 2}, {64, 4}, {128, 2}, {32, 0}, {64, 0}, {128, 4}}) {
     // Between caches of different strides, and within one.
     const bool sums = page_size > 32;
-    Twins source(1024, 64, {page_size, 0, false, true}, 11);
-    Twins wide(1024, 64, {page_size, 32, sums, true}, 12);
-    Twins narrow(1024, 64, {page_size, 3, false, true}, 13);
+    Twins source(1024, 64, {page_size, 0, false, true, sketch}, 11);
+    Twins wide(1024, 64, {page_size, 32, sums, true, sketch}, 12);
+    Twins narrow(1024, 64, {page_size, 3, false, true, sketch}, 13);
     const auto pages = static_cast<std::int32_t>(source.pages());
     const auto copy = [&](Twins& in, Twins& out) {
       std::vector<std::int32_t> order(static_cast<std::size_t>(pages));
@@ -430,7 +456,10 @@ TEST_F(CacheOnDevice, SmokeCopyEqualsTheHost) {
                          span.page_size,
                          span.page_sums_stride,
                          span.largest_scales,
-                         span.largest_scales_stride};
+                         span.largest_scales_stride,
+                         span.sketch,
+                         span.sketch_bits,
+                         span.sketch_stride};
       };
       copy_pages(view_of(in.host()), from, out.host(), to);
       for (std::size_t i = 0; i < from.size(); ++i) {
@@ -460,7 +489,7 @@ TEST_F(CacheOnDevice, SmokeCopyEqualsTheHost) {
 // A captured call neither synchronises nor allocates, and follows its arrays when it is replayed.
 TEST_F(CacheOnDevice, GraphsFollowTheirArrays) {
   std::mt19937 random(6);
-  Twins twins(512, 128, {64, 32, true, true}, 14);
+  Twins twins(512, 128, {64, 32, true, true, 2}, 14);
   constexpr std::int64_t kTokens = 8;
   const Guarded<float> keys(kTokens * 128);
   const Guarded<std::int64_t> slots(kTokens);
@@ -528,8 +557,17 @@ TEST(CacheOnDeviceArguments, AreRefused) {
   });
   refused("scale format: expected f32 or ue8m0, got 7",
           [&] { cuda::append(cache, two, slots, nullptr, static_cast<ScaleFormat>(7)); });
-  refused("page_sums: expected an array, got null",
-          [&] { cuda::rebuild_page_sums(cache, pages, {}, nullptr); });
+  CacheSpan sketched = cache;
+  sketched.sketch = bytes + 8;
+  sketched.sketch_bits = 2;
+  refused("sketch: expected data aligned to 16 bytes",
+          [&] { cuda::append(sketched, two, slots, nullptr); });
+  sketched.sketch = bytes;
+  sketched.sketch_stride = 64 * 18 + 8;
+  refused("sketch: expected a page stride of a multiple of 16 bytes, got 1160",
+          [&] { cuda::rebuild(sketched, pages, {}, nullptr); });
+  refused("page_sums: expected an array, or a sketch, got null",
+          [&] { cuda::rebuild(cache, pages, {}, nullptr); });
   refused("to: expected 2 pages, one a page of from, got 1",
           [&] { cuda::copy_pages(view, pages, cache, std::span(pages).first(1), nullptr); });
 }
