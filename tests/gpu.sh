@@ -64,6 +64,8 @@ for stage in "${stages[@]}"; do
       MISA_GOLDEN=tests/golden run_parallel "tests/golden" misa_tests_golden --gtest_brief=1 \
         --gtest_filter='*cuda_*'
       wait
+      # By itself 100,000 replays, some minutes.
+      run "soak" misa_tests_soak --replays 5000 --judged 100
       ;;
     sanitize)
       for tool in racecheck initcheck synccheck memcheck; do

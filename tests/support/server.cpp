@@ -55,6 +55,12 @@ std::int64_t Documents::row(std::int64_t document, std::int64_t position) const 
   return first_row_[document] + position - first(document);
 }
 
+Pack Documents::part(std::int64_t row) const {
+  const auto next = std::upper_bound(first_row_.begin(), first_row_.end(), row);
+  const std::int64_t document = next - first_row_.begin() - 1;
+  return cut(packs_[document], {row - first_row_[document], 1});
+}
+
 std::span<const float> Documents::key(std::int64_t document, std::int64_t position) const {
   const auto dim = static_cast<std::size_t>(spec_.dim);
   return std::span(keys_[document]).subspan(position * dim, dim);
@@ -175,15 +181,16 @@ bool Server::change(Sequence& sequence, Step& step) {
     return false;
   }
   cut_off(sequence, sequence.length);  // pages of rejected tokens
-  if (sequence.length >= sequence.last) {
+  const bool followed = spec_.follows && &sequence == sequences_.data();
+  if (sequence.length >= sequence.last || (!followed && one_in(200))) {
     cut_off(sequence, 0);
     sequence = {};
     return false;
   }
   const std::int64_t most = sequence.length - documents_.first(sequence.document);
   if (most > 0 && one_in(64)) {
-    cut_off(sequence,
-            sequence.length - random(1, spec_.follows ? std::min<std::int64_t>(most, 20) : most));
+    const bool far = !followed && one_in(8);
+    cut_off(sequence, sequence.length - random(1, far ? most : std::min<std::int64_t>(most, 20)));
   }
   if (!sequence.pages.empty() && one_in(16)) {
     replace(sequence, random(0, std::ssize(sequence.pages) - 1), step);

@@ -39,6 +39,8 @@ class Documents {
   [[nodiscard]] std::int64_t first(std::int64_t document) const;
   // The row of whole() that stands at a position.
   [[nodiscard]] std::int64_t row(std::int64_t document, std::int64_t position) const;
+  // A row of whole() and the keys that it sees.
+  [[nodiscard]] Pack part(std::int64_t row) const;
   // A key before it was quantised.
   [[nodiscard]] std::span<const float> key(std::int64_t document, std::int64_t position) const;
 
