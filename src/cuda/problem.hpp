@@ -138,6 +138,10 @@ struct Routing {
   float* rounded_scale;   // [T]
 };
 
+// Whether an entry of Routing::heads is a head of the queries. The list may stand in an output of
+// the call, which another output may overlap.
+constexpr bool is_head(const Queries& q, std::int32_t head) { return head >= 0 && head < q.heads; }
+
 // Which positions the columns of a matrix of scores stand for: column c is position c; or, with a
 // list, position list[t, c / block] * block + c % block of query t.
 struct Columns {

@@ -285,14 +285,18 @@ __device__ void write_values(SampledShared& shared, const SampledArguments<Sourc
 
 // Sets the bits of active heads that choose_heads did not choose: fixed ones and the pooled
 // router's.
-__device__ inline void mark_active(const std::int32_t* heads, int count, std::uint32_t* active) {
+__device__ inline void mark_active(const Queries& q, const std::int32_t* heads, int count,
+                                   std::uint32_t* active) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (lane < kMaxHeads / 32) {
     active[lane] = 0;
   }
   __syncwarp();
   for (int i = lane; i < count; i += 32) {
-    atomicOr(&active[heads[i] / 32], 1U << heads[i] % 32);
+    const std::int32_t head = heads[i];
+    if (is_head(q, head)) {
+      atomicOr(&active[head / 32], 1U << head % 32);
+    }
   }
 }
 
@@ -386,7 +390,7 @@ __device__ void write_routing(SampledShared& shared, const SampledArguments<Sour
   }
   if (arguments.residual) {
     if (heads_given && !empty) {
-      mark_active(chosen, arguments.count, shared.active[query]);
+      mark_active(arguments.problem.q, chosen, arguments.count, shared.active[query]);
     }
     __syncwarp();
     write_residual<type, dim>(shared, arguments, t, query, empty);

@@ -45,11 +45,12 @@ __global__ void positions_kernel(Source keys, std::int64_t entries, Columns colu
                                  std::int32_t* selected, std::int32_t width) {
   begin_kernel();
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= entries || selected[i] < 0) {
+  const std::int32_t column = i < entries ? selected[i] : -1;
+  if (column < 0 || column >= std::int64_t{columns.width} * columns.block) {
     return;
   }
   const std::int64_t t = i / width;
-  selected[i] = position_of(columns, t, selected[i], visible(keys, t).length);
+  selected[i] = position_of(columns, t, column, visible(keys, t).length);
 }
 
 unsigned blocks_for(std::int64_t threads) {

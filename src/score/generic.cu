@@ -100,7 +100,7 @@ __global__ void row_operands_kernel(
     float weight = 0;
     if (r < rows.heads) {
       const std::int32_t head = routed ? routing.heads[t * rows.heads + r] : r;
-      weight = head < 0 ? 0 : problem.w.data[t * problem.w.token_stride + head];
+      weight = is_head(problem.q, head) ? problem.w.data[t * problem.w.token_stride + head] : 0;
     } else if (r < rows.heads + rows.linear) {
       weight = e4m3 ? routing.rounded_scale[t] : 1;
     }
@@ -114,9 +114,10 @@ __global__ void row_operands_kernel(
     float value = 0;
     if (part < 0) {
       const std::int32_t head = routed ? routing.heads[t * rows.heads + r] : r;
-      value = head < 0 ? 0
-                       : element(problem.q.data, problem.q.dtype,
-                                 t * problem.q.token_stride + head * problem.q.head_stride + d);
+      value = is_head(problem.q, head)
+                  ? element(problem.q.data, problem.q.dtype,
+                            t * problem.q.token_stride + head * problem.q.head_stride + d)
+                  : 0;
     } else if (part < rows.linear) {
       value = e4m3               ? e4m3_to_float(routing.rounded[t * dim + d])
               : rows.linear == 1 ? routing.residual[t * dim + d]

@@ -279,7 +279,7 @@ __device__ void start_group(const PagedArguments& arguments, std::int32_t first,
     float weight = 0;
     if (query < queries && row < rows.head_count) {
       const std::int32_t head = rows.heads == nullptr ? row : rows.heads[t * rows.head_count + row];
-      if (head >= 0) {
+      if (is_head(q, head)) {
         source =
             static_cast<const std::uint8_t*>(q.data) + t * q.token_stride + head * q.head_stride;
         weight = w.data[t * w.token_stride + head];

@@ -35,7 +35,7 @@ __device__ void load_rows(const Problem& problem, const ActiveRows& active, int 
     if (t >= 0 && row < active.head_count) {
       const std::int32_t head =
           active.heads == nullptr ? row : active.heads[t * active.head_count + row];
-      if (head >= 0) {
+      if (is_head(q, head)) {
         source =
             static_cast<const std::uint8_t*>(q.data) + t * q.token_stride + head * q.head_stride;
         weight = __ldg(problem.w.data + t * problem.w.token_stride + head);

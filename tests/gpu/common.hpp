@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstring>
 #include <span>
@@ -28,6 +29,19 @@ inline std::vector<std::string> cuda_backends_of_this_build() {
 
 inline void expect_success(cudaError_t result) {
   ASSERT_EQ(result, cudaSuccess) << cudaGetErrorName(result);
+}
+
+// Waits for the work on a stream; false if that takes far longer than any test's.
+inline bool ends(cudaStream_t stream) {
+  const auto start = std::chrono::steady_clock::now();
+  cudaError_t result = cudaErrorNotReady;
+  while ((result = cudaStreamQuery(stream)) == cudaErrorNotReady) {
+    if (std::chrono::steady_clock::now() - start > std::chrono::minutes(2)) {
+      return false;
+    }
+  }
+  expect_success(result);
+  return true;
 }
 
 // A device array between two red zones of 0xff: a NaN in every dtype, -1 as an index.
