@@ -2,14 +2,16 @@
 // Calls with arguments made from the fuzzer's bytes, backed by heap buffers of exactly the size
 // that the views claim. A call that the library accepts must stay inside the buffers (the
 // sanitizers check that) and select positions that the query sees; any other call must throw an
-// Error.
+// Error. Paged keys must select what the same keys in one array select, bit for bit.
 #include <fuzzer/FuzzedDataProvider.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "misa/misa.hpp"
@@ -295,21 +297,100 @@ std::int64_t visible(const misa::RaggedKeys& k, std::size_t t) {
   return std::int64_t{k.ends[t]} - k.starts[t];
 }
 
+std::int64_t sequence_of(const misa::PagedKeys& k, std::size_t t) {
+  if (k.query_starts.empty()) {
+    return static_cast<std::int64_t>(t) / k.next_n;
+  }
+  return std::ranges::upper_bound(k.query_starts, static_cast<std::int64_t>(t)) -
+         k.query_starts.begin() - 1;
+}
+
 std::int64_t visible(const misa::PagedKeys& k, std::size_t t) {
   if (!k.row_lens.empty()) {
     return k.row_lens[t];
   }
-  if (!k.query_starts.empty()) {
-    const auto next = std::ranges::upper_bound(k.query_starts, static_cast<std::int64_t>(t));
-    return k.context_lens[next - k.query_starts.begin() - 1] -
-           (*next - 1 - static_cast<std::int64_t>(t));
-  }
-  const auto next_n = static_cast<std::size_t>(k.next_n);
-  return k.context_lens[t / next_n] - k.next_n + 1 + static_cast<std::int64_t>(t % next_n);
+  const std::int64_t sequence = sequence_of(k, t);
+  const std::int64_t end =
+      k.query_starts.empty() ? (sequence + 1) * k.next_n : k.query_starts[sequence + 1];
+  return k.context_lens[sequence] - (end - 1 - static_cast<std::int64_t>(t));
 }
 
 DType key_type(const misa::RaggedKeys& k) { return k.dtype; }
 DType key_type(const misa::PagedKeys& /*k*/) { return DType::e4m3; }
+
+template <class T>
+void require_same(const std::vector<T>& a, const std::vector<T>& b) {
+  if (a.size() != b.size() ||
+      (!a.empty() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) != 0)) {
+    std::abort();
+  }
+}
+
+// The page sums that the calls of a cache would keep.
+struct PageSums {
+  std::vector<float> sums;
+  std::vector<float> largest;
+
+  explicit PageSums(misa::CacheView& view) {
+    const std::int64_t groups = view.pages * (view.page_size / misa::kGroupSize);
+    if (groups == 0) {
+      view.page_sums = view.largest_scales = nullptr;
+      return;
+    }
+    sums.resize(static_cast<std::size_t>(groups * view.dim));
+    largest.resize(static_cast<std::size_t>(groups));
+    misa::CacheSpan cache{const_cast<std::uint8_t*>(view.data), view.pages, view.dim,
+                          view.page_stride};
+    cache.page_size = view.page_size;
+    cache.page_sums = sums.data();
+    cache.largest_scales = largest.data();
+    std::vector<std::int32_t> pages(static_cast<std::size_t>(view.pages));
+    std::iota(pages.begin(), pages.end(), 0);
+    misa::rebuild_page_sums(cache, pages);
+    view.page_sums = sums.data();
+    view.largest_scales = largest.data();
+    view.page_sums_stride = view.largest_scales_stride = 0;
+  }
+};
+
+void compare_with_ragged(const misa::Context& /*context*/, const misa::IndexerConfig& /*config*/,
+                         const misa::Queries& /*q*/, const misa::Weights& /*w*/,
+                         const misa::RaggedKeys& /*k*/) {}
+
+// A call that was accepted, so nothing that follows from it may be refused.
+void compare_with_ragged(const misa::Context& context, const misa::IndexerConfig& config,
+                         const misa::Queries& q, const misa::Weights& w,
+                         const misa::PagedKeys& k) noexcept {
+  std::vector<std::uint8_t> elements;
+  std::vector<float> scales;
+  std::vector<std::int32_t> starts;
+  std::vector<std::int32_t> ends;
+  for (std::size_t t = 0; t < static_cast<std::size_t>(q.tokens); ++t) {
+    const auto n = static_cast<std::size_t>(std::max<std::int64_t>(visible(k, t), 0));
+    const std::int64_t stride = k.block_table_stride == 0 ? k.max_pages : k.block_table_stride;
+    starts.push_back(static_cast<std::int32_t>(scales.size()));
+    elements.resize(elements.size() + n * static_cast<std::size_t>(q.dim));
+    scales.resize(scales.size() + n);
+    ends.push_back(static_cast<std::int32_t>(scales.size()));
+    if (n > 0) {
+      misa::gather(
+          k.cache,
+          {k.block_table + sequence_of(k, t) * stride, static_cast<std::size_t>(k.max_pages)},
+          static_cast<std::int64_t>(n),
+          std::span(elements).last(n * static_cast<std::size_t>(q.dim)), std::span(scales).last(n));
+    }
+  }
+  const misa::RaggedKeys ragged{
+      elements.data(), DType::e4m3, std::ssize(scales), q.dim, 0, scales.data(), starts, ends};
+  misa::PagedKeys paged = k;
+  const PageSums sums(paged.cache);
+  const misa::Selected wanted = misa::select(context, config, q, w, ragged, {true, true, true});
+  const misa::Selected got = misa::select(context, config, q, w, paged, {true, true, true});
+  require_same(got.indices, wanted.indices);
+  require_same(got.scores, wanted.scores);
+  require_same(got.heads, wanted.heads);
+  require_same(got.residual, wanted.residual);
+}
 
 template <class Keys>
 void run(Arguments& from, const Sizes& sizes, const misa::Queries& q, const misa::Weights& w,
@@ -320,7 +401,8 @@ void run(Arguments& from, const Sizes& sizes, const misa::Queries& q, const misa
   const misa::Shape shape{
       from.near(q.tokens), from.near(q.heads), from.near(q.dim), from.near(sizes.keys), q.dtype,
       key_type(k)};
-  const misa::Plan plan(from.in(0, 1) == 0 ? fastest : reference, config, shape);
+  const misa::Context& context = from.in(0, 1) == 0 ? fastest : reference;
+  const misa::Plan plan(context, config, shape);
   misa::Selection out;
   out.indices = from.array<std::int32_t>(q.tokens, config.top_k);
   if (from.in(0, 1) == 1) {
@@ -341,6 +423,9 @@ void run(Arguments& from, const Sizes& sizes, const misa::Queries& q, const misa
     if (padding ? out.indices[i] != -1 : out.indices[i] < 0 || out.indices[i] >= n) {
       std::abort();
     }
+  }
+  if (!out.indices.empty()) {  // otherwise top_k may be too large for this
+    compare_with_ragged(context, config, q, w, k);
   }
 }
 
