@@ -66,14 +66,20 @@ class Guarded {
 
   // The array's content; checks that the red zones are unchanged.
   [[nodiscard]] std::vector<T> read() const {
-    std::vector<std::byte> all(bytes() + 2 * kZone);
-    expect_success(cudaMemcpy(all.data(), memory_, all.size(), cudaMemcpyDeviceToHost));
-    const auto untouched = [](std::byte b) { return b == std::byte{0xff}; };
-    EXPECT_TRUE(std::all_of(all.begin(), all.begin() + kZone, untouched)) << "written before";
-    EXPECT_TRUE(std::all_of(all.end() - kZone, all.end(), untouched)) << "written after";
+    expect_red_zones();
     std::vector<T> values(count_);
-    std::memcpy(values.data(), all.data() + kZone, bytes());
+    expect_success(cudaMemcpy(values.data(), data(), bytes(), cudaMemcpyDeviceToHost));
     return values;
+  }
+
+  void expect_red_zones() const {
+    std::vector<std::byte> zone(kZone);
+    const auto untouched = [&](const std::byte* there) {
+      expect_success(cudaMemcpy(zone.data(), there, kZone, cudaMemcpyDeviceToHost));
+      return std::ranges::all_of(zone, [](std::byte b) { return b == std::byte{0xff}; });
+    };
+    EXPECT_TRUE(untouched(memory_)) << "written before";
+    EXPECT_TRUE(untouched(memory_ + kZone + bytes())) << "written after";
   }
 
  private:

@@ -130,7 +130,7 @@ class Call {
       std::fprintf(stderr, "the device hangs\n");
       std::_Exit(1);  // whatever comes next would wait for it
     }
-    (void)workspace.read();
+    workspace.expect_red_zones();
   }
 
   [[nodiscard]] Selected run(const cuda::Plan& plan, int workspace_byte = 0xFF) const {
@@ -141,9 +141,9 @@ class Call {
   // Checks that nothing beside the arrays was written, too.
   [[nodiscard]] Selected result() const {
     for (const auto* array : {&block_table_, &context_lens_, &query_starts_, &row_lens_}) {
-      (void)array->read();
+      array->expect_red_zones();
     }
-    (void)cache_.read();
+    cache_.expect_red_zones();
     return {queries_.tokens, top_k_,        indices_.read(),
             scores_.read(),  heads_.read(), residual_.read()};
   }
@@ -444,7 +444,7 @@ TEST_P(HostilePagedCall, SmokeOverlappingOutputs) {
       call.run(plan(named.config, arrays), out);
       // A plan of long rows has other kernels.
       call.run(plan(named.config, arrays, {0, 0, 60000}), out);
-      (void)memory.read();
+      memory.expect_red_zones();
       (void)call.result();
     }
     EXPECT_TRUE(same_bits(call.run(plan(named.config, arrays)),

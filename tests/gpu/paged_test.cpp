@@ -290,7 +290,7 @@ class Call {
     const Guarded<std::byte> workspace(plan.workspace_bytes());
     enqueue(plan, workspace.span(), nullptr);
     expect_success(cudaDeviceSynchronize());
-    (void)workspace.read();
+    workspace.expect_red_zones();
     return result();
   }
 
