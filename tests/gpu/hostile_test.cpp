@@ -10,11 +10,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "common.hpp"
+#include "misa/cache.hpp"
 #include "misa/cuda.hpp"
 
 namespace misa::test {
@@ -65,8 +67,7 @@ struct Arrays {
   }
   [[nodiscard]] std::int64_t capacity() const { return keys.max_pages * keys.cache.page_size; }
 
-  // Fills the bytes and scales of every key from position `first` of a sequence on, and the sums of
-  // groups that stand in its pages and are not whole then.
+  // Fills the bytes and scales of every key from position `first` of a sequence on.
   void poison(std::int64_t sequence, std::int64_t first, int byte) {
     const std::int64_t size = keys.cache.page_size;
     for (std::int64_t p = first; p < capacity(); ++p) {
@@ -75,11 +76,6 @@ struct Arrays {
           block_table[sequence * keys.block_table_stride + p / size] * keys.cache.page_stride;
       std::memset(page + p % size * keys.cache.dim, byte, static_cast<std::size_t>(keys.cache.dim));
       std::memset(page + size * keys.cache.dim + p % size * 4, byte, 4);
-      if (keys.cache.page_sums != nullptr) {
-        std::memset(page + page_tail(keys.cache.dim, size).page_sums +
-                        p % size / kGroupSize * keys.cache.dim * 4,
-                    byte, static_cast<std::size_t>(keys.cache.dim * 4));
-      }
     }
   }
 };
@@ -107,8 +103,7 @@ class Call {
     weights_.data = w_.data();
     keys_.cache.data = cache_.data();
     if (keys_.cache.page_sums != nullptr) {
-      keys_.cache.page_sums = reinterpret_cast<const float*>(
-          cache_.data() + page_tail(queries_.dim, page_size()).page_sums);
+      use_page_sums();
     }
     keys_.block_table = block_table_.data();
     keys_.context_lens = context_lens_.span();
@@ -150,7 +145,20 @@ class Call {
 
  private:
   [[nodiscard]] std::size_t rows() const { return static_cast<std::size_t>(queries_.tokens); }
-  [[nodiscard]] std::int64_t page_size() const { return keys_.cache.page_size; }
+
+  // Sums and largest scales of all groups, as devices compute them.
+  void use_page_sums() {
+    CacheView& view = keys_.cache;
+    view.page_sums = nullptr;
+    CacheSpan span{cache_.data(), view.pages, view.dim, view.page_stride};
+    span.page_size = view.page_size;
+    std::vector<std::int32_t> pages(static_cast<std::size_t>(view.pages));
+    std::iota(pages.begin(), pages.end(), 0);
+    const Guarded<std::int32_t> all{std::span<const std::int32_t>(pages)};
+    cuda::rebuild_page_sums(with_tail(span), all.span(), {}, nullptr);
+    expect_success(cudaDeviceSynchronize());
+    view = with_tail(view);
+  }
 
   std::int64_t top_k_;
   Queries queries_;
@@ -340,7 +348,7 @@ TEST_P(HostilePagedCall, SmokeAnythingInEveryArray) { expect_rows_of_anything(0,
 
 TEST_P(HostilePagedCall, MoreOfAnything) { expect_rows_of_anything(2, 20); }
 
-// Neither keys beyond the lengths nor the sums of groups that no row sees whole are used.
+// Neither keys beyond the lengths nor the sums of their groups are used.
 TEST_P(HostilePagedCall, SmokeKeysBeyondTheLengths) {
   const Pack pack = pack_of({{700, 2}, {1100, 2}, {640, 2}, {640, 2}});
   const std::vector<std::int32_t> lens{321, 1024, 64, 2};
