@@ -143,12 +143,12 @@ def select_paged(
     query_starts: int32 [B + 1], ascending from 0 to T; queries query_starts[b] to
         query_starts[b + 1] - 1 belong to sequence b, in place of next_n, which is then 1.
     page_sums, largest_scales: float32 [pages, page_size / 64, D] and [pages, page_size / 64], see
-        :func:`append`; computed from the cache if not given.
+        :func:`append`; computed from the cache if not given, with the same result.
 
     Other arguments and errors are as for :func:`select`. On CUDA tensors the cache is aligned to 16
-    bytes, and so are its pages; lengths beyond the block table are clamped; a page number out of
-    range stands for keys of score NaN; a query that query_starts gives to no sequence is an empty
-    row; page_sums and largest_scales are not read.
+    bytes, and so are its pages and their sums; lengths beyond the block table are clamped; a page
+    number out of range stands for keys of score NaN; a query that query_starts gives to no sequence
+    is an empty row.
     """
     checked_config(config)
     wanted = _checked_wanted(scores, heads, residual)

@@ -60,6 +60,9 @@ void validate_device(const PagedKeys& k, std::int64_t batch, const Queries& q) {
   require(stride % kRowAlignment == 0,
           "cache: expected a page stride that is a multiple of {} bytes, got {}", kRowAlignment,
           stride);
+  if (k.cache.page_sums != nullptr) {
+    require_rows("page_sums", k.cache.page_sums, DType::f32, {k.cache.page_sums_stride});
+  }
   constexpr std::int64_t kMostCached = std::numeric_limits<std::uint32_t>::max();
   const std::int64_t cached = checked_multiply_add("cache", k.cache.pages, k.cache.page_size);
   require(cached <= kMostCached, "cache: expected at most {} keys, got {}", kMostCached, cached);
@@ -184,6 +187,10 @@ void Plan::run(const Queries& queries, const Weights& weights, const PagedKeys& 
   source.page_stride = k.cache.page_stride;
   source.dim = static_cast<std::int32_t>(q.dim);
   source.page_bits = std::countr_zero(static_cast<std::uint64_t>(k.cache.page_size));
+  source.page_sums = k.cache.page_sums;
+  source.page_sums_stride = k.cache.page_sums_stride;
+  source.largest_scales = k.cache.largest_scales;
+  source.largest_scales_stride = k.cache.largest_scales_stride;
   source.block_table = k.block_table;
   source.table_stride = k.block_table_stride;
   source.max_pages = static_cast<std::int32_t>(k.max_pages);

@@ -15,6 +15,8 @@
 //     then over the query's warps.
 //  5. Energies are multiplied by |w|, and a warp chooses the query's heads.
 //
+// If there are few queries, several thread blocks divide the tiles of their scores among them.
+//
 // So the order of every sum depends only on the query's blocks and heads. For e4m3 queries and keys
 // on Hopper, route/sm90_fp8_pooled.cu and filter/sm90_fp8_block_scores.cu do the same.
 #pragma once
@@ -278,14 +280,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
     const std::int32_t max_blocks = run.max_blocks;
     const std::int32_t query_blocks = __shfl_sync(kFullMask, run.lane_blocks, query);
     end = run.end;
-    for (std::int32_t tile = -kRows; tile < max_blocks; tile += kRows) {
+    const TileShare share(max_blocks, kRows);
+    for (std::int32_t tile = share.first - kRows; tile < share.end; tile += kRows) {
       const std::int32_t next = tile + kRows;
-      if (next < max_blocks) {
+      if (next < share.end) {
         load_means_tile<given>(shared.tiles[next / kRows % 2], arguments, run.sequence_start, next,
                                min(kRows, max_blocks - next));
       }
       commit_copies();
-      if (tile < 0) {
+      if (tile < share.first) {
         continue;
       }
       wait_for_copies<1>();
@@ -338,49 +341,54 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSmOf<type>)
 }
 
 template <DType type, bool fp16, int dim, MeansOutput output, bool given, class Source>
-void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
+void launch(const MeansArguments<Source>& arguments, int num_sms, cudaStream_t stream) {
   constexpr int kBytes = sizeof(MeansShared<dim, kMeanParts<fp16>>);
   const auto kernel = mean_products_kernel<Source, type, fp16, dim, output, given>;
   const Queries& q = arguments.problem.q;
   const std::int64_t queries = kWarps / ((q.heads + kWarpHeads - 1) / kWarpHeads);
-  const auto grid = static_cast<unsigned>((q.tokens + queries - 1) / queries);
-  launch_kernel("block-mean products", kernel, dim3(grid), kThreads, kBytes, stream, arguments);
+  const std::int64_t columns = (q.tokens + queries - 1) / queries;
+  // Energies are sums over blocks, whose order must not depend on how they are divided.
+  const bool divisible = output == MeansOutput::block_scores;
+  const dim3 grid =
+      shared_tiles_grid(columns, divisible ? arguments.stride : 0, kTileMeans<kMeanParts<fp16>>,
+                        std::int64_t{num_sms} * kBlocksPerSmOf<type>);
+  launch_kernel("block-mean products", kernel, grid, kThreads, kBytes, stream, arguments);
 }
 
 template <DType type, bool fp16, MeansOutput output, bool given, class Source>
-void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
+void launch(const MeansArguments<Source>& arguments, int num_sms, cudaStream_t stream) {
   if (arguments.problem.q.dim == 64) {
-    launch<type, fp16, 64, output, given>(arguments, stream);
+    launch<type, fp16, 64, output, given>(arguments, num_sms, stream);
   } else {
-    launch<type, fp16, 128, output, given>(arguments, stream);
+    launch<type, fp16, 128, output, given>(arguments, num_sms, stream);
   }
 }
 
 template <MeansOutput output, bool given, class Source>
-void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
+void launch(const MeansArguments<Source>& arguments, int num_sms, cudaStream_t stream) {
   switch (arguments.problem.q.dtype) {
-    case DType::f32: return launch<DType::f32, false, output, given>(arguments, stream);
-    case DType::bf16: return launch<DType::bf16, false, output, given>(arguments, stream);
+    case DType::f32: return launch<DType::f32, false, output, given>(arguments, num_sms, stream);
+    case DType::bf16: return launch<DType::bf16, false, output, given>(arguments, num_sms, stream);
     case DType::e4m3:
       if constexpr (!given) {
         if (arguments.means.fp16) {
-          return launch<DType::e4m3, true, output, given>(arguments, stream);
+          return launch<DType::e4m3, true, output, given>(arguments, num_sms, stream);
         }
       }
       if constexpr (!kPaged<Source>) {
-        return launch<DType::e4m3, false, output, given>(arguments, stream);
+        return launch<DType::e4m3, false, output, given>(arguments, num_sms, stream);
       }
   }
 }
 
 template <MeansOutput output, class Source>
-void launch(const MeansArguments<Source>& arguments, cudaStream_t stream) {
+void launch(const MeansArguments<Source>& arguments, int num_sms, cudaStream_t stream) {
   if constexpr (!kPaged<Source>) {
     if (arguments.means.starts == nullptr) {
-      return launch<output, true>(arguments, stream);
+      return launch<output, true>(arguments, num_sms, stream);
     }
   }
-  launch<output, false>(arguments, stream);
+  launch<output, false>(arguments, num_sms, stream);
 }
 
 }  // namespace misa::cuda::block_mean_products

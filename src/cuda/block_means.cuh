@@ -93,6 +93,43 @@ __device__ GroupSum sum_group(const Source& keys, std::int64_t token, int count,
   return group;
 }
 
+// Sums columns d … d + 3 of a block of `groups` groups, whose first key is `token`, from the sums
+// that the cache keeps, with `batch` of them in flight. All lanes of a warp call, for one block.
+template <int batch>
+__device__ GroupSum sum_block(const DevicePagedSource& keys, std::int64_t token, int groups,
+                              int d) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  GroupSum block{};
+#pragma unroll 1
+  for (int first = 0; first < groups; first += 32) {
+    const int count = min(32, groups - first);
+    GroupPlace place{-1, 0};  // of the lane's group
+    if (lane < count) {
+      place = group_place(keys, token + std::int64_t{first + lane} * kGroupSize);
+      block.largest = max(block.largest, group_largest(keys, place));
+    }
+#pragma unroll 1
+    for (int i = 0; i < count; i += batch) {
+      float4 sums[batch];
+#pragma unroll
+      for (int j = 0; j < batch; ++j) {
+        const GroupPlace other{__shfl_sync(kFullMask, place.page, i + j),
+                               __shfl_sync(kFullMask, place.in_page, i + j)};
+        sums[j] = i + j < count ? group_sum(keys, other, d) : float4{};
+      }
+#pragma unroll
+      for (int j = 0; j < batch; ++j) {  // a sum is never -0, so that adding 0 changes nothing
+        block.sum[0] = __fadd_rn(block.sum[0], sums[j].x);
+        block.sum[1] = __fadd_rn(block.sum[1], sums[j].y);
+        block.sum[2] = __fadd_rn(block.sum[2], sums[j].z);
+        block.sum[3] = __fadd_rn(block.sum[3], sums[j].w);
+      }
+    }
+  }
+  block.largest = __reduce_max_sync(kFullMask, block.largest);
+  return block;
+}
+
 // A power of two that brings the mean of keys below 2^15, in fp16's upper range; 1 if a scale is
 // not finite. `largest`: bits of the keys' largest |scale|. The two parts then hold 22 bits of
 // every element of at least 2^-8 of the largest scale; smaller elements have the same absolute
@@ -105,6 +142,16 @@ __device__ inline float fp16_scale(std::uint32_t largest) {
   return __uint_as_float(static_cast<std::uint32_t>(kBias + power) << 23);
 }
 
+// The two parts of a mean, high and low, that fp16_scale has scaled.
+struct Fp16Mean {
+  __half parts[kFp16Parts];
+
+  __device__ explicit Fp16Mean(float scaled) {
+    parts[0] = __float2half_rn(scaled);
+    parts[1] = __float2half_rn(isfinite(scaled) ? scaled - __half2float(parts[0]) : 0);
+  }
+};
+
 template <bool fp16>
 inline constexpr int kMeanParts = fp16 ? kFp16Parts : kMaxBf16Parts;
 
@@ -114,11 +161,9 @@ __device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_
                            int stride) {
   row += operand_index(d / 4 * 4, dim) + d % 4 / 2 * 8 + d % 2;
   if constexpr (fp16) {
-    const float scaled = mean * scale;
-    const __half high = __float2half_rn(scaled);
-    const float rest = isfinite(scaled) ? scaled - __half2float(high) : 0;
-    row[0] = __half_as_ushort(high);
-    row[stride] = __half_as_ushort(__float2half_rn(rest));
+    const Fp16Mean halves(mean * scale);
+    row[0] = __half_as_ushort(halves.parts[0]);
+    row[stride] = __half_as_ushort(halves.parts[1]);
   } else {
     for (int part = 0; part < kMaxBf16Parts; ++part) {
       row[part * stride] = static_cast<std::uint16_t>(__float_as_uint(bf16_part(mean, part)) >> 16);
@@ -157,26 +202,51 @@ __device__ RowLookup look_up_rows(const BlockMeanTable& means, std::int32_t sequ
   return {wanted, found};
 }
 
+// The columns d … d + 3 of which a lane of a warp computes the means. Where D = 64, both halves of
+// the warp compute the same.
+__device__ inline int mean_column(const BlockMeanTable& means) {
+  return static_cast<int>(threadIdx.x) % 32 * kLaneColumns % means.dim;
+}
+
+// Writes the mean of a block, of which each lane has the sum of its columns, to `row`, part by
+// part; returns its factor.
+template <bool fp16>
+__device__ float write_mean_of(const GroupSum& block, const BlockMeanTable& means,
+                               std::uint16_t* row, int stride) {
+  const float scale = fp16 ? fp16_scale(block.largest) : 1;
+#pragma unroll
+  for (int e = 0; e < kLaneColumns; ++e) {
+    store_mean<fp16>(block.sum[e] / static_cast<float>(means.block), scale, mean_column(means) + e,
+                     means.dim, row, stride);
+  }
+  return 1 / scale;
+}
+
 // Computes the mean of the block whose first key is `token` and writes it to `row`, part by part;
-// returns its factor. All lanes of a warp call. It is slow but takes few registers, since its
-// callers hold operands in registers. `fp16` is means.fp16.
+// returns its factor. All lanes of a warp call. Without sums in the cache it is slow; it takes few
+// registers, since its callers hold operands in registers. `fp16` is means.fp16.
 template <bool fp16, class Source>
 __device__ float write_mean(const Source& keys, const BlockMeanTable& means, std::int64_t token,
                             std::uint16_t* row, int stride) {
-  // Where D = 64, both halves of the warp compute the same.
-  const int d = static_cast<int>(threadIdx.x) % 32 * kLaneColumns % means.dim;
-  float sum[kLaneColumns] = {};
-  std::uint32_t largest = 0;
+  const int d = mean_column(means);
+  if constexpr (kPaged<Source>) {
+    if (has_sums(keys)) {
+      constexpr int kBatch = kFewRegisters / kLaneColumns;
+      return write_mean_of<fp16>(sum_block<kBatch>(keys, token, means.block / kGroupSize, d), means,
+                                 row, stride);
+    }
+  }
+  GroupSum block{};
   const auto sum_block = [&]<DType type>() {
 #pragma unroll 1
     for (std::int32_t first = 0; first < means.block; first += static_cast<int>(kGroupSize)) {
       const GroupSum group = sum_group<type, kFewRegisters / static_cast<int>(size_of(type)), true>(
           keys, token + first, static_cast<int>(kGroupSize), d,
           [](int, const float(&)[kLaneColumns]) {});
-      largest = max(largest, group.largest);
+      block.largest = max(block.largest, group.largest);
 #pragma unroll
       for (int e = 0; e < kLaneColumns; ++e) {
-        sum[e] = __fadd_rn(sum[e], group.sum[e]);
+        block.sum[e] = __fadd_rn(block.sum[e], group.sum[e]);
       }
     }
   };
@@ -185,13 +255,7 @@ __device__ float write_mean(const Source& keys, const BlockMeanTable& means, std
   } else {
     with_dtype(keys.dtype, sum_block);
   }
-  const float scale = fp16 ? fp16_scale(largest) : 1;
-#pragma unroll
-  for (int e = 0; e < kLaneColumns; ++e) {
-    store_mean<fp16>(sum[e] / static_cast<float>(means.block), scale, d + e, means.dim, row,
-                     stride);
-  }
-  return 1 / scale;
+  return write_mean_of<fp16>(block, means, row, stride);
 }
 
 }  // namespace misa::cuda

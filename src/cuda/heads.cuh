@@ -3,6 +3,9 @@
 // best heads.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -134,6 +137,30 @@ struct QueryRun {
     max_blocks = __reduce_max_sync(kFullMask, lane_blocks);
   }
 };
+
+// The blocks that a thread block gets of `blocks` if those of its column of the grid divide the
+// tiles among them.
+struct TileShare {
+  std::int32_t first;
+  std::int32_t end;
+
+  __device__ TileShare(std::int32_t blocks, std::int32_t tile) {
+    const std::int32_t tiles = (blocks + tile - 1) / tile;
+    const auto shares = static_cast<std::int32_t>(gridDim.y);
+    const std::int32_t each = (tiles + shares - 1) / shares * tile;
+    first = min(static_cast<std::int32_t>(blockIdx.y) * each, blocks);
+    end = min(first + each, blocks);
+  }
+};
+
+// The grid of `columns` thread blocks or, if more run at a time, several times as many, at most one
+// for each tile of up to `blocks` blocks.
+inline dim3 shared_tiles_grid(std::int64_t columns, std::int64_t blocks, std::int64_t tile,
+                              std::int64_t at_a_time) {
+  const std::int64_t tiles = std::max<std::int64_t>((blocks + tile - 1) / tile, 1);
+  return dim3(static_cast<unsigned>(columns),
+              static_cast<unsigned>(std::clamp<std::int64_t>(at_a_time / columns, 1, tiles)));
+}
 
 // Tiles of columns per call of add_products: with two tiles of heads, four independent
 // accumulators.

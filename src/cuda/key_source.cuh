@@ -128,6 +128,9 @@ __device__ inline std::int32_t longest_row(const DevicePagedSource& keys, std::i
   return longest;
 }
 
+// A NaN, positive: of a key without a page.
+inline constexpr std::uint32_t kNaNBits = 0x7FFFFFFF;
+
 // The page of a key that some query sees; -1 if the block table names a page that does not exist.
 __device__ inline std::int64_t page_of(const DevicePagedSource& keys, std::int64_t token) {
   const std::int64_t sequence = token >> keys.sequence_bits;
@@ -158,7 +161,7 @@ __device__ inline const std::byte* key_address(const DevicePagedSource& keys, st
 template <DType type>
 __device__ inline float key_scale(const DevicePagedSource& keys, std::int64_t token) {
   const std::int64_t page = page_of(keys, token);
-  return page < 0 ? __uint_as_float(0x7FFFFFFFU)  // NaN
+  return page < 0 ? __uint_as_float(kNaNBits)
                   : __ldg(page_scales(keys, page) + slot_of(keys, token));
 }
 
@@ -169,5 +172,49 @@ __device__ inline std::int64_t key_pitch(const DevicePagedSource& keys) {
 }
 
 __device__ inline bool has_scales(const DevicePagedSource& /*keys*/) { return true; }
+
+// Which group of which page; page -1: the page does not exist.
+struct GroupPlace {
+  std::int32_t page;
+  std::int32_t in_page;
+};
+
+// The group whose first key is `token`.
+__device__ inline GroupPlace group_place(const DevicePagedSource& keys, std::int64_t token) {
+  return {static_cast<std::int32_t>(page_of(keys, token)),
+          static_cast<std::int32_t>(slot_of(keys, token) / kGroupSize)};
+}
+
+// Elements d … d + 3 of the sum that the cache keeps of a group.
+__device__ inline float4 group_sum(const DevicePagedSource& keys, const GroupPlace& group, int d) {
+  const float nan = __uint_as_float(kNaNBits);
+  return group.page < 0 ? make_float4(nan, nan, nan, nan)
+                        : __ldg(reinterpret_cast<const float4*>(keys.page_sums +
+                                                                group.page * keys.page_sums_stride +
+                                                                group.in_page * keys.dim + d));
+}
+
+// The bits of the largest |scale| of a group's keys.
+__device__ inline std::uint32_t group_largest(const DevicePagedSource& keys,
+                                              const GroupPlace& group) {
+  if (group.page < 0) {
+    return kNaNBits;
+  }
+  if (keys.largest_scales != nullptr) {
+    return __float_as_uint(
+        __ldg(keys.largest_scales + group.page * keys.largest_scales_stride + group.in_page));
+  }
+  const auto* scales =
+      reinterpret_cast<const float4*>(page_scales(keys, group.page) + group.in_page * kGroupSize);
+  std::uint32_t largest = 0;
+#pragma unroll 4
+  for (int i = 0; i < static_cast<int>(kGroupSize) / 4; ++i) {
+    const float4 four = __ldg(scales + i);
+    for (const float scale : {four.x, four.y, four.z, four.w}) {
+      largest = max(largest, __float_as_uint(fabsf(scale)));
+    }
+  }
+  return largest;
+}
 
 }  // namespace misa::cuda

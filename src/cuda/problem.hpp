@@ -54,6 +54,11 @@ struct DevicePagedSource {
   const std::int32_t* row_lens;      // [T of the call], or null
   const std::int32_t* query_starts;  // [sequences + 1], or null: next_n queries each
   std::int32_t next_n;
+  // Of the groups of a page (CacheView), or null; strides are in elements. Aligned to 16 bytes.
+  const float* page_sums;
+  std::int64_t page_sums_stride;
+  const float* largest_scales;  // or null; only with page_sums
+  std::int64_t largest_scales_stride;
   std::int32_t first_query;     // of the chunk, among the queries of the call
   std::int32_t max_keys;        // longer rows are cut to this many keys; at most 2^sequence_bits
   std::int32_t least_keys = 0;  // as in DeviceRaggedSource
@@ -71,6 +76,16 @@ constexpr std::int32_t sequence_bits(std::int64_t max_keys) {
 
 template <class Source>
 inline constexpr bool kPaged = std::is_same_v<Source, DevicePagedSource>;
+
+// Whether the cache keeps the sums of its groups.
+template <class Source>
+constexpr bool has_sums(const Source& keys) {
+  if constexpr (kPaged<Source>) {
+    return keys.page_sums != nullptr;
+  } else {
+    return false;
+  }
+}
 
 // The bounds of the indices of keys.
 inline std::int64_t index_bound(const DeviceRaggedSource& keys) { return keys.tokens; }

@@ -12,6 +12,10 @@
 
 namespace misa::cuda::filter {
 
+// Whether block scores come from the sums that the cache keeps, without a block-mean table.
+template <class Source>
+bool scores_from_sums(const ProblemOf<Source>& problem, const DeviceTraits& device);
+
 // Writes scores[t, b], over all heads, for every whole block b that query t sees.
 template <class Source>
 void launch_block_scores(const ProblemOf<Source>& problem, const DeviceTraits& device,

@@ -144,6 +144,14 @@ std::size_t workspace_bytes(const IndexerConfig& config, const Shape& shape) {
 }
 
 template <class Source>
+bool reads_means(const ProblemOf<Source>& problem, const DeviceTraits& device) {
+  return !scores_from_sums(problem, device);
+}
+
+template bool reads_means(const Problem&, const DeviceTraits&);
+template bool reads_means(const PagedProblem&, const DeviceTraits&);
+
+template <class Source>
 void launch(const ProblemOf<Source>& problem, const IndexerConfig& config,
             const DeviceTraits& device, const BlockMeanTable& means, std::int32_t* blocks,
             std::span<std::byte> workspace, cudaStream_t stream) {

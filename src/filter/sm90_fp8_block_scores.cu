@@ -7,11 +7,9 @@
 //     one tile is multiplied the next is copied. Where a table row holds the block of another
 //     sequence, the mean is computed here.
 //  3. x = q . mean for all heads and the blocks of a tile, the low parts of the means first.
-//  4. A thread holds two heads of two of every eight blocks. It stores the sum of w max(0, x) over
-//     these heads. After a barrier the query's threads divide its blocks among them and add up the
-//     sums that were stored for each block, in order.
+//  4. Sums over the heads (filter/sm90_fp8_head_sums.cuh).
 //
-// So the order of every sum depends only on the query's number of heads.
+// If there are few queries, several thread blocks divide their tiles among them.
 #include <cuda_runtime.h>
 
 #include <cuda/ptx>
@@ -23,6 +21,7 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/sm90_fp8_head_products.cuh"
 #include "filter/sm90_fp8_block_scores.hpp"
+#include "filter/sm90_fp8_head_sums.cuh"
 
 namespace misa::cuda::filter {
 namespace {
@@ -32,14 +31,9 @@ namespace ptx = ::cuda::ptx;
 // Block means in a tile: columns of a product.
 constexpr int kTileMeans = 128;
 
-// Partial sums of a block that one warp stores: one for every two of its 16 heads. The pitch
-// between rows of sums puts them in different banks.
-constexpr int kWarpSums = kMmaHeads / 2;
-constexpr int kSumPitch = kTileMeans + 8;
-
 struct BlockScoresShared {
   MeanTiles<kTileMeans> tiles;
-  alignas(16) float sums[kSm90Warps * kWarpSums][kSumPitch];
+  HeadSums<kSm90Warps, kTileMeans> sums;
 };
 
 static_assert(sizeof(BlockScoresShared) + 1024 <= 227 * 1024);
@@ -68,16 +62,10 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   const std::int64_t t = t0 + slot;
 
   Sm90HeadOperands heads;  // step 1
-  float weight[2] = {};
-  bool exists[2] = {};
+  LaneHeads lane_heads;
   if (slot < queries) {
     heads.load(problem.q, t, first_head);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = first_head + half * 8 + lane / 4;
-      exists[half] = head < problem.q.heads;
-      weight[half] = exists[half] ? problem.w.data[t * problem.w.token_stride + head] : 0;
-    }
+    lane_heads.load(problem, t, first_head);
   }
   const Range range = range_of_lane(problem.k, t0, queries);
   const std::int32_t blocks = range.length / arguments.means.block;
@@ -89,14 +77,15 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     end = run.end;
     const std::int32_t product_blocks =  // of the longest query in the warp's product
         __reduce_max_sync(kFullMask, assignment.in_product(lane) ? run.lane_blocks : 0);
-    for (std::int32_t tile = -kTileMeans; tile < max_blocks; tile += kTileMeans) {
+    const TileShare share(max_blocks, kTileMeans);
+    for (std::int32_t tile = share.first - kTileMeans; tile < share.end; tile += kTileMeans) {
       const std::int32_t next = tile + kTileMeans;
-      if (next < max_blocks) {  // step 2
+      if (next < share.end) {  // step 2
         load_mean_tile(shared.tiles, next / kTileMeans % 2, problem.k, arguments.means,
                        run.sequence_start, next, min(kTileMeans, max_blocks - next));
       }
       commit_copies();
-      if (tile < 0) {
+      if (tile < share.first) {
         continue;
       }
       wait_for_copies<1>();
@@ -104,33 +93,16 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       __syncthreads();
       const int buffer = tile / kTileMeans % 2;
       const int count = min(kTileMeans, query_blocks - tile);  // of the query's blocks in the tile
-      float* const sums = shared.sums[warp * kWarpSums + lane / 4] + lane % 4 * 2;
       if (product_blocks > tile) {
         float x[kTileMeans / 2];
         multiply_means(shared.tiles, buffer, heads, x);  // step 3
-#pragma unroll
-        for (int j = 0; j < kTileMeans / 8; ++j) {  // step 4
-          float sum[2] = {};
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const float clipped = max_nan(x[4 * j + 2 * half + e], 0);
-              sum[e] = exists[half] ? __fmaf_rn(weight[half], clipped, sum[e]) : sum[e];
-            }
-          }
-          *reinterpret_cast<float2*>(sums + 8 * j) = make_float2(sum[0], sum[1]);
-        }
+        shared.sums.store(warp, lane_heads, x);          // step 4
       }
       __syncthreads();
       for (int block = warp % query_warps * 32 + lane; block < count; block += query_warps * 32) {
-        float score = 0;
-#pragma unroll
-        for (int i = 0; i < query_warps * kWarpSums; ++i) {
-          score += shared.sums[slot * query_warps * kWarpSums + i][block];
-        }
         arguments.scores[t * arguments.stride + tile + block] =
-            score * shared.tiles.factors[buffer][block];
+            shared.sums.template score<query_warps>(slot, block) *
+            shared.tiles.factors[buffer][block];
       }
       __syncthreads();
     }
@@ -141,12 +113,14 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 template <class Source>
 void launch_block_scores_sm90(const ProblemOf<Source>& problem, const BlockMeanTable& means,
-                              float* scores, std::int64_t stride, cudaStream_t stream) {
+                              float* scores, std::int64_t stride, int num_sms,
+                              cudaStream_t stream) {
   const auto launch = [&]<int query_warps>() {
     constexpr int kRoundQueries = WarpAssignment<query_warps>::kRoundQueries;
-    const auto grid = static_cast<unsigned>((problem.q.tokens + kRoundQueries - 1) / kRoundQueries);
-    launch_kernel("block scores", sm90_block_scores_kernel<query_warps, Source>, dim3(grid),
-                  kSm90Threads, sizeof(BlockScoresShared), stream,
+    const dim3 grid = shared_tiles_grid((problem.q.tokens + kRoundQueries - 1) / kRoundQueries,
+                                        stride, kTileMeans, num_sms);
+    launch_kernel("block scores", sm90_block_scores_kernel<query_warps, Source>, grid, kSm90Threads,
+                  sizeof(BlockScoresShared), stream,
                   Sm90BlockScoresArguments<Source>{problem, means, scores, stride});
   };
   warps_of_query(problem.q.heads) == 2 ? launch.template operator()<2>()
@@ -154,8 +128,8 @@ void launch_block_scores_sm90(const ProblemOf<Source>& problem, const BlockMeanT
 }
 
 template void launch_block_scores_sm90(const Problem&, const BlockMeanTable&, float*, std::int64_t,
-                                       cudaStream_t);
+                                       int, cudaStream_t);
 template void launch_block_scores_sm90(const PagedProblem&, const BlockMeanTable&, float*,
-                                       std::int64_t, cudaStream_t);
+                                       std::int64_t, int, cudaStream_t);
 
 }  // namespace misa::cuda::filter

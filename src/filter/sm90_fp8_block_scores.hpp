@@ -14,6 +14,6 @@ namespace misa::cuda::filter {
 // Does what launch_block_scores does, for problems that sm90_can_implement() accepts.
 template <class Source>
 void launch_block_scores_sm90(const ProblemOf<Source>& problem, const BlockMeanTable& means,
-                              float* scores, std::int64_t stride, cudaStream_t stream);
+                              float* scores, std::int64_t stride, int num_sms, cudaStream_t stream);
 
 }  // namespace misa::cuda::filter

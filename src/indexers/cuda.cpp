@@ -152,8 +152,9 @@ class Chunk {
 
   // Step 2: the columns that are scored.
   Columns filter() const {
-    const BlockMeanTable means =
-        pool::launch(problem_, config_.filter_block, false, workspace_.filter_means, stream_);
+    const std::span<std::byte> room =
+        filter::reads_means(problem_, device_) ? workspace_.filter_means : std::span<std::byte>{};
+    const BlockMeanTable means = pool::launch(problem_, config_.filter_block, false, room, stream_);
     filter::launch(problem_, config_, device_, means, workspace_.blocks, workspace_.filter,
                    stream_);
     return {workspace_.blocks, config_.filter_blocks, config_.filter_block};

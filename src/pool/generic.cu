@@ -3,8 +3,7 @@
 // the 64 columns to work on.
 //
 // fill_rows: some rows of the block-mean table.
-//  1. Row r belongs to one sequence: of the sequences that start before key (r + 1) * block, the
-//     one that starts last; of several with that start, the longest.
+//  1. Row r belongs to one sequence (pool/row_sequences.cuh).
 //  2. Each half warp sums a group. Then a thread sums the groups of a block in one column and
 //     writes the mean.
 //
@@ -14,12 +13,15 @@
 //     there are if sequences are short. Each thread looks up whether one of them exists.
 //  2. As step 2 above, for those that exist.
 //
-// fill_partial_means: the partial block means of 64 queries.
+// fill_rows_from_sums (pool/rows_from_sums.cuh): the same where the cache keeps sums of groups.
+//
+// fill_partial_means: the partial block means of up to 64 queries.
 //  1. Consecutive queries of one sequence and one partial block form a run if none sees fewer keys
 //     than the one before it.
-//  2. Each half warp sums a group, up to the keys of the run's last query. In the groups where the
-//     keys of queries end, the sum after every key is kept. This is done for two groups at a time,
-//     enough for 64 queries that each see one key more than the one before.
+//  2. Each half warp sums a group, up to the keys of the run's last query; where the cache keeps
+//     the sum of a whole group, it is read. In the groups where the keys of queries end, the sum
+//     after every key is kept. This is done for two groups at a time, enough for 64 queries that
+//     each see one key more than the one before.
 //  3. A thread turns group sums into sums of all earlier groups.
 //  4. Each half warp adds, for a query, the sum of its earlier groups and the sum in its last one,
 //     and divides.
@@ -33,116 +35,27 @@
 #include "cuda/launch.cuh"
 #include "pool/generic.hpp"
 #include "pool/generic_config.cuh"
+#include "pool/row_sequences.cuh"
+#include "pool/rows_from_sums.cuh"
 
 namespace misa::cuda::pool {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
-constexpr int kGroup = static_cast<int>(kGroupSize);
-
 constexpr std::size_t padded(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// Rows of the table that a thread block fills.
-__host__ __device__ constexpr int thread_block_rows(std::int32_t block) {
-  return block < kGroups * kGroup ? kGroups * kGroup / block : 1;
-}
-
-// The rank of a sequence: larger if it starts later or, of equal starts, is longer. 0: no sequence.
-using SequenceRank = unsigned long long;
-
-__device__ SequenceRank rank_of(Range range) {
-  return (SequenceRank{static_cast<std::uint32_t>(range.start)} + 1) << 32 |
-         static_cast<std::uint32_t>(range.length);
-}
-
-// The largest rank of the warp's lanes.
-__device__ SequenceRank warp_max(SequenceRank lane_rank) {
-  const auto high = static_cast<std::uint32_t>(lane_rank >> 32);
-  const std::uint32_t max_high = __reduce_max_sync(kFullMask, high);
-  const auto low = high == max_high ? static_cast<std::uint32_t>(lane_rank) : 0;
-  return SequenceRank{max_high} << 32 | __reduce_max_sync(kFullMask, low);
-}
-
-struct PoolShared {
+struct PoolShared : RowSequences {
   alignas(16) float sums[kGroups][kSumColumns];
   alignas(16) float running[kEndGroups][kGroup][kSumColumns];  // after every key of a group
   std::uint32_t largest[kGroups];                              // bits of a group's largest |scale|
-  // For find_row_sequences; the thread block's rows are counted from 0.
-  SequenceRank before[kThreads / 32];  // per warp: the largest that starts before row 1
-  SequenceRank row_ranks[kGroups];     // per row from 1 on: the largest that starts in it
-  std::int64_t tokens[kGroups];        // first key of a row's block; -1: there is none
   // Per query: its first key, the number of its whole blocks, and the number of keys after them.
   std::int32_t starts[kPartialQueries];
   std::int32_t whole_blocks[kPartialQueries];
   std::int32_t partial_keys[kPartialQueries];
   std::uint32_t run_begins[kPartialQueries / 32];
 };
-
-// fill_rows, step 1. A row belongs to the sequence of the largest rank among those that start in it
-// or in an earlier row. Few thread blocks have a sequence that starts after their first row; these
-// read the queries once more.
-__device__ void find_row_sequences(PoolShared& shared, const DeviceRaggedSource& keys,
-                                   std::int64_t tokens, const BlockMeanTable& means,
-                                   std::int64_t first_row) {
-  constexpr int kQueriesInFlight = 8;
-  const int rows = thread_block_rows(means.block);
-  const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t row_1 = (first_row + 1) * means.block;  // first key of the second row
-  const std::int64_t end = (first_row + rows) * means.block;
-  if (thread < kGroups) {
-    shared.row_ranks[thread] = 0;
-  }
-  SequenceRank before = 0;
-  bool starts_later = false;  // a sequence starts after the first row
-  for (std::int64_t t0 = thread; t0 < tokens; t0 += kQueriesInFlight * kThreads) {
-    Range range[kQueriesInFlight];
-#pragma unroll
-    for (int i = 0; i < kQueriesInFlight; ++i) {
-      range[i] = visible(keys, min(t0 + i * kThreads, tokens - 1));
-    }
-#pragma unroll
-    for (int i = 0; i < kQueriesInFlight; ++i) {
-      const bool at_first_row = range[i].start < row_1;
-      before = at_first_row ? max(before, rank_of(range[i])) : before;
-      starts_later = starts_later || (!at_first_row && range[i].start < end);
-    }
-  }
-  before = warp_max(before);
-  if (thread % 32 == 0) {
-    shared.before[thread / 32] = before;
-  }
-  starts_later = __syncthreads_or(static_cast<int>(starts_later)) != 0;
-  if (starts_later) {
-    for (std::int64_t t = thread; t < tokens; t += kThreads) {
-      const Range range = visible(keys, t);
-      if (row_1 <= range.start && range.start < end) {
-        atomicMax(&shared.row_ranks[base_row(means, range.start) - first_row], rank_of(range));
-      }
-    }
-    __syncthreads();
-  }
-  if (thread < rows) {
-    SequenceRank rank = 0;
-#pragma unroll
-    for (const SequenceRank warp_rank : shared.before) {
-      rank = max(rank, warp_rank);
-    }
-    for (int i = 1; starts_later && i <= thread; ++i) {
-      rank = max(rank, shared.row_ranks[i]);
-    }
-    const auto start = static_cast<std::int32_t>((rank >> 32) - 1);  // -1: none
-    const auto length = static_cast<std::int32_t>(rank & 0xFFFFFFFF);
-    const std::int64_t block = first_row + thread - base_row(means, start);
-    const bool exists = start >= 0 && block < length / means.block;
-    shared.tokens[thread] = exists ? start + block * means.block : -1;
-    if (first_row + thread < means.capacity) {
-      means.starts[first_row + thread] = exists ? start : -1;
-    }
-  }
-  __syncthreads();
-}
 
 // Step 2 of both tasks. Each half warp sums one group: the `count` keys from `token` on, or none if
 // `token` is -1. If `whole`, all groups have all their keys. Unless `running` is null, the sums
@@ -158,6 +71,19 @@ __device__ void sum_groups(PoolShared& shared, const Source& keys, std::int64_t 
   const auto store = [&](float* row, const float(&sum)[kLaneColumns]) {
     *reinterpret_cast<float4*>(row + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   };
+  if constexpr (kPaged<Source> && !whole) {
+    if (has_sums(keys)) {
+      if (token >= 0 && count == kGroup && running == nullptr) {
+        *reinterpret_cast<float4*>(&shared.sums[half][column]) =
+            group_sum(keys, group_place(keys, token), first_column + column);
+        token = -1;
+      }
+      if (!__any_sync(kFullMask, token >= 0)) {
+        return;
+      }
+    }
+  }
+  const bool exists = whole || token >= 0;
   if constexpr (whole) {  // a half warp without a group sums the group of the other half
     const std::int64_t other = __shfl_xor_sync(kFullMask, token, kSumLanes);
     token = token >= 0 ? token : other;
@@ -169,9 +95,11 @@ __device__ void sum_groups(PoolShared& shared, const Source& keys, std::int64_t 
           store(running[i], sum);
         }
       });
-  store(shared.sums[half], group.sum);
-  if (column == 0) {
-    shared.largest[half] = group.largest;
+  if (exists) {
+    store(shared.sums[half], group.sum);
+    if (column == 0) {
+      shared.largest[half] = group.largest;
+    }
   }
 }
 
@@ -262,10 +190,11 @@ struct PagedItem {
         row(std::int64_t{base_row(means, start)} + block) {}
 };
 
-// What fill_paged_rows keeps of the items that it looked up, one per thread.
 struct PagedPoolShared : PoolShared {
+  // What fill_paged_rows keeps of the items that it looked up, one per thread.
   std::uint32_t exist[kThreads / 32];  // per warp: whose item has rows
   std::int32_t rows[kThreads];
+  RowCounts counts;
 };
 
 __device__ void fill_paged_rows(PagedPoolShared& shared, const DevicePagedSource& keys,
@@ -336,11 +265,11 @@ __device__ void write_partial_means(const PoolShared& shared, const BlockMeanTab
   }
 }
 
+// For queries t0 … t0 + queries - 1.
 template <DType type, class Source>
-__device__ void fill_partial_means(PoolShared& shared, const Source& keys, std::int64_t tokens,
-                                   const BlockMeanTable& means, std::int64_t t0, int first_column) {
+__device__ void fill_partial_means(PoolShared& shared, const Source& keys, std::int64_t t0,
+                                   int queries, const BlockMeanTable& means, int first_column) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int queries = static_cast<int>(min(std::int64_t{kPartialQueries}, tokens - t0));
   if (thread < queries) {
     const Range range = visible(keys, t0 + thread);
     shared.starts[thread] = range.start;
@@ -408,19 +337,28 @@ __device__ void fill_partial_means(PoolShared& shared, const Source& keys, std::
 template <DType type, class Source>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
     block_means_kernel(const Source keys, std::int64_t tokens, const BlockMeanTable means,
-                       std::int32_t partial_blocks) {
+                       std::int32_t partial_blocks, std::int32_t partial_queries) {
   begin_kernel();
   __shared__ std::conditional_t<kPaged<Source>, PagedPoolShared, PoolShared> shared;
   const auto thread_block = static_cast<std::int32_t>(blockIdx.x);
   const int first_column = static_cast<int>(blockIdx.y) * kSumColumns;
   if (thread_block < partial_blocks) {
-    fill_partial_means<type>(shared, keys, tokens, means,
-                             std::int64_t{thread_block} * kPartialQueries, first_column);
+    const std::int64_t t0 = std::int64_t{thread_block} * partial_queries;
+    const auto queries =
+        static_cast<int>(min(static_cast<std::int64_t>(partial_queries), tokens - t0));
+    fill_partial_means<type>(shared, keys, t0, queries, means, first_column);
   } else {
     const std::int32_t block = thread_block - partial_blocks;
     if constexpr (kPaged<Source>) {
-      fill_paged_rows(shared, keys, tokens, means, block,
-                      static_cast<std::int32_t>(gridDim.x) - partial_blocks, first_column);
+      const auto blocks = static_cast<std::int32_t>(gridDim.x) - partial_blocks;
+      if (has_sums(keys)) {
+        const auto columns = static_cast<std::int32_t>(gridDim.y);
+        fill_rows_from_sums(shared.counts, keys, tokens, means,
+                            block * columns + static_cast<std::int32_t>(blockIdx.y),
+                            blocks * columns);
+      } else {
+        fill_paged_rows(shared, keys, tokens, means, block, blocks, first_column);
+      }
     } else {
       fill_rows<type>(shared, keys, tokens, means,
                       std::int64_t{block} * thread_block_rows(means.block), first_column);
@@ -438,24 +376,54 @@ std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
          padded(count * kMaxBf16Parts * static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
 }
 
+// Queries whose partial block means a thread block computes: where sequences have few queries,
+// those of one sequence, so that the thread block does not sum one sequence after the other.
+std::int64_t partial_queries_of(const DeviceRaggedSource& /*keys*/, std::int64_t /*tokens*/) {
+  return kPartialQueries;
+}
+std::int64_t partial_queries_of(const DevicePagedSource& keys, std::int64_t tokens) {
+  const std::int64_t sequences = std::max(keys.sequences, 1);
+  return std::clamp<std::int64_t>(tokens / sequences, 1, kPartialQueries);
+}
+
+// Thread blocks that fill rows, for each column block: of paged keys, as many as run at a time.
+template <DType type>
+std::int64_t row_blocks_of(const DeviceRaggedSource& /*keys*/, const BlockMeanTable& means,
+                           std::int64_t /*others*/) {
+  const std::int64_t rows = thread_block_rows(means.block);
+  return (means.capacity + rows - 1) / rows;
+}
+template <DType type>
+std::int64_t row_blocks_of(const DevicePagedSource& keys, const BlockMeanTable& means,
+                           std::int64_t others) {
+  const std::int64_t column_blocks = means.dim / kSumColumns;
+  const std::int64_t at_a_time = std::int64_t{device_attribute(cudaDevAttrMultiProcessorCount)} *
+                                 kBlocksPerSm<type> / column_blocks;
+  if (means.capacity == 0) {
+    return 0;
+  }
+  if (!has_sums(keys)) {
+    return std::min(PagedItems(keys, means.block).count, at_a_time);
+  }
+  constexpr std::int64_t kWarps = kThreads / 32;
+  const std::int64_t rows = std::min<std::int64_t>(
+      means.capacity, std::int64_t{keys.sequences} * (row_limit(keys) / means.block));
+  return std::min((rows + kWarps - 1) / kWarps, std::max(at_a_time - others, at_a_time / 2));
+}
+
 template <DType type, class Source>
 void launch(const Source& keys, std::int64_t tokens, const BlockMeanTable& means,
             cudaStream_t stream) {
-  const std::int64_t rows = thread_block_rows(means.block);
+  const std::int64_t partial_queries = partial_queries_of(keys, tokens);
   const std::int64_t partial_blocks =
-      means.partial == nullptr ? 0 : (tokens + kPartialQueries - 1) / kPartialQueries;
-  const std::int64_t column_blocks = means.dim / kSumColumns;
-  std::int64_t row_blocks = (means.capacity + rows - 1) / rows;
-  if constexpr (kPaged<Source>) {  // as many as run at a time
-    const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount);
-    row_blocks = std::min(PagedItems(keys, means.block).count,
-                          std::int64_t{num_sms} * kBlocksPerSm<type> / column_blocks);
-  }
-  const dim3 grid(static_cast<unsigned>(partial_blocks + row_blocks),
-                  static_cast<unsigned>(column_blocks));
+      means.partial == nullptr ? 0 : (tokens + partial_queries - 1) / partial_queries;
+  const dim3 grid(
+      static_cast<unsigned>(partial_blocks + row_blocks_of<type>(keys, means, partial_blocks)),
+      static_cast<unsigned>(means.dim / kSumColumns));
   if (grid.x > 0) {
     launch_kernel("block means", block_means_kernel<type, Source>, grid, kThreads, 0, stream, keys,
-                  tokens, means, static_cast<std::int32_t>(partial_blocks));
+                  tokens, means, static_cast<std::int32_t>(partial_blocks),
+                  static_cast<std::int32_t>(partial_queries));
   }
 }
 

@@ -17,7 +17,7 @@ void launch_pooled(const ProblemOf<Source>& problem, const DeviceTraits& device,
   }
   block_mean_products::launch<block_mean_products::MeansOutput::head_energies>(
       block_mean_products::MeansArguments<Source>{problem, means, count, heads, nullptr, 0},
-      stream);
+      device.num_sms, stream);
 }
 
 template void launch_pooled(const Problem&, const DeviceTraits&, const BlockMeanTable&,

@@ -65,7 +65,11 @@ struct Layout {
   std::int64_t padding = 0;      // of a page, in units of 16 bytes
   std::int64_t extra_pages = 3;  // of the block table, beyond the longest sequence
   std::uint64_t seed = 1;        // of the order of pages
+  bool tail = false;             // of a page, with room for sums
 };
+
+// Where the cache keeps the sums of its groups.
+enum class Sums { none, arrays, arrays_without_scales, tail };
 
 struct Numbers {
   std::int64_t heads = 6;
@@ -191,7 +195,9 @@ class Inputs {
     }
     max_pages_ += layout_.extra_pages;
     pages_ = used + 2;
-    const std::int64_t stride = size * (numbers_.dim + 4) + layout_.padding * 16;
+    const std::int64_t stride =
+        layout_.tail ? page_tail(numbers_.dim, size).page_stride + layout_.padding * 128
+                     : size * (numbers_.dim + 4) + layout_.padding * 16;
     cache_.assign(pages_ * stride, 0xFF);
     std::vector<std::int32_t> order(pages_);
     std::iota(order.begin(), order.end(), 0);
@@ -237,7 +243,7 @@ std::span<const std::byte> bytes_of(const Queries& q) {
 // The call on the device, and room for what is selected.
 class Call {
  public:
-  Call(const Inputs& inputs, const IndexerConfig& config)
+  Call(const Inputs& inputs, const IndexerConfig& config, Sums sums = Sums::none)
       : top_k_(config.top_k),
         queries_(inputs.q()),
         keys_(view_of(inputs)),
@@ -252,8 +258,21 @@ class Call {
         indices_(rows() * static_cast<std::size_t>(config.top_k)),
         scores_(indices_.span().size()),
         heads_(config.router == Router::all ? 0 : rows() * static_cast<std::size_t>(config.heads)),
-        residual_(config.residual ? rows() * static_cast<std::size_t>(queries_.dim) : 0) {
+        residual_(config.residual ? rows() * static_cast<std::size_t>(queries_.dim) : 0),
+        sums_(static_cast<std::size_t>(inputs.pages() * sums_stride())),
+        largest_(static_cast<std::size_t>(inputs.pages() * largest_stride())) {
     keys_.cache.data = cache_.data();
+    if (sums == Sums::tail) {
+      keys_.cache = with_tail(keys_.cache);
+    } else if (sums != Sums::none) {
+      keys_.cache.page_sums = sums_.data();
+      keys_.cache.page_sums_stride = sums_stride();
+      if (sums == Sums::arrays) {
+        keys_.cache.largest_scales = largest_.data();
+        keys_.cache.largest_scales_stride = largest_stride();
+      }
+    }
+    rebuild_sums();
     keys_.block_table = block_table_.data();
     keys_.context_lens = context_lens_.span();
     keys_.row_lens = row_lens_.span();
@@ -268,9 +287,19 @@ class Call {
     cache_.write(inputs.cache());
     block_table_.write(inputs.block_table());
     replace_lens(inputs.batch().context_lens);
+    rebuild_sums();
   }
   void replace_lens(std::span<const std::int32_t> context_lens) const {
     context_lens_.write(context_lens);
+  }
+
+  // Sets the sums of all pages to zero.
+  void clear_sums() const {
+    const CacheView& cache = keys_.cache;
+    for (std::int64_t page = 0; page < cache.pages; ++page) {
+      expect_success(cudaMemset(writable(cache.page_sums) + page * cache.page_sums_stride, 0,
+                                static_cast<std::size_t>(groups() * cache.dim) * sizeof(float)));
+    }
   }
 
   [[nodiscard]] PagedKeys& keys() { return keys_; }
@@ -297,6 +326,30 @@ class Call {
  private:
   [[nodiscard]] std::size_t rows() const { return static_cast<std::size_t>(queries_.tokens); }
 
+  [[nodiscard]] std::int64_t groups() const { return keys_.cache.page_size / kGroupSize; }
+  // Rows are padded; those of sums are a multiple of 16 bytes apart.
+  [[nodiscard]] std::int64_t sums_stride() const { return groups() * keys_.cache.dim + 4; }
+  [[nodiscard]] std::int64_t largest_stride() const { return groups() + 1; }
+
+  static float* writable(const float* array) { return const_cast<float*>(array); }
+
+  // Sums count all tokens of every page, so that those of the groups that no row sees whole are
+  // NaN.
+  void rebuild_sums() const {
+    const CacheView& cache = keys_.cache;
+    if (cache.page_sums == nullptr) {
+      return;
+    }
+    std::vector<std::int32_t> pages(static_cast<std::size_t>(cache.pages));
+    std::iota(pages.begin(), pages.end(), 0);
+    const Guarded<std::int32_t> on_device{std::span<const std::int32_t>(pages)};
+    cuda::rebuild_page_sums({cache_.data(), cache.pages, cache.dim, cache.page_stride,
+                             writable(cache.page_sums), cache.page_size, cache.page_sums_stride,
+                             writable(cache.largest_scales), cache.largest_scales_stride},
+                            on_device.span(), {}, nullptr);
+    expect_success(cudaDeviceSynchronize());
+  }
+
   static PagedKeys view_of(const Inputs& inputs) {
     PagedKeys keys;
     keys.cache.pages = inputs.pages();
@@ -322,7 +375,13 @@ class Call {
   Guarded<float> scores_;
   Guarded<std::int32_t> heads_;
   Guarded<float> residual_;
+  Guarded<float> sums_;
+  Guarded<float> largest_;
 };
+
+bool uses_block_means(const IndexerConfig& config) {
+  return config.router == Router::pooled || config.filter_blocks > 0;
+}
 
 std::vector<NamedConfig> configs() {
   std::vector<NamedConfig> all = named_configs(kTopK, 2);
@@ -362,13 +421,25 @@ class DevicePagedPlan : public EachCudaBackend {
     return cuda::Plan(config, inputs.shape(), options(inputs));
   }
 
+  // Where sums may stand that the indexer reads. Pages of 32 tokens have none.
+  static std::vector<Sums> sums_of(const Inputs& inputs, const IndexerConfig& config) {
+    std::vector<Sums> all{Sums::none};
+    if (uses_block_means(config) && inputs.layout().page_size >= kGroupSize) {
+      all.push_back(inputs.layout().tail ? Sums::tail : Sums::arrays);
+      all.push_back(Sums::arrays_without_scales);
+    }
+    return all;
+  }
+
   void expect_ragged_result(const Inputs& inputs, const std::string& what,
                             const std::vector<NamedConfig>& all = configs()) const {
     for (const NamedConfig& named : all) {
-      const Call call(inputs, named.config);
-      EXPECT_TRUE(
-          same_bits(call.run(plan(named.config, inputs)), inputs.expected(context(), named.config)))
-          << named.name << ", " << what;
+      const Selected expected = inputs.expected(context(), named.config);
+      for (const Sums sums : sums_of(inputs, named.config)) {
+        const Call call(inputs, named.config, sums);
+        EXPECT_TRUE(same_bits(call.run(plan(named.config, inputs)), expected))
+            << named.name << ", " << what << ", sums " << static_cast<int>(sums);
+      }
     }
   }
 };
@@ -409,6 +480,60 @@ TEST_P(DevicePagedPlan, SeveralQueriesOfASequence) {
     expect_ragged_result(
         Inputs(batch_of({5000, 0, 3, 64, -2, 129, 1025, 4097, 127}, next_n), layout, {6, 128}),
         "next_n = " + std::to_string(next_n));
+  }
+}
+
+// Blocks of one group and of many, and sequences of few queries and of many.
+TEST_P(DevicePagedPlan, SmokePageSums) {
+  std::vector<NamedConfig> all;
+  for (const int block : {64, 192, 1024}) {
+    IndexerConfig misa = IndexerConfig::misa(kTopK, 2);
+    misa.block = block;
+    all.push_back({"misa, blocks of " + std::to_string(block), misa});
+    all.push_back(
+        {"hisa, blocks of " + std::to_string(block), IndexerConfig::hisa(kTopK, block, 3)});
+  }
+  for (const std::int64_t page_size : {64, 128}) {
+    for (const bool tail : {false, true}) {
+      const Layout layout{page_size, tail ? 1 : 0, 2, 3, tail};
+      for (const std::int64_t heads : {6, 40, 64}) {
+        expect_ragged_result(Inputs(batch_of({9000, 0, 64, 4097, 2111}, 1), layout, {heads, 128}),
+                             "one query", all);
+      }
+      expect_ragged_result(Inputs(batch_of({5000, 1, 130, 4096}, 3), layout, {64, 128}),
+                           "three queries", all);
+      expect_ragged_result(Inputs(batch_of({4000, 700, 3000}, {1, 0, 70}), layout, {6, 128}),
+                           "some and many queries", all);
+      expect_ragged_result(Inputs(batch_of({5000, 700}, 2), layout, {6, 64}), "D = 64", all);
+    }
+  }
+  expect_ragged_result(Inputs(batch_of({3000, 700}, 2), {64, 0, 1, 1}, {6, 128, DType::bf16}),
+                       "bf16", all);
+}
+
+// More sequences than a thread block has threads.
+TEST_P(DevicePagedPlan, PageSumsOfManySequences) {
+  std::vector<std::int32_t> lengths(700);
+  for (std::size_t b = 0; b < lengths.size(); ++b) {
+    lengths[b] = static_cast<std::int32_t>(b * 37 % 500) - 20;
+  }
+  lengths[600] = 20000;
+  expect_ragged_result(Inputs(batch_of(lengths, 1), {64, 0, 1, 3}, {6, 128}), "many sequences");
+}
+
+// The sums are read where they may be, in place of the keys.
+TEST_P(DevicePagedPlan, OtherPageSumsGiveOtherResults) {
+  const Layout layout{64, 0, 1, 3, true};
+  const Inputs inputs(batch_of({5 * 1024, 7 * 1024}, 1), layout, {6, 128});
+  for (const NamedConfig& named : std::vector<NamedConfig>{
+           {"misa", IndexerConfig::misa(kTopK, 2)}, {"hisa", IndexerConfig::hisa(kTopK, 128, 3)}}) {
+    for (const Sums sums : {Sums::arrays, Sums::arrays_without_scales, Sums::tail}) {
+      const Call call(inputs, named.config, sums);
+      call.clear_sums();
+      EXPECT_FALSE(
+          same_bits(call.run(plan(named.config, inputs)), inputs.expected(context(), named.config)))
+          << named.name;
+    }
   }
 }
 
@@ -507,9 +632,12 @@ TEST_P(DevicePagedPlan, SmokeMemoryChangesNothing) {
     while (!fits(cap) && cap < (std::size_t{1} << 30)) {
       cap *= 2;
     }
-    EXPECT_TRUE(same_bits(call.run(cuda::Plan(named.config, inputs.shape(), small)),
-                          inputs.expected(context(), named.config)))
-        << named.name << " in " << cap << " bytes";
+    const cuda::Plan plan(named.config, inputs.shape(), small);
+    const Selected expected = inputs.expected(context(), named.config);
+    EXPECT_TRUE(same_bits(call.run(plan), expected)) << named.name << " in " << cap << " bytes";
+    const Call with_sums(inputs, named.config, Sums::arrays);
+    EXPECT_TRUE(same_bits(with_sums.run(plan), expected))
+        << named.name << " in " << cap << " bytes, with sums";
   }
 }
 
@@ -525,7 +653,7 @@ TEST_P(DevicePagedPlan, SmokeAGraphReplaysWithOtherData) {
   const Inputs empty = inputs_of({-1, -9, 0, 0}, 3);
   const std::array<const Inputs*, 4> replays{&first, &second, &empty, &first};
   for (const NamedConfig& named : configs()) {
-    const Call call(first, named.config);
+    const Call call(first, named.config, Sums::arrays);
     const cuda::Plan plan = this->plan(named.config, first);
     const Guarded<std::byte> workspace(plan.workspace_bytes());
     cudaStream_t stream = nullptr;
@@ -637,6 +765,14 @@ TEST_P(DevicePagedPlan, RefusesBadArguments) {
   EXPECT_THAT(run_with([](auto& k) { k.row_lens = k.context_lens; }),
               HasSubstr("row_lens: expected 4 entries"));
   EXPECT_THAT(run_with([](auto& k) { k.max_pages = -1; }), HasSubstr("block_table: "));
+  const auto* sums = reinterpret_cast<const float*>(workspace.data());
+  EXPECT_THAT(run_with([&](auto& k) { k.cache.page_sums = sums + 1; }),
+              HasSubstr("page_sums: expected data aligned to 16 bytes"));
+  EXPECT_THAT(run_with([&](auto& k) {
+                k.cache.page_sums = sums;
+                k.cache.page_sums_stride = 66;
+              }),
+              HasSubstr("page_sums: expected rows a multiple of 16 bytes apart"));
 
   const Inputs larger(batch_of({700, 2, 1}, 1), {}, {});
   const Call three(larger, config);
