@@ -95,7 +95,7 @@ class Plan {
   /// the block table beyond the pages of a sequence's rows are not read. An entry that is read and
   /// names no page of the cache stands for keys of score NaN. The cache and its page stride are
   /// aligned to 16 bytes, and it has fewer than 2^32 keys. Page sums, which save reading all keys
-  /// for block means, are those that append and rebuild_page_sums below write, aligned to 16 bytes
+  /// for block means, are those that append and rebuild below write, aligned to 16 bytes
   /// as their stride is.
   void run(const Queries& q, const Weights& w, const PagedKeys& k, const Selection& out,
            std::span<std::byte> workspace, void* stream) const;

@@ -34,7 +34,7 @@
 #include "score/columns.hpp"
 #include "score/generic.hpp"
 #include "score/sm90_fp8.hpp"
-#include "score/sm90_fp8_paged.hpp"
+#include "score/sm90_paged.hpp"
 #include "select/gate.hpp"
 #include "select/generic.hpp"
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/problem.hpp"
+#include "score/sketch_operands.hpp"
 #include "score/sm90_fp8.hpp"
 
 namespace misa::cuda::score {
@@ -15,5 +16,11 @@ namespace misa::cuda::score {
 // thread blocks, on which no result depends.
 void launch_paged(const ProblemOf<DevicePagedSource>& problem, const ActiveRows& rows,
                   std::int32_t unscored, const Scores& scores, int num_sms, void* stream);
+
+// The same from the sketches of the keys, by the rows that `operands` has for each query in place
+// of those of the problem.
+void launch_paged_sketch(const ProblemOf<DevicePagedSource>& problem,
+                         const SketchOperands& operands, std::int32_t unscored,
+                         const Scores& scores, int num_sms, void* stream);
 
 }  // namespace misa::cuda::score

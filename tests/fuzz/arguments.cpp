@@ -346,7 +346,7 @@ struct PageSums {
     cache.largest_scales = largest.data();
     std::vector<std::int32_t> pages(static_cast<std::size_t>(view.pages));
     std::iota(pages.begin(), pages.end(), 0);
-    misa::rebuild_page_sums(cache, pages);
+    misa::rebuild(cache, pages);
     view.page_sums = sums.data();
     view.largest_scales = largest.data();
     view.page_sums_stride = view.largest_scales_stride = 0;

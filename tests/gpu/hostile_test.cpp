@@ -155,7 +155,7 @@ class Call {
     std::vector<std::int32_t> pages(static_cast<std::size_t>(view.pages));
     std::iota(pages.begin(), pages.end(), 0);
     const Guarded<std::int32_t> all{std::span<const std::int32_t>(pages)};
-    cuda::rebuild_page_sums(with_tail(span), all.span(), {}, nullptr);
+    cuda::rebuild(with_tail(span), all.span(), {}, nullptr);
     expect_success(cudaDeviceSynchronize());
     view = with_tail(view);
   }

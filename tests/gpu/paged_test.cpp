@@ -343,7 +343,7 @@ class Call {
     std::vector<std::int32_t> pages(static_cast<std::size_t>(cache.pages));
     std::iota(pages.begin(), pages.end(), 0);
     const Guarded<std::int32_t> on_device{std::span<const std::int32_t>(pages)};
-    cuda::rebuild_page_sums({cache_.data(), cache.pages, cache.dim, cache.page_stride,
+    cuda::rebuild({cache_.data(), cache.pages, cache.dim, cache.page_stride,
                              writable(cache.page_sums), cache.page_size, cache.page_sums_stride,
                              writable(cache.largest_scales), cache.largest_scales_stride},
                             on_device.span(), {}, nullptr);

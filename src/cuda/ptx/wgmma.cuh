@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Warpgroup matrix products of Hopper (wgmma): D[64, N] (+)= A[64, 32] B[N, 32]^T in e4m3 with fp32
-// accumulators, both operands in shared memory; and the same in fp16 with A in registers.
+// accumulators, B in shared memory and A there or in registers; and the same in fp16 with A in
+// registers.
 //
 // Accumulators: thread i of the warpgroup holds, for every group j of eight columns, the elements
 // (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1) as d[4 j] … d[4 j +
@@ -95,6 +96,49 @@ __device__ inline void wgmma_e4m3<128>(float (&d)[64], std::uint64_t a, std::uin
       : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24), MISA_D8(32), MISA_D8(40), MISA_D8(48),
         MISA_D8(56)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+// The same with A in registers, 16 rows per warp: thread i has the elements 4 (i % 4) … 4 (i % 4) + 3
+// of row (i % 32) / 4 in a[0] and of the row 8 below in a[1], and those 16 further in a[2] and a[3].
+template <int columns>
+__device__ void wgmma_e4m3(float (&d)[columns / 2], const std::uint32_t (&a)[4], std::uint64_t b,
+                           bool add);
+
+template <>
+__device__ inline void wgmma_e4m3<16>(float (&d)[8], const std::uint32_t (&a)[4], std::uint64_t b,
+                                      bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, {%8, %9, %10, %11}, %12, add, 1, 1;\n}\n"
+      : MISA_D8(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+
+template <>
+__device__ inline void wgmma_e4m3<32>(float (&d)[16], const std::uint32_t (&a)[4], std::uint64_t b,
+                                      bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+      "}, {%16, %17, %18, %19}, %20, add, 1, 1;\n}\n"
+      : MISA_D8(0), MISA_D8(8)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+
+template <>
+__device__ inline void wgmma_e4m3<64>(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b,
+                                      bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, %36, add, 1, 1;\n}\n"
+      : MISA_D8(0), MISA_D8(8), MISA_D8(16), MISA_D8(24)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 
 // D[64, N] (+)= A[64, 16] B[N, 16]^T in fp16 with fp32 accumulators. A is in registers, 16 rows per
