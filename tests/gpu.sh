@@ -96,8 +96,14 @@ for stage in "${stages[@]}"; do
       done
       run "short contexts" misa_bench_step --keys 2048 4096 8192 16384 32768 65536 \
         --indexers dsa misa auto
+      run "decode" misa_bench_decode --stages --batch 1 64 --context 8192 131072 \
+        --indexers dsa misa misa-r:h=3:m=4k hisa
+      run "decode, 4 queries a sequence" misa_bench_decode --batch 64 --context 131072 --next-n 4 \
+        --indexers dsa misa hisa
       if reason=$(python3 -c 'import deep_gemm, torch' 2>&1); then
         record "peers" python3 bench/gpu/peers.py --heads 64 32 --keys 65536 131072
+        record "peers of decode" python3 bench/gpu/peers.py --decode --batch 1 16 64 \
+          --context 131072 --misa "$(find "$folder" -type f -name misa_bench_decode | head -n 1)"
       else
         echo "the peers were left out: ${reason##*$'\n'}"
       fi
