@@ -521,6 +521,23 @@ TEST_P(DevicePagedPlan, PageSumsOfManySequences) {
   expect_ragged_result(Inputs(batch_of(lengths, 1), {64, 0, 1, 3}, {6, 128}), "many sequences");
 }
 
+// More blocks than the registers of a thread block hold. Many queries at once are filtered by a
+// warp each, few by a thread block each.
+TEST_P(DevicePagedPlan, ManyBlocks) {
+  const Inputs inputs(batch_of({64 * 8192 + 5000}, 300), {128, 0, 1, 3}, {6, 64});
+  const IndexerConfig config = IndexerConfig::hisa(kTopK, 64, 40);
+  const Selected expected = inputs.expected(context(), config);
+  Shape few = inputs.shape();
+  few.tokens = 10;
+  cuda::PlanOptions small = options(inputs);
+  small.workspace_cap = cuda::Plan(config, few, options(inputs)).workspace_bytes();
+  for (const Sums sums : {Sums::none, Sums::arrays}) {
+    const Call call(inputs, config, sums);
+    EXPECT_TRUE(same_bits(call.run(plan(config, inputs)), expected));
+    EXPECT_TRUE(same_bits(call.run(cuda::Plan(config, inputs.shape(), small)), expected));
+  }
+}
+
 // The sums are read where they may be, in place of the keys.
 TEST_P(DevicePagedPlan, OtherPageSumsGiveOtherResults) {
   const Layout layout{64, 0, 1, 3, true};
@@ -615,7 +632,8 @@ TEST_P(DevicePagedPlan, KeysWithoutAPageRankLast) {
 }
 
 TEST_P(DevicePagedPlan, SmokeMemoryChangesNothing) {
-  const Inputs inputs(batch_of({700, 2, 900}, {40, 3, 60}), {64, 0, 1, 7}, {6, 128});
+  // More queries than are filtered by a thread block each; with little memory a chunk has fewer.
+  const Inputs inputs(batch_of({700, 2, 900}, {240, 3, 160}), {64, 0, 1, 7}, {6, 128});
   for (const NamedConfig& named : configs()) {
     const Call call(inputs, named.config);
     cuda::PlanOptions small = options(inputs);
