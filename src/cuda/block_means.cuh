@@ -174,7 +174,8 @@ __device__ void store_mean(float mean, float scale, int d, int dim, std::uint16_
 // The row of the block-mean table for block 0 of a sequence; row base_row + b is for block b.
 template <class Index>
 __device__ Index base_row(const BlockMeanTable& means, Index sequence_start) {
-  return sequence_start / means.block;
+  return means.bases != nullptr ? means.bases[sequence_start >> means.sequence_bits]
+                                : sequence_start / means.block;
 }
 
 // A lane's row of a tile: whether the tile has that row, and whether the table holds its mean.

@@ -7,13 +7,10 @@
 //  2. Each half warp sums a group. Then a thread sums the groups of a block in one column and
 //     writes the mean.
 //
-// fill_paged_rows: the same for paged keys, where every sequence has rows of its own.
-//  1. A work item is what a thread block sums at once: 1024 keys of a sequence, or a longer block.
-//     Every thread block has the same share of all items that there may be, which are far more than
-//     there are if sequences are short. Each thread looks up whether one of them exists.
-//  2. As step 2 above, for those that exist.
-//
-// fill_rows_from_sums (pool/rows_from_sums.cuh): the same where the cache keeps sums of groups.
+// fill_paged_rows: the same for paged keys.
+//  1. The thread block counts the rows of all sequences (pool/paged_rows.cuh).
+//  2. As step 2 above, for rows that cover 1024 keys, or a longer block, at a time. Where the cache
+//     keeps sums of groups, fill_rows_from_sums in place of that.
 //
 // fill_partial_means: the partial block means of up to 64 queries.
 //  1. Consecutive queries of one sequence and one partial block form a run if none sees fewer keys
@@ -35,8 +32,8 @@
 #include "cuda/launch.cuh"
 #include "pool/generic.hpp"
 #include "pool/generic_config.cuh"
+#include "pool/paged_rows.cuh"
 #include "pool/row_sequences.cuh"
-#include "pool/rows_from_sums.cuh"
 
 namespace misa::cuda::pool {
 namespace {
@@ -164,79 +161,29 @@ __device__ void fill_rows(PoolShared& shared, const DeviceRaggedSource& keys, st
   write_rows<type>(shared, keys, means, first_row, first_column);
 }
 
-// The work items of paged keys: `steps` of each sequence, of up to `rows` rows each.
-struct PagedItems {
-  std::int32_t rows;
-  std::int32_t steps;
-  std::int64_t count;
-
-  __host__ __device__ PagedItems(const DevicePagedSource& keys, std::int32_t block)
-      : rows(thread_block_rows(block)),
-        steps((row_limit(keys) / block + rows - 1) / rows),
-        count(std::int64_t{keys.sequences} * steps) {}
-};
-
-struct PagedItem {
-  std::int32_t sequence;
-  std::int32_t start;  // first key of the sequence
-  std::int32_t block;  // the item's first one in the sequence
-  std::int64_t row;    // of the table, for that block
-
-  __device__ PagedItem(const DevicePagedSource& keys, const BlockMeanTable& means,
-                       const PagedItems& items, std::int64_t item)
-      : sequence(static_cast<std::int32_t>(item / items.steps)),
-        start(sequence << keys.sequence_bits),
-        block(static_cast<std::int32_t>(item % items.steps) * items.rows),
-        row(std::int64_t{base_row(means, start)} + block) {}
-};
-
 struct PagedPoolShared : PoolShared {
-  // What fill_paged_rows keeps of the items that it looked up, one per thread.
-  std::uint32_t exist[kThreads / 32];  // per warp: whose item has rows
-  std::int32_t rows[kThreads];
   RowCounts counts;
 };
 
 __device__ void fill_paged_rows(PagedPoolShared& shared, const DevicePagedSource& keys,
-                                std::int64_t tokens, const BlockMeanTable& means,
+                                const PagedRows& rows, const BlockMeanTable& means,
                                 std::int32_t thread_block, std::int32_t thread_blocks,
                                 int first_column) {
-  const PagedItems items(keys, means.block);
   const int thread = static_cast<int>(threadIdx.x);
-  for (std::int64_t base = thread_block; base < items.count;
-       base += std::int64_t{thread_blocks} * kThreads) {
-    const auto item_of = [&](int other_thread) {
-      return base + std::int64_t{other_thread} * thread_blocks;
-    };
-    std::int64_t rows = 0;
-    if (item_of(thread) < items.count) {
-      const PagedItem item(keys, means, items, item_of(thread));
-      const std::int32_t blocks = longest_row(keys, tokens, item.sequence) / means.block;
-      rows = min(std::int64_t{min(blocks - item.block, items.rows)}, means.capacity - item.row);
-    }
-    shared.rows[thread] = static_cast<std::int32_t>(rows);
-    const std::uint32_t exist = __ballot_sync(kFullMask, rows > 0);
-    if (thread % 32 == 0) {
-      shared.exist[thread / 32] = exist;
-    }
-    __syncthreads();
-    for (int warp = 0; warp < kThreads / 32; ++warp) {
-      for (std::uint32_t rest = shared.exist[warp]; rest != 0; rest &= rest - 1) {
-        const int owner = warp * 32 + __ffs(static_cast<int>(rest)) - 1;
-        const PagedItem item(keys, means, items, item_of(owner));
-        if (thread < items.rows) {
-          const bool exists = thread < shared.rows[owner];
-          shared.tokens[thread] =
-              exists ? item.start + (std::int64_t{item.block} + thread) * means.block : -1;
-          if (exists) {
-            means.starts[item.row + thread] = item.start;
-          }
-        }
-        __syncthreads();
-        write_rows<DType::e4m3>(shared, keys, means, item.row, first_column);
+  const int at_once = thread_block_rows(means.block);
+  for (std::int32_t first = thread_block * at_once; first < rows.count();
+       first += thread_blocks * at_once) {
+    if (thread < at_once) {
+      const std::int32_t row = first + thread;
+      shared.tokens[thread] = -1;
+      if (row < rows.count()) {
+        const auto [start, block] = rows.block_of(row);
+        shared.tokens[thread] = start + std::int64_t{block} * means.block;
+        means.starts[row] = start;
       }
     }
-    __syncthreads();  // before other items are looked up
+    __syncthreads();
+    write_rows<DType::e4m3>(shared, keys, means, first, first_column);
   }
 }
 
@@ -350,14 +297,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
   } else {
     const std::int32_t block = thread_block - partial_blocks;
     if constexpr (kPaged<Source>) {
+      const PagedRows rows(shared.counts, keys, tokens, means);
       const auto blocks = static_cast<std::int32_t>(gridDim.x) - partial_blocks;
+      if (block == 0 && first_column == 0) {
+        rows.write_bases();
+      }
       if (has_sums(keys)) {
+        constexpr std::int32_t kWarps = kThreads / 32;
         const auto columns = static_cast<std::int32_t>(gridDim.y);
-        fill_rows_from_sums(shared.counts, keys, tokens, means,
-                            block * columns + static_cast<std::int32_t>(blockIdx.y),
-                            blocks * columns);
+        const std::int32_t first = block * columns + static_cast<std::int32_t>(blockIdx.y);
+        fill_rows_from_sums(rows, keys, means,
+                            first * kWarps + static_cast<std::int32_t>(threadIdx.x) / 32,
+                            blocks * columns * kWarps);
       } else {
-        fill_paged_rows(shared, keys, tokens, means, block, blocks, first_column);
+        fill_paged_rows(shared, keys, rows, means, block, blocks, first_column);
       }
     } else {
       fill_rows<type>(shared, keys, tokens, means,
@@ -368,6 +321,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<type>)
 
 std::size_t partial_bytes(std::int64_t tokens, std::int64_t dim, bool partial) {
   return partial ? padded(static_cast<std::size_t>(tokens * dim) * sizeof(float)) : 0;
+}
+
+std::size_t bases_bytes(std::int64_t sequences) {
+  return padded(static_cast<std::size_t>(sequences) * sizeof(std::int32_t));
 }
 
 std::size_t table_bytes(std::int64_t rows, std::int64_t dim) {
@@ -402,13 +359,12 @@ std::int64_t row_blocks_of(const DevicePagedSource& keys, const BlockMeanTable& 
   if (means.capacity == 0) {
     return 0;
   }
-  if (!has_sums(keys)) {
-    return std::min(PagedItems(keys, means.block).count, at_a_time);
-  }
-  constexpr std::int64_t kWarps = kThreads / 32;
   const std::int64_t rows = std::min<std::int64_t>(
       means.capacity, std::int64_t{keys.sequences} * (row_limit(keys) / means.block));
-  return std::min((rows + kWarps - 1) / kWarps, std::max(at_a_time - others, at_a_time / 2));
+  const std::int64_t at_once = has_sums(keys) ? kThreads / 32 : thread_block_rows(means.block);
+  // At least one, for the rows' bases.
+  return std::clamp<std::int64_t>((rows + at_once - 1) / at_once, 1,
+                                  std::max(at_a_time - others, at_a_time / 2));
 }
 
 template <DType type, class Source>
@@ -431,7 +387,8 @@ void launch(const Source& keys, std::int64_t tokens, const BlockMeanTable& means
 
 std::size_t workspace_bytes(const Shape& shape, const KeyBounds& keys, std::int32_t block,
                             bool partial) {
-  return partial_bytes(shape.tokens, shape.dim, partial) +
+  const std::int64_t sequences = keys.paged ? keys.total >> sequence_bits(shape.max_keys) : 0;
+  return partial_bytes(shape.tokens, shape.dim, partial) + bases_bytes(sequences) +
          std::min(table_bytes(keys.total / block, shape.dim), keys.table_bytes);
 }
 
@@ -441,13 +398,17 @@ BlockMeanTable launch(const ProblemOf<Source>& problem, std::int32_t block, bool
   const std::int64_t tokens = problem.q.tokens;
   const std::int64_t dim = problem.q.dim;
   const std::size_t partial_size = partial_bytes(tokens, dim, partial);
+  std::size_t bases_size = 0;
+  if constexpr (kPaged<Source>) {
+    bases_size = bases_bytes(problem.k.sequences);
+  }
 
   // As many rows as the workspace has room for, at most what sequences without overlap need.
   std::int64_t capacity = 0;
   std::int64_t high = index_bound(problem.k) / block;
   while (capacity < high) {
     const std::int64_t middle = high - (high - capacity) / 2;
-    if (partial_size + table_bytes(middle, dim) <= workspace.size()) {
+    if (partial_size + bases_size + table_bytes(middle, dim) <= workspace.size()) {
       capacity = middle;
     } else {
       high = middle - 1;
@@ -463,6 +424,12 @@ BlockMeanTable launch(const ProblemOf<Source>& problem, std::int32_t block, bool
   const auto rows = static_cast<std::size_t>(capacity);
   BlockMeanTable means{};
   means.partial = partial ? reinterpret_cast<float*>(allocate(partial_size)) : nullptr;
+  if constexpr (kPaged<Source>) {
+    if (capacity > 0) {
+      means.bases = reinterpret_cast<std::int32_t*>(allocate(bases_size));
+      means.sequence_bits = problem.k.sequence_bits;
+    }
+  }
   means.starts = reinterpret_cast<std::int32_t*>(allocate(rows * sizeof(std::int32_t)));
   means.factors = reinterpret_cast<float*>(allocate(rows * sizeof(float)));
   means.rows = reinterpret_cast<std::uint16_t*>(next);
