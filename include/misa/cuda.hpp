@@ -96,7 +96,8 @@ class Plan {
   /// names no page of the cache stands for keys of score NaN. The cache and its page stride are
   /// aligned to 16 bytes, and it has fewer than 2^32 keys. Page sums, which save reading all keys
   /// for block means, are those that append and rebuild below write, aligned to 16 bytes
-  /// as their stride is.
+  /// as their stride is. Its sketch is read if it is of as many bits as the config's, and is
+  /// aligned to 16 bytes then, as its stride is. Otherwise a sketch is computed from the keys.
   void run(const Queries& q, const Weights& w, const PagedKeys& k, const Selection& out,
            std::span<std::byte> workspace, void* stream) const;
 

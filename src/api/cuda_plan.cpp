@@ -8,6 +8,7 @@
 
 #include "api/backends.hpp"
 #include "api/validate.hpp"
+#include "cache/cache.hpp"
 #include "core/require.hpp"
 #include "cuda/problem.hpp"
 #include "cuda/target.hpp"
@@ -201,6 +202,11 @@ void Plan::run(const Queries& queries, const Weights& weights, const PagedKeys& 
   source.query_starts = k.query_starts.empty() ? nullptr : k.query_starts.data();
   source.next_n = static_cast<std::int32_t>(k.next_n);
   source.max_keys = static_cast<std::int32_t>(state_->shape.max_keys);
+  if (k.cache.sketch != nullptr && k.cache.sketch_bits == state_->config.sketch) {
+    require_device_sketch(k.cache);
+    source.sketch = k.cache.sketch;
+    source.sketch_stride = k.cache.sketch_stride;
+  }
   state_->step.run(PagedProblem{q, w, source}, out, workspace.data(), stream);
 }
 

@@ -7,7 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/sketch.hpp"
 #include "cuda/problem.hpp"
+#include "cuda/sketch.cuh"
 
 namespace misa::cuda {
 
@@ -163,6 +165,27 @@ __device__ inline float key_scale(const DevicePagedSource& keys, std::int64_t to
   const std::int64_t page = page_of(keys, token);
   return page < 0 ? __uint_as_float(kNaNBits)
                   : __ldg(page_scales(keys, page) + slot_of(keys, token));
+}
+
+// Whether sketches of keys stand in memory.
+__device__ inline bool has_sketch(const DeviceRaggedSource& /*keys*/) { return false; }
+__device__ inline bool has_sketch(const DevicePagedSource& keys) { return keys.sketch != nullptr; }
+
+// The sketch of a key of a source that has_sketch; null if the key's page does not exist.
+__device__ inline SketchBytes sketch_of(const DeviceRaggedSource& /*keys*/, int /*sketch*/,
+                                        std::int64_t /*token*/) {
+  return {nullptr, nullptr};
+}
+__device__ inline SketchBytes sketch_of(const DevicePagedSource& keys, int sketch,
+                                        std::int64_t token) {
+  const std::int64_t page = page_of(keys, token);
+  if (page < 0) {
+    return {nullptr, nullptr};
+  }
+  const std::uint8_t* const bytes = keys.sketch + page * keys.sketch_stride;
+  const std::int64_t slot = slot_of(keys, token);
+  return {bytes + sketch_code_offset(sketch, keys.dim, slot),
+          bytes + sketch_scale_offset(sketch, keys.dim, std::int64_t{1} << keys.page_bits, slot)};
 }
 
 // Bytes from one key to the next one of the same page.

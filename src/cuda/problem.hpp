@@ -59,9 +59,9 @@ struct DevicePagedSource {
   std::int64_t page_sums_stride;
   const float* largest_scales;  // or null; only with page_sums
   std::int64_t largest_scales_stride;
-  const std::uint8_t* sketch;   // of page 0, aligned to 16 bytes, or null
-  std::int64_t sketch_stride;   // bytes from one page's to the next, a multiple of 16
-  std::int32_t sketch_bits;     // 2 or 4
+  const std::uint8_t* sketch;   // [pages] of the configured bits, aligned to 16 bytes; null: to be
+                                // computed from the keys
+  std::int64_t sketch_stride;   // bytes, a multiple of 16
   std::int32_t first_query;     // of the chunk, among the queries of the call
   std::int32_t max_keys;        // longer rows are cut to this many keys; at most 2^sequence_bits
   std::int32_t least_keys = 0;  // as in DeviceRaggedSource

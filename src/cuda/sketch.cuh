@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/sketch.hpp"
+#include "cuda/convert.cuh"
 #include "cuda/hadamard.cuh"
 #include "cuda/warp.cuh"
 
@@ -140,6 +141,72 @@ __device__ inline void encode_sketch(int sketch, const std::uint8_t* elements, f
     key.element[i] = elements[lane * count + i];
   }
   encode_sketch(sketch, key, scale, codes, scales);
+}
+
+// The codes and the scales of a key's sketch in memory.
+struct SketchBytes {
+  const std::uint8_t* codes;
+  const std::uint8_t* scales;
+};
+
+// What a sketch stands for: entry d is a bf16 number times one factor for all of a key.
+
+// The factor, NaN if the whole key is.
+__device__ inline float sketch_factor(int sketch, const std::uint8_t* scales, int dim) {
+  if (is_rotated(sketch)) {
+    return fp16_to_float(static_cast<std::uint16_t>(scales[0] | scales[1] << 8));
+  }
+  std::uint8_t largest = 0;
+  for (int group = 0; group < dim / kSketchGroup; ++group) {
+    largest = max(largest, scales[group]);
+  }
+  return ue8m0_to_float(largest);
+}
+
+// Two bf16 entries from the low bits of `codes`.
+__device__ inline std::uint32_t rotated_pair(std::uint32_t codes) {
+  constexpr std::uint64_t kLevels = 0x3FC03F00BF00BFC0;  // -1.5, -0.5, 0.5 and 1.5
+  return static_cast<std::uint32_t>(kLevels >> (16 * (codes & 3)) & 0xFFFF) |
+         static_cast<std::uint32_t>(kLevels >> (16 * (codes >> 2 & 3))) << 16;
+}
+
+// Two e2m1 entries of a group from the low byte of `codes`, in units of the key's factor.
+//  1. Exponent and mantissa move to their places in bf16. This is the value times 2^-126, since the
+//     biases are 1 and 127; it holds for the subnormal 0.5 too.
+//  2. The product with 2^126 and the group's scale is exact.
+__device__ inline std::uint32_t mxfp4_pair(std::uint32_t codes, std::uint32_t group_factor) {
+  const std::uint32_t apart = (codes & 0xF) | (codes & 0xF0) << 12;
+  return multiply_bf16x2((apart & 0x00070007) << 6 | (apart & 0x00080008) << 12, group_factor);
+}
+
+// The factors of mxfp4_pair for a group whose exponent is `below` less than the key's largest.
+__device__ inline std::uint32_t mxfp4_group_factor(int below) {
+  return below > kSketchReach ? 0
+                              : static_cast<std::uint32_t>(253 - below) << 7 |
+                                    static_cast<std::uint32_t>(253 - below) << 23;
+}
+
+// Entries d … d + 7 of a key, where d is a multiple of 8. Codes are aligned to 4 bytes.
+__device__ inline void decode_sketch(int sketch, const SketchBytes& from, int d, int dim,
+                                     std::uint32_t (&pairs)[4]) {
+  if (is_rotated(sketch)) {
+    const std::uint32_t eight = *reinterpret_cast<const std::uint16_t*>(from.codes + d / 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = rotated_pair(eight >> (4 * i));
+    }
+    return;
+  }
+  int largest = 0;
+  for (int group = 0; group < dim / kSketchGroup; ++group) {
+    largest = max(largest, int{from.scales[group]});
+  }
+  const std::uint32_t factor = mxfp4_group_factor(largest - from.scales[d / kSketchGroup]);
+  const std::uint32_t eight = *reinterpret_cast<const std::uint32_t*>(from.codes + d / 2);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = mxfp4_pair(eight >> (8 * i) & 0xFF, factor);
+  }
 }
 
 }  // namespace misa::cuda

@@ -3,7 +3,8 @@
 //
 //  1. route   active heads and the residual row
 //  2. filter  the blocks that each query keeps
-//  3. score   scores [chunk, columns]: a column per position, or per position of the kept blocks
+//  3. score   scores [chunk, columns]: a column per position, or per position of the kept blocks;
+//             from the keys' sketches, if the config has them
 //  4. select  the top k of each row; if re-ranking follows, the top m
 //  5. rerank  scores [chunk, m] over all heads, of which the top k are selected
 //
@@ -21,6 +22,7 @@
 #include <limits>
 #include <numeric>
 
+#include "core/sketch.hpp"
 #include "cuda/check.cuh"
 #include "cuda/stages.hpp"
 #include "filter/generic.hpp"
@@ -122,8 +124,12 @@ class Chunk {
       stages_.enter("score");
       score::launch_row_lengths(problem_.k, problem_.q.tokens, columns, kAll, workspace_.lengths,
                                 stream_);
-      score(active_rows(), workspace_.rows, spec_.sm90_scores, columns, workspace_.lengths,
-            reranked ? spec_.keep : whole, workspace_.scores);
+      if (spec_.sketch != 0) {
+        score_sketches(columns);
+      } else {
+        score(active_rows(), workspace_.rows, spec_.sm90_scores, columns, workspace_.lengths,
+              reranked ? spec_.keep : whole, workspace_.scores);
+      }
       select(columns, workspace_.scores, workspace_.lengths, spec_.keep, first);
     }
     if (reranked) {
@@ -209,8 +215,23 @@ class Chunk {
     } else {
       score::launch_row_operands(problem_, rows.heads != nullptr ? &workspace_.routing : nullptr,
                                  operands, stream_);
-      score::launch_generic(problem_, operands, columns, unscored, scores, stream_);
+      score::launch_generic(problem_, operands, columns, unscored, 0, scores, stream_);
     }
+  }
+
+  // Step 3 with the keys' sketches. Rows that see at most the candidates are not scored.
+  void score_sketches(const Columns& columns) const {
+    const Routing* routing = spec_.recipe.active ? &workspace_.routing : nullptr;
+    if (is_rotated(spec_.sketch)) {
+      score::launch_sketch_operands(problem_.q, problem_.w, routing, spec_.sketch,
+                                    workspace_.sketch_rows, stream_);
+      score::launch_row_operands(workspace_.sketch_rows, problem_.q.tokens, workspace_.rows,
+                                 stream_);
+    } else {
+      score::launch_row_operands(problem_, routing, workspace_.rows, stream_);
+    }
+    score::launch_generic(problem_, workspace_.rows, columns, spec_.keep, spec_.sketch,
+                          workspace_.scores, stream_);
   }
 
   // Step 4.
@@ -271,10 +292,6 @@ std::size_t Step::least_bytes(const IndexerConfig& config, const Shape& shape,
 Step::Step(const IndexerConfig& config, const Shape& shape, const KeyBounds& keys,
            std::size_t workspace_cap, const DeviceTraits& device)
     : passes_(passes(config, shape)), keys_(keys), device_(device) {
-  if (config.sketch != 0) {
-    throw Error(ErrorCode::unsupported,
-                fmt::format("sketch: expected 0 (none) on a CUDA backend, got {}", config.sketch));
-  }
   for (const Pass& pass : passes_) {
     const PassSpec spec(pass.config, shape, keys.paged, device);
     for (const int wanted : {pass.config.top_k, spec.keep}) {

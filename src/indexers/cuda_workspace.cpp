@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/sketch.hpp"
 #include "cuda/sm90.hpp"
 #include "filter/generic.hpp"
 #include "pool/generic.hpp"
@@ -19,13 +20,20 @@ fused::WorkPlan work_plan_for(const PassSpec& spec, const Shape& chunk, std::int
                            spec.rows(), spec.keep, device.num_sms});
 }
 
-score::RowOperands take_rows(const Shape& chunk, std::int32_t heads, bool residual, Arena& arena) {
-  score::RowOperands rows = score::row_operands_for(chunk, heads, residual);
+score::RowOperands take_rows(const Shape& chunk, std::int32_t heads, bool residual, int sketch,
+                             Arena& arena) {
+  score::RowOperands rows = score::row_operands_for(chunk, heads, residual, sketch);
   const std::int64_t count = chunk.tokens * rows.padded();
   rows.data =
       arena.take<std::byte>(count * rows.dim * static_cast<std::int64_t>(size_of(rows.operand)));
   rows.weight = arena.take<float>(count);
   return rows;
+}
+
+score::SketchOperands take_sketch_rows(const Shape& chunk, const PassSpec& spec, Arena& arena) {
+  const std::int64_t count = chunk.tokens * spec.rows();
+  return {arena.take<std::uint8_t>(count * chunk.dim), arena.take<float>(count),
+          static_cast<std::int32_t>(chunk.dim), spec.heads, spec.recipe.residual};
 }
 
 std::span<std::byte> take_bytes(std::size_t bytes, Arena& arena) {
@@ -37,6 +45,7 @@ std::span<std::byte> take_bytes(std::size_t bytes, Arena& arena) {
 PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, bool paged,
                    const DeviceTraits& device)
     : recipe(largest_recipe(config, shape.heads, shape.max_keys)),
+      sketch(recipe.sketched ? config.sketch : 0),
       heads(static_cast<std::int32_t>(recipe.heads)),
       keep(static_cast<std::int32_t>(recipe.keep)),
       columns(recipe.scored) {
@@ -45,7 +54,7 @@ PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, bool paged,
   const auto sm90 = [&](std::int64_t scoring_rows) {
     return sm90_can_implement(device, shape.q_dtype, shape.k_dtype, shape.dim, scoring_rows);
   };
-  sm90_scores = sm90(rows());
+  sm90_scores = sm90(rows()) && sketch == 0;
   fused = sm90_scores && !recipe.filtered && !paged;
   sm90_rerank = recipe.reranked && sm90(shape.heads);
 }
@@ -104,7 +113,10 @@ ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
     scales = arena.take<float>(score::scale_count(keys.total));
   }
   if (!spec.sm90_scores) {
-    rows = take_rows(chunk, spec.heads, spec.recipe.residual, arena);
+    rows = take_rows(chunk, spec.heads, spec.recipe.residual, spec.sketch, arena);
+  }
+  if (is_rotated(spec.sketch)) {
+    sketch_rows = take_sketch_rows(chunk, spec, arena);
   }
   if (spec.fused) {
     fused = FusedWorkspace(spec, chunk, keys.total, device, arena);
@@ -115,7 +127,7 @@ ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
   indices = arena.take<std::int32_t>(queries * config.top_k);
   if (spec.recipe.reranked) {
     if (!spec.sm90_rerank) {
-      all_rows = take_rows(chunk, static_cast<std::int32_t>(chunk.heads), false, arena);
+      all_rows = take_rows(chunk, static_cast<std::int32_t>(chunk.heads), false, 0, arena);
     }
     candidates = arena.take<std::int32_t>(queries * spec.keep);
     candidate_scores = {arena.take<float>(queries * spec.keep), spec.keep};

@@ -21,6 +21,7 @@ namespace misa::cuda {
 // of the longest row, by which a shorter row selects the same keys as by its own.
 struct PassSpec {
   Recipe recipe;         // of the longest row
+  int sketch;            // bits of the sketch that gives the first scores, or 0
   bool sm90_scores;      // the first scores come from Hopper's kernels for e4m3
   bool fused;            // and the same kernel applies the gate to them (ragged keys only)
   bool sm90_rerank;      // the scores of the candidates come from Hopper's kernels
@@ -65,6 +66,7 @@ struct ChunkWorkspace {
   std::span<std::byte> filter_means;
   float* scales = nullptr;  // of all ragged keys of a call (score::launch_scales)
   FusedWorkspace fused;
+  score::SketchOperands sketch_rows{};  // for a rotated sketch
   score::RowOperands rows{};
   score::RowOperands all_rows{};
   Scores scores{};

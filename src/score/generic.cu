@@ -1,17 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores on the tensor cores (bf16 operands, fp32 sums), or on the CUDA cores where q or k is f32.
 //
-// row_operands_kernel, one thread block per query:
-//  1. Copies each active head as an operand, with its weight.
-//  2. Appends the residual row: the e4m3 row with its scale as the weight; for bf16 keys, three
-//     bf16 rows whose sum is exactly the fp32 row; for f32, the row itself.
-//  3. Fills the rest of the last row group with zeros.
-//
 // tensor_core_kernel, 32 columns per warp:
 //  1. Finds its queries. If columns are keys, these are the queries of the thread block, up to 32,
 //     that see any of the warp's keys; if columns are gathered, it is one query. Paged keys are
 //     always gathered: then no grid has to cover the indices of the keys of all sequences.
-//  2. Loads its keys into registers as bf16. A negative or non-finite scale is folded into them.
+//  2. Loads its keys into registers as bf16. A negative or non-finite scale is folded into them. A
+//     key's sketch is read in its place, or encoded from it into shared memory first.
 //  3. Multiplies the 32 keys with each query's rows in groups of 8. The products are clipped at the
 //     rows' floors, weighted, and added in order of the rows.
 //  4. Adds the sums of the four lanes that share a key, multiplies by the key's scale, and stores
@@ -29,8 +24,10 @@
 #include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/sketch.cuh"
 #include "cuda/warp.cuh"
 #include "score/generic.hpp"
+#include "score/sketch_keys.cuh"
 
 namespace misa::cuda::score {
 namespace {
@@ -49,9 +46,6 @@ constexpr int kTensorCoreKeys = kWarps * kWarpKeys;
 
 constexpr int kCudaCoreKeys = 64;
 
-// Three bf16 hold the 24 bits of an fp32 mantissa.
-constexpr int kResidualParts = 3;
-
 template <class Source>
 struct ScoreArguments {
   Source keys;
@@ -60,77 +54,8 @@ struct ScoreArguments {
   Scores scores;
   std::int64_t tokens;
   std::int32_t unscored;
+  int sketch;  // bits of the sketch that is scored in place of the keys, or 0
 };
-
-// ---- row operands
-
-template <class Source>
-struct RowOperandsArguments {
-  ProblemOf<Source> problem;
-  Routing routing;
-  bool routed;
-  RowOperands rows;
-};
-
-// Part `part` of the value of a residual row as a sum of bf16 parts: each part takes the leading 8
-// bits of what the parts before it leave.
-__device__ float residual_part(float value, int part) {
-  if (!isfinite(value)) {
-    return part == 0 ? value : 0;
-  }
-  float high = 0;
-  for (int i = 0; i <= part; ++i) {
-    high = __uint_as_float(__float_as_uint(value) & 0xFFFF0000U);
-    value -= high;
-  }
-  return high;
-}
-
-template <class Source>
-__global__ void row_operands_kernel(
-    const __grid_constant__ RowOperandsArguments<Source> arguments) {
-  begin_kernel();
-  const auto& [problem, routing, routed, rows] = arguments;
-  const std::int64_t t = blockIdx.x;
-  const auto dim = static_cast<std::int32_t>(problem.q.dim);
-  const std::int32_t padded = rows.padded();
-  const bool e4m3 = problem.k.dtype == DType::e4m3;
-
-  for (std::int32_t r = threadIdx.x; r < padded; r += static_cast<std::int32_t>(blockDim.x)) {
-    float weight = 0;
-    if (r < rows.heads) {
-      const std::int32_t head = routed ? routing.heads[t * rows.heads + r] : r;
-      weight = is_head(problem.q, head) ? problem.w.data[t * problem.w.token_stride + head] : 0;
-    } else if (r < rows.heads + rows.linear) {
-      weight = e4m3 ? routing.rounded_scale[t] : 1;
-    }
-    rows.weight[t * padded + r] = weight;
-  }
-
-  for (std::int32_t i = threadIdx.x; i < padded * dim; i += static_cast<std::int32_t>(blockDim.x)) {
-    const std::int32_t r = i / dim;
-    const std::int32_t d = i % dim;
-    const std::int32_t part = r - rows.heads;
-    float value = 0;
-    if (part < 0) {
-      const std::int32_t head = routed ? routing.heads[t * rows.heads + r] : r;
-      value = is_head(problem.q, head)
-                  ? element(problem.q.data, problem.q.dtype,
-                            t * problem.q.token_stride + head * problem.q.head_stride + d)
-                  : 0;
-    } else if (part < rows.linear) {
-      value = e4m3               ? e4m3_to_float(routing.rounded[t * dim + d])
-              : rows.linear == 1 ? routing.residual[t * dim + d]
-                                 : residual_part(routing.residual[t * dim + d], part);
-    }
-    const std::int64_t at = t * padded * dim + i;
-    if (rows.operand == DType::f32) {
-      static_cast<float*>(rows.data)[at] = value;
-    } else {
-      static_cast<std::uint16_t*>(rows.data)[at] = float_to_bf16(value);
-    }
-  }
-}
 
 // ---- shared by the two scoring kernels
 
@@ -144,6 +69,9 @@ __device__ float floor_of(const RowOperands& rows, std::int32_t r) {
 }
 
 // ---- tensor cores
+
+// What the tensor cores multiply with the rows.
+enum class Keys : std::uint8_t { bf16, e4m3, sketch };
 
 // A lane's fragment of a key. Lane c of the four that share a key holds elements 32 i + 8 c … + 7
 // for every i. The MMA numbers elements differently, but any order will do if both operands have
@@ -173,6 +101,28 @@ __device__ KeyFragment<kDim> load_key(const Source& keys, std::int64_t key, int 
       pairs[1] = words.y;
       pairs[2] = words.z;
       pairs[3] = words.w;
+    }
+  }
+  return fragment;
+}
+
+// The same of the key's sketch, and its factor.
+template <int kDim>
+__device__ KeyFragment<kDim> load_sketch(int sketch, const SketchBytes& from, int c,
+                                         float& factor) {
+  KeyFragment<kDim> fragment{};
+  factor = __uint_as_float(0x7FFFFFFFU);  // NaN
+  if (from.codes == nullptr) {
+    return fragment;
+  }
+  factor = sketch_factor(sketch, from.scales, kDim);
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+    std::uint32_t pairs[4];
+    decode_sketch(sketch, from, 32 * i + 8 * c, kDim, pairs);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      fragment.pairs[4 * i + pair] = pairs[pair];
     }
   }
   return fragment;
@@ -239,7 +189,7 @@ __device__ float pick(const float (&values)[4], int i) {
   return i / 2 == 0 ? low : high;
 }
 
-template <class Source, bool kE4m3, int kDim, bool kGathered>
+template <class Source, Keys kKeys, int kDim, bool kGathered>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     tensor_core_kernel(const __grid_constant__ ScoreArguments<Source> arguments) {
   begin_kernel();
@@ -271,31 +221,50 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
   // Step 2. The lane's keys are keys 8 i + lane / 4 of the warp's 32.
   KeyFragment<kDim> fragments[4];
   float scales[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    std::int64_t key = first + 8 * i + lane / 4;
-    bool valid;
+  const auto key_at = [&](std::int64_t column) -> std::int64_t {  // -1: none
     if constexpr (kGathered) {
-      const bool in_row = key < arguments.scores.columns;
+      const bool in_row = column < arguments.scores.columns;
       const std::int32_t position =
-          in_row ? position_of(arguments.columns, base, key, range.length) : -1;
-      key = range.start + position;
-      valid = position >= 0;
+          in_row ? position_of(arguments.columns, base, column, range.length) : -1;
+      return position >= 0 ? range.start + position : -1;
     } else {
-      valid = key < keys.tokens;
+      return column < keys.tokens ? column : -1;
     }
-    fragments[i] = {};
-    scales[i] = 1;
-    if (valid) {
-      fragments[i] = load_key<kE4m3, kDim>(keys, key, c);
-      if constexpr (kE4m3) {
-        scales[i] = key_scale<DType::e4m3>(keys, key);
+  };
+  // `load` gives the fragment of key i of the lane and its scale.
+  const auto load_keys = [&](const auto& load) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::int64_t key = key_at(first + 8 * i + lane / 4);
+      fragments[i] = {};
+      scales[i] = 1;
+      if (key >= 0) {
+        fragments[i] = load(i, key, scales[i]);
         if (is_folded(scales[i])) {
           fold(fragments[i], scales[i]);
           scales[i] = isfinite(scales[i]) ? -scales[i] : 1;
         }
       }
     }
+  };
+  if constexpr (kKeys == Keys::sketch) {
+    __shared__ EncodedKeys<kTensorCoreKeys> encoded;
+    const int warp_first = static_cast<int>(threadIdx.x) / 32 * kWarpKeys;
+    if (!has_sketch(keys)) {
+      encode_keys(keys, arguments.sketch, kDim, key_at(first + lane), warp_first, encoded);
+    }
+    load_keys([&](int i, std::int64_t key, float& factor) {
+      const int place = warp_first + 8 * i + lane / 4;
+      return load_sketch<kDim>(arguments.sketch,
+                               sketch_of(keys, arguments.sketch, key, encoded, place), c, factor);
+    });
+  } else {
+    load_keys([&](int /*i*/, std::int64_t key, float& scale) {
+      if constexpr (kKeys == Keys::e4m3) {
+        scale = key_scale<DType::e4m3>(keys, key);
+      }
+      return load_key<kKeys == Keys::e4m3, kDim>(keys, key, c);
+    });
   }
 
   // Lane c of the four that share keys stores the scores of its c-th key.
@@ -326,21 +295,22 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     }
     if (valid) {
       const float sum = pick(sums, c);
-      arguments.scores.data[t * arguments.scores.columns + column] = kE4m3 ? sum * scale : sum;
+      arguments.scores.data[t * arguments.scores.columns + column] =
+          kKeys == Keys::bf16 ? sum : sum * scale;
     }
   }
 }
 
 // ---- CUDA cores
 
-template <class Source, bool kGathered>
+template <class Source, bool kGathered, bool kSketched>
 __global__ void __launch_bounds__(kCudaCoreKeys)
     cuda_core_kernel(const __grid_constant__ ScoreArguments<Source> arguments) {
   begin_kernel();
   __shared__ float shared[kMaxDim][kCudaCoreKeys + 1];  // keys; the padding avoids bank conflicts
   __shared__ float scales[kCudaCoreKeys];
   __shared__ std::int64_t indices[kCudaCoreKeys];
-  const auto& [keys, rows, columns, scores, tokens, unscored] = arguments;
+  const auto& [keys, rows, columns, scores, tokens, unscored, sketch] = arguments;
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t first = std::int64_t{blockIdx.x} * kCudaCoreKeys;
   const std::int64_t begin =
@@ -363,24 +333,48 @@ __global__ void __launch_bounds__(kCudaCoreKeys)
     key = key < keys.tokens ? key : -1;
   }
   indices[thread] = key;
-  float scale = key >= 0 && has_scales(keys) ? key_scale<DType::e4m3>(keys, key) : 1;
-  float factor = 1;
-  if (is_folded(scale)) {
-    factor = isfinite(scale) ? -1 : scale;
-    scale = isfinite(scale) ? -scale : 1;
-  }
-  scales[thread] = factor;
-  __syncthreads();
-  for (std::int32_t i = thread; i < kCudaCoreKeys * dim; i += kCudaCoreKeys) {
-    const std::int32_t row = i / dim;
-    const std::int32_t d = i % dim;
-    const std::int64_t index = indices[row];
-    float value = 0;
-    if (index >= 0) {
-      with_dtype(keys.dtype,
-                 [&]<DType type>() { value = element(key_address<type>(keys, index), type, d); });
+  float scale = 1;
+  // Sets the scale, or else folds it.
+  const auto set_scale = [&](float value) {
+    scale = is_folded(value) ? (isfinite(value) ? -value : 1) : value;
+    scales[thread] = is_folded(value) ? (isfinite(value) ? -1 : value) : 1;
+  };
+  if constexpr (kSketched) {
+    __shared__ EncodedKeys<kCudaCoreKeys> encoded;
+    if (!has_sketch(keys)) {
+      encode_keys(keys, sketch, dim, key, thread / 32 * 32, encoded);
     }
-    shared[d][row] = scales[row] * value;
+    SketchBytes bytes{nullptr, nullptr};
+    if (key >= 0) {
+      bytes = sketch_of(keys, sketch, key, encoded, thread);
+    }
+    const bool exists = bytes.codes != nullptr;
+    set_scale(exists ? sketch_factor(sketch, bytes.scales, dim) : __uint_as_float(0x7FFFFFFFU));
+    for (std::int32_t d = 0; d < dim; d += 8) {
+      std::uint32_t pairs[4] = {};
+      if (exists) {
+        decode_sketch(sketch, bytes, d, dim, pairs);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        shared[d + 2 * i][thread] = scales[thread] * __uint_as_float(pairs[i] << 16);
+        shared[d + 2 * i + 1][thread] = scales[thread] * __uint_as_float(pairs[i] & 0xFFFF0000U);
+      }
+    }
+  } else {
+    set_scale(key >= 0 && has_scales(keys) ? key_scale<DType::e4m3>(keys, key) : 1);
+    __syncthreads();
+    for (std::int32_t i = thread; i < kCudaCoreKeys * dim; i += kCudaCoreKeys) {
+      const std::int32_t row = i / dim;
+      const std::int32_t d = i % dim;
+      const std::int64_t index = indices[row];
+      float value = 0;
+      if (index >= 0) {
+        with_dtype(keys.dtype,
+                   [&]<DType type>() { value = element(key_address<type>(keys, index), type, d); });
+      }
+      shared[d][row] = scales[row] * value;
+    }
   }
   __syncthreads();
 
@@ -433,51 +427,34 @@ void launch(Kernel kernel, const ScoreArguments<Source>& arguments, int keys, in
 
 template <bool kGathered, class Source>
 void launch_scores(const ScoreArguments<Source>& arguments, void* stream) {
-  const auto tensor = [&]<bool kE4m3>() {
+  const auto tensor = [&]<Keys kKeys>() {
     const auto kernel = arguments.rows.dim == kMaxDim
-                            ? tensor_core_kernel<Source, kE4m3, kMaxDim, kGathered>
-                            : tensor_core_kernel<Source, kE4m3, 64, kGathered>;
+                            ? tensor_core_kernel<Source, kKeys, kMaxDim, kGathered>
+                            : tensor_core_kernel<Source, kKeys, 64, kGathered>;
     launch<kGathered>(kernel, arguments, kTensorCoreKeys, kWarps * 32, stream);
   };
+  const bool sketched = arguments.sketch != 0;
   if (arguments.rows.operand == DType::f32) {
-    launch<kGathered>(cuda_core_kernel<Source, kGathered>, arguments, kCudaCoreKeys, kCudaCoreKeys,
-                      stream);
+    launch<kGathered>(sketched ? cuda_core_kernel<Source, kGathered, true>
+                               : cuda_core_kernel<Source, kGathered, false>,
+                      arguments, kCudaCoreKeys, kCudaCoreKeys, stream);
+  } else if (sketched) {
+    tensor.template operator()<Keys::sketch>();
   } else if (arguments.keys.dtype == DType::e4m3) {
-    tensor.template operator()<true>();
+    tensor.template operator()<Keys::e4m3>();
   } else if constexpr (!kPaged<Source>) {
-    tensor.template operator()<false>();
+    tensor.template operator()<Keys::bf16>();
   }
 }
 
 }  // namespace
 
-RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual) {
-  const bool fp32 = shape.q_dtype == DType::f32 || shape.k_dtype == DType::f32;
-  const std::int32_t linear = fp32 || shape.k_dtype == DType::e4m3 ? 1 : kResidualParts;
-  return {nullptr,
-          nullptr,
-          fp32 ? DType::f32 : DType::bf16,
-          static_cast<std::int32_t>(shape.dim),
-          heads,
-          residual ? linear : 0};
-}
-
-template <class Source>
-void launch_row_operands(const ProblemOf<Source>& problem, const Routing* routing,
-                         const RowOperands& rows, void* stream) {
-  constexpr int kThreads = 256;
-  const RowOperandsArguments<Source> arguments{problem, routing != nullptr ? *routing : Routing{},
-                                               routing != nullptr, rows};
-  launch_kernel("row operands", row_operands_kernel<Source>,
-                dim3(static_cast<unsigned>(problem.q.tokens)), kThreads, 0, stream, arguments);
-}
-
 template <class Source>
 void launch_generic(const ProblemOf<Source>& problem, const RowOperands& rows,
-                    const Columns& columns, std::int32_t unscored, const Scores& scores,
+                    const Columns& columns, std::int32_t unscored, int sketch, const Scores& scores,
                     void* stream) {
-  const ScoreArguments<Source> arguments{problem.k,        rows,    columns, scores,
-                                         problem.q.tokens, unscored};
+  const ScoreArguments<Source> arguments{problem.k,        rows,     columns, scores,
+                                         problem.q.tokens, unscored, sketch};
   if constexpr (!kPaged<Source>) {
     if (columns.list == nullptr) {
       return launch_scores<false>(arguments, stream);
@@ -486,11 +463,9 @@ void launch_generic(const ProblemOf<Source>& problem, const RowOperands& rows,
   launch_scores<true>(arguments, stream);
 }
 
-template void launch_row_operands(const Problem&, const Routing*, const RowOperands&, void*);
-template void launch_row_operands(const PagedProblem&, const Routing*, const RowOperands&, void*);
-template void launch_generic(const Problem&, const RowOperands&, const Columns&, std::int32_t,
+template void launch_generic(const Problem&, const RowOperands&, const Columns&, std::int32_t, int,
                              const Scores&, void*);
 template void launch_generic(const PagedProblem&, const RowOperands&, const Columns&, std::int32_t,
-                             const Scores&, void*);
+                             int, const Scores&, void*);
 
 }  // namespace misa::cuda::score

@@ -8,6 +8,7 @@
 
 #include "cuda/problem.hpp"
 #include "misa/indexer.hpp"
+#include "score/sketch_operands.hpp"
 
 namespace misa::cuda::score {
 
@@ -30,8 +31,9 @@ struct RowOperands {
   }
 };
 
-// The sizes for `heads` heads and, if `residual`, a residual row; the pointers are null.
-RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual);
+// The sizes for `heads` heads and, if `residual`, a residual row, which score a sketch of so many
+// bits, or 0 for the keys themselves; the pointers are null.
+RowOperands row_operands_for(const Shape& shape, std::int32_t heads, bool residual, int sketch);
 
 // Fills the rows of every query: the active heads and residual row of `routing`, or all heads if it
 // is null.
@@ -39,11 +41,16 @@ template <class Source>
 void launch_row_operands(const ProblemOf<Source>& problem, const Routing* routing,
                          const RowOperands& rows, void* stream);
 
+// The same from operands for a rotated sketch.
+void launch_row_operands(const SketchOperands& operands, std::int64_t queries,
+                         const RowOperands& rows, void* stream);
+
 // Writes scores[t, c] for every column that stands for a position that query t sees, and nothing
-// else. Queries that see at most `unscored` keys are skipped.
+// else. Queries that see at most `unscored` keys are skipped. Keys are scored by their sketch of
+// `sketch` bits, which is computed where the source has none; 0: as they are.
 template <class Source>
 void launch_generic(const ProblemOf<Source>& problem, const RowOperands& rows,
-                    const Columns& columns, std::int32_t unscored, const Scores& scores,
+                    const Columns& columns, std::int32_t unscored, int sketch, const Scores& scores,
                     void* stream);
 
 }  // namespace misa::cuda::score

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   float factor = 0;
   if (r < out.heads) {
     const std::int32_t head = routed ? routing.heads[t * out.heads + r] : r;
-    if (head < 0) {
+    if (!is_head(q, head)) {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         row[i] = 0;

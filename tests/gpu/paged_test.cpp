@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common.hpp"
+#include "core/sketch.hpp"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
 
@@ -66,6 +67,7 @@ struct Layout {
   std::int64_t extra_pages = 3;  // of the block table, beyond the longest sequence
   std::uint64_t seed = 1;        // of the order of pages
   bool tail = false;             // of a page, with room for sums
+  int sketch = 0;                // bits of the sketches beside the cache, or 0
 };
 
 // Where the cache keeps the sums of its groups.
@@ -108,6 +110,7 @@ class Inputs {
   [[nodiscard]] Queries q() const { return tensors_.q(tensors_.all()); }
   [[nodiscard]] Weights w() const { return tensors_.w(tensors_.all()); }
   [[nodiscard]] const std::vector<std::uint8_t>& cache() const { return cache_; }
+  [[nodiscard]] const std::vector<std::uint8_t>& sketch() const { return sketch_; }
   [[nodiscard]] const std::vector<std::int32_t>& block_table() const { return block_table_; }
   [[nodiscard]] const std::vector<std::int32_t>& query_starts() const { return query_starts_; }
   [[nodiscard]] std::int64_t max_pages() const { return max_pages_; }
@@ -218,6 +221,14 @@ class Inputs {
         std::memcpy(page + size * numbers_.dim + p % size * 4, &pack_.scale[b][p], sizeof(float));
       }
     }
+    if (layout_.sketch != 0) {
+      CacheSpan span{cache_.data(), pages_, numbers_.dim, stride, nullptr, size};
+      span.sketch_bits = layout_.sketch;
+      span.sketch_stride = sketch_page_bytes(layout_.sketch, numbers_.dim, size) + 16;
+      sketch_.assign(pages_ * span.sketch_stride, 0xFF);
+      span.sketch = sketch_.data();
+      rebuild(span, order);
+    }
   }
 
   Batch batch_;
@@ -229,6 +240,7 @@ class Inputs {
   std::vector<float> scale_;
   std::vector<std::int64_t> first_key_;
   std::vector<std::uint8_t> cache_;
+  std::vector<std::uint8_t> sketch_;
   std::vector<std::int32_t> block_table_;
   std::vector<std::int32_t> query_starts_;
   std::int64_t max_pages_ = 0;
@@ -250,6 +262,7 @@ class Call {
         q_(bytes_of(inputs.q())),
         w_({inputs.w().data, static_cast<std::size_t>(queries_.tokens * queries_.heads)}),
         cache_(inputs.cache()),
+        sketch_(inputs.sketch()),
         block_table_(inputs.block_table()),
         context_lens_(inputs.batch().context_lens),
         row_lens_(inputs.batch().row_lens),
@@ -273,6 +286,7 @@ class Call {
       }
     }
     rebuild_sums();
+    keys_.cache.sketch = inputs.sketch().empty() ? nullptr : sketch_.data();
     keys_.block_table = block_table_.data();
     keys_.context_lens = context_lens_.span();
     keys_.row_lens = row_lens_.span();
@@ -285,6 +299,7 @@ class Call {
     q_.write(bytes_of(inputs.q()));
     w_.write({inputs.w().data, w_.span().size()});
     cache_.write(inputs.cache());
+    sketch_.write(inputs.sketch());
     block_table_.write(inputs.block_table());
     replace_lens(inputs.batch().context_lens);
     rebuild_sums();
@@ -356,6 +371,8 @@ class Call {
     keys.cache.dim = inputs.q().dim;
     keys.cache.page_stride = std::ssize(inputs.cache()) / inputs.pages();
     keys.cache.page_size = inputs.layout().page_size;
+    keys.cache.sketch_bits = inputs.layout().sketch;
+    keys.cache.sketch_stride = std::ssize(inputs.sketch()) / inputs.pages();
     keys.max_pages = inputs.max_pages();
     keys.next_n = std::max<std::int64_t>(inputs.batch().next_n, 1);
     return keys;
@@ -367,6 +384,7 @@ class Call {
   Guarded<std::byte> q_;
   Guarded<float> w_;
   Guarded<std::uint8_t> cache_;
+  Guarded<std::uint8_t> sketch_;
   Guarded<std::int32_t> block_table_;
   Guarded<std::int32_t> context_lens_;
   Guarded<std::int32_t> row_lens_;
@@ -396,6 +414,9 @@ std::vector<NamedConfig> configs() {
   pooled.block = 192;  // divides no power of two
   pooled.residual = true;
   all.push_back({"pooled with a residual row", pooled});
+  for (const NamedConfig& named : sketched_configs(kTopK, 2)) {
+    all.push_back(named);
+  }
   return all;
 }
 
@@ -452,6 +473,30 @@ TEST_P(DevicePagedPlan, SmokeMatchesRaggedKeys) {
       expect_ragged_result(
           Inputs(batch, layout, {6, dim}),
           "D = " + std::to_string(dim) + ", pages of " + std::to_string(page_size));
+    }
+  }
+}
+
+// Sketches are read where they are those of the config, and computed where they are not.
+TEST_P(DevicePagedPlan, SmokeSketchesBesideTheCache) {
+  for (const int sketch : {2, 4}) {
+    for (const std::int64_t dim : {64, 128}) {
+      for (const std::int64_t page_size : {32, 64, 128}) {
+        Inputs inputs(batch_of({700, 0, 47, 1100}, 2), {page_size, 1, 3, 5, sketch}, {6, dim});
+        const std::string what = std::to_string(sketch) + " bits, D = " + std::to_string(dim) +
+                                 ", pages of " + std::to_string(page_size);
+        expect_ragged_result(inputs, what, sketched_configs(kTopK, 2));
+        inputs.spoil(0, 2, -1);
+        inputs.spoil(3, 0, kMost);
+        expect_ragged_result(inputs, what + ", entries without a page", sketched_configs(kTopK, 2));
+      }
+    }
+  }
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    for (const int sketch : {2, 4}) {
+      const Layout layout{64, 0, 1, 6, sketch};
+      expect_ragged_result(Inputs(batch_of({900, 140}, 1), layout, {6, 128, dtype}), name_of(dtype),
+                           sketched_configs(kTopK, 2));
     }
   }
 }
@@ -792,6 +837,13 @@ TEST_P(DevicePagedPlan, RefusesBadArguments) {
                 k.cache.page_sums_stride = 66;
               }),
               HasSubstr("page_sums: expected rows a multiple of 16 bytes apart"));
+  EXPECT_THAT(run_with([](auto& k) { k.cache.sketch_bits = 2; }),
+              HasSubstr("sketch: expected data"));
+  EXPECT_THAT(run_with([](auto& k) {
+                k.cache.sketch = k.cache.data;
+                k.cache.sketch_bits = 3;
+              }),
+              HasSubstr("sketch_bits: expected 0 (none), 2 or 4, got 3"));
 
   const Inputs larger(batch_of({700, 2, 1}, 1), {}, {});
   const Call three(larger, config);

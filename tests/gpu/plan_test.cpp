@@ -380,27 +380,6 @@ TEST_P(DevicePlan, SmokeRowsAreCutAtThePlannedLength) {
   }
 }
 
-TEST_P(DevicePlan, RefusesASketch) {
-  IndexerConfig config = IndexerConfig::misa_r(kTopK, 2, 2 * kTopK);
-  config.sketch = 2;
-  const RaggedInputs inputs(make_pack(spec_of(DType::e4m3, DType::e4m3)));
-  const Call call(inputs, config);
-  const auto message_of = [](const auto& plan) -> std::string {
-    try {
-      plan();
-    } catch (const Error& error) {
-      EXPECT_EQ(error.code(), ErrorCode::unsupported);
-      return error.what();
-    }
-    return "accepted";
-  };
-  constexpr const char* kMessage = "sketch: expected 0 (none) on a CUDA backend, got 2";
-  EXPECT_EQ(message_of([&] { cuda::Plan(config, call.shape(), call.options(GetParam())); }),
-            kMessage);
-  EXPECT_EQ(message_of([&] { Plan(Context({.backend = GetParam()}), config, call.shape()); }),
-            kMessage);
-}
-
 // A name means for arrays on the device what it means for arrays in host memory, and the variable
 // is heeded or refused.
 TEST_P(DevicePlan, NamesOfBackends) {

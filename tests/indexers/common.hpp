@@ -62,7 +62,7 @@ inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
   return configs;
 }
 
-// Re-ranked indexers whose first scores come from a sketch of e4m3 keys. CUDA backends have none.
+// Re-ranked indexers whose first scores come from a sketch of e4m3 keys.
 inline std::vector<NamedConfig> sketched_configs(int top_k, int heads) {
   std::vector<NamedConfig> configs;
   for (const int sketch : {2, 4}) {
@@ -83,15 +83,6 @@ inline std::vector<NamedConfig> sketched_configs(int top_k, int heads) {
     }
   }
   return configs;
-}
-
-inline bool is_cuda(std::string_view backend) { return backend.starts_with("cuda"); }
-
-// The available backends without the CUDA ones.
-inline std::vector<std::string> host_backends() {
-  std::vector<std::string> names = available_backends();
-  std::erase_if(names, is_cuda);
-  return names;
 }
 
 // Every combination of block filter, router, residual and re-rank.

@@ -33,9 +33,9 @@ Pack sequence(std::int64_t keys, std::int64_t queries, std::uint64_t seed = 1,
 // Queries from the first token on, and queries at the end of a long context.
 std::vector<Pack> sequences() { return {sequence(330, 330), sequence(2085, 43)}; }
 
-std::vector<NamedConfig> configs_for(std::string_view backend, DType k_dtype) {
+std::vector<NamedConfig> configs(DType k_dtype = DType::e4m3) {
   std::vector<NamedConfig> all = named_configs(kTopK, 2);
-  if (k_dtype == DType::e4m3 && !is_cuda(backend)) {
+  if (k_dtype == DType::e4m3) {
     const std::vector<NamedConfig> sketched = sketched_configs(kTopK, 2);
     all.insert(all.end(), sketched.begin(), sketched.end());
   }
@@ -54,10 +54,6 @@ std::vector<NamedConfig> configs_for(std::string_view backend, DType k_dtype) {
 
 class Invariance : public EachBackend {
  protected:
-  static std::vector<NamedConfig> configs(DType k_dtype = DType::e4m3) {
-    return configs_for(GetParam(), k_dtype);
-  }
-
   // Runs the rows in chunks, one call per chunk.
   [[nodiscard]] Selected run_chunks(const IndexerConfig& config, const RaggedInputs& inputs,
                                     const std::vector<std::int64_t>& sizes) const {

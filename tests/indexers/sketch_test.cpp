@@ -134,7 +134,7 @@ TEST_P(Sketched, SmokeASketchChangesTheFirstScores) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Each, Sketched, ::testing::ValuesIn(host_backends()), backend_name);
+INSTANTIATE_TEST_SUITE_P(Each, Sketched, ::testing::ValuesIn(available_backends()), backend_name);
 
 }  // namespace
 }  // namespace misa::test

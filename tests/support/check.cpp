@@ -212,7 +212,7 @@ Fault judge_row(const Problem& problem, std::string_view backend, const Selected
     if (recipe.residual && config.sketch == 2) {
       rotated.residual = brute_force_rotated(routed.residual.data(), DType::f32, row.row.dim);
     }
-    values = score_intervals(bounded_sketched_row(problem, t), config, rotated);
+    values = score_intervals(bounded_sketched_row(problem, t, row.arithmetic), config, rotated);
   } else {
     values = recipe.active ? score_intervals(row, config, routed) : all_head_intervals(row);
   }

@@ -227,8 +227,9 @@ RoundedRow brute_force_rounded(const std::vector<float>& row) {
   return out;
 }
 
-BoundedRow bounded_sketched_row(const Problem& problem, std::int64_t t) {
-  BoundedRow bounded = bounded_row(problem, t);
+BoundedRow bounded_sketched_row(const Problem& problem, std::int64_t t,
+                                const Arithmetic& arithmetic) {
+  BoundedRow bounded = bounded_row(problem, t, arithmetic);
   const int sketch = problem.config.sketch;
   const std::int64_t dim = bounded.row.dim;
   for (std::int64_t position = 0; position < bounded.row.length; ++position) {

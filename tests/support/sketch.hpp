@@ -32,6 +32,7 @@ struct RoundedRow {
 RoundedRow brute_force_rounded(const std::vector<float>& row);
 
 // bounded_row with what the first scores of a config with a sketch are computed from.
-BoundedRow bounded_sketched_row(const Problem& problem, std::int64_t t);
+BoundedRow bounded_sketched_row(const Problem& problem, std::int64_t t,
+                                const Arithmetic& arithmetic = {});
 
 }  // namespace misa::test

@@ -340,10 +340,13 @@ bool Interval::contains(double value) const {
 
 Arithmetic arithmetic_of(std::string_view backend, const IndexerConfig& config, const Queries& q,
                          DType k_dtype) {
-  if (!backend.starts_with("cuda") || q.dtype == DType::f32 || k_dtype == DType::f32) {
+  constexpr Products kBf16{16, 0x1p-23};  // fp32's ulp of the largest
+  if (!backend.starts_with("cuda")) {
     return {};
   }
-  constexpr Products kBf16{16, 0x1p-23};  // fp32's ulp of the largest
+  if (q.dtype == DType::f32 || k_dtype == DType::f32) {
+    return {config.sketch == 2 ? kBf16 : Products{}, {}, {}};  // rows of a rotated sketch are e4m3
+  }
   constexpr Products kFp8{32, 0x1p-13, 0x1p103};
   const IndexerConfig effective = effective_config(config, q.heads);
   const std::int64_t rows =
