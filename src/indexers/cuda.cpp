@@ -181,23 +181,29 @@ class Chunk {
   void score_and_select(const TopK& out) const {
     const FusedWorkspace& fused = workspace_.fused;
     const fused::WorkPlan& work_plan = fused.work_plan;
-    const score::ActiveRows rows = active_rows();
-    const Source& keys = problem_.k;
+    const bool sketched = spec_.sketch != 0;
+    if (sketched) {
+      write_sketch_rows();
+    }
+    const score::ActiveRows rows =
+        sketched ? score::rows_of(workspace_.sketch_rows) : active_rows();
+    const ProblemOf<Source> problem = sketched ? sketch_problem() : problem_;
+    const float* scales = sketched ? workspace_.sketch_keys.scales : workspace_.scales;
+    const Source& keys = problem.k;
     const std::int64_t queries = problem_.q.tokens;
     stages_.enter("samples");
-    fused::launch_samples(problem_, rows, work_plan, workspace_.scales, fused.samples.data(),
-                          stream_);
+    fused::launch_samples(problem, rows, work_plan, scales, fused.samples.data(), stream_);
     stages_.enter("threshold");
     select::launch_threshold({fused.samples.data(), work_plan.samples, work_plan.samples}, keys,
                              queries, spec_.keep, fused.thresholds, fused.fallback, stream_);
     stages_.enter("candidates");
-    fused::launch_candidates(problem_, rows, work_plan, workspace_.scales, fused.thresholds,
-                             fused.candidates, stream_);
+    fused::launch_candidates(problem, rows, work_plan, scales, fused.thresholds, fused.candidates,
+                             stream_);
     stages_.enter("survivors");
     select::launch_survivors(fused.candidates, keys, queries, spec_.keep, out, empty_,
                              fused.fallback, stream_);
     stages_.enter("fallback");
-    fused::launch_fallback(problem_, rows, workspace_.scales, fused.fallback, spec_.keep, out,
+    fused::launch_fallback(problem, rows, scales, fused.fallback, spec_.keep, out,
                            fused.fallback_scores, device_, stream_);
   }
 
@@ -219,16 +225,39 @@ class Chunk {
     }
   }
 
+  // The rows that score sketches.
+  void write_sketch_rows() const {
+    score::launch_sketch_operands(problem_.q, problem_.w,
+                                  spec_.recipe.active ? &workspace_.routing : nullptr, spec_.sketch,
+                                  workspace_.sketch_rows, stream_);
+  }
+
+  // Their problem: what the sketches of ragged keys stand for, in place of the keys.
+  [[nodiscard]] Problem sketch_problem() const {
+    Problem problem = score::rows_problem(problem_, workspace_.sketch_rows);
+    problem.k.data = workspace_.sketch_keys.rows;
+    problem.k.stride = problem_.q.dim;
+    problem.k.scale = workspace_.sketch_keys.scales;
+    return problem;
+  }
+
   // Step 3 with the keys' sketches. Rows that see at most the candidates are not scored.
   void score_sketches(const Columns& columns) const {
-    const Routing* routing = spec_.recipe.active ? &workspace_.routing : nullptr;
+    if (spec_.sm90_scores) {
+      if constexpr (kPaged<Source>) {
+        write_sketch_rows();
+        score::launch_paged_sketch(problem_, spec_.sketch, workspace_.sketch_rows, spec_.keep,
+                                   workspace_.scores, device_.num_sms, stream_);
+      }
+      return;
+    }
     if (is_rotated(spec_.sketch)) {
-      score::launch_sketch_operands(problem_.q, problem_.w, routing, spec_.sketch,
-                                    workspace_.sketch_rows, stream_);
+      write_sketch_rows();
       score::launch_row_operands(workspace_.sketch_rows, problem_.q.tokens, workspace_.rows,
                                  stream_);
     } else {
-      score::launch_row_operands(problem_, routing, workspace_.rows, stream_);
+      score::launch_row_operands(problem_, spec_.recipe.active ? &workspace_.routing : nullptr,
+                                 workspace_.rows, stream_);
     }
     score::launch_generic(problem_, workspace_.rows, columns, spec_.keep, spec_.sketch,
                           workspace_.scores, stream_);
@@ -334,9 +363,25 @@ std::size_t Step::workspace_bytes() const {
   return bytes;
 }
 
+// Only the generic kernels compute sketches that the cache does not have.
+void Step::require_sketch(const DevicePagedSource& keys) const {
+  for (const Pass& pass : passes_) {
+    const PassSpec spec(pass.config, pass.chunk, keys_.paged, device_);
+    if (spec.sketch != 0 && spec.sm90_scores && keys.sketch == nullptr) {
+      throw Error(ErrorCode::invalid_argument,
+                  fmt::format("cache: expected sketches of {} bits, as configured, which this "
+                              "backend reads from the cache; got none of so many bits",
+                              spec.sketch));
+    }
+  }
+}
+
 template <class Source>
 void Step::run(const ProblemOf<Source>& problem, const Selection& out, std::byte* workspace,
                void* stream) const {
+  if constexpr (kPaged<Source>) {
+    require_sketch(problem.k);
+  }
   const auto on = static_cast<cudaStream_t>(stream);
   Stages stages;
   // Padding of heads and residual rows. A pass that writes either one pads it for the queries of
@@ -356,9 +401,13 @@ void Step::run(const ProblemOf<Source>& problem, const Selection& out, std::byte
     seen.k.least_keys = pass.least;
     seen.k.most_keys = pass.most;
     if constexpr (!kPaged<Source>) {
-      if (spec.sm90_scores || spec.sm90_rerank) {
+      if (spec.needs_scales(false)) {
         stages.enter("scales");
         score::launch_scales(seen.k, planned.scales, on);
+      }
+      if (spec.needs_sketch_keys(false)) {
+        stages.enter("sketch");
+        score::launch_sketch_keys(seen.k, spec.sketch, planned.sketch_keys, on);
       }
     }
     const bool first_pass = &pass == &passes_.front();

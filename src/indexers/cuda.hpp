@@ -31,6 +31,8 @@ class Step {
            void* stream) const;
 
  private:
+  void require_sketch(const DevicePagedSource& keys) const;
+
   // A pass computes the queries that see `least` to `most` positions, with one config.
   struct Pass {
     IndexerConfig config;

@@ -31,9 +31,18 @@ score::RowOperands take_rows(const Shape& chunk, std::int32_t heads, bool residu
 }
 
 score::SketchOperands take_sketch_rows(const Shape& chunk, const PassSpec& spec, Arena& arena) {
-  const std::int64_t count = chunk.tokens * spec.rows();
-  return {arena.take<std::uint8_t>(count * chunk.dim), arena.take<float>(count),
-          static_cast<std::int32_t>(chunk.dim), spec.heads, spec.recipe.residual};
+  const std::int64_t count = chunk.tokens * spec.heads;
+  score::SketchOperands rows{};
+  rows.rows = arena.take<std::uint8_t>(count * chunk.dim);
+  rows.factors = arena.take<float>(count);
+  if (spec.recipe.residual) {
+    rows.residual = arena.take<std::uint8_t>(chunk.tokens * chunk.dim);
+    rows.residual_factors = arena.take<float>(chunk.tokens);
+  }
+  rows.dim = static_cast<std::int32_t>(chunk.dim);
+  rows.heads = spec.heads;
+  rows.sm90 = spec.sm90_scores;
+  return rows;
 }
 
 std::span<std::byte> take_bytes(std::size_t bytes, Arena& arena) {
@@ -54,7 +63,8 @@ PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, bool paged,
   const auto sm90 = [&](std::int64_t scoring_rows) {
     return sm90_can_implement(device, shape.q_dtype, shape.k_dtype, shape.dim, scoring_rows);
   };
-  sm90_scores = sm90(rows()) && sketch == 0;
+  // Those for sketches score all keys.
+  sm90_scores = sm90(rows()) && (sketch == 0 || !recipe.filtered);
   fused = sm90_scores && !recipe.filtered && !paged;
   sm90_rerank = recipe.reranked && sm90(shape.heads);
 }
@@ -109,13 +119,17 @@ ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
     filter_means =
         take_bytes(pool::workspace_bytes(chunk, keys, config.filter_block, false), arena);
   }
-  if (!keys.paged && (spec.sm90_scores || spec.sm90_rerank)) {
+  if (spec.needs_scales(keys.paged)) {
     scales = arena.take<float>(score::scale_count(keys.total));
+  }
+  if (spec.needs_sketch_keys(keys.paged)) {
+    sketch_keys = {arena.take<std::uint8_t>(keys.total * chunk.dim),
+                   arena.take<float>(score::scale_count(keys.total))};
   }
   if (!spec.sm90_scores) {
     rows = take_rows(chunk, spec.heads, spec.recipe.residual, spec.sketch, arena);
   }
-  if (is_rotated(spec.sketch)) {
+  if (is_rotated(spec.sketch) || (spec.sketch != 0 && spec.sm90_scores)) {
     sketch_rows = take_sketch_rows(chunk, spec, arena);
   }
   if (spec.fused) {

@@ -13,6 +13,7 @@
 #include "fused/work_plan.hpp"
 #include "misa/indexer.hpp"
 #include "score/generic.hpp"
+#include "score/sm90_sketch_keys.hpp"
 #include "select/gate.hpp"
 
 namespace misa::cuda {
@@ -33,6 +34,15 @@ struct PassSpec {
 
   // How many rows give a query's first scores: heads and, if there is one, the residual row.
   [[nodiscard]] std::int32_t rows() const { return heads + (recipe.residual ? 1 : 0); }
+
+  // What Hopper's kernels need of all ragged keys of a call: their scales, and what their sketches
+  // stand for.
+  [[nodiscard]] bool needs_scales(bool paged) const {
+    return !paged && (sm90_rerank || (sm90_scores && sketch == 0));
+  }
+  [[nodiscard]] bool needs_sketch_keys(bool paged) const {
+    return !paged && sm90_scores && sketch != 0;
+  }
 };
 
 // The memory of fused scoring, for the largest chunk of a plan, and the work plan of the current
@@ -66,7 +76,8 @@ struct ChunkWorkspace {
   std::span<std::byte> filter_means;
   float* scales = nullptr;  // of all ragged keys of a call (score::launch_scales)
   FusedWorkspace fused;
-  score::SketchOperands sketch_rows{};  // for a rotated sketch
+  score::SketchOperands sketch_rows{};  // for a rotated sketch, or Hopper's kernels
+  score::SketchKeys sketch_keys{};      // of all ragged keys of a call, for Hopper's kernels
   score::RowOperands rows{};
   score::RowOperands all_rows{};
   Scores scores{};

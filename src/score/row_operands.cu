@@ -93,16 +93,25 @@ __global__ void row_operands_kernel(
 __global__ void sketched_rows_kernel(const SketchOperands operands, const RowOperands rows) {
   begin_kernel();
   const std::int64_t t = blockIdx.x;
-  const std::int32_t count = operands.count();
+  const std::int32_t heads = operands.heads;
+  const std::int32_t dim = operands.dim;
   const std::int32_t padded = rows.padded();
   for (std::int32_t r = threadIdx.x; r < padded; r += static_cast<std::int32_t>(blockDim.x)) {
-    rows.weight[t * padded + r] = r < count ? operands.factors[t * count + r] : 0;
+    const bool is_residual = r == heads && operands.residual != nullptr;
+    rows.weight[t * padded + r] = r < heads     ? operands.factors[t * heads + r]
+                                  : is_residual ? operands.residual_factors[t]
+                                                : 0;
   }
-  const std::int32_t elements = padded * operands.dim;
-  for (std::int32_t i = threadIdx.x; i < elements; i += static_cast<std::int32_t>(blockDim.x)) {
-    const float value =
-        i / operands.dim < count ? e4m3_to_float(operands.rows[t * count * operands.dim + i]) : 0;
-    static_cast<std::uint16_t*>(rows.data)[t * elements + i] = float_to_bf16(value);
+  for (std::int32_t i = threadIdx.x; i < padded * dim; i += static_cast<std::int32_t>(blockDim.x)) {
+    const std::int32_t r = i / dim;
+    const std::uint8_t* row = nullptr;
+    if (r < heads) {
+      row = operands.rows + (t * heads + r) * dim;
+    } else if (r == heads && operands.residual != nullptr) {
+      row = operands.residual + t * dim;
+    }
+    const float value = row != nullptr ? e4m3_to_float(row[i % dim]) : 0;
+    static_cast<std::uint16_t*>(rows.data)[t * padded * dim + i] = float_to_bf16(value);
   }
 }
 

@@ -11,6 +11,7 @@
 #include "cuda/convert.cuh"
 #include "cuda/hadamard.cuh"
 #include "cuda/launch.cuh"
+#include "score/sketch_order.hpp"
 
 namespace misa::cuda::score {
 namespace {
@@ -22,7 +23,7 @@ struct Arguments {
   Weights w;
   Routing routing;
   bool routed;
-  bool rotated;
+  int sketch;
   SketchOperands out;
 };
 
@@ -57,7 +58,7 @@ __device__ void rotate_e4m3(const std::uint8_t* elements, float (&out)[count]) {
 
 // misa::round_to_e4m3 of a warp's row; returns the scale.
 template <int count>
-__device__ float round_row(const float (&row)[count], std::uint8_t* out) {
+__device__ float round_row(const float (&row)[count], std::uint8_t (&out)[count]) {
   constexpr std::uint32_t kInfinity = 0x7F800000;
   // The bits of nonnegative floats have the order of the floats; NaN is above all of them.
   std::uint32_t largest = 0;
@@ -76,67 +77,87 @@ __device__ float round_row(const float (&row)[count], std::uint8_t* out) {
   return scale;
 }
 
+// A lane's elements of the row of a head of query t, and the row's factor.
+template <int count>
+__device__ float head_row(const Arguments& arguments, std::int64_t t, std::int32_t head, int d,
+                          std::uint8_t (&row)[count]) {
+  const auto& [q, w, routing, routed, sketch, out] = arguments;
+  const std::int64_t at = t * q.token_stride + head * q.head_stride + d;
+  const auto* const bytes = static_cast<const std::uint8_t*>(q.data) + at;
+  const float weight = w.data[t * w.token_stride + head];
+  if (!is_rotated(sketch)) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      row[i] = bytes[i];
+    }
+    return weight;
+  }
+  float values[count];
+  if (q.dtype == DType::e4m3) {
+    rotate_e4m3(bytes, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      values[i] = element(q.data, q.dtype, at + i);
+    }
+    rotate_floats(values);
+  }
+  return weight * round_row(values, row);
+}
+
+// The same of the residual row.
+template <int count>
+__device__ float residual_row(const Arguments& arguments, std::int64_t t, int d,
+                              std::uint8_t (&row)[count]) {
+  const Routing& routing = arguments.routing;
+  const std::int64_t at = t * count * 32 + d;
+  if (!is_rotated(arguments.sketch)) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      row[i] = routing.rounded[at + i];
+    }
+    return routing.rounded_scale[t];
+  }
+  float values[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    values[i] = routing.residual[at + i];
+  }
+  rotate_floats(values);
+  return round_row(values, row);
+}
+
 template <int kDim>
 __global__ void __launch_bounds__(kWarps * 32)
     sketch_operands_kernel(const __grid_constant__ Arguments arguments) {
   begin_kernel();
   constexpr int kElements = kDim / 32;
-  const auto& [q, w, routing, routed, rotated, out] = arguments;
+  const SketchOperands& out = arguments.out;
   const std::int64_t t = blockIdx.x;
   const auto r = static_cast<std::int32_t>(blockIdx.y * kWarps + threadIdx.x / 32);
-  if (r >= out.count()) {
+  if (r > out.heads || (r == out.heads && out.residual == nullptr)) {
     return;
   }
   const int d = static_cast<int>(threadIdx.x) % 32 * kElements;
-  std::uint8_t* const row = out.rows + (t * out.count() + r) * kDim + d;
+  std::uint8_t elements[kElements] = {};
   float factor = 0;
-  if (r < out.heads) {
-    const std::int32_t head = routed ? routing.heads[t * out.heads + r] : r;
-    if (!is_head(q, head)) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        row[i] = 0;
-      }
-    } else {
-      const std::int64_t at = t * q.token_stride + head * q.head_stride + d;
-      const auto* const bytes = static_cast<const std::uint8_t*>(q.data) + at;
-      factor = w.data[t * w.token_stride + head];
-      if (rotated) {
-        float values[kElements];
-        if (q.dtype == DType::e4m3) {
-          rotate_e4m3(bytes, values);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kElements; ++i) {
-            values[i] = element(q.data, q.dtype, at + i);
-          }
-          rotate_floats(values);
-        }
-        factor *= round_row(values, row);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-          row[i] = bytes[i];
-        }
-      }
-    }
-  } else if (rotated) {
-    float values[kElements];
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      values[i] = routing.residual[t * kDim + d + i];
-    }
-    rotate_floats(values);
-    factor = round_row(values, row);
+  if (r == out.heads) {
+    factor = residual_row(arguments, t, d, elements);
   } else {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      row[i] = routing.rounded[t * kDim + d + i];
+    const std::int32_t head = arguments.routed ? arguments.routing.heads[t * out.heads + r] : r;
+    if (is_head(arguments.q, head)) {
+      factor = head_row(arguments, t, head, d, elements);
     }
-    factor = routing.rounded_scale[t];
+  }
+  const bool is_residual = r == out.heads;
+  std::uint8_t* const row =
+      is_residual ? out.residual + t * kDim : out.rows + (t * out.heads + r) * kDim;
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    row[out.sm90 ? sketch_position(arguments.sketch, d + i) : d + i] = elements[i];
   }
   if (d == 0) {
-    out.factors[t * out.count() + r] = factor;
+    (is_residual ? out.residual_factors[t] : out.factors[t * out.heads + r]) = factor;
   }
 }
 
@@ -145,13 +166,13 @@ __global__ void __launch_bounds__(kWarps * 32)
 void launch_sketch_operands(const Queries& q, const Weights& w, const Routing* routing, int sketch,
                             const SketchOperands& operands, void* stream) {
   const dim3 grid(static_cast<unsigned>(q.tokens),
-                  static_cast<unsigned>(ceil_div(operands.count(), kWarps)));
+                  static_cast<unsigned>(ceil_div(operands.heads + 1, kWarps)));
   launch_kernel(
       "sketch operands",
       q.dim == kMaxSketchDim ? sketch_operands_kernel<kMaxSketchDim> : sketch_operands_kernel<64>,
       grid, kWarps * 32, 0, stream,
-      Arguments{q, w, routing != nullptr ? *routing : Routing{}, routing != nullptr,
-                is_rotated(sketch), operands});
+      Arguments{q, w, routing != nullptr ? *routing : Routing{}, routing != nullptr, sketch,
+                operands});
 }
 
 }  // namespace misa::cuda::score

@@ -8,17 +8,18 @@
 
 namespace misa::cuda::score {
 
-// For each query its active heads, ascending, then the residual row, if there is one:
+// For each query its active heads, ascending, and the residual row, if there is one:
 //
-//   score = (sum over rows r of factor_r * max(floor_r, row_r . key)) * the key's factor
+//   score = (sum over heads of factor * max(0, row . key) + residual_factor * residual . key)
+//           * the key's factor
 struct SketchOperands {
-  std::uint8_t* rows;  // [T, count(), D] e4m3; 0 where there is no head
-  float* factors;      // [T, count()]: a head's weight times the row's scale; 0 where there is none
-  std::int32_t dim;    // D
-  std::int32_t heads;  // rows with ReLU
-  bool residual;       // whether a row without follows them
-
-  [[nodiscard]] constexpr std::int32_t count() const { return heads + (residual ? 1 : 0); }
+  std::uint8_t* rows;       // [T, heads, D] e4m3; 0 where there is no head
+  float* factors;           // [T, heads]: a head's weight times the row's scale; 0 if there is none
+  std::uint8_t* residual;   // [T, D] e4m3, or null
+  float* residual_factors;  // [T]
+  std::int32_t dim;         // D
+  std::int32_t heads;
+  bool sm90;  // whether entries are in the order in which Hopper multiplies (sketch_order.hpp)
 };
 
 // Fills the operands of every query: the active heads and residual row of `routing`, or all heads

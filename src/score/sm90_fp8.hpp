@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/problem.hpp"
+#include "score/sketch_operands.hpp"
 
 namespace misa::cuda::score {
 
@@ -21,6 +22,20 @@ struct ActiveRows {
 
   [[nodiscard]] int count() const { return head_count + (residual != nullptr ? 1 : 0); }
 };
+
+// The operands of a sketch as rows that these kernels score: the queries of a problem with the same
+// keys, and the rows of which all are active.
+template <class Source>
+ProblemOf<Source> rows_problem(ProblemOf<Source> problem, const SketchOperands& operands) {
+  const std::int64_t heads = operands.heads;
+  const std::int64_t dim = operands.dim;
+  problem.q = {operands.rows, DType::e4m3, problem.q.tokens, heads, dim, heads * dim, dim};
+  problem.w = {operands.factors, problem.q.tokens, heads, heads};
+  return problem;
+}
+inline ActiveRows rows_of(const SketchOperands& operands) {
+  return {nullptr, operands.heads, operands.residual, operands.residual_factors};
+}
 
 // Scales are padded to a multiple of this many, the largest key tile of these kernels, so that no
 // tile reads beyond them.

@@ -29,10 +29,6 @@ struct Fp8Keys {
 
   static __device__ void prepare(Constants&) {}
 
-  static __device__ uint4 row_chunk(const std::uint8_t* row, int i) {
-    return reinterpret_cast<const uint4*>(row)[i];
-  }
-
   static __device__ void fetch(const Source& map, const DevicePagedSource& keys, std::int32_t page,
                                std::int32_t slot, std::int32_t count, std::uint8_t* tile,
                                std::int32_t first, std::uint64_t* full, std::uint64_t policy) {

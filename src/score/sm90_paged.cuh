@@ -88,14 +88,14 @@ __device__ void start_group(const PagedArguments& arguments, std::int32_t first,
       }
     } else if (Spec::residual && rows.residual != nullptr && query < queries &&
                row == Spec::query_rows - 1) {
-      source = rows.residual + t * arguments.residual_stride;
-      weight = rows.residual_scale[t * arguments.residual_scale_stride];
+      source = rows.residual + t * kDim;
+      weight = rows.residual_scale[t];
     }
 #pragma unroll
     for (int j = 0; j < kChunks / 2; ++j) {
       const int chunk = first_chunk + j;
-      const uint4 bytes =
-          source == nullptr ? make_uint4(0, 0, 0, 0) : Spec::Keys::row_chunk(source, chunk);
+      const uint4 bytes = source == nullptr ? make_uint4(0, 0, 0, 0)
+                                            : *(reinterpret_cast<const uint4*>(source) + chunk);
       *reinterpret_cast<uint4*>(shared.rows + column * kDim + (chunk ^ column % 8) * 16) = bytes;
     }
     if (first_chunk == 0) {

@@ -17,9 +17,9 @@ namespace misa::cuda::score {
 void launch_paged(const ProblemOf<DevicePagedSource>& problem, const ActiveRows& rows,
                   std::int32_t unscored, const Scores& scores, int num_sms, void* stream);
 
-// The same from the sketches of the keys, by the rows that `operands` has for each query in place
-// of those of the problem.
-void launch_paged_sketch(const ProblemOf<DevicePagedSource>& problem,
+// The same from the keys' sketches of so many bits, by `operands` in Hopper's order in place of the
+// problem's queries.
+void launch_paged_sketch(const ProblemOf<DevicePagedSource>& problem, int sketch,
                          const SketchOperands& operands, std::int32_t unscored,
                          const Scores& scores, int num_sms, void* stream);
 

@@ -25,8 +25,6 @@ struct PagedArguments {
   std::int32_t unscored;
   std::int32_t group_queries;  // at most Spec::queries
   Scores scores;
-  std::int64_t residual_stride = kDim;  // bytes from one residual row to the next
-  std::int64_t residual_scale_stride = 1;
 };
 
 // A format of keys, `Keys`, says what a tile holds and how it is multiplied:
@@ -40,7 +38,6 @@ struct PagedArguments {
 //   Constants                a part of the shared memory, written once by prepare(constants)
 //   Thread                   what a thread keeps of them
 //   fetch(source, ...)       starts copying keys of one page into a tile, from a key of it on
-//   row_chunk(row, i)        16 bytes of a query row, in the order in which keys are multiplied
 //   Tile<columns>            a block of a tile: load(...) reads its operand and, in scale[0] and
 //                            scale[1], the scales of the thread's two keys; multiply(rows) starts
 //                            the products with `columns` columns, of which sums are the result.

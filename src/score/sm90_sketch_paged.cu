@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Paged scoring (sm90_paged.cuh) of the keys' sketches (core/sketch.hpp). A thread has the entries
 // of two keys that a lane of a quad has, 32 neighbouring ones of each: it makes e4m3 numbers of
-// their codes, which are the A operand of the products. So the entries that share a product are not
-// neighbours, and rows are stored in the same order (row_chunk).
+// their codes, which are the A operand of the products (sketch_order.hpp).
 #include <cuda_fp16.h>
 
 #include <algorithm>
 
 #include "core/sketch.hpp"
+#include "score/sketch_order.hpp"
 #include "score/sm90_paged.cuh"
 
 namespace misa::cuda::score {
@@ -84,17 +84,6 @@ struct TwoBitKeys : SketchKeys<2> {
     __device__ explicit Thread(const Constants& constants) : levels(constants.levels) {}
   };
 
-  // Step i / 2: of each lane eight entries, first the even ones.
-  static __device__ uint4 row_chunk(const std::uint8_t* row, int i) {
-    std::uint32_t words[4];
-#pragma unroll
-    for (int lane = 0; lane < 4; ++lane) {
-      const uint2 eight = *reinterpret_cast<const uint2*>(row + 32 * lane + i / 2 * 8);
-      words[lane] = permute_bytes(eight.x, eight.y, i % 2 == 0 ? 0x6420 : 0x7531);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-
   template <int columns>
   struct Tile : SketchTile<columns> {
     __device__ void load(const std::uint8_t* tile, const Thread& thread, int row, int lane) {
@@ -138,9 +127,8 @@ struct FourBitKeys : SketchKeys<4> {
   static __device__ void prepare(Constants& constants) {
     for (int i = threadIdx.x; i < 8 * (kSketchReach + 2); i += kPagedThreads) {
       const int below = i / 8;
-      const float value = below > kSketchReach
-                              ? 0.0F
-                              : e2m1_to_float(i % 8) * __int_as_float((127 + 6 - below) << 23);
+      const float value =
+          below > kSketchReach ? 0.0F : e2m1_to_float(i % 8) * ldexpf(1 / kSketchUnit, -below);
       const std::uint32_t bits = __float_as_uint(value);
       const std::uint32_t code = value < 0x1p-6F ? static_cast<std::uint32_t>(value * 512)
                                                  : (bits >> 20) - ((127 - 7) << 3);
@@ -152,12 +140,6 @@ struct FourBitKeys : SketchKeys<4> {
     const uint2* magnitudes;
     __device__ explicit Thread(const Constants& constants) : magnitudes(constants.magnitudes) {}
   };
-
-  // Step i / 2: of each lane eight entries, first the lower four.
-  static __device__ uint4 row_chunk(const std::uint8_t* row, int i) {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(row) + i;
-    return make_uint4(words[0], words[8], words[16], words[24]);
-  }
 
   template <int columns>
   struct Tile : SketchTile<columns> {
@@ -173,7 +155,7 @@ struct FourBitKeys : SketchKeys<4> {
         const std::uint32_t largest = max(pairs & 0xFF, pairs >> 8 & 0xFF);
         const std::uint32_t exponent = exponents >> 8 * (lane % 4) & 0xFF;
         const uint2 table = thread.magnitudes[min(largest - exponent, kSketchReach + 1U)];
-        this->scale[r] = ue8m0_to_float(static_cast<std::uint8_t>(largest)) * 0x1p-6F;
+        this->scale[r] = ue8m0_to_float(static_cast<std::uint8_t>(largest)) * kSketchUnit;
         const std::uint32_t words[kSteps] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -219,29 +201,19 @@ void launch_sketch(const SketchSource& source, PagedArguments arguments, int num
 
 }  // namespace
 
-void launch_paged_sketch(const ProblemOf<DevicePagedSource>& problem,
+void launch_paged_sketch(const ProblemOf<DevicePagedSource>& problem, int sketch,
                          const SketchOperands& operands, std::int32_t unscored,
                          const Scores& scores, int num_sms, void* stream) {
   if (problem.q.tokens == 0 || problem.k.pages == 0) {
     return;
   }
-  const std::int32_t count = operands.count();
-  PagedArguments arguments{problem, {}, unscored, 1, scores};
-  arguments.problem.q = {
-      operands.rows, DType::e4m3, problem.q.tokens, count, kDim, count * std::int64_t{kDim}, kDim};
-  arguments.problem.w = {operands.factors, problem.q.tokens, count, count};
-  arguments.rows.head_count = operands.heads;
-  if (operands.residual) {
-    arguments.rows.residual = operands.rows + std::int64_t{operands.heads} * kDim;
-    arguments.rows.residual_scale = operands.factors + operands.heads;
-    arguments.residual_stride = arguments.problem.q.token_stride;
-    arguments.residual_scale_stride = count;
-  }
-  const DevicePagedSource& k = problem.k;
-  if (k.sketch_bits == 2) {
-    launch_sketch<TwoBitKeys>({k.sketch, k.sketch_stride}, arguments, num_sms, stream);
+  const PagedArguments arguments{rows_problem(problem, operands), rows_of(operands), unscored, 1,
+                                 scores};
+  const SketchSource source{problem.k.sketch, problem.k.sketch_stride};
+  if (is_rotated(sketch)) {
+    launch_sketch<TwoBitKeys>(source, arguments, num_sms, stream);
   } else {
-    launch_sketch<FourBitKeys>({k.sketch, k.sketch_stride}, arguments, num_sms, stream);
+    launch_sketch<FourBitKeys>(source, arguments, num_sms, stream);
   }
 }
 

@@ -6,11 +6,13 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "common.hpp"
 #include "core/problem.hpp"
 #include "score/sketch_operands.hpp"
+#include "score/sketch_order.hpp"
 
 namespace misa::test {
 namespace {
@@ -49,6 +51,37 @@ std::vector<std::byte> queries_of(DType dtype, std::int64_t rows, std::int64_t d
   return bytes;
 }
 
+// Appends a row; for Hopper's kernels in their order.
+void append_row(const std::vector<std::uint8_t>& row, int sketch, bool sm90,
+                std::vector<std::uint8_t>& rows) {
+  std::vector<std::uint8_t> ordered = row;
+  for (int d = 0; sm90 && d < static_cast<int>(row.size()); ++d) {
+    ordered[cuda::score::sketch_position(sketch, d)] = row[d];
+  }
+  rows.insert(rows.end(), ordered.begin(), ordered.end());
+}
+
+std::vector<std::uint32_t> bits_of(const std::vector<float>& values) {
+  std::vector<std::uint32_t> bits;
+  for (const float value : values) {
+    bits.push_back(std::bit_cast<std::uint32_t>(value));
+  }
+  return bits;
+}
+
+// The order is one: every place is taken once.
+TEST(SketchOrder, IsAPermutation) {
+  for (const int sketch : {2, 4}) {
+    std::set<int> places;
+    for (int d = 0; d < 128; ++d) {
+      places.insert(cuda::score::sketch_position(sketch, d));
+    }
+    EXPECT_EQ(places.size(), 128U);
+    EXPECT_EQ(*places.begin(), 0);
+    EXPECT_EQ(*places.rbegin(), 127);
+  }
+}
+
 TEST_F(SketchOnDevice, SmokeOperandsEqualTheHosts) {
   constexpr std::int64_t kTokens = 21;
   constexpr std::int64_t kHeads = 9;
@@ -56,9 +89,12 @@ TEST_F(SketchOnDevice, SmokeOperandsEqualTheHosts) {
   for (const std::int64_t dim : {64, 128}) {
     for (const DType dtype : {DType::e4m3, DType::bf16, DType::f32}) {
       for (const int sketch : {2, 4}) {
-        for (const bool routed : {false, true}) {
+        for (const auto& [routed, sm90] : {std::pair(false, false), {true, false}, {true, true}}) {
           if (sketch == 4 && dtype != DType::e4m3) {
             continue;  // rows for it stay in the dtype of q
+          }
+          if (sm90 && dim != 128) {
+            continue;  // Hopper's kernels have D = 128
           }
           SCOPED_TRACE(testing::Message() << "D = " << dim << ", " << name_of(dtype) << ", "
                                           << sketch << " bits, routed " << routed);
@@ -83,33 +119,41 @@ TEST_F(SketchOnDevice, SmokeOperandsEqualTheHosts) {
             rounded.push_back(static_cast<std::uint8_t>(i * 31));
           }
 
-          const std::int32_t count = routed ? kActive + 1 : static_cast<std::int32_t>(kHeads);
+          const std::int32_t head_count = routed ? kActive : static_cast<std::int32_t>(kHeads);
           std::vector<std::uint8_t> wanted_rows;
           std::vector<float> wanted_factors;
+          std::vector<std::uint8_t> wanted_residual;
+          std::vector<float> wanted_residual_factors;
           for (std::int64_t t = 0; t < kTokens; ++t) {
-            for (std::int32_t r = 0; r < count; ++r) {
-              const bool residual = routed && r == kActive;
-              const std::int32_t head = residual ? -1 : routed ? heads[t * kActive + r] : r;
+            for (std::int32_t r = 0; r < head_count; ++r) {
+              const std::int32_t head = routed ? heads[t * kActive + r] : r;
               std::vector<std::uint8_t> row(static_cast<std::size_t>(dim));
               float rotated[kMaxSketchDim] = {};
               float factor = 0;
               const auto* from =
                   q.data() + (t * kHeads + head) * dim * static_cast<std::int64_t>(size_of(dtype));
-              if (residual && sketch == 2) {
-                rotate(rows + t * dim, DType::f32, dim, rotated);
-                factor = round_to_e4m3(rotated, dim, row.data());
-              } else if (residual) {
-                std::copy_n(rounded.begin() + t * dim, dim, row.begin());
-                factor = scale[t];
-              } else if (head >= 0 && sketch == 2) {
+              if (head >= 0 && sketch == 2) {
                 rotate(from, dtype, dim, rotated);
                 factor = w[t * kHeads + head] * round_to_e4m3(rotated, dim, row.data());
               } else if (head >= 0) {
                 std::memcpy(row.data(), from, row.size());
                 factor = w[t * kHeads + head];
               }
-              wanted_rows.insert(wanted_rows.end(), row.begin(), row.end());
+              append_row(row, sketch, sm90, wanted_rows);
               wanted_factors.push_back(factor);
+            }
+            if (routed) {
+              std::vector<std::uint8_t> row(static_cast<std::size_t>(dim));
+              float rotated[kMaxSketchDim] = {};
+              float factor = scale[t];
+              if (sketch == 2) {
+                rotate(rows + t * dim, DType::f32, dim, rotated);
+                factor = round_to_e4m3(rotated, dim, row.data());
+              } else {
+                std::copy_n(rounded.begin() + t * dim, dim, row.begin());
+              }
+              append_row(row, sketch, sm90, wanted_residual);
+              wanted_residual_factors.push_back(factor);
             }
           }
 
@@ -121,22 +165,27 @@ TEST_F(SketchOnDevice, SmokeOperandsEqualTheHosts) {
           const Guarded<float> scale_there{std::span<const float>(scale)};
           const Guarded<std::uint8_t> out(wanted_rows.size());
           const Guarded<float> factors(wanted_factors.size());
+          const Guarded<std::uint8_t> residual_out(wanted_residual.size());
+          const Guarded<float> residual_factors(wanted_residual_factors.size());
           const cuda::Routing routing{heads_there.data(), residual.data(), rounded_there.data(),
                                       scale_there.data()};
-          const std::int32_t head_count = routed ? kActive : static_cast<std::int32_t>(kHeads);
+          cuda::score::SketchOperands operands{};
+          operands.rows = out.data();
+          operands.factors = factors.data();
+          operands.residual = routed ? residual_out.data() : nullptr;
+          operands.residual_factors = residual_factors.data();
+          operands.dim = static_cast<std::int32_t>(dim);
+          operands.heads = head_count;
+          operands.sm90 = sm90;
           cuda::score::launch_sketch_operands(
               {q_there.data(), dtype, kTokens, kHeads, dim, kHeads * dim, dim},
               {w_there.data(), kTokens, kHeads, kHeads}, routed ? &routing : nullptr, sketch,
-              {out.data(), factors.data(), static_cast<std::int32_t>(dim), head_count, routed},
-              nullptr);
+              operands, nullptr);
           expect_success(cudaDeviceSynchronize());
           EXPECT_EQ(out.read(), wanted_rows);
-          const std::vector<float> got = factors.read();
-          for (std::size_t i = 0; i < got.size(); ++i) {
-            EXPECT_EQ(std::bit_cast<std::uint32_t>(got[i]),
-                      std::bit_cast<std::uint32_t>(wanted_factors[i]))
-                << "row " << i;
-          }
+          EXPECT_EQ(residual_out.read(), wanted_residual);
+          EXPECT_EQ(bits_of(factors.read()), bits_of(wanted_factors));
+          EXPECT_EQ(bits_of(residual_factors.read()), bits_of(wanted_residual_factors));
         }
       }
     }
