@@ -97,7 +97,8 @@ class Plan {
   /// aligned to 16 bytes, and it has fewer than 2^32 keys. Page sums, which save reading all keys
   /// for block means, are those that append and rebuild below write, aligned to 16 bytes
   /// as their stride is. Its sketch is read if it is of as many bits as the config's, and is
-  /// aligned to 16 bytes then, as its stride is. Otherwise a sketch is computed from the keys.
+  /// aligned to 16 bytes then, as its stride is. Otherwise cuda-generic computes it from the keys,
+  /// and cuda-sm90 throws invalid_argument.
   void run(const Queries& q, const Weights& w, const PagedKeys& k, const Selection& out,
            std::span<std::byte> workspace, void* stream) const;
 

@@ -122,6 +122,7 @@ def select_paged(
     query_starts: Array | None = None,
     page_sums: Array | None = None,
     largest_scales: Array | None = None,
+    sketches: Array | None = None,
     config: Config = Config(),  # noqa: B008 (immutable)
     scores: bool = False,
     heads: bool = False,
@@ -144,6 +145,9 @@ def select_paged(
         query_starts[b + 1] - 1 belong to sequence b, in place of next_n, which is then 1.
     page_sums, largest_scales: float32 [pages, page_size / 64, D] and [pages, page_size / 64], see
         :func:`append`; computed from the cache if not given, with the same result.
+    sketches: uint8 [pages, bytes], see :func:`append`; read on CUDA devices by a config with a
+        sketch of as many bits. Otherwise computed from the cache, with the same results; the
+        backend cuda-sm90 does not compute them and raises ValueError.
 
     Other arguments and errors are as for :func:`select`. On CUDA tensors the cache is aligned to 16
     bytes, and so are its pages and their sums; lengths beyond the block table are clamped; a page
@@ -154,14 +158,17 @@ def select_paged(
     wanted = _checked_wanted(scores, heads, residual)
     execution = _checked_execution(backend, threads, workspace_cap)
     next_n = integer("next_n", next_n)
-    arrays = (q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales)
+    arrays = (
+        q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, sketches
+    )  # fmt: skip
     if _arrays.is_torch(q):
         from . import torch_ops
 
         return torch_ops.select_paged(*arrays, next_n, config, *wanted, *execution)
     _arrays.require_one_framework(
         {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
-         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales}
+         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales,
+         "sketches": sketches}
     )  # fmt: skip
     out = empty_selected(q, config, *wanted)
     select_paged_into(out, *arrays, next_n, config, *execution)
@@ -237,6 +244,7 @@ def append(
     scale_format: str = "f32",
     page_sums: Array | None = None,
     largest_scales: Array | None = None,
+    sketches: Array | None = None,
 ) -> None:
     """Quantises keys into a paged cache and updates what is derived from them.
 
@@ -250,6 +258,9 @@ def append(
         group of 64 tokens; written. None for pages of 32 tokens.
     largest_scales: float32 [pages, page_size / 64], the largest absolute scale of each group;
         written. Only with page_sums.
+    sketches: uint8 [pages, bytes], the sketch of each page (docs/formats.md): page_size * (D/4 + 2)
+        bytes of 2 bits an element, or page_size * (D/2 + D/32) of 4 bits; written. On a CUDA device
+        it is aligned to 16 bytes, and so are its rows.
 
     A group's content then ends with the last key appended to it. Sums made in host memory are for
     selections there, and those made on a device for selections there: after a copy to the other,
@@ -263,7 +274,7 @@ def append(
         "append",
         cache,
         {"cache": cache, "k": k, "slots": slots},
-        {"page_sums": page_sums, "largest_scales": largest_scales},
+        {"page_sums": page_sums, "largest_scales": largest_scales, "sketches": sketches},
         text("scale_format", scale_format),
     )
 
@@ -289,15 +300,16 @@ def _write_cache(
 
 def rebuild(
     cache: Array,
-    page_sums: Array,
+    page_sums: Array | None,
     pages: Array,
     filled: Array | None = None,
     *,
     largest_scales: Array | None = None,
+    sketches: Array | None = None,
 ) -> None:
     """Rebuilds what is derived from some pages from their bytes.
 
-    cache, page_sums, largest_scales: as for :func:`append`; the last two are written.
+    cache, page_sums, largest_scales, sketches: as for :func:`append`; the last three are written.
     pages: int32 [N] page numbers, each at most once on a CUDA device.
     filled: int32 [N], how many tokens of each page count; all if not given.
 
@@ -305,7 +317,8 @@ def rebuild(
     for :func:`append`; there pages out of range are skipped, and filled is clamped.
     """
     inputs = {"cache": cache, "page_sums": page_sums, "pages": pages, "filled": filled}
-    _write_cache("rebuild", cache, inputs, {"largest_scales": largest_scales})
+    derived = {"largest_scales": largest_scales, "sketches": sketches}
+    _write_cache("rebuild", cache, inputs, derived)
 
 
 class PageTail(NamedTuple):

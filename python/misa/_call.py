@@ -109,6 +109,7 @@ def select_paged_into(
     query_starts: Array | None,
     page_sums: Array | None,
     largest_scales: Array | None,
+    sketches: Array | None,
     next_n: int,
     config: Config,
     backend: str,
@@ -118,7 +119,7 @@ def select_paged_into(
     """Like :func:`misa.select_paged`, but writes into ``out`` and returns it."""
     named = {"q": q, "w": w, "cache": cache, "block_table": block_table,
              "context_lens": context_lens, "query_starts": query_starts, "page_sums": page_sums,
-             "largest_scales": largest_scales}  # fmt: skip
+             "largest_scales": largest_scales, "sketches": sketches}  # fmt: skip
     device = _arrays.cuda_device("q", q)
     if device is None:
         inputs = [_arrays.readable(name, array) for name, array in named.items()]

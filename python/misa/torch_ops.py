@@ -132,6 +132,7 @@ def select_paged_op(
     query_starts: Tensor | None,
     page_sums: Tensor | None,
     largest_scales: Tensor | None,
+    sketches: Tensor | None,
     next_n: int,
     top_k: int,
     router: str,
@@ -160,12 +161,13 @@ def select_paged_op(
     )  # fmt: skip
     require_one_device(
         {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
-         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales}
+         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales,
+         "sketches": sketches}
     )  # fmt: skip
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
     select_paged_into(
         out, q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
-        next_n, config, backend, threads, workspace_cap,
+        sketches, next_n, config, backend, threads, workspace_cap,
     )  # fmt: skip
     return _tensors(q, out)
 
@@ -184,6 +186,7 @@ _PAGED = {
     "query_starts": (_INT, "*"),
     "page_sums": (_FLOAT, "P*D"),
     "largest_scales": (_FLOAT, "P*"),
+    "sketches": (_BYTE, "P*"),
 }
 
 
@@ -251,13 +254,13 @@ def _(q, w, k, ks, ke, k_scale, top_k, router, heads, block, residual, filter_bl
 
 
 @select_paged_op.register_fake
-def _(q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, next_n,
-      top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
-      dense_work, ordered, static_heads, want_scores, want_heads, want_residual, backend, threads,
-      workspace_cap):  # fmt: skip
+def _(q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, sketches,
+      next_n, top_k, router, heads, block, residual, filter_block, filter_blocks, candidates,
+      sketch, dense_work, ordered, static_heads, want_scores, want_heads, want_residual, backend,
+      threads, workspace_cap):  # fmt: skip
     tensors = {"q": q, "w": w, "cache": cache, "block_table": block_table,
                "context_lens": context_lens, "query_starts": query_starts, "page_sums": page_sums,
-               "largest_scales": largest_scales}  # fmt: skip
+               "largest_scales": largest_scales, "sketches": sketches}  # fmt: skip
     layouts = _PAGED | {
         "cache": (_BYTE, "P*" if cache.dim() == 2 else "P**"),
         "context_lens": (_INT, "B*" if context_lens.dim() == 2 else "B"),
@@ -308,6 +311,7 @@ def select_paged(
     query_starts: Tensor | None,
     page_sums: Tensor | None,
     largest_scales: Tensor | None,
+    sketches: Tensor | None,
     next_n: int,
     config: Config,
     scores: bool,
@@ -320,11 +324,12 @@ def select_paged(
     """:func:`misa.select_paged` on tensors."""
     require_tensors(
         {"w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
-         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales},
-        ("query_starts", "page_sums", "largest_scales"),
+         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales,
+         "sketches": sketches},
+        ("query_starts", "page_sums", "largest_scales", "sketches"),
     )  # fmt: skip
     outputs = torch.ops.misa.select_paged(
-        q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, next_n,
-        *_fields(config), scores, heads, residual, backend, threads, workspace_cap,
+        q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, sketches,
+        next_n, *_fields(config), scores, heads, residual, backend, threads, workspace_cap,
     )  # fmt: skip
     return _selected(outputs)

@@ -4,6 +4,8 @@
 #include <string>
 #include <type_traits>
 
+#include "core/sketch.hpp"
+
 namespace misa::python {
 namespace {
 
@@ -273,13 +275,15 @@ PageShape page_shape(const Array& cache) {
 }  // namespace
 
 CacheArrays::CacheArrays(nb::handle cache, nb::handle page_sums, nb::handle largest_scales,
-                         Place place, Access access)
+                         nb::handle sketches, Place place, Access access)
     : cache_("cache", cache, nb::dtype<std::uint8_t>(),
              "[pages, page_size, D + 4] or [pages, page_size * (D + 4)]", place, access),
       sums_(optional_array("page_sums", page_sums, nb::dtype<float>(), "[pages, page_size / 64, D]",
                            place, access)),
       largest_(optional_array("largest_scales", largest_scales, nb::dtype<float>(),
-                              "[pages, page_size / 64]", place, access)) {
+                              "[pages, page_size / 64]", place, access)),
+      sketch_(optional_array("sketches", sketches, nb::dtype<std::uint8_t>(), "[pages, bytes]",
+                             place, access)) {
   const auto [page_size, dim] = page_shape(cache_);
   page_size_ = page_size;
   dim_ = dim;
@@ -301,6 +305,15 @@ CacheArrays::CacheArrays(nb::handle cache, nb::handle page_sums, nb::handle larg
             "largest_scales: expected [{}, {}], got [{}, {}]", pages, groups, largest_->extent(0),
             largest_->extent(1));
   }
+  if (sketch_) {
+    const std::int64_t two = sketch_page_bytes(2, dim, page_size);
+    const std::int64_t four = sketch_page_bytes(4, dim, page_size);
+    const std::int64_t bytes = sketch_->extent(1);
+    require(sketch_->extent(0) == pages && (bytes == two || bytes == four),
+            "sketches: expected [{}, {}] (2 bits) or [{}, {}] (4 bits), got [{}, {}]", pages, two,
+            pages, four, sketch_->extent(0), bytes);
+    sketch_bits_ = bytes == two ? 2 : 4;
+  }
 }
 
 CacheView CacheArrays::view() const {
@@ -312,7 +325,10 @@ CacheView CacheArrays::view() const {
           page_size_,
           sums_ ? sums_->stride(0) : 0,
           largest_ ? largest_->data_of<float>() : nullptr,
-          largest_ ? largest_->stride(0) : 0};
+          largest_ ? largest_->stride(0) : 0,
+          sketch_ ? sketch_->data_of<std::uint8_t>() : nullptr,
+          sketch_bits_,
+          sketch_ ? sketch_->stride(0) : 0};
 }
 
 CacheSpan CacheArrays::span() const {
@@ -324,15 +340,19 @@ CacheSpan CacheArrays::span() const {
           page_size_,
           sums_ ? sums_->stride(0) : 0,
           largest_ ? largest_->writable_data_of<float>() : nullptr,
-          largest_ ? largest_->stride(0) : 0};
+          largest_ ? largest_->stride(0) : 0,
+          sketch_ ? sketch_->writable_data_of<std::uint8_t>() : nullptr,
+          sketch_bits_,
+          sketch_ ? sketch_->stride(0) : 0};
 }
 
 PagedArrays::PagedArrays(nb::handle q_, nb::handle w_, nb::handle cache_, nb::handle block_table_,
                          nb::handle context_lens_, nb::handle query_starts_, nb::handle page_sums,
-                         nb::handle largest_scales, std::int64_t next_n_, Place place)
+                         nb::handle largest_scales, nb::handle sketches, std::int64_t next_n_,
+                         Place place)
     : q("q", q_, kElements, "[T, H, D]", place),
       w("w", w_, nb::dtype<float>(), "[T, H]", place),
-      cache(cache_, page_sums, largest_scales, place, Access::read),
+      cache(cache_, page_sums, largest_scales, sketches, place, Access::read),
       block_table("block_table", block_table_, nb::dtype<std::int32_t>(), "[B, max_pages]", place),
       context_lens("context_lens", context_lens_, nb::dtype<std::int32_t>(),
                    query_starts_.is_none() ? "[B] or [B, next_n]" : "[B]", place),

@@ -133,11 +133,12 @@ struct MeansArrays {
 };
 
 // A paged cache, uint8 [pages, page_size, D + 4] or [pages, page_size * (D + 4)], and beside it
-// page sums [pages, page_size / 64, D] and largest scales [pages, page_size / 64], or None.
+// page sums [pages, page_size / 64, D], largest scales [pages, page_size / 64] and sketches uint8
+// [pages, bytes], or None.
 class CacheArrays {
  public:
-  CacheArrays(nb::handle cache, nb::handle page_sums, nb::handle largest_scales, Place place,
-              Access access);
+  CacheArrays(nb::handle cache, nb::handle page_sums, nb::handle largest_scales,
+              nb::handle sketches, Place place, Access access);
 
   [[nodiscard]] CacheView view() const;
   [[nodiscard]] CacheSpan span() const;  // with Access::write only
@@ -146,6 +147,8 @@ class CacheArrays {
   Array cache_;
   std::optional<Array> sums_;
   std::optional<Array> largest_;
+  std::optional<Array> sketch_;
+  int sketch_bits_ = 0;
   std::int64_t page_size_;
   std::int64_t dim_;
 };
@@ -158,19 +161,19 @@ struct AppendArrays {
   ScaleFormat format;
 
   AppendArrays(nb::handle cache, nb::handle k, nb::handle slots, std::string_view scale_format,
-               nb::handle page_sums, nb::handle largest_scales, Place place);
+               nb::handle page_sums, nb::handle largest_scales, nb::handle sketches, Place place);
 
   [[nodiscard]] NewKeys keys() const;  // with k only
 };
 
-// The arrays of a rebuild of page sums.
+// The arrays of a rebuild.
 struct RebuildArrays {
   CacheArrays cache;
   Array pages;
   std::optional<Array> filled;
 
   RebuildArrays(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handle filled,
-                nb::handle largest_scales, Place place);
+                nb::handle largest_scales, nb::handle sketches, Place place);
 
   [[nodiscard]] std::span<const std::int32_t> counts() const;
 };
@@ -187,7 +190,7 @@ struct PagedArrays {
 
   PagedArrays(nb::handle q, nb::handle w, nb::handle cache, nb::handle block_table,
               nb::handle context_lens, nb::handle query_starts, nb::handle page_sums,
-              nb::handle largest_scales, std::int64_t next_n, Place place);
+              nb::handle largest_scales, nb::handle sketches, std::int64_t next_n, Place place);
 
   [[nodiscard]] Queries queries() const;
   [[nodiscard]] Weights weights() const;

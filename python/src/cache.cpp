@@ -17,8 +17,8 @@ ScaleFormat scale_format_of(std::string_view name) {
 
 AppendArrays::AppendArrays(nb::handle cache_, nb::handle k_, nb::handle slots_,
                            std::string_view scale_format, nb::handle page_sums,
-                           nb::handle largest_scales, Place place)
-    : cache(cache_, page_sums, largest_scales, place, Access::write),
+                           nb::handle largest_scales, nb::handle sketches, Place place)
+    : cache(cache_, page_sums, largest_scales, sketches, place, Access::write),
       slots("slots", slots_, nb::dtype<std::int64_t>(), "[N]", place),
       format(scale_format_of(scale_format)) {
   if (!k_.is_none()) {
@@ -31,8 +31,9 @@ NewKeys AppendArrays::keys() const {
 }
 
 RebuildArrays::RebuildArrays(nb::handle cache_, nb::handle page_sums, nb::handle pages_,
-                             nb::handle filled_, nb::handle largest_scales, Place place)
-    : cache(cache_, page_sums, largest_scales, place, Access::write),
+                             nb::handle filled_, nb::handle largest_scales, nb::handle sketches,
+                             Place place)
+    : cache(cache_, page_sums, largest_scales, sketches, place, Access::write),
       pages("pages", pages_, nb::dtype<std::int32_t>(), "[N]", place),
       filled(optional_array("filled", filled_, nb::dtype<std::int32_t>(), "[N]", place)) {
   require(!filled || filled->extent(0) == pages.extent(0),
@@ -47,8 +48,8 @@ std::span<const std::int32_t> RebuildArrays::counts() const {
 namespace {
 
 void append_keys(nb::handle cache, nb::handle k, nb::handle slots, std::string_view scale_format,
-                 nb::handle page_sums, nb::handle largest_scales) {
-  const AppendArrays in(cache, k, slots, scale_format, page_sums, largest_scales, {});
+                 nb::handle page_sums, nb::handle largest_scales, nb::handle sketches) {
+  const AppendArrays in(cache, k, slots, scale_format, page_sums, largest_scales, sketches, {});
   const CacheSpan span = in.cache.span();
   const auto at = in.slots.span_of<std::int64_t>();
   if (!in.k) {
@@ -62,8 +63,8 @@ void append_keys(nb::handle cache, nb::handle k, nb::handle slots, std::string_v
 }
 
 void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handle filled,
-             nb::handle largest_scales) {
-  const RebuildArrays in(cache, page_sums, pages, filled, largest_scales, {});
+             nb::handle largest_scales, nb::handle sketches) {
+  const RebuildArrays in(cache, page_sums, pages, filled, largest_scales, sketches, {});
   const CacheSpan span = in.cache.span();
   const auto numbers = in.pages.span_of<std::int32_t>();
   const auto counts = in.counts();
@@ -76,11 +77,11 @@ void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handl
 void bind_cache(nb::module_& module) {
   module.def("append", &append_keys, nb::arg("cache").none(), nb::arg("k").none(),
              nb::arg("slots").none(), nb::arg("scale_format"), nb::arg("page_sums").none(),
-             nb::arg("largest_scales").none(),
+             nb::arg("largest_scales").none(), nb::arg("sketches").none(),
              "Quantises keys into the slots of a cache in host memory.");
   module.def("rebuild", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
              nb::arg("pages").none(), nb::arg("filled").none(), nb::arg("largest_scales").none(),
-             "Rebuilds the sums of pages from their bytes.");
+             nb::arg("sketches").none(), "Rebuilds what is derived from pages from their bytes.");
   module.def(
       "page_tail",
       [](std::int64_t dim, std::int64_t page_size, int sketch_bits) {

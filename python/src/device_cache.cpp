@@ -11,9 +11,10 @@ namespace misa::python {
 namespace {
 
 void append_keys(nb::handle cache, nb::handle k, nb::handle slots, std::string_view scale_format,
-                 nb::handle page_sums, nb::handle largest_scales, int device,
+                 nb::handle page_sums, nb::handle largest_scales, nb::handle sketches, int device,
                  std::uintptr_t stream) {
-  const AppendArrays in(cache, k, slots, scale_format, page_sums, largest_scales, {device});
+  const AppendArrays in(cache, k, slots, scale_format, page_sums, largest_scales, sketches,
+                        {device});
   const CacheSpan span = in.cache.span();
   const auto at = in.slots.span_of<std::int64_t>();
   const NewKeys keys = in.k ? in.keys() : NewKeys{};
@@ -28,8 +29,8 @@ void append_keys(nb::handle cache, nb::handle k, nb::handle slots, std::string_v
 }
 
 void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handle filled,
-             nb::handle largest_scales, int device, std::uintptr_t stream) {
-  const RebuildArrays in(cache, page_sums, pages, filled, largest_scales, {device});
+             nb::handle largest_scales, nb::handle sketches, int device, std::uintptr_t stream) {
+  const RebuildArrays in(cache, page_sums, pages, filled, largest_scales, sketches, {device});
   const CacheSpan span = in.cache.span();
   const auto numbers = in.pages.span_of<std::int32_t>();
   const auto counts = in.counts();
@@ -44,12 +45,12 @@ void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handl
 void bind_device_cache(nb::module_& module) {
   module.def("append_on_device", &append_keys, nb::arg("cache").none(), nb::arg("k").none(),
              nb::arg("slots").none(), nb::arg("scale_format"), nb::arg("page_sums").none(),
-             nb::arg("largest_scales").none(), nb::arg("device"), nb::arg("stream"),
-             "Quantises keys into the slots of a cache in device memory.");
+             nb::arg("largest_scales").none(), nb::arg("sketches").none(), nb::arg("device"),
+             nb::arg("stream"), "Quantises keys into the slots of a cache in device memory.");
   module.def("rebuild_on_device", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
              nb::arg("pages").none(), nb::arg("filled").none(), nb::arg("largest_scales").none(),
-             nb::arg("device"), nb::arg("stream"),
-             "Rebuilds the sums of pages in device memory from their bytes.");
+             nb::arg("sketches").none(), nb::arg("device"), nb::arg("stream"),
+             "Rebuilds what is derived from pages in device memory.");
 }
 
 }  // namespace misa::python

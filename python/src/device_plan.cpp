@@ -43,11 +43,11 @@ class DevicePlan {
 
   void run_paged(nb::handle q, nb::handle w, nb::handle cache, nb::handle block_table,
                  nb::handle context_lens, nb::handle query_starts, nb::handle page_sums,
-                 nb::handle largest_scales, std::int64_t next_n, nb::handle indices,
-                 nb::handle scores, nb::handle heads, nb::handle residual, nb::handle workspace,
-                 std::uintptr_t stream) const {
+                 nb::handle largest_scales, nb::handle sketches, std::int64_t next_n,
+                 nb::handle indices, nb::handle scores, nb::handle heads, nb::handle residual,
+                 nb::handle workspace, std::uintptr_t stream) const {
     const PagedArrays in(q, w, cache, block_table, context_lens, query_starts, page_sums,
-                         largest_scales, next_n, Place{device_});
+                         largest_scales, sketches, next_n, Place{device_});
     run(in, indices, scores, heads, residual, workspace, stream);
   }
 
@@ -120,9 +120,9 @@ void bind_device_plan(nb::module_& module) {
       .def("run_paged", &DevicePlan::run_paged, nb::arg("q").none(), nb::arg("w").none(),
            nb::arg("cache").none(), nb::arg("block_table").none(), nb::arg("context_lens").none(),
            nb::arg("query_starts").none(), nb::arg("page_sums").none(),
-           nb::arg("largest_scales").none(), nb::arg("next_n"), nb::arg("indices").none(),
-           nb::arg("scores").none(), nb::arg("heads").none(), nb::arg("residual").none(),
-           nb::arg("workspace").none(), nb::arg("stream"));
+           nb::arg("largest_scales").none(), nb::arg("sketches").none(), nb::arg("next_n"),
+           nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
+           nb::arg("residual").none(), nb::arg("workspace").none(), nb::arg("stream"));
   module.def("means_workspace_bytes", &cuda::means_workspace_bytes, nb::arg("tokens"),
              nb::arg("dim"), nb::arg("count"),
              "Workspace bytes that the calls on block means need on a device.");

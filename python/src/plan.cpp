@@ -95,11 +95,12 @@ void select(nb::handle config, nb::handle q, nb::handle w, nb::handle k, nb::han
 
 void select_paged(nb::handle config, nb::handle q, nb::handle w, nb::handle cache,
                   nb::handle block_table, nb::handle context_lens, nb::handle query_starts,
-                  nb::handle page_sums, nb::handle largest_scales, std::int64_t next_n,
-                  nb::handle indices, nb::handle scores, nb::handle heads, nb::handle residual,
-                  std::string_view backend, int threads, std::int64_t workspace_cap) {
+                  nb::handle page_sums, nb::handle largest_scales, nb::handle sketches,
+                  std::int64_t next_n, nb::handle indices, nb::handle scores, nb::handle heads,
+                  nb::handle residual, std::string_view backend, int threads,
+                  std::int64_t workspace_cap) {
   const PagedArrays in(q, w, cache, block_table, context_lens, query_starts, page_sums,
-                       largest_scales, next_n, {});
+                       largest_scales, sketches, next_n, {});
   const OutputArrays out(indices, scores, heads, residual, {});
   plan_and_run(context_of(backend, threads, workspace_cap), config_of(config), in.queries(),
                in.weights(), in.keys(), DType::e4m3, out.selection());
@@ -129,10 +130,11 @@ void bind_plan(nb::module_& module) {
   module.def("select_paged", &select_paged, nb::arg("config"), nb::arg("q").none(),
              nb::arg("w").none(), nb::arg("cache").none(), nb::arg("block_table").none(),
              nb::arg("context_lens").none(), nb::arg("query_starts").none(),
-             nb::arg("page_sums").none(), nb::arg("largest_scales").none(), nb::arg("next_n"),
-             nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
-             nb::arg("residual").none(), nb::arg("backend"), nb::arg("threads"),
-             nb::arg("workspace_cap"), "Plans and runs on a paged cache in host memory.");
+             nb::arg("page_sums").none(), nb::arg("largest_scales").none(),
+             nb::arg("sketches").none(), nb::arg("next_n"), nb::arg("indices").none(),
+             nb::arg("scores").none(), nb::arg("heads").none(), nb::arg("residual").none(),
+             nb::arg("backend"), nb::arg("threads"), nb::arg("workspace_cap"),
+             "Plans and runs on a paged cache in host memory.");
 }
 
 }  // namespace misa::python

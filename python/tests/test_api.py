@@ -350,6 +350,37 @@ def test_cache() -> None:
         assert np.all(cache.page_sums[2] == 0)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+def test_sketches_beside_a_cache(bits: int, page_size: int) -> None:
+    dim, pages = 64, 3
+    code, scale = (dim // 4, 2) if bits == 2 else (dim // 2, dim // 32)
+    cache = misa.Cache(pages, dim, page_size=page_size)
+    sketches = np.full((pages, page_size * (code + scale)), 0x5A, np.uint8)
+    keys = np.random.default_rng(3).normal(size=(5, dim)).astype(np.float32)
+    slots = np.array([0, 7, page_size, page_size + 31, 3 * page_size - 1])
+    misa.append(cache.data, keys, slots, sketches=sketches)
+    want = np.full_like(sketches, 0x5A)
+
+    def expect_sketches(slots: np.ndarray) -> None:
+        for slot in slots:
+            page, token = divmod(int(slot), page_size)
+            whole = cache.data[page].reshape(-1)
+            key = whole[token * dim :][:dim].tobytes()
+            factor = whole[page_size * dim :].view(np.float32)[token]
+            codes, scales = misa._core.sketch_key(bits, key, float(factor))
+            want[page, token * code :][:code] = np.frombuffer(codes, np.uint8)
+            want[page, page_size * code + token * scale :][:scale] = np.frombuffer(scales, np.uint8)
+        assert np.array_equal(sketches, want)
+
+    expect_sketches(slots)
+    filled = np.array([9], np.int32)
+    misa.rebuild(cache.data, None, np.array([1], np.int32), filled, sketches=sketches)
+    expect_sketches(page_size + np.arange(9))
+    with pytest.raises(ValueError, match=r"^sketches: expected \[3, "):
+        misa.append(cache.data, keys, slots, sketches=sketches[:, 1:])
+
+
 def test_rebuild() -> None:
     cache = filled_cache()
     want = cache.page_sums.copy()
@@ -358,9 +389,7 @@ def test_rebuild() -> None:
     assert np.array_equal(cache.page_sums[[1, 3]], want[[1, 3]])
     assert np.all(cache.page_sums[[0, 2, 4, 5]] == POISON)
     page, empty = np.array([2], np.int32), np.array([0], np.int32)
-    misa.rebuild(
-        cache.data, cache.page_sums, page, empty, largest_scales=cache.largest_scales
-    )
+    misa.rebuild(cache.data, cache.page_sums, page, empty, largest_scales=cache.largest_scales)
     assert np.all(cache.page_sums[2] == 0) and cache.largest_scales[2] == 0
 
 

@@ -20,10 +20,10 @@ from inputs import random_inputs
 CONFIG = misa.Config("misa-r", top_k=4, heads=2)
 SHAPE = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 9}
 OUTPUTS = misa.Selected._fields
-CACHE = ("cache", "page_sums", "largest_scales")
+CACHE = ("cache", "page_sums", "largest_scales", "sketches")
 WRITTEN = {"append": CACHE, "rebuild": CACHE, "Plan.run": (*OUTPUTS, "workspace")}
-OPTIONAL = ("k_scale", "query_starts", "page_sums", "largest_scales", "filled", "partial", *OUTPUTS,
-            "workspace")  # fmt: skip
+OPTIONAL = ("k_scale", "query_starts", "page_sums", "largest_scales", "sketches", "filled",
+            "partial", *OUTPUTS, "workspace")  # fmt: skip
 ELEMENTS = ("q", "k")
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
@@ -51,7 +51,8 @@ def calls() -> dict[str, Call]:
     rows = {"starts": np.zeros(2, np.int32), "ends": np.full(2, 3, np.int32)}
     means = {"means": np.ones((4, 64), np.float32), **rows, "partial": np.full(2, -1, np.int32)}
     held = {"cache": cache.data, "page_sums": cache.page_sums,
-            "largest_scales": cache.largest_scales}  # fmt: skip
+            "largest_scales": cache.largest_scales,
+            "sketches": np.zeros((2, 64 * 18), np.uint8)}  # fmt: skip
     return {
         "select": (partial(misa.select, config=CONFIG), given),
         "select_paged": (partial(misa.select_paged, config=CONFIG), {**queries, **held, **pages}),

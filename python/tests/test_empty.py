@@ -46,6 +46,7 @@ def _select_paged(cache_of: tuple[int, ...] = (64, D + 4)) -> dict[str, np.ndarr
         "context_lens": np.full(B, 9, "i4"),
         "page_sums": np.zeros((PAGES, 1, D), "f4"),
         "largest_scales": np.zeros((PAGES, 1), "f4"),
+        "sketches": np.zeros((PAGES, 64 * (D // 4 + 2)), "u1"),
     }
 
 
@@ -67,6 +68,7 @@ def _append() -> dict[str, np.ndarray]:
         "slots": np.arange(3, dtype="i8"),
         "page_sums": np.zeros((PAGES, 1, D), "f4"),
         "largest_scales": np.zeros((PAGES, 1), "f4"),
+        "sketches": np.zeros((PAGES, 64 * (D // 4 + 2)), "u1"),
     }
 
 
@@ -75,6 +77,7 @@ def _rebuild() -> dict[str, np.ndarray]:
         "cache": np.zeros((PAGES, 64, D + 4), "u1"),
         "page_sums": np.zeros((PAGES, 1, D), "f4"),
         "largest_scales": np.zeros((PAGES, 1), "f4"),
+        "sketches": np.zeros((PAGES, 64 * (D // 4 + 2)), "u1"),
         "pages": np.arange(2, dtype="i4"),
         "filled": np.arange(2, dtype="i4"),
     }
@@ -214,6 +217,7 @@ def test_nothing_is_selected_from_nothing() -> None:
             "cache": np.zeros(shape, "u1"),
             "page_sums": np.zeros((0, 1, D), "f4"),
             "largest_scales": np.zeros((0, 1), "f4"),
+            "sketches": np.zeros((0, 64 * (D // 4 + 2)), "u1"),
             "block_table": np.zeros((B, 0), "i4"),
             "context_lens": np.zeros(B, "i4"),
         }

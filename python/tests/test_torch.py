@@ -101,7 +101,7 @@ def test_operator(dtype: str) -> None:
     starts = torch.tensor([0, 1, len(a["q"])], dtype=torch.int32)
     for form in ((lengths, None, 2), (torch.stack([lengths, lengths], 1), None, 2),
                  (lengths, starts, 1)):  # fmt: skip
-        call = (a["q"], a["w"], cache, table, *form[:2], None, None, form[2], *rest)
+        call = (a["q"], a["w"], cache, table, *form[:2], None, None, None, form[2], *rest)
         torch.library.opcheck(torch_ops.select_paged_op, call)
 
 
@@ -324,9 +324,24 @@ def test_device_append(page_size: int, scale_format: str) -> None:
             array.fill_(-1)
         pages = torch.arange(512 // page_size, dtype=torch.int32)
         misa.rebuild(there[0], there[1], pages.cuda(), largest_scales=there[2])
-        misa.rebuild(held.data, held.page_sums, pages.numpy(),
-                               largest_scales=held.largest_scales)  # fmt: skip
+        misa.rebuild(held.data, held.page_sums, pages.numpy(), largest_scales=held.largest_scales)
         same()
+
+
+@cuda
+@pytest.mark.parametrize("row", [34, 68])
+def test_device_sketches(row: int) -> None:
+    """Sketches that a device appends or rebuilds have the bytes of those in host memory."""
+    held = misa.Cache(4, 128)
+    sketches = np.zeros((4, 64 * row), np.uint8)
+    cache, there = tensor(held.data, "cuda"), tensor(sketches, "cuda")
+    keys, slots = torch.randn(256, 128), torch.randperm(256)
+    misa.append(held.data, keys.numpy(), slots.numpy(), sketches=sketches)
+    misa.append(cache, keys.cuda(), slots.cuda(), sketches=there)
+    assert np.array_equal(there.cpu().numpy(), sketches)
+    there.fill_(0)
+    misa.rebuild(cache, None, torch.arange(4, dtype=torch.int32).cuda(), sketches=there)
+    assert np.array_equal(there.cpu().numpy(), sketches)
 
 
 @cuda
