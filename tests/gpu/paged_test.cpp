@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common.hpp"
+#include "core/recipe.hpp"
 #include "core/sketch.hpp"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
@@ -359,9 +360,9 @@ class Call {
     std::iota(pages.begin(), pages.end(), 0);
     const Guarded<std::int32_t> on_device{std::span<const std::int32_t>(pages)};
     cuda::rebuild({cache_.data(), cache.pages, cache.dim, cache.page_stride,
-                             writable(cache.page_sums), cache.page_size, cache.page_sums_stride,
-                             writable(cache.largest_scales), cache.largest_scales_stride},
-                            on_device.span(), {}, nullptr);
+                   writable(cache.page_sums), cache.page_size, cache.page_sums_stride,
+                   writable(cache.largest_scales), cache.largest_scales_stride},
+                  on_device.span(), {}, nullptr);
     expect_success(cudaDeviceSynchronize());
   }
 
@@ -452,12 +453,27 @@ class DevicePagedPlan : public EachCudaBackend {
     return all;
   }
 
+  // Whether the backend scores with Hopper's kernels a sketch that the cache does not have.
+  [[nodiscard]] bool lacks_sketch(const Inputs& inputs, const IndexerConfig& config) const {
+    const Shape shape = inputs.shape();
+    return GetParam() == "cuda-sm90" && shape.dim == 128 && shape.q_dtype == DType::e4m3 &&
+           config.sketch != inputs.layout().sketch && config.filter_blocks == 0 &&
+           largest_recipe(config, shape.heads, shape.max_keys).sketched;
+  }
+
   void expect_ragged_result(const Inputs& inputs, const std::string& what,
                             const std::vector<NamedConfig>& all = configs()) const {
     for (const NamedConfig& named : all) {
       const Selected expected = inputs.expected(context(), named.config);
       for (const Sums sums : sums_of(inputs, named.config)) {
         const Call call(inputs, named.config, sums);
+        if (lacks_sketch(inputs, named.config)) {
+          EXPECT_THAT(message_of([&] { call.run(plan(named.config, inputs)); }),
+                      HasSubstr("cache: expected sketches of " +
+                                std::to_string(named.config.sketch) + " bits"))
+              << named.name << ", " << what;
+          continue;
+        }
         EXPECT_TRUE(same_bits(call.run(plan(named.config, inputs)), expected))
             << named.name << ", " << what << ", sums " << static_cast<int>(sums);
       }
@@ -477,7 +493,8 @@ TEST_P(DevicePagedPlan, SmokeMatchesRaggedKeys) {
   }
 }
 
-// Sketches are read where they are those of the config, and computed where they are not.
+// Sketches are read where they are those of the config, and computed, or asked for, where they are
+// not.
 TEST_P(DevicePagedPlan, SmokeSketchesBesideTheCache) {
   for (const int sketch : {2, 4}) {
     for (const std::int64_t dim : {64, 128}) {
