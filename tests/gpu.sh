@@ -97,7 +97,7 @@ for stage in "${stages[@]}"; do
       run "short contexts" misa_bench_step --keys 2048 4096 8192 16384 32768 65536 \
         --indexers dsa misa auto
       run "decode" misa_bench_decode --stages --batch 1 64 --context 8192 131072 \
-        --indexers dsa misa misa-r:h=3:m=4k hisa
+        --indexers dsa misa misa-r:h=3:m=4k misa-r:h=3:m=4k:sketch=2 hisa
       run "decode, 4 queries a sequence" misa_bench_decode --batch 64 --context 131072 --next-n 4 \
         --indexers dsa misa hisa
       if reason=$(python3 -c 'import deep_gemm, torch' 2>&1); then

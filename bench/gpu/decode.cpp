@@ -7,7 +7,8 @@
 //   from L2 when its turn comes again. A figure is the time of a replay divided by its steps, the
 //   median of --replays after 3 that are not counted.
 // - Keys are random and never zero. Pages are shuffled, their stride has room for their tails, and
-//   a row of the block table is as wide as --table tokens. Page sums stand in the tails.
+//   a row of the block table is as wide as --table tokens. Page sums stand in the tails, and the
+//   sketch that an indexer reads.
 // - GB/s counts the bytes of all keys and their scales once, whatever the indexer reads.
 // - --stages captures a second graph with events between the stages, which keep the kernels of
 //   different stages from overlapping.
@@ -51,9 +52,9 @@ struct Options {
   std::vector<std::int64_t> next_n{1};
   std::int64_t heads = 64;
   int top_k = 2048;
-  std::int64_t page_stride = 11264;  // with sums, largest scales and a sketch of 2 bits
+  std::int64_t page_stride = 0;  // 0: the least with sums and a sketch, of 2 bits or more
   std::int64_t table = 1 << 20;
-  bool without_sums = false;
+  bool without_tail = false;
   std::size_t workspace = misa::kDefaultWorkspaceCap;
   int replays = 20;
   std::uint64_t seed = std::random_device()();
@@ -135,13 +136,19 @@ class Caches {
 
   [[nodiscard]] std::int64_t count() const { return count_; }
 
-  // Writes what is derived from the keys and tells the views of it.
-  void derive() {
-    span_ = misa::with_tail(bare());
+  // Writes what is derived from the keys into the tails, unless it is there, and tells the views of
+  // it: sums and, unless `sketch_bits` is 0, a sketch.
+  void derive(int sketch_bits) {
+    if (span_.data != nullptr && span_.sketch_bits == sketch_bits) {
+      return;
+    }
+    misa::CacheSpan span = bare();
+    span.sketch_bits = sketch_bits;
+    span_ = misa::with_tail(span);
     std::vector<std::int32_t> all(static_cast<std::size_t>(pages()));
     std::iota(all.begin(), all.end(), 0);
     const Device<std::int32_t> on_device(all);
-    misa::cuda::rebuild_page_sums(span_, on_device.span(), {}, nullptr);
+    misa::cuda::rebuild(span_, on_device.span(), {}, nullptr);
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
   void derive_nothing() { span_ = bare(); }
@@ -156,6 +163,9 @@ class Caches {
     keys.cache.page_sums_stride = span_.page_sums_stride;
     keys.cache.largest_scales = span_.largest_scales;
     keys.cache.largest_scales_stride = span_.largest_scales_stride;
+    keys.cache.sketch = span_.sketch;
+    keys.cache.sketch_bits = span_.sketch_bits;
+    keys.cache.sketch_stride = span_.sketch_stride;
     keys.block_table = tables_.data() + cache * shape_.batch * width_;
     keys.max_pages = width_;
     keys.context_lens = lengths_.span();
@@ -437,8 +447,9 @@ class Report {
           "{} heads, top {}, pages {} bytes apart, block tables of {} tokens, {}, seed {}\n"
           "{:28} {:>6} {:>8} {:>6} {:>6} {:>9} {:>18} {:>7}\n",
           options.heads, options.top_k, options.page_stride, options.table,
-          options.without_sums ? "no page sums" : "page sums in the tails", options.seed, "indexer",
-          "batch", "context", "next_n", "caches", "us", "10 % - 90 %", "GB/s");
+          options.without_tail ? "nothing in their tails" : "page sums in their tails",
+          options.seed, "indexer", "batch", "context", "next_n", "caches", "us", "10 % - 90 %",
+          "GB/s");
     }
   }
 
@@ -497,7 +508,7 @@ class Report {
             {"heads", options_.heads},
             {"top_k", options_.top_k},
             {"page_stride", options_.page_stride},
-            {"page_sums", !options_.without_sums},
+            {"tail", !options_.without_tail},
             {"seed", options_.seed}};
   }
 
@@ -520,9 +531,9 @@ void run_shape(const Options& options, const std::vector<misa::cli::Variant>& va
   const Queries queries(shape.tokens() * options.heads, options.seed);
   const Device<std::uint8_t> q(queries.q);
   const Device<float> w(queries.w);
-  options.without_sums ? caches.derive_nothing() : caches.derive();
   for (const misa::cli::Variant& variant : variants) {
     try {
+      options.without_tail ? caches.derive_nothing() : caches.derive(variant.config.sketch);
       report.add(variant.name, shape, count,
                  time_step(variant.config, options, shape, caches, q, w));
     } catch (const misa::Error& error) {
@@ -535,8 +546,7 @@ void run_shape(const Options& options, const std::vector<misa::cli::Variant>& va
   }
 }
 
-void run(const Options& options) {
-  const std::vector<misa::cli::Variant> variants = variants_of(options);
+void run(const Options& options, const std::vector<misa::cli::Variant>& variants) {
   Report report(options);
   for (const std::int64_t batch : options.batches) {
     for (const std::int64_t context : options.contexts) {
@@ -561,9 +571,10 @@ int main(int argc, char** argv) {
   app.add_option("--next-n", options.next_n, "queries of a sequence")->check(positive);
   app.add_option("--heads", options.heads, "H");
   app.add_option("--top-k", options.top_k, "positions wanted a query");
-  app.add_option("--page-stride", options.page_stride, "bytes from one page to the next");
+  app.add_option("--page-stride", options.page_stride,
+                 "bytes from one page to the next; by default those of a page with its tail");
   app.add_option("--table", options.table, "tokens of a row of the block table");
-  app.add_flag("--no-sums", options.without_sums, "the cache keeps no page sums");
+  app.add_flag("--no-tail", options.without_tail, "the cache keeps no page sums and no sketch");
   app.add_option("--workspace", options.workspace, "bytes");
   app.add_option("--replays", options.replays, "of a graph that count")->check(positive);
   app.add_option("--seed", options.seed, "of the data; random unless given");
@@ -578,7 +589,15 @@ int main(int argc, char** argv) {
                                     "got {}",
                                     kPage, longest, options.table));
     }
-    run(options);
+    const std::vector<misa::cli::Variant> variants = variants_of(options);
+    if (options.page_stride == 0) {
+      int sketch_bits = 2;
+      for (const misa::cli::Variant& variant : variants) {
+        sketch_bits = std::max(sketch_bits, variant.config.sketch);
+      }
+      options.page_stride = misa::page_tail(kDim, kPage, sketch_bits).page_stride;
+    }
+    run(options, variants);
   } catch (const std::exception& error) {
     fmt::print(stderr, "misa_bench_decode: {}\n", error.what());
     return 1;
