@@ -499,7 +499,8 @@ TEST_P(DevicePagedPlan, SmokeSketchesBesideTheCache) {
   for (const int sketch : {2, 4}) {
     for (const std::int64_t dim : {64, 128}) {
       for (const std::int64_t page_size : {32, 64, 128}) {
-        Inputs inputs(batch_of({700, 0, 47, 1100}, 2), {page_size, 1, 3, 5, sketch}, {6, dim});
+        Inputs inputs(batch_of({700, 0, 47, 1100}, 2), {page_size, 1, 3, 5, false, sketch},
+                      {6, dim});
         const std::string what = std::to_string(sketch) + " bits, D = " + std::to_string(dim) +
                                  ", pages of " + std::to_string(page_size);
         expect_ragged_result(inputs, what, sketched_configs(kTopK, 2));
@@ -511,7 +512,7 @@ TEST_P(DevicePagedPlan, SmokeSketchesBesideTheCache) {
   }
   for (const DType dtype : {DType::bf16, DType::f32}) {
     for (const int sketch : {2, 4}) {
-      const Layout layout{64, 0, 1, 6, sketch};
+      const Layout layout{64, 0, 1, 6, false, sketch};
       expect_ragged_result(Inputs(batch_of({900, 140}, 1), layout, {6, 128, dtype}), name_of(dtype),
                            sketched_configs(kTopK, 2));
     }
