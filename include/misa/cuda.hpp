@@ -33,6 +33,9 @@ struct Logits {
 struct TopK {
   std::int32_t* indices = nullptr;  ///< [rows, top_k] positions, ascending; -1 on the right
   float* scores = nullptr;          ///< [rows, top_k] their scores, -inf where padded; null: none
+  /// Elements from one row of indices or scores to the next, top_k or more; 0: top_k.
+  std::int64_t index_stride = 0;
+  std::int64_t score_stride = 0;
 };
 
 /// The top_k largest scores of every row: ties go to the lower position, NaN ranks below every
@@ -77,6 +80,7 @@ class Plan {
 
   /// Writes the selection for every query, in order on `stream`, and returns at once: it neither
   /// synchronises nor allocates, and may be captured into a graph. Positions ascend inside a row.
+  /// Slots, and positions with offsets, are made from positions by a kernel at the end of the call.
   ///
   /// The values of ks and ke cannot be checked on the host: they are clamped to 0 to L, and a row
   /// that would see more than the planned max_keys is cut off there. Rows of q and k are aligned to

@@ -89,14 +89,26 @@ struct Shape {
   DType k_dtype = DType::f32;
 };
 
-/// Where the results go; every span is dense row-major and an empty one is not written. In a row
-/// that uses DSA because of dense_work, `heads` and `residual` are those of an empty row.
+/// Where the results go, and in which form; every span is row-major and an empty one is not
+/// written. Rows of indices and scores may have strides; their span then ends with the last row's
+/// last element. In a row that uses DSA because of dense_work, `heads` and `residual` are those of
+/// an empty row.
 struct Selection {
   std::span<std::int32_t>
       indices;  ///< [T, top_k] positions relative to the query's sequence, -1 on the right
   std::span<float> scores;        ///< [T, top_k] the scores that ranked them, -inf where padded
   std::span<std::int32_t> heads;  ///< [T, h] active heads, ascending; -1 for empty rows
   std::span<float> residual;      ///< [T, D] the residual row before rounding; 0 for empty rows
+  /// Elements from one row of indices or scores to the next, top_k or more; 0: top_k.
+  std::int64_t index_stride = 0;
+  std::int64_t score_stride = 0;
+  /// Only with paged keys: indices are physical slots, page * page_size + offset, in place of
+  /// positions. The cache has at most 2^31 slots. On a device, where block tables are not checked,
+  /// the slot of a position is -1 if its page is not one of the cache.
+  bool slots = false;
+  /// [T] or empty: added to the positions of each query, modulo 2^32. With ks, indices become those
+  /// of keys in the ragged array. Not with slots.
+  std::span<const std::int32_t> offsets = {};
 };
 
 /// A validated choice of indexer for a bounded shape on one backend: made once, run often. `run`

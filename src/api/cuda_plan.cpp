@@ -126,13 +126,14 @@ struct Plan::State {
                         : paged_bounds(batch, bounds.max_keys, options.workspace_cap),
              options.workspace_cap, traits_of(target)) {}
 
-  // Checks a call, except its keys.
-  void validate_call(const Queries& q, DType k_dtype, const Selection& out,
-                     std::span<std::byte> workspace) const {
+  // Checks a call, except its keys, and returns its outputs with their actual strides.
+  [[nodiscard]] Selection validated_call(const Queries& q, DType k_dtype, const Selection& out,
+                                         const CacheView* cache,
+                                         std::span<std::byte> workspace) const {
     validate_planned({q.tokens, q.heads, q.dim, shape.max_keys, q.dtype, k_dtype}, shape);
     require_rows("q", q.data, q.dtype, {q.token_stride, q.head_stride});
-    validate(out, config, q);
     validate_device_workspace(workspace, step.workspace_bytes());
+    return validated(out, config, q, cache);
   }
 
   IndexerConfig config;
@@ -163,12 +164,12 @@ void Plan::run(const Queries& queries, const Weights& weights, const RaggedKeys&
   require(k.tokens <= state_->total_keys, "k: expected L = {} at most, as planned, got {}",
           state_->total_keys, k.tokens);
   require_rows("k", k.data, k.dtype, {k.token_stride});
-  state_->validate_call(q, k.dtype, out, workspace);
+  const Selection selection = state_->validated_call(q, k.dtype, out, cache_of(k), workspace);
   state_->step.run(Problem{q,
                            w,
                            {k.data, k.dtype, k.tokens, k.token_stride, k.scale, k.starts.data(),
                             k.ends.data(), static_cast<std::int32_t>(state_->shape.max_keys)}},
-                   out, workspace.data(), stream);
+                   selection, workspace.data(), stream);
 }
 
 void Plan::run(const Queries& queries, const Weights& weights, const PagedKeys& keys,
@@ -181,7 +182,7 @@ void Plan::run(const Queries& queries, const Weights& weights, const PagedKeys& 
   require(batch <= state_->batch,
           "context_lens: expected a batch of {} at most, as planned, got {}", state_->batch, batch);
   validate_device(k, batch, q);
-  state_->validate_call(q, DType::e4m3, out, workspace);
+  const Selection selection = state_->validated_call(q, DType::e4m3, out, cache_of(k), workspace);
   DevicePagedSource source{};
   source.data = k.cache.data;
   source.pages = k.cache.pages;
@@ -207,7 +208,7 @@ void Plan::run(const Queries& queries, const Weights& weights, const PagedKeys& 
     source.sketch = k.cache.sketch;
     source.sketch_stride = k.cache.sketch_stride;
   }
-  state_->step.run(PagedProblem{q, w, source}, out, workspace.data(), stream);
+  state_->step.run(PagedProblem{q, w, source}, selection, workspace.data(), stream);
 }
 
 }  // namespace misa::cuda

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <limits>
+#include <utility>
 
 #include "core/require.hpp"
 #include "cuda/launch.cuh"
@@ -21,6 +22,12 @@ void top_k(const Logits& logits, int top_k, const TopK& out, void* stream) {
   Logits rows = logits;
   rows.row_stride = logits.row_stride != 0 ? logits.row_stride : logits.columns;
   checked_multiply_add("logits", rows.rows, rows.row_stride);
+  for (const auto& [name, stride] :
+       {std::pair{"index_stride", out.index_stride}, {"score_stride", out.score_stride}}) {
+    require(stride == 0 || stride >= top_k, "{}: expected 0 or at least top_k = {}, got {}", name,
+            top_k, stride);
+    checked_multiply_add(name, rows.rows, stride);
+  }
   require_data("logits", rows.data, rows.rows * rows.columns, alignof(float));
   require_data("lengths", rows.lengths, 0, alignof(std::int32_t));
   require_data("indices", out.indices, rows.rows * top_k, alignof(std::int32_t));

@@ -53,18 +53,37 @@ void report_every_head(const Problem& problem, const IndexerConfig& config, cons
   }
 }
 
+// Puts slots of the cache, or positions with offsets, in place of the positions of a selection.
+void convert_indices(const Problem& problem) {
+  const Selection& out = problem.out;
+  if (out.indices.empty() || (!out.slots && out.offsets.empty())) {
+    return;
+  }
+  for (std::int64_t t = 0; t < problem.q.tokens; ++t) {
+    for (std::int32_t& index : out.indices.subspan(t * out.index_stride, problem.config.top_k)) {
+      if (index >= 0) {
+        index =
+            static_cast<std::int32_t>(out.slots ? std::get<PagedSource>(problem.keys).slot(t, index)
+                                                : static_cast<std::uint32_t>(index) +
+                                                      static_cast<std::uint32_t>(out.offsets[t]));
+      }
+    }
+  }
+}
+
 template <class Keys>
 void run_on(const Planned& planned, const IndexerConfig& config, const Inputs<Keys>& in,
             const Selection& out, std::span<std::byte> workspace) {
-  validate(out, config, in.q);
+  const Selection resolved = validated(out, config, in.q, cache_of(in.k));
   validate_workspace(workspace, planned.plan->workspace_bytes());
-  Problem problem{planned.effective, in.q, in.w, source_of(in.k), out};
+  Problem problem{planned.effective, in.q, in.w, source_of(in.k), resolved};
   if (routes_every_head(config, in.q.heads)) {
     problem.out.heads = {};
     problem.out.residual = {};
     report_every_head(problem, config, out);
   }
   planned.plan->run(problem, workspace);
+  convert_indices(problem);
 }
 
 template <class Keys>

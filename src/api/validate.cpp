@@ -129,6 +129,20 @@ void validate_output(std::string_view name, std::span<T> out, bool exists, std::
   require_data(name, out.data(), std::ssize(out), alignof(T));
 }
 
+// Checks an output [rows, columns] whose rows may have a stride, and returns their actual stride.
+template <class T>
+std::int64_t validated_rows(std::string_view name, std::span<T> out, std::int64_t rows,
+                            std::int64_t columns, std::int64_t stride) {
+  const std::int64_t actual = resolved_stride(name, "row", stride, columns, rows);
+  if (!out.empty()) {
+    const std::int64_t size = rows > 0 ? checked_multiply_add(name, rows - 1, actual, columns) : 0;
+    require(std::ssize(out) == size, "{}: expected {} * {} elements, got {} with rows {} apart",
+            name, rows, columns, out.size(), actual);
+    require_data(name, out.data(), std::ssize(out), alignof(T));
+  }
+  return actual;
+}
+
 // Checks an output that is not optional.
 void validate_whole_output(std::span<const std::int32_t> out, std::int64_t rows,
                            std::int64_t columns) {
@@ -409,13 +423,29 @@ void validate_planned(const Shape& call, const Shape& planned) {
           call.max_keys);
 }
 
-void validate(const Selection& out, const IndexerConfig& config, const Queries& q) {
-  validate_output("indices", out.indices, true, "", q.tokens, config.top_k);
-  validate_output("scores", out.scores, true, "", q.tokens, config.top_k);
+Selection validated(const Selection& out, const IndexerConfig& config, const Queries& q,
+                    const CacheView* cache) {
+  Selection resolved = out;
+  resolved.index_stride =
+      validated_rows("indices", out.indices, q.tokens, config.top_k, out.index_stride);
+  resolved.score_stride =
+      validated_rows("scores", out.scores, q.tokens, config.top_k, out.score_stride);
   validate_output("heads", out.heads, config.router != Router::all, "with router 'all'", q.tokens,
                   config.heads);
   validate_output("residual", out.residual, config.residual, "without a residual row", q.tokens,
                   q.dim);
+  require(!out.slots || cache != nullptr, "slots: expected false with ragged keys, got true");
+  if (out.slots) {
+    const std::int64_t slots = checked_multiply_add("cache", cache->pages, cache->page_size);
+    require(slots <= kMaxKeys + 1, "cache: expected at most 2^31 slots to select them, got {}",
+            slots);
+  }
+  require(out.offsets.empty() || !out.slots, "offsets: expected none with slots, got {} entries",
+          out.offsets.size());
+  require(out.offsets.empty() || std::ssize(out.offsets) == q.tokens,
+          "offsets: expected {} entries (T) or none, got {}", q.tokens, out.offsets.size());
+  require_data("offsets", out.offsets.data(), std::ssize(out.offsets), alignof(std::int32_t));
+  return resolved;
 }
 
 void validate_routed_heads(int heads, std::span<const std::int32_t> out, const Queries& q) {

@@ -36,7 +36,13 @@ Shape shape_of(const Queries& q, const PagedKeys& k);
 void validate_planned(const Shape& call, const Shape& planned);
 
 // Checks that each output has the right size, and is empty if the configuration does not have it.
-void validate(const Selection& out, const IndexerConfig& config, const Queries& q);
+// `cache`: that of paged keys, or null.
+Selection validated(const Selection& out, const IndexerConfig& config, const Queries& q,
+                    const CacheView* cache);
+
+// The cache of a call's keys; null if they are ragged.
+inline const CacheView* cache_of(const RaggedKeys& /*k*/) { return nullptr; }
+inline const CacheView* cache_of(const PagedKeys& k) { return &k.cache; }
 
 // Checks the sizes of a call on block means.
 void validate_means_sizes(std::int64_t tokens, std::int64_t dim, std::int64_t count);

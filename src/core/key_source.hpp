@@ -92,6 +92,12 @@ struct PagedSource : PagedKeys {
            group % groups * cache.dim;
   }
 
+  // The number of a key in the cache: page * page_size + its place in the page.
+  [[nodiscard]] std::int64_t slot(std::int64_t t, std::int64_t position) const {
+    return table_of(t)[position >> page_bits(cache.page_size)] * cache.page_size +
+           (position & (cache.page_size - 1));
+  }
+
   // The pages of query t's sequence.
   [[nodiscard]] const std::int32_t* table_of(std::int64_t t) const {
     return block_table + sequence_of(t) * block_table_stride;

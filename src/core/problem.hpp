@@ -16,7 +16,7 @@ struct Problem {
   Queries q;
   Weights w;
   KeySource keys;
-  Selection out;
+  Selection out;  // of positions, whatever its slots and offsets say
 
   [[nodiscard]] DType k_dtype() const {
     return std::visit([](const auto& source) { return source.format().element; }, keys);

@@ -39,6 +39,7 @@
 #include "score/sm90_paged.hpp"
 #include "select/gate.hpp"
 #include "select/generic.hpp"
+#include "select/indices.hpp"
 
 namespace misa::cuda {
 namespace {
@@ -99,7 +100,10 @@ class Chunk {
 
   void run(ChunkOutputs out) {
     Routing& routing = workspace_.routing;
-    out.top_k.indices = out.top_k.indices != nullptr ? out.top_k.indices : workspace_.indices;
+    if (out.top_k.indices == nullptr) {
+      out.top_k.indices = workspace_.indices;
+      out.top_k.index_stride = config_.top_k;
+    }
     routing.heads = out.heads != nullptr ? out.heads : routing.heads;
     routing.residual = out.residual != nullptr ? out.residual : routing.residual;
     const bool reported = out.heads != nullptr || out.residual != nullptr;
@@ -274,7 +278,8 @@ class Chunk {
     }
     select::launch_generic(logits, count, out, empty_, device_.num_sms, stream_);
     if (columns.list != nullptr) {
-      score::launch_positions(problem_.k, problem_.q.tokens, columns, out.indices, count, stream_);
+      score::launch_positions(problem_.k, problem_.q.tokens, columns, out.indices, count,
+                              out.index_stride != 0 ? out.index_stride : count, stream_);
     }
   }
 
@@ -420,12 +425,17 @@ void Step::run(const ProblemOf<Source>& problem, const Selection& out, std::byte
         }
       }
       const ChunkOutputs outputs{
-          {row_of(out.indices, first, config.top_k), row_of(out.scores, first, config.top_k)},
+          {row_of(out.indices, first, out.index_stride),
+           row_of(out.scores, first, out.score_stride), out.index_stride, out.score_stride},
           row_of(out.heads, first, config.heads),
           config.residual ? row_of(out.residual, first, seen.q.dim) : nullptr};
       Chunk(config, spec, chunk_of(seen, first, count), fitted, device_, first_pass, stages, on)
           .run(outputs);
     }
+  }
+  if (!out.indices.empty() && (out.slots || !out.offsets.empty())) {
+    stages.enter("indices");
+    select::launch_indices(problem.k, problem.q.tokens, passes_.front().config.top_k, out, stream);
   }
 }
 

@@ -193,27 +193,39 @@ class Inputs {
   std::size_t ends_at_;
 };
 
-// The device's copy of an output in host memory.
+// The device's copy of an output in host memory, which is dense there.
 template <class T>
 class Output {
  public:
+  // Rows of `width` elements in host memory, `stride` elements apart.
+  Output(std::span<T> host, std::int64_t rows, std::int64_t width, std::int64_t stride,
+         DeviceLayout& layout)
+      : host_(host),
+        rows_(host.empty() ? 0 : static_cast<std::size_t>(rows)),
+        row_bytes_(static_cast<std::size_t>(width) * sizeof(T)),
+        pitch_(static_cast<std::size_t>(stride) * sizeof(T)),
+        at_(layout.add(rows_ * row_bytes_)) {}
   Output(std::span<T> host, DeviceLayout& layout)
-      : host_(host), at_(layout.add(host.size_bytes())) {}
+      : Output(host, 1, std::ssize(host), std::ssize(host), layout) {}
 
   [[nodiscard]] std::span<T> on_device(const DeviceMemory& memory) const {
-    return {host_.empty() ? nullptr : reinterpret_cast<T*>(memory.at(at_)), host_.size()};
+    return {host_.empty() ? nullptr : reinterpret_cast<T*>(memory.at(at_)),
+            rows_ * row_bytes_ / sizeof(T)};
   }
 
   void fetch(const DeviceMemory& memory, const Stream& stream) const {
     if (!host_.empty()) {
-      check(cudaMemcpyAsync(host_.data(), memory.at(at_), host_.size_bytes(),
-                            cudaMemcpyDeviceToHost, stream.get()),
-            "cudaMemcpyAsync");
+      check(cudaMemcpy2DAsync(host_.data(), pitch_, memory.at(at_), row_bytes_, row_bytes_, rows_,
+                              cudaMemcpyDeviceToHost, stream.get()),
+            "cudaMemcpy2DAsync");
     }
   }
 
  private:
   std::span<T> host_;
+  std::size_t rows_;
+  std::size_t row_bytes_;
+  std::size_t pitch_;
   std::size_t at_;
 };
 
@@ -296,8 +308,10 @@ class CudaPlan final : public BackendPlan {
 
     DeviceLayout layout;
     layout.add(inputs.bytes().size());
-    const Output indices(problem.out.indices, layout);
-    const Output scores(problem.out.scores, layout);
+    const std::int64_t rows = problem.q.tokens;
+    const std::int64_t top_k = config_.top_k;
+    const Output indices(problem.out.indices, rows, top_k, problem.out.index_stride, layout);
+    const Output scores(problem.out.scores, rows, top_k, problem.out.score_stride, layout);
     const Output heads(problem.out.heads, layout);
     const Output residual(problem.out.residual, layout);
     const std::size_t workspace = layout.add(step.workspace_bytes());
@@ -309,7 +323,7 @@ class CudaPlan final : public BackendPlan {
           "cudaMemcpyAsync");
     step.run(inputs.on_device(memory, shape_.max_keys),
              {indices.on_device(memory), scores.on_device(memory), heads.on_device(memory),
-              residual.on_device(memory)},
+              residual.on_device(memory), top_k, top_k},
              memory.at(workspace), stream.get());
     indices.fetch(memory, stream);
     scores.fetch(memory, stream);

@@ -156,10 +156,11 @@ namespace {
 
 // Row t of an output of `width` columns; empty if the output is not wanted.
 template <class T>
-std::span<T> output_row(std::span<T> output, std::int64_t t, std::int64_t width) {
-  return output.empty()
-             ? output
-             : output.subspan(static_cast<std::size_t>(t * width), static_cast<std::size_t>(width));
+std::span<T> output_row(std::span<T> output, std::int64_t t, std::int64_t width,
+                        std::int64_t stride) {
+  return output.empty() ? output
+                        : output.subspan(static_cast<std::size_t>(t * stride),
+                                         static_cast<std::size_t>(width));
 }
 
 // Writes the values that fit a row of an output and pads the rest.
@@ -178,11 +179,11 @@ void run_row(const Problem& problem, std::int64_t t) {
       recipe.routed ? reference::route(row, config) : reference::Routed{};
   const reference::Ranked ranked = reference::select_row(problem, t, row, recipe, routed);
   const Selection& out = problem.out;
-  write(output_row(out.indices, t, config.top_k), ranked.positions, -1);
-  write(output_row(out.scores, t, config.top_k), ranked.scores,
+  write(output_row(out.indices, t, config.top_k, out.index_stride), ranked.positions, -1);
+  write(output_row(out.scores, t, config.top_k, out.score_stride), ranked.scores,
         -std::numeric_limits<float>::infinity());
-  write(output_row(out.heads, t, config.heads), routed.heads, -1);
-  write(output_row(out.residual, t, row.dim), routed.residual, 0.0F);
+  write(output_row(out.heads, t, config.heads, config.heads), routed.heads, -1);
+  write(output_row(out.residual, t, row.dim, row.dim), routed.residual, 0.0F);
 }
 
 // Uses neither cached page sums nor a workspace: each row is computed from its keys.

@@ -42,15 +42,18 @@ __global__ void row_lengths_kernel(Source keys, std::int64_t queries, Columns co
 // One thread per entry.
 template <class Source>
 __global__ void positions_kernel(Source keys, std::int64_t entries, Columns columns,
-                                 std::int32_t* selected, std::int32_t width) {
+                                 std::int32_t* selected, std::int32_t width, std::int64_t stride) {
   begin_kernel();
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const std::int32_t column = i < entries ? selected[i] : -1;
-  if (column < 0 || column >= std::int64_t{columns.width} * columns.block) {
+  if (i >= entries) {
     return;
   }
   const std::int64_t t = i / width;
-  selected[i] = position_of(columns, t, column, visible(keys, t).length);
+  std::int32_t& entry = selected[t * stride + i % width];
+  const std::int32_t column = entry;
+  if (column >= 0 && column < std::int64_t{columns.width} * columns.block) {
+    entry = position_of(columns, t, column, visible(keys, t).length);
+  }
 }
 
 unsigned blocks_for(std::int64_t threads) {
@@ -68,10 +71,11 @@ void launch_row_lengths(const Source& keys, std::int64_t queries, const Columns&
 
 template <class Source>
 void launch_positions(const Source& keys, std::int64_t queries, const Columns& columns,
-                      std::int32_t* selected, std::int32_t width, void* stream) {
+                      std::int32_t* selected, std::int32_t width, std::int64_t stride,
+                      void* stream) {
   const std::int64_t entries = queries * width;
   launch_kernel("positions", positions_kernel<Source>, dim3(blocks_for(entries)), kThreads, 0,
-                stream, keys, entries, columns, selected, width);
+                stream, keys, entries, columns, selected, width, stride);
 }
 
 template void launch_row_lengths(const DeviceRaggedSource&, std::int64_t, const Columns&,
@@ -79,8 +83,8 @@ template void launch_row_lengths(const DeviceRaggedSource&, std::int64_t, const 
 template void launch_row_lengths(const DevicePagedSource&, std::int64_t, const Columns&,
                                  std::int32_t, std::int32_t*, void*);
 template void launch_positions(const DeviceRaggedSource&, std::int64_t, const Columns&,
-                               std::int32_t*, std::int32_t, void*);
+                               std::int32_t*, std::int32_t, std::int64_t, void*);
 template void launch_positions(const DevicePagedSource&, std::int64_t, const Columns&,
-                               std::int32_t*, std::int32_t, void*);
+                               std::int32_t*, std::int32_t, std::int64_t, void*);
 
 }  // namespace misa::cuda::score

@@ -12,10 +12,11 @@ template <class Source>
 void launch_row_lengths(const Source& keys, std::int64_t queries, const Columns& columns,
                         std::int32_t most, std::int32_t* lengths, void* stream);
 
-// Replaces the columns in selected [T, width], padded with -1, by their positions. Positions ascend
-// with columns, so ordered entries stay ordered.
+// Replaces the columns in selected [T, width], padded with -1, by their positions. Its rows are
+// `stride` elements apart. Positions ascend with columns, so ordered entries stay ordered.
 template <class Source>
 void launch_positions(const Source& keys, std::int64_t queries, const Columns& columns,
-                      std::int32_t* selected, std::int32_t width, void* stream);
+                      std::int32_t* selected, std::int32_t width, std::int64_t stride,
+                      void* stream);
 
 }  // namespace misa::cuda::score

@@ -86,15 +86,15 @@ void write_row(std::span<const std::uint64_t> selection, std::int64_t t, std::in
   const std::int64_t count = std::ssize(selection);
   if (!out.indices.empty()) {
     for (std::int64_t i = 0; i < top_k; ++i) {
-      out.indices[t * top_k + i] =
+      out.indices[t * out.index_stride + i] =
           i < count ? static_cast<std::int32_t>(pair_position(selection[i])) : -1;
     }
   }
   if (!out.scores.empty()) {
     for (std::int64_t i = 0; i < top_k; ++i) {
-      out.scores[t * top_k + i] = i < count
-                                      ? score_of_bits(static_cast<std::uint32_t>(selection[i]))
-                                      : -std::numeric_limits<float>::infinity();
+      out.scores[t * out.score_stride + i] =
+          i < count ? score_of_bits(static_cast<std::uint32_t>(selection[i]))
+                    : -std::numeric_limits<float>::infinity();
     }
   }
 }

@@ -15,7 +15,10 @@ struct OutputRow {
 };
 
 __device__ inline OutputRow output_row(const TopK& out, std::int64_t row, std::uint32_t top_k) {
-  return {out.indices + row * top_k, out.scores != nullptr ? out.scores + row * top_k : nullptr};
+  const std::int64_t index_stride = out.index_stride != 0 ? out.index_stride : top_k;
+  const std::int64_t score_stride = out.score_stride != 0 ? out.score_stride : top_k;
+  return {out.indices + row * index_stride,
+          out.scores != nullptr ? out.scores + row * score_stride : nullptr};
 }
 
 }  // namespace misa::cuda::select

@@ -228,6 +228,17 @@ std::vector<Case<Keys>> common_cases() {
        [](C& c, B&) { c.out.indices = c.out.indices.first(63); }},
       {"scores", "4 * 16 elements, got 32",
        [](C& c, B&) { c.out.scores = c.out.scores.first(32); }},
+      {"indices", "row stride of at least 16, got 15", [](C& c, B&) { c.out.index_stride = 15; }},
+      {"scores", "row stride of at least 16, got -16", [](C& c, B&) { c.out.score_stride = -16; }},
+      {"indices", "4 * 16 elements, got 64 with rows 17 apart",
+       [](C& c, B&) { c.out.index_stride = 17; }},
+      {"scores", "below 2^63", [](C& c, B&) { c.out.score_stride = std::int64_t{1} << 62; }},
+      {"offsets", "4 entries (T) or none, got 3",
+       [](C& c, B& b) { c.out.offsets = std::span(b.row_lens).first(3); }},
+      {"offsets", "aligned to 4",
+       [](C& c, B& b) {
+         c.out.offsets = {misaligned(b.row_lens.data()), 4};
+       }},
       {"heads", "4 * 2 elements, got 4", [](C& c, B&) { c.out.heads = c.out.heads.first(4); }},
       {"heads", "none with router 'all', got 8",
        [](C& c, B&) { c.config = IndexerConfig::dsa(16); }},
@@ -270,6 +281,7 @@ TEST(Arguments, RaggedSmoke) {
       {"ke", "[3]: expected 0 to L = 100, got 101", [](C&, B& b) { b.ke[3] = 101; }},
       {"ke", "[0]: expected 0 to L = 100, got 2147483647",
        [](C&, B& b) { b.ke[0] = std::numeric_limits<std::int32_t>::max(); }},
+      {"slots", "false with ragged keys", [](C& c, B&) { c.out.slots = true; }},
   };
   cases.insert(cases.end(), ragged.begin(), ragged.end());
   for (const auto& test : cases) {
@@ -371,6 +383,10 @@ TEST(Arguments, PagedSmoke) {
        [](C&, B& b) { b.block_table[2] = -1; }},
       {"block_table", "[1, 1]: expected a page from 0 to 3, got 1000",
        [](C&, B& b) { b.context_lens[1] = 65; }},
+      {"offsets", "none with slots, got 4 entries",
+       [](C& c, B& b) { c.out.slots = true, c.out.offsets = b.row_lens; }},
+      {"cache", "at most 2^31 slots to select them, got 2147483712",
+       [](C& c, B&) { c.out.slots = true, c.k.cache.pages = (std::int64_t{1} << 25) + 1; }},
   };
   cases.insert(cases.end(), paged.begin(), paged.end());
   for (const auto& test : cases) {
