@@ -61,12 +61,21 @@ struct PlanOptions {
   /// With the planned max_keys rounded up to a power of two, at least 128, batch * max_keys is
   /// below 2^31.
   std::int64_t batch = 0;
+  /// For how many multiprocessors (SMs) of the device the work of a call is cut, so that others are
+  /// left to what runs beside it; 0: all. Results do not depend on it. It limits kernels that share
+  /// out their work evenly, as scoring and routing of e4m3 do on Hopper; a kernel with a thread
+  /// block for each row may take more.
+  int max_sms = 0;
 };
 
 /// An indexer on the device that was current when the plan was made. Every array given to `run`,
 /// including those in spans, is in device memory.
 class Plan {
  public:
+  /// Loads all kernels of the library too, so that any call of this header, the first one included,
+  /// may be captured into a graph from then on (with a driver for CUDA 12.4 or later; an older one
+  /// loads kernels when they are launched first).
+  ///
   /// Throws Error: invalid_argument, workspace if the cap is too small, unsupported if the device
   /// cannot run the backend.
   Plan(const IndexerConfig& config, const Shape& shape, const PlanOptions& options);

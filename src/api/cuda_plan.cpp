@@ -10,6 +10,7 @@
 #include "api/validate.hpp"
 #include "cache/cache.hpp"
 #include "core/require.hpp"
+#include "cuda/modules.hpp"
 #include "cuda/problem.hpp"
 #include "cuda/target.hpp"
 #include "indexers/cuda.hpp"
@@ -48,8 +49,16 @@ void validate_plan(const IndexerConfig& config, const Shape& shape, const PlanOp
   require(options.batch >= 0 && options.batch <= most,
           "batch: expected 0 (ragged keys) to {} with max_keys = {}, got {}", most, shape.max_keys,
           options.batch);
+  require(options.max_sms >= 0, "max_sms: expected 0 (all) or more, got {}", options.max_sms);
   require(options.batch == 0 || shape.k_dtype == DType::e4m3,
           "k_dtype: expected e4m3 with paged keys, got {}", name_of(shape.k_dtype));
+}
+
+// The traits of the current device with at most max_sms multiprocessors; 0: with all.
+DeviceTraits limited_traits(const Target& target, int max_sms) {
+  DeviceTraits traits = traits_of(target);
+  traits.num_sms = max_sms == 0 ? traits.num_sms : std::min(traits.num_sms, max_sms);
+  return traits;
 }
 
 // Checks what a device needs of paged keys, whose layout is valid.
@@ -124,7 +133,9 @@ struct Plan::State {
         step(chosen, bounds,
              batch == 0 ? ragged_bounds(total_keys)
                         : paged_bounds(batch, bounds.max_keys, options.workspace_cap),
-             options.workspace_cap, traits_of(target)) {}
+             options.workspace_cap, limited_traits(target, options.max_sms)) {
+    load_kernels();
+  }
 
   // Checks a call, except its keys, and returns its outputs with their actual strides.
   [[nodiscard]] Selection validated_call(const Queries& q, DType k_dtype, const Selection& out,

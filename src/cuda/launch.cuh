@@ -7,8 +7,17 @@
 #include <cstddef>
 
 #include "cuda/check.cuh"
+#include "cuda/modules.hpp"
 
 namespace misa::cuda {
+
+#ifdef __CUDACC__
+// The kernel by which load_kernels finds those of the file that includes this.
+namespace {
+__global__ void kernel_of_file() {}
+const KernelFile this_file(reinterpret_cast<const void*>(&kernel_of_file));
+}  // namespace
+#endif
 
 // Waits until the previous kernel of the stream has completed, then lets thread blocks of the next
 // one start early; they wait here too. Every kernel calls it before it reads or writes memory that
