@@ -198,7 +198,8 @@ typedef struct misa_paged_keys {
   size_t row_len_count;
 } misa_paged_keys;
 
-/** Each array is dense row-major; one of count 0 is not written. */
+/** Each array is row-major; one of count 0 is not written. Rows of indices and scores may have
+ * strides; the count of such an array ends with the last row's last element. */
 typedef struct misa_selection {
   int32_t* indices; /**< [T, top_k] */
   size_t index_count;
@@ -208,6 +209,11 @@ typedef struct misa_selection {
   size_t head_count;
   float* residual; /**< [T, D] */
   size_t residual_count;
+  int64_t index_stride; /**< elements from one row to the next, top_k or more */
+  int64_t score_stride;
+  int32_t slots;          /**< 1: indices are slots of the cache, page * page_size + offset */
+  const int32_t* offsets; /**< [T], or null: added to the positions of each query */
+  size_t offset_count;
 } misa_selection;
 
 /** workspace is aligned to 64 bytes and has at least misa_plan_workspace_bytes bytes. One plan may
@@ -307,6 +313,76 @@ misa_status misa_cache_rebuild(const misa_cache_span* cache, const int32_t* page
 misa_status misa_cache_gather(const misa_cache_view* cache, const int32_t* block_table,
                               size_t block_table_count, int64_t tokens, uint8_t* k,
                               float* scale) MISA_NOEXCEPT;
+
+/* Device memory. Every array given to these functions, those in structs included, is in the memory
+ * of the current CUDA device, and `stream` is a cudaStream_t. They run in order on the stream and
+ * return at once: they neither synchronise nor allocate, and may be captured into a graph
+ * (misa/cuda.hpp). A library without CUDA returns MISA_UNSUPPORTED. */
+
+typedef struct misa_cuda_plan_options {
+  int64_t total_keys;   /**< L: the most keys of one call, if ragged */
+  int64_t batch;        /**< the most sequences of one call on paged keys; 0: keys are ragged */
+  size_t workspace_cap; /**< limit of the workspace, bytes; 0: misa_default_workspace_cap() */
+  const char* backend;  /**< "auto", "cuda" or a CUDA backend's own name; null: "auto" */
+  int32_t max_sms;      /**< for how many SMs the work of a call is cut; 0: all */
+} misa_cuda_plan_options;
+
+typedef struct misa_cuda_plan misa_cuda_plan;
+
+/** The configuration is copied, its static heads included. Loads all kernels of the library, so
+ * that any call may be captured from then on. Not itself to be captured. */
+misa_status misa_cuda_plan_create(const misa_config* config, const misa_shape* shape,
+                                  const misa_cuda_plan_options* options,
+                                  misa_cuda_plan** plan) MISA_NOEXCEPT;
+
+/** Null is ignored. */
+void misa_cuda_plan_destroy(misa_cuda_plan* plan) MISA_NOEXCEPT;
+
+/** Bytes of device memory that a run needs, at most the cap. */
+misa_status misa_cuda_plan_workspace_bytes(const misa_cuda_plan* plan, size_t* bytes) MISA_NOEXCEPT;
+
+/** workspace is aligned to 256 bytes and has at least misa_cuda_plan_workspace_bytes bytes. Runs of
+ * several plans on one stream may share it. */
+misa_status misa_cuda_run_ragged(const misa_cuda_plan* plan, const misa_queries* q,
+                                 const misa_weights* w, const misa_ragged_keys* k,
+                                 const misa_selection* out, void* workspace, size_t workspace_bytes,
+                                 void* stream) MISA_NOEXCEPT;
+misa_status misa_cuda_run_paged(const misa_cuda_plan* plan, const misa_queries* q,
+                                const misa_weights* w, const misa_paged_keys* k,
+                                const misa_selection* out, void* workspace, size_t workspace_bytes,
+                                void* stream) MISA_NOEXCEPT;
+
+typedef struct misa_cuda_logits {
+  const float* data; /**< [rows, columns] */
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  const int32_t* lengths; /**< [rows], or null: every row is `columns` long */
+} misa_cuda_logits;
+
+typedef struct misa_cuda_top_k_output {
+  int32_t* indices; /**< [rows, top_k] */
+  float* scores;    /**< [rows, top_k] or null */
+  int64_t index_stride;
+  int64_t score_stride;
+} misa_cuda_top_k_output;
+
+misa_status misa_cuda_top_k(const misa_cuda_logits* logits, int32_t top_k,
+                            const misa_cuda_top_k_output* out, void* stream) MISA_NOEXCEPT;
+
+/** Null keys: an engine has written the bytes and scales of the keys into the slots. */
+misa_status misa_cuda_cache_append(const misa_cache_span* cache, const misa_new_keys* keys,
+                                   const int64_t* slots, size_t slot_count, int32_t scale_format,
+                                   void* stream) MISA_NOEXCEPT;
+
+misa_status misa_cuda_cache_copy_pages(const misa_cache_view* source, const int32_t* from,
+                                       const misa_cache_span* target, const int32_t* to,
+                                       size_t count, void* stream) MISA_NOEXCEPT;
+
+/** filled [count], or null: all tokens of every page count. */
+misa_status misa_cuda_cache_rebuild(const misa_cache_span* cache, const int32_t* pages,
+                                    const int32_t* filled, size_t count,
+                                    void* stream) MISA_NOEXCEPT;
 
 #ifdef __cplusplus
 }

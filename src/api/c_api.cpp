@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/require.hpp"
+#include "misa/cuda.hpp"
 #include "misa/misa.h"
 #include "misa/misa.hpp"
 
@@ -17,6 +18,10 @@ struct misa_context {
 
 struct misa_plan {
   misa::Plan plan;
+};
+
+struct misa_cuda_plan {
+  misa::cuda::Plan plan;
 };
 
 namespace {
@@ -183,18 +188,30 @@ misa::PagedKeys keys_from(const misa_paged_keys& k) {
 
 misa::Selection selection_from(const misa_selection& s) {
   return {span_from("indices", s.indices, s.index_count),
-          span_from("scores", s.scores, s.score_count), span_from("heads", s.heads, s.head_count),
-          span_from("residual", s.residual, s.residual_count)};
+          span_from("scores", s.scores, s.score_count),
+          span_from("heads", s.heads, s.head_count),
+          span_from("residual", s.residual, s.residual_count),
+          s.index_stride,
+          s.score_stride,
+          s.slots != 0,
+          span_from("offsets", s.offsets, s.offset_count)};
 }
 
-template <class Keys>
-misa_status run(const misa_plan* plan, const misa_queries* q, const misa_weights* w, const Keys* k,
-                const misa_selection* out, void* workspace, std::size_t workspace_bytes) noexcept {
+misa::NewKeys new_keys_from(const misa_new_keys& k) {
+  return {k.data, enum_from<misa::DType>("k", k.dtype), k.tokens, k.dim, k.token_stride};
+}
+
+// `stream`: for a plan on a device, the stream; otherwise nothing.
+template <class Plan, class Keys, class... Stream>
+misa_status run(const Plan* plan, const misa_queries* q, const misa_weights* w, const Keys* k,
+                const misa_selection* out, void* workspace, std::size_t workspace_bytes,
+                Stream*... stream) noexcept {
   return guarded([&] {
     deref("plan", plan)
         .plan.run(queries_from(deref("q", q)), weights_from(deref("w", w)),
                   keys_from(deref("k", k)), selection_from(deref("out", out)),
-                  span_from("workspace", static_cast<std::byte*>(workspace), workspace_bytes));
+                  span_from("workspace", static_cast<std::byte*>(workspace), workspace_bytes),
+                  stream...);
   });
 }
 
@@ -345,9 +362,7 @@ misa_status misa_cache_append(const misa_cache_span* cache, const misa_new_keys*
                               const std::int64_t* slots, std::size_t slot_count,
                               std::int32_t scale_format) noexcept {
   return guarded([&] {
-    const misa_new_keys& k = deref("keys", keys);
-    misa::append(span_of(deref("cache", cache)),
-                 {k.data, enum_from<misa::DType>("k", k.dtype), k.tokens, k.dim, k.token_stride},
+    misa::append(span_of(deref("cache", cache)), new_keys_from(deref("keys", keys)),
                  span_from("slots", slots, slot_count),
                  enum_from<misa::ScaleFormat>("scale_format", scale_format));
   });
@@ -381,5 +396,86 @@ misa_status misa_cache_gather(const misa_cache_view* cache, const std::int32_t* 
     misa::gather(view_from(from), span_from("block_table", block_table, block_table_count), tokens,
                  span_from("k", k, key_bytes),
                  span_from("scale", scale, static_cast<std::size_t>(tokens)));
+  });
+}
+
+misa_status misa_cuda_plan_create(const misa_config* config, const misa_shape* shape,
+                                  const misa_cuda_plan_options* options,
+                                  misa_cuda_plan** plan) noexcept {
+  return guarded([&] {
+    deref("plan", plan);
+    const misa_cuda_plan_options& from = deref("options", options);
+    misa::cuda::PlanOptions chosen;
+    chosen.total_keys = from.total_keys;
+    chosen.batch = from.batch;
+    chosen.workspace_cap = from.workspace_cap != 0 ? from.workspace_cap : chosen.workspace_cap;
+    chosen.backend = from.backend != nullptr ? from.backend : chosen.backend;
+    chosen.max_sms = from.max_sms;
+    *plan = new misa_cuda_plan{misa::cuda::Plan(config_from(deref("config", config)),
+                                                shape_from(deref("shape", shape)), chosen)};
+  });
+}
+
+void misa_cuda_plan_destroy(misa_cuda_plan* plan) noexcept { delete plan; }
+
+misa_status misa_cuda_plan_workspace_bytes(const misa_cuda_plan* plan,
+                                           std::size_t* bytes) noexcept {
+  return guarded([&] { deref("bytes", bytes) = deref("plan", plan).plan.workspace_bytes(); });
+}
+
+misa_status misa_cuda_run_ragged(const misa_cuda_plan* plan, const misa_queries* q,
+                                 const misa_weights* w, const misa_ragged_keys* k,
+                                 const misa_selection* out, void* workspace,
+                                 std::size_t workspace_bytes, void* stream) noexcept {
+  return run(plan, q, w, k, out, workspace, workspace_bytes, stream);
+}
+
+misa_status misa_cuda_run_paged(const misa_cuda_plan* plan, const misa_queries* q,
+                                const misa_weights* w, const misa_paged_keys* k,
+                                const misa_selection* out, void* workspace,
+                                std::size_t workspace_bytes, void* stream) noexcept {
+  return run(plan, q, w, k, out, workspace, workspace_bytes, stream);
+}
+
+misa_status misa_cuda_top_k(const misa_cuda_logits* logits, std::int32_t top_k,
+                            const misa_cuda_top_k_output* out, void* stream) noexcept {
+  return guarded([&] {
+    const misa_cuda_logits& in = deref("logits", logits);
+    const misa_cuda_top_k_output& to = deref("out", out);
+    misa::cuda::top_k({in.data, in.rows, in.columns, in.row_stride, in.lengths}, top_k,
+                      {to.indices, to.scores, to.index_stride, to.score_stride}, stream);
+  });
+}
+
+misa_status misa_cuda_cache_append(const misa_cache_span* cache, const misa_new_keys* keys,
+                                   const std::int64_t* slots, std::size_t slot_count,
+                                   std::int32_t scale_format, void* stream) noexcept {
+  return guarded([&] {
+    const misa::CacheSpan to = span_of(deref("cache", cache));
+    const auto at = span_from("slots", slots, slot_count);
+    if (keys == nullptr) {
+      misa::cuda::append(to, at, stream);
+    } else {
+      misa::cuda::append(to, new_keys_from(*keys), at, stream,
+                         enum_from<misa::ScaleFormat>("scale_format", scale_format));
+    }
+  });
+}
+
+misa_status misa_cuda_cache_copy_pages(const misa_cache_view* source, const std::int32_t* from,
+                                       const misa_cache_span* target, const std::int32_t* to,
+                                       std::size_t count, void* stream) noexcept {
+  return guarded([&] {
+    misa::cuda::copy_pages(view_from(deref("source", source)), span_from("from", from, count),
+                           span_of(deref("target", target)), span_from("to", to, count), stream);
+  });
+}
+
+misa_status misa_cuda_cache_rebuild(const misa_cache_span* cache, const std::int32_t* pages,
+                                    const std::int32_t* filled, std::size_t count,
+                                    void* stream) noexcept {
+  return guarded([&] {
+    misa::cuda::rebuild(span_of(deref("cache", cache)), span_from("pages", pages, count),
+                        {filled, filled != nullptr ? count : 0}, stream);
   });
 }

@@ -12,6 +12,7 @@
 #include "misa/misa.hpp"
 #include "support/check.hpp"
 #include "support/inputs.hpp"
+#include "support/output_forms.hpp"
 
 extern "C" int misa_c_program();
 
@@ -58,9 +59,16 @@ struct Outputs {
   }
 
   misa_selection c() {
-    return {selected.indices.data(),  selected.indices.size(), selected.scores.data(),
-            selected.scores.size(),   selected.heads.data(),   selected.heads.size(),
-            selected.residual.data(), selected.residual.size()};
+    misa_selection out{};
+    out.indices = selected.indices.data();
+    out.index_count = selected.indices.size();
+    out.scores = selected.scores.data();
+    out.score_count = selected.scores.size();
+    out.heads = selected.heads.data();
+    out.head_count = selected.heads.size();
+    out.residual = selected.residual.data();
+    out.residual_count = selected.residual.size();
+    return out;
   }
 };
 
@@ -172,6 +180,59 @@ TEST(CApi, PagedEqualsTheCppInterface) {
                       .page_size = 128,
                       .tail = true,
                       .lengths = Lengths::starts_and_rows});
+}
+
+// Rows with strides, offsets and slots: each form is what the plain output makes of it.
+TEST(CApi, OutputsHaveForms) {
+  const test::PagedInputs inputs(pack());
+  const Queries q = inputs.q(inputs.all());
+  const Weights w = inputs.w(inputs.all());
+  const PagedKeys k = inputs.k(inputs.all());
+  const Selected plain = select(Context(), kConfig, q, w, k, {.scores = true});
+
+  Handles handles;
+  std::size_t bytes = 0;
+  create(handles, bytes);
+  const OwnWorkspace workspace(bytes);
+  const misa_queries queries = c_queries(q);
+  const misa_weights weights = c_weights(w);
+  misa_paged_keys keys{};
+  keys.cache.data = k.cache.data;
+  keys.cache.pages = k.cache.pages;
+  keys.cache.dim = k.cache.dim;
+  keys.block_table = k.block_table;
+  keys.max_pages = k.max_pages;
+  keys.context_lens = k.context_lens.data();
+  keys.batch = k.context_lens.size();
+  keys.next_n = k.next_n;
+  const std::vector<std::int32_t> offsets{0, 1, 2, 3, 400, 500, 600, -700};
+  for (const test::Form& form :
+       {test::Form{"offsets", 5, 2, true, false, offsets}, test::Form{"slots", 1, 3, true, true}}) {
+    test::FormedOutput written(q.tokens, kConfig.top_k, form);
+    misa_selection out{};
+    out.indices = written.index_array().data();
+    out.index_count = written.index_array().size();
+    out.scores = written.score_array().data();
+    out.score_count = written.score_array().size();
+    out.index_stride = kConfig.top_k + form.index_padding;
+    out.score_stride = kConfig.top_k + form.score_padding;
+    out.slots = form.slots ? 1 : 0;
+    out.offsets = form.offsets.data();
+    out.offset_count = form.offsets.size();
+    ASSERT_EQ(misa_run_paged(handles.plan, &queries, &weights, &keys, &out, workspace.span().data(),
+                             bytes),
+              MISA_OK)
+        << misa_last_error();
+    test::FormedOutput expected(q.tokens, kConfig.top_k, {});
+    expected.index_array() = plain.indices;
+    expected.score_array() = plain.scores;
+    const std::vector<std::int32_t> table(k.block_table, k.block_table + 2 * k.max_pages);
+    EXPECT_EQ(written.indices(), form.slots ? expected.slots(k, {{0, 0, 0, 0, 1, 1, 1, 1}}, table)
+                                            : expected.with_offsets(offsets))
+        << form.name;
+    EXPECT_TRUE(written.same_scores(expected)) << form.name;
+    EXPECT_TRUE(written.padding_untouched()) << form.name;
+  }
 }
 
 TEST(CApi, MeansEqualTheCppInterface) {
@@ -432,6 +493,41 @@ TEST(CApi, NullPointersAreErrorsSmoke) {
   expect_invalid(misa_cache_gather(nullptr, nullptr, 0, 0, nullptr, nullptr), "cache: ");
   misa_context_destroy(nullptr);
   misa_plan_destroy(nullptr);
+
+  const misa_cuda_plan_options options{};
+  misa_cuda_plan* device_plan = nullptr;
+  expect_invalid(misa_cuda_plan_create(nullptr, &shape, &options, &device_plan), "config: ");
+  expect_invalid(misa_cuda_plan_create(&config, nullptr, &options, &device_plan), "shape: ");
+  expect_invalid(misa_cuda_plan_create(&config, &shape, nullptr, &device_plan), "options: ");
+  expect_invalid(misa_cuda_plan_create(&config, &shape, &options, nullptr), "plan: ");
+  EXPECT_EQ(device_plan, nullptr);
+  expect_invalid(misa_cuda_plan_workspace_bytes(nullptr, &bytes), "plan: ");
+  expect_invalid(misa_cuda_run_ragged(nullptr, &q, &w, &ragged, &out, nullptr, 0, nullptr),
+                 "plan: ");
+  expect_invalid(misa_cuda_run_paged(nullptr, &q, &w, &paged, &out, nullptr, 0, nullptr), "plan: ");
+  expect_invalid(misa_cuda_top_k(nullptr, 1, nullptr, nullptr), "logits: ");
+  expect_invalid(misa_cuda_cache_append(nullptr, &keys, nullptr, 0, 0, nullptr), "cache: ");
+  expect_invalid(misa_cuda_cache_append(&cache, &keys, nullptr, 1, 0, nullptr), "slots: ");
+  expect_invalid(misa_cuda_cache_copy_pages(nullptr, nullptr, &cache, nullptr, 0, nullptr),
+                 "source: ");
+  expect_invalid(misa_cuda_cache_rebuild(nullptr, nullptr, nullptr, 0, nullptr), "cache: ");
+  misa_cuda_plan_destroy(nullptr);
+}
+
+// Without a device, and in a library without CUDA, a plan for device memory is refused.
+TEST(CApi, DevicePlansNeedADevice) {
+  for (const BackendInfo& backend : backends()) {
+    if (backend.name.starts_with("cuda") && backend.available) {
+      GTEST_SKIP() << "tests/gpu has the tests with a device";
+    }
+  }
+  const misa_config config = c_config();
+  const misa_shape shape{8, 8, 64, 150, MISA_BF16, MISA_E4M3};
+  const misa_cuda_plan_options options{};
+  misa_cuda_plan* plan = nullptr;
+  EXPECT_EQ(misa_cuda_plan_create(&config, &shape, &options, &plan), MISA_UNSUPPORTED);
+  EXPECT_THAT(misa_last_error(), HasSubstr(": expected "));
+  EXPECT_EQ(plan, nullptr);
 }
 
 TEST(CApi, ErrorsKeepTheirCode) {

@@ -28,7 +28,7 @@ int misa_c_program(void) {
   misa_queries queries = {q, MISA_F32, 2, 1, 64, 0, 0};
   misa_weights weights = {w, 2, 1, 0};
   misa_ragged_keys keys = {k, MISA_F32, 3, 64, 0, NULL, ks, 2, ke, 2};
-  misa_selection out = {indices, 4, scores, 4, NULL, 0, NULL, 0};
+  misa_selection out = {indices, 4, scores, 4, NULL, 0, NULL, 0, 0, 0, 0, NULL, 0};
   size_t bytes = 1;
 
   q[0] = 1, q[1] = 2, q[2] = 3;
