@@ -15,7 +15,6 @@ from . import _core  # type: ignore[attr-defined]  # compiled
 from ._api import (
     Cache,
     PageTail,
-    Plan,
     Selected,
     append,
     compare,
@@ -27,6 +26,7 @@ from ._api import (
     select_paged,
 )
 from ._config import Config
+from ._plan import Plan, top_k
 
 
 def backends() -> list[_core.BackendInfo]:
@@ -69,5 +69,6 @@ __all__ = [
     "router_names",
     "select",
     "select_paged",
+    "top_k",
     "version",
 ]

@@ -15,13 +15,13 @@ from ._call import (
     WORKSPACE_CAP,
     Selected,
     checked_config,
+    checked_execution,
+    checked_out,
     checked_shape,
-    device_plan,
     empty_selected,
-    outputs,
     require_device_build,
+    returned,
     run_from_means,
-    run_on_device,
     select_into,
     select_paged_into,
 )
@@ -32,23 +32,11 @@ def _checked_wanted(scores: bool, heads: bool, residual: bool) -> tuple[bool, bo
     return boolean("scores", scores), boolean("heads", heads), boolean("residual", residual)
 
 
-def _checked_execution(backend: str, threads: int, workspace_cap: int) -> tuple[str, int, int]:
-    return (
-        text("backend", backend),
-        integer("threads", threads),
-        integer("workspace_cap", workspace_cap, 64),
-    )
-
-
-def _returned(like: Array, out: Selected) -> Selected:
-    return Selected(*(_arrays.returned(like, array) for array in out))
-
-
 def _from_means(
     call: str, arrays: dict[str, Array], width: int, backend: str, threads: int
 ) -> Array:
     """Calls the function of _core named `call` on block means; returns [T, width]."""
-    backend, threads, _ = _checked_execution(backend, threads, 0)
+    backend, threads, _ = checked_execution(backend, threads, 0)
     _arrays.require_one_framework(arrays)
     q = arrays["q"]
     if _arrays.is_torch(q):
@@ -69,10 +57,12 @@ def select(
     ke: Array,
     *,
     k_scale: Array | None = None,
+    offsets: Array | None = None,
     config: Config = Config(),  # noqa: B008 (immutable)
     scores: bool = False,
     heads: bool = False,
     residual: bool = False,
+    out: Selected | None = None,
     backend: str = "auto",
     threads: int = 0,
     workspace_cap: int = WORKSPACE_CAP,
@@ -84,7 +74,11 @@ def select(
     k: [L, D], one of the dtypes of q.
     ks, ke: [T] int32; query t sees the keys s with ks[t] <= s < ke[t].
     k_scale: [L] float32, with float8_e4m3fn keys only.
+    offsets: [T] int32, added to the positions of each query, modulo 2^32; ``ks`` gives the indices
+        of keys in ``k``.
     scores, heads, residual: whether to return these optional outputs, see :class:`Selected`.
+    out: arrays to write and return in place of new ones; those that it has are the outputs,
+        whatever the three above say. Rows of its indices and scores may have strides.
     backend: "auto", "cpu", "cuda" or a name from :func:`backends`. Every backend accepts arrays in
         host memory; CUDA tensors need "cuda" or one of its backends. "auto" is the backend that the
         environment variable MISA_BACKEND names, otherwise the best one that the machine can run.
@@ -100,15 +94,17 @@ def select(
     """
     checked_config(config)
     wanted = _checked_wanted(scores, heads, residual)
-    execution = _checked_execution(backend, threads, workspace_cap)
+    execution = checked_execution(backend, threads, workspace_cap)
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select(q, w, k, ks, ke, k_scale, config, *wanted, *execution)
-    _arrays.require_one_framework({"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale})
-    out = empty_selected(q, config, *wanted)
-    select_into(out, q, w, k, ks, ke, k_scale, config, *execution)
-    return _returned(q, out)
+        return torch_ops.select(q, w, k, ks, ke, k_scale, offsets, out, config, *wanted, *execution)
+    _arrays.require_one_framework(
+        {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale, "offsets": offsets}
+    )
+    into = empty_selected(q, config, *wanted) if out is None else checked_out(out)
+    select_into(into, q, w, k, ks, ke, k_scale, offsets, config, *execution)
+    return returned(q, into) if out is None else out
 
 
 def select_paged(
@@ -123,10 +119,13 @@ def select_paged(
     page_sums: Array | None = None,
     largest_scales: Array | None = None,
     sketches: Array | None = None,
+    slots: bool = False,
+    offsets: Array | None = None,
     config: Config = Config(),  # noqa: B008 (immutable)
     scores: bool = False,
     heads: bool = False,
     residual: bool = False,
+    out: Selected | None = None,
     backend: str = "auto",
     threads: int = 0,
     workspace_cap: int = WORKSPACE_CAP,
@@ -148,6 +147,10 @@ def select_paged(
     sketches: uint8 [pages, bytes], see :func:`append`; read on CUDA devices by a config with a
         sketch of as many bits. Otherwise computed from the cache, with the same results; the
         backend cuda-sm90 does not compute them and raises ValueError.
+    slots: whether indices are slots of the cache, page * page_size + offset, as ``slots`` of
+        :func:`append` are, in place of positions. On CUDA tensors, the slot of a position whose
+        page number is out of range is -1.
+    offsets: [T] int32, as for :func:`select`; not with slots.
 
     Other arguments and errors are as for :func:`select`. On CUDA tensors the cache is aligned to 16
     bytes, and so are its pages and their sums; lengths beyond the block table are clamped; a page
@@ -156,23 +159,23 @@ def select_paged(
     """
     checked_config(config)
     wanted = _checked_wanted(scores, heads, residual)
-    execution = _checked_execution(backend, threads, workspace_cap)
-    next_n = integer("next_n", next_n)
-    arrays = (
-        q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, sketches
-    )  # fmt: skip
+    execution = checked_execution(backend, threads, workspace_cap)
+    form = integer("next_n", next_n), boolean("slots", slots)
+    arrays = (q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
+              sketches, offsets)  # fmt: skip
     if _arrays.is_torch(q):
         from . import torch_ops
 
-        return torch_ops.select_paged(*arrays, next_n, config, *wanted, *execution)
+        return torch_ops.select_paged(*arrays, out, *form, config, *wanted, *execution)
     _arrays.require_one_framework(
         {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
          "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales,
-         "sketches": sketches}
+         "sketches": sketches, "offsets": offsets}
     )  # fmt: skip
-    out = empty_selected(q, config, *wanted)
-    select_paged_into(out, *arrays, next_n, config, *execution)
-    return _returned(q, out)
+    into = empty_selected(q, config, *wanted) if out is None else checked_out(out)
+    rest: tuple[Any, ...] = (*form, config, *execution)
+    select_paged_into(into, *arrays, *rest)
+    return returned(q, into) if out is None else out
 
 
 def route_from_means(
@@ -268,8 +271,14 @@ def append(
 
     All arrays are in host memory or on one CUDA device, where the call runs on PyTorch's current
     stream and does not wait for it; slots out of range are skipped there, and of equal slots the
-    last one counts.
+    last one counts. In code that torch.compile compiles, the call is an operator; its arrays are
+    tensors there.
     """
+    if _arrays.is_torch(cache) and _arrays.compiling():
+        from . import torch_ops
+
+        torch_ops.append(cache, k, slots, scale_format, page_sums, largest_scales, sketches)
+        return
     _write_cache(
         "append",
         cache,
@@ -391,98 +400,6 @@ class Cache:
             q, w, self.data, block_table, context_lens, page_sums=self.page_sums,
             largest_scales=self.largest_scales, **options,
         )  # fmt: skip
-
-
-class Plan:
-    """An indexer for a bounded shape on one backend: made once, run often. A run allocates only the
-    outputs and the workspace that are not given to it.
-
-    With device "cpu" and a CUDA backend, a run copies its arrays to the device and allocates memory
-    there until it ends.
-
-    tokens, heads, dim, max_keys: the most queries T of one run, H, D, and the most keys seen by one
-        query.
-    q_dtype, k_dtype: dtypes of the framework or "f32", "bf16", "e4m3".
-    total_keys: L, the most keys of one run; max_keys if not given. Used on CUDA devices only.
-    device: "cpu", "cuda:N", or "cuda" for "cuda:0".
-
-    Raises ValueError for a wrong argument, MemoryError if the workspace's cap is too small,
-    RuntimeError if no backend can do it.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        *,
-        tokens: int,
-        heads: int,
-        dim: int,
-        max_keys: int,
-        q_dtype: Any,
-        k_dtype: Any,
-        total_keys: int | None = None,
-        device: Any = "cpu",
-        workspace_cap: int = WORKSPACE_CAP,
-        backend: str = "auto",
-        threads: int = 0,
-    ) -> None:
-        self.config = checked_config(config)
-        kind, _, index = str(device).partition(":")
-        if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
-            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device}")
-        backend, threads, workspace_cap = _checked_execution(backend, threads, workspace_cap)
-        sizes = {"tokens": tokens, "heads": heads, "dim": dim, "max_keys": max_keys}
-        shape = [integer(name, value, 64) for name, value in sizes.items()]
-        dtypes = _arrays.dtype_name("q_dtype", q_dtype), _arrays.dtype_name("k_dtype", k_dtype)
-        self._on_device = kind == "cuda"
-        if kind == "cpu":
-            self._plan = _core.HostPlan(config, *shape, *dtypes, backend, threads, workspace_cap)
-        else:
-            total = max_keys if total_keys is None else integer("total_keys", total_keys, 64)
-            number = integer("device", int(index or 0))
-            self._plan = device_plan(
-                config, *shape, *dtypes, total, 0, number, backend, workspace_cap
-            )
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Bytes that a run needs."""
-        return self._plan.workspace_bytes
-
-    @property
-    def backend(self) -> str:
-        """The name of the plan's backend."""
-        return self._plan.backend
-
-    def run(
-        self,
-        q: Array,
-        w: Array,
-        k: Array,
-        ks: Array,
-        ke: Array,
-        *,
-        k_scale: Array | None = None,
-        out: Selected | None = None,
-        workspace: Array | None = None,
-    ) -> Selected:
-        """Selects positions for every query; arguments as for :func:`select`.
-
-        out: contiguous arrays for the selection; if not given, new ones for the indices alone.
-        workspace: uint8 [workspace_bytes or more], aligned to 64 bytes, on CUDA devices to 256.
-        """
-        inputs = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
-        _arrays.require_one_framework(inputs)
-        made = out is None
-        if made:
-            out = empty_selected(q, self.config, False, False, False)
-        elif not isinstance(out, Selected):
-            raise ValueError(f"out: expected a misa.Selected, got {type(out).__name__}")
-        if self._on_device:
-            return run_on_device(self._plan, q, w, k, ks, ke, k_scale, out, workspace)
-        arrays = [_arrays.readable(name, array) for name, array in inputs.items()]
-        self._plan.run(*arrays, *outputs(out), _arrays.writable("workspace", workspace))
-        return _returned(q, out) if made else out
 
 
 def compare(

@@ -31,6 +31,11 @@ def is_torch(array: Array) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def compiling() -> bool:
+    """Whether torch.compile is tracing this code; for callers that have a PyTorch tensor."""
+    return sys.modules["torch"].compiler.is_compiling()
+
+
 def _framework(array: Array) -> str:
     kind = np.ndarray if isinstance(array, np.ndarray) else type(array)
     return "torch" if is_torch(array) else kind.__module__.partition(".")[0]
@@ -189,6 +194,14 @@ def on_stream(name: str, array: Array) -> Array:
     if array is None or is_torch(array) or cuda_device(name, array) is None:
         return readable(name, array)
     return readable(name, array).__dlpack__(stream=_LEGACY_STREAM)
+
+
+def stream_number(stream: Any) -> int:
+    """The cudaStream_t of a stream of PyTorch or CuPy, or given as an integer."""
+    number = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+    if not isinstance(number, int):
+        raise ValueError(f"stream: expected a CUDA stream, got {_type_name(stream)}")
+    return number
 
 
 def stream_of(like: Array) -> int:

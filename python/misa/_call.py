@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from . import _arrays, _core  # type: ignore[attr-defined]  # compiled
 from ._arrays import Array
-from ._config import Config
+from ._config import Config, integer, text
 
 PAGE_SIZE = 64
 """Tokens in one page of the key cache by default."""
@@ -24,7 +24,8 @@ WORKSPACE_CAP: int = _core.DEFAULT_WORKSPACE_CAP
 class Selected(NamedTuple):
     """A selection; arrays of the framework and on the device of the queries.
 
-    indices: int32 [T, top_k], positions relative to the query's sequence, -1 on the right.
+    indices: int32 [T, top_k], positions relative to the query's sequence, -1 on the right; with
+        ``offsets`` or ``slots`` of a call, what these say.
     scores: float32 [T, top_k], the scores that ranked them, -inf where padded; or None.
     heads: int32 [T, h], active heads, ascending, -1 for empty rows; None unless requested and the
         config routes heads.
@@ -60,6 +61,12 @@ def checked_shape(name: str, array: Array, layout: str) -> tuple[int, ...]:
     return shape
 
 
+def checked_out(out: Selected) -> Selected:
+    if not isinstance(out, Selected):
+        raise ValueError(f"out: expected a misa.Selected, got {type(out).__name__}")
+    return out
+
+
 def checked_config(config: Config) -> Config:
     if not isinstance(config, Config):
         raise ValueError(f"config: expected a misa.Config, got {config!r}")
@@ -70,6 +77,18 @@ def checked_config(config: Config) -> Config:
     return config
 
 
+def checked_execution(backend: str, threads: int, workspace_cap: int) -> tuple[str, int, int]:
+    return (
+        text("backend", backend),
+        integer("threads", threads),
+        integer("workspace_cap", workspace_cap, 64),
+    )
+
+
+def returned(like: Array, out: Selected) -> Selected:
+    return Selected(*(_arrays.returned(like, array) for array in out))
+
+
 def select_into(
     out: Selected,
     q: Array,
@@ -78,6 +97,7 @@ def select_into(
     ks: Array,
     ke: Array,
     k_scale: Array | None,
+    offsets: Array | None,
     config: Config,
     backend: str,
     threads: int,
@@ -85,18 +105,19 @@ def select_into(
 ) -> Selected:
     """Like :func:`misa.select`, but writes into ``out`` and returns it."""
     device = _arrays.cuda_device("q", q)
+    named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
     if device is None:
-        named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
         inputs = [_arrays.readable(name, array) for name, array in named.items()]
-        _core.select(config, *inputs, *out, backend, threads, workspace_cap)
+        offsets = _arrays.readable("offsets", offsets)
+        _core.select(config, *inputs, *outputs(out), offsets, backend, threads, workspace_cap)
         return out
     tokens, heads, dim = q.shape
     keys, _ = checked_shape("k", k, "[L, D]")
     dtypes = _arrays.dtype_name("q", q.dtype), _arrays.dtype_name("k", k.dtype)
     plan = device_plan(
-        config, tokens, heads, dim, keys, *dtypes, keys, 0, device, backend, workspace_cap
+        config, tokens, heads, dim, keys, *dtypes, keys, 0, 0, device, backend, workspace_cap
     )
-    return run_on_device(plan, q, w, k, ks, ke, k_scale, out, None)
+    return run_on_device(plan.run, plan, named, out, offsets)
 
 
 def select_paged_into(
@@ -110,7 +131,9 @@ def select_paged_into(
     page_sums: Array | None,
     largest_scales: Array | None,
     sketches: Array | None,
+    offsets: Array | None,
     next_n: int,
+    slots: bool,
     config: Config,
     backend: str,
     threads: int,
@@ -123,19 +146,18 @@ def select_paged_into(
     device = _arrays.cuda_device("q", q)
     if device is None:
         inputs = [_arrays.readable(name, array) for name, array in named.items()]
-        _core.select_paged(config, *inputs, next_n, *out, backend, threads, workspace_cap)
+        offsets = _arrays.readable("offsets", offsets)
+        _core.select_paged(config, *inputs, next_n, *outputs(out), slots, offsets, backend, threads,
+                           workspace_cap)  # fmt: skip
         return out
     tokens, heads, dim = q.shape
     batch, max_pages = checked_shape("block_table", block_table, "[B, max_pages]")
     page_size = prod(_arrays.checked("cache", cache).shape[1:]) // (dim + 4)
     plan = device_plan(
         config, tokens, heads, dim, max_pages * page_size, _arrays.dtype_name("q", q.dtype), "e4m3",
-        0, max(batch, 1), device, backend, workspace_cap,
+        0, max(batch, 1), 0, device, backend, workspace_cap,
     )  # fmt: skip
-    workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
-    inputs = [_arrays.on_stream(name, array) for name, array in named.items()]
-    plan.run_paged(*inputs, next_n, *outputs(out), workspace, _arrays.stream_of(q))
-    return out
+    return run_on_device(plan.run_paged, plan, named, out, offsets, (next_n,), (slots,))
 
 
 def run_from_means(
@@ -183,20 +205,23 @@ atexit.register(_cached_plan.cache_clear)
 
 
 def run_on_device(
+    run: Any,
     plan: Any,
-    q: Array,
-    w: Array,
-    k: Array,
-    ks: Array,
-    ke: Array,
-    k_scale: Array | None,
+    named: dict[str, Array],
     out: Selected,
-    workspace: Array | None,
+    offsets: Array | None,
+    before: tuple = (),
+    after: tuple = (),
+    workspace: Array | None = None,
+    stream: Any = None,
 ) -> Selected:
+    """Calls a plan's method ``run``, with the arguments ``before`` and ``after`` the outputs."""
+    q = named["q"]
     if workspace is None:
         workspace = _arrays.empty(q, (plan.workspace_bytes,), "uint8")
-    named = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
     inputs = [_arrays.on_stream(name, array) for name, array in named.items()]
+    offsets = _arrays.on_stream("offsets", offsets)
     workspace = _arrays.writable("workspace", workspace)
-    plan.run(*inputs, *outputs(out), workspace, _arrays.stream_of(q))
+    number = _arrays.stream_of(q) if stream is None else _arrays.stream_number(stream)
+    run(*inputs, *before, *outputs(out), *after, offsets, workspace, number)
     return out

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch operators ``misa::select`` and ``misa::select_paged``.
+"""PyTorch operators: ``misa::select`` and ``misa::select_paged``, the same with outputs that they
+write, ``misa::select_out`` and ``misa::select_paged_out``, and ``misa::append``.
 
-Both are opaque to torch.compile and have fake implementations; on CUDA tensors both run on the
+All are opaque to torch.compile and have fake implementations; on CUDA tensors all run on the
 current stream without a synchronisation and may be captured into a CUDA graph. misa.select and
-misa.select_paged call them for tensors, with the fields of a Config as separate arguments.
+misa.select_paged call them for tensors, with the fields of a Config as separate arguments;
+misa.append does in compiled code.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._call import Selected, checked_config, empty_selected, select_into, select_paged_into
+from . import _api
+from ._arrays import writable
+from ._call import (
+    Selected,
+    checked_config,
+    checked_out,
+    empty_selected,
+    select_into,
+    select_paged_into,
+)
 from ._config import Config
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -91,6 +102,7 @@ def select_op(
     ks: Tensor,
     ke: Tensor,
     k_scale: Tensor | None,
+    offsets: Tensor | None,
     top_k: int,
     router: str,
     heads: int,
@@ -116,9 +128,11 @@ def select_op(
         top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
         dense_work, ordered, tuple(static_heads),
     )  # fmt: skip
-    require_one_device({"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale})
+    require_one_device(
+        {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale, "offsets": offsets}
+    )
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
-    select_into(out, q, w, k, ks, ke, k_scale, config, backend, threads, workspace_cap)
+    select_into(out, q, w, k, ks, ke, k_scale, offsets, config, backend, threads, workspace_cap)
     return _tensors(q, out)
 
 
@@ -133,7 +147,9 @@ def select_paged_op(
     page_sums: Tensor | None,
     largest_scales: Tensor | None,
     sketches: Tensor | None,
+    offsets: Tensor | None,
     next_n: int,
+    slots: bool,
     top_k: int,
     router: str,
     heads: int,
@@ -162,21 +178,134 @@ def select_paged_op(
     require_one_device(
         {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
          "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales,
-         "sketches": sketches}
+         "sketches": sketches, "offsets": offsets}
     )  # fmt: skip
     out = empty_selected(q, config, want_scores, want_heads, want_residual)
     select_paged_into(
         out, q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
-        sketches, next_n, config, backend, threads, workspace_cap,
+        sketches, offsets, next_n, slots, config, backend, threads, workspace_cap,
     )  # fmt: skip
     return _tensors(q, out)
+
+
+_OUTPUTS = ("out_indices", "out_scores", "out_heads", "out_residual")
+
+
+@torch.library.custom_op("misa::select_out", mutates_args=_OUTPUTS)
+def select_out_op(
+    q: Tensor,
+    w: Tensor,
+    k: Tensor,
+    ks: Tensor,
+    ke: Tensor,
+    k_scale: Tensor | None,
+    offsets: Tensor | None,
+    out_indices: Tensor,
+    out_scores: Tensor | None,
+    out_heads: Tensor | None,
+    out_residual: Tensor | None,
+    top_k: int,
+    router: str,
+    heads: int,
+    block: int,
+    residual: bool,
+    filter_block: int,
+    filter_blocks: int,
+    candidates: int,
+    sketch: int,
+    dense_work: int,
+    ordered: bool,
+    static_heads: Sequence[int],
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> None:
+    """Like :func:`misa.select` with ``out``, whose arrays are separate arguments."""
+    config = _config(
+        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
+        dense_work, ordered, tuple(static_heads),
+    )  # fmt: skip
+    out = Selected(out_indices, out_scores, out_heads, out_residual)
+    require_one_device(
+        {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale, "offsets": offsets,
+         **out._asdict()}
+    )  # fmt: skip
+    select_into(out, q, w, k, ks, ke, k_scale, offsets, config, backend, threads, workspace_cap)
+
+
+@torch.library.custom_op("misa::select_paged_out", mutates_args=_OUTPUTS)
+def select_paged_out_op(
+    q: Tensor,
+    w: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor | None,
+    page_sums: Tensor | None,
+    largest_scales: Tensor | None,
+    sketches: Tensor | None,
+    offsets: Tensor | None,
+    out_indices: Tensor,
+    out_scores: Tensor | None,
+    out_heads: Tensor | None,
+    out_residual: Tensor | None,
+    next_n: int,
+    slots: bool,
+    top_k: int,
+    router: str,
+    heads: int,
+    block: int,
+    residual: bool,
+    filter_block: int,
+    filter_blocks: int,
+    candidates: int,
+    sketch: int,
+    dense_work: int,
+    ordered: bool,
+    static_heads: Sequence[int],
+    backend: str,
+    threads: int,
+    workspace_cap: int,
+) -> None:
+    """Like :func:`misa.select_paged` with ``out``, whose arrays are separate arguments."""
+    config = _config(
+        top_k, router, heads, block, residual, filter_block, filter_blocks, candidates, sketch,
+        dense_work, ordered, tuple(static_heads),
+    )  # fmt: skip
+    out = Selected(out_indices, out_scores, out_heads, out_residual)
+    require_one_device(
+        {"q": q, "w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
+         "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales,
+         "sketches": sketches, "offsets": offsets, **out._asdict()}
+    )  # fmt: skip
+    select_paged_into(
+        out, q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
+        sketches, offsets, next_n, slots, config, backend, threads, workspace_cap,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "misa::append", mutates_args=("cache", "page_sums", "largest_scales", "sketches")
+)
+def append_op(
+    cache: Tensor,
+    k: Tensor | None,
+    slots: Tensor,
+    scale_format: str,
+    page_sums: Tensor | None,
+    largest_scales: Tensor | None,
+    sketches: Tensor | None,
+) -> None:
+    """:func:`misa.append` on tensors."""
+    _api.append(cache, k, slots, scale_format=scale_format, page_sums=page_sums,
+                largest_scales=largest_scales, sketches=sketches)  # fmt: skip
 
 
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.uint16)
 _FLOAT, _INT, _BYTE = (torch.float32,), (torch.int32,), (torch.uint8,)
 # Dtypes and dimensions; equal letters are equal sizes, * is any size.
 _RAGGED = {"q": (_ELEMENTS, "THD"), "w": (_FLOAT, "TH"), "k": (_ELEMENTS, "LD"), "ks": (_INT, "T"),
-           "ke": (_INT, "T"), "k_scale": (_FLOAT, "L")}  # fmt: skip
+           "ke": (_INT, "T"), "k_scale": (_FLOAT, "L"), "offsets": (_INT, "T")}  # fmt: skip
 _PAGED = {
     "q": (_ELEMENTS, "THD"),
     "w": (_FLOAT, "TH"),
@@ -187,6 +316,7 @@ _PAGED = {
     "page_sums": (_FLOAT, "P*D"),
     "largest_scales": (_FLOAT, "P*"),
     "sketches": (_BYTE, "P*"),
+    "offsets": (_INT, "T"),
 }
 
 
@@ -245,28 +375,57 @@ def _fake(
 
 
 @select_op.register_fake
-def _(q, w, k, ks, ke, k_scale, top_k, router, heads, block, residual, filter_block,
+def _(q, w, k, ks, ke, k_scale, offsets, top_k, router, heads, block, residual, filter_block,
       filter_blocks, candidates, sketch, dense_work, ordered, static_heads, want_scores,
       want_heads, want_residual, backend, threads, workspace_cap):  # fmt: skip
-    tensors = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}
+    tensors = {"q": q, "w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale, "offsets": offsets}
     wanted = want_scores, want_heads, want_residual
     return _fake(tensors, _RAGGED, top_k, router, heads, residual, *wanted)
 
 
 @select_paged_op.register_fake
 def _(q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, sketches,
-      next_n, top_k, router, heads, block, residual, filter_block, filter_blocks, candidates,
+      offsets, next_n, slots, top_k, router, heads, block, residual, filter_block, filter_blocks,
+      candidates,
       sketch, dense_work, ordered, static_heads, want_scores, want_heads, want_residual, backend,
       threads, workspace_cap):  # fmt: skip
     tensors = {"q": q, "w": w, "cache": cache, "block_table": block_table,
                "context_lens": context_lens, "query_starts": query_starts, "page_sums": page_sums,
-               "largest_scales": largest_scales, "sketches": sketches}  # fmt: skip
+               "largest_scales": largest_scales, "sketches": sketches,
+               "offsets": offsets}  # fmt: skip
     layouts = _PAGED | {
         "cache": (_BYTE, "P*" if cache.dim() == 2 else "P**"),
         "context_lens": (_INT, "B*" if context_lens.dim() == 2 else "B"),
     }
     wanted = want_scores, want_heads, want_residual
     return _fake(tensors, layouts, top_k, router, heads, residual, *wanted)
+
+
+def _checked_outputs(out: Selected) -> tuple:
+    """The arrays of ``out``, which are tensors; those but the first may be None."""
+    named = checked_out(out)._asdict()
+    require_tensors(named, Selected._fields[1:])
+    if not torch.compiler.is_compiling():
+        for name, tensor in named.items():
+            writable(name, tensor)
+    return tuple(out)
+
+
+def _register_fake_writing(op: Any) -> None:
+    """For an operator that returns nothing. The dispatcher runs it too where only some tensors are
+    on the meta device."""
+    names = [argument.name.removeprefix("out_") for argument in op._opoverload._schema.arguments]
+
+    @op.register_fake
+    def _(*arguments):
+        named = zip(names, arguments, strict=True)
+        tensors = {name: value for name, value in named if isinstance(value, Tensor)}
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors.values()):
+            require_one_device(tensors)
+
+
+for _op in (select_out_op, select_paged_out_op, append_op):
+    _register_fake_writing(_op)
 
 
 def _no_gradients(ctx, inputs, output):
@@ -285,21 +444,25 @@ def select(
     ks: Tensor,
     ke: Tensor,
     k_scale: Tensor | None,
+    offsets: Tensor | None,
+    out: Selected | None,
     config: Config,
     scores: bool,
     heads: bool,
     residual: bool,
-    backend: str,
-    threads: int,
-    workspace_cap: int,
+    *execution: Any,
 ) -> Selected:
     """:func:`misa.select` on tensors."""
-    require_tensors({"w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale}, ("k_scale",))
-    outputs = torch.ops.misa.select(
-        q, w, k, ks, ke, k_scale, *_fields(config), scores, heads, residual, backend, threads,
-        workspace_cap,
-    )  # fmt: skip
-    return _selected(outputs)
+    require_tensors(
+        {"w": w, "k": k, "ks": ks, "ke": ke, "k_scale": k_scale, "offsets": offsets},
+        ("k_scale", "offsets"),
+    )
+    inputs = q, w, k, ks, ke, k_scale, offsets
+    if out is not None:
+        torch.ops.misa.select_out(*inputs, *_checked_outputs(out), *_fields(config), *execution)
+        return out
+    wanted = scores, heads, residual
+    return _selected(torch.ops.misa.select(*inputs, *_fields(config), *wanted, *execution))
 
 
 def select_paged(
@@ -312,24 +475,43 @@ def select_paged(
     page_sums: Tensor | None,
     largest_scales: Tensor | None,
     sketches: Tensor | None,
+    offsets: Tensor | None,
+    out: Selected | None,
     next_n: int,
+    slots: bool,
     config: Config,
     scores: bool,
     heads: bool,
     residual: bool,
-    backend: str,
-    threads: int,
-    workspace_cap: int,
+    *execution: Any,
 ) -> Selected:
     """:func:`misa.select_paged` on tensors."""
     require_tensors(
         {"w": w, "cache": cache, "block_table": block_table, "context_lens": context_lens,
          "query_starts": query_starts, "page_sums": page_sums, "largest_scales": largest_scales,
-         "sketches": sketches},
-        ("query_starts", "page_sums", "largest_scales", "sketches"),
+         "sketches": sketches, "offsets": offsets},
+        ("query_starts", "page_sums", "largest_scales", "sketches", "offsets"),
     )  # fmt: skip
-    outputs = torch.ops.misa.select_paged(
-        q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales, sketches,
-        next_n, *_fields(config), scores, heads, residual, backend, threads, workspace_cap,
-    )  # fmt: skip
-    return _selected(outputs)
+    inputs = (q, w, cache, block_table, context_lens, query_starts, page_sums, largest_scales,
+              sketches, offsets)  # fmt: skip
+    form = next_n, slots, *_fields(config)
+    if out is not None:
+        torch.ops.misa.select_paged_out(*inputs, *_checked_outputs(out), *form, *execution)
+        return out
+    wanted = scores, heads, residual
+    return _selected(torch.ops.misa.select_paged(*inputs, *form, *wanted, *execution))
+
+
+def append(
+    cache: Tensor,
+    k: Tensor | None,
+    slots: Tensor,
+    scale_format: str,
+    page_sums: Tensor | None,
+    largest_scales: Tensor | None,
+    sketches: Tensor | None,
+) -> None:
+    """:func:`misa.append` on tensors, in compiled code."""
+    derived = {"page_sums": page_sums, "largest_scales": largest_scales, "sketches": sketches}
+    require_tensors({"k": k, "slots": slots} | derived, ("k", *derived))
+    torch.ops.misa.append(cache, k, slots, scale_format, *derived.values())

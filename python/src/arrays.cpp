@@ -398,15 +398,41 @@ PagedKeys PagedArrays::keys() const {
 }
 
 OutputArrays::OutputArrays(nb::handle indices_, nb::handle scores_, nb::handle heads_,
-                           nb::handle residual_, Place place)
-    : indices("indices", indices_, place, nb::dtype<std::int32_t>()),
-      scores("scores", scores_, place, nb::dtype<float>()),
+                           nb::handle residual_, bool slots_, nb::handle offsets_, Place place)
+    : indices(optional_array("indices", indices_, nb::dtype<std::int32_t>(), "[T, top_k]", place,
+                             Access::write)),
+      scores(optional_array("scores", scores_, nb::dtype<float>(), "[T, top_k]", place,
+                            Access::write)),
       heads("heads", heads_, place, nb::dtype<std::int32_t>()),
-      residual("residual", residual_, place, nb::dtype<float>()) {}
+      residual("residual", residual_, place, nb::dtype<float>()),
+      slots(slots_),
+      offsets(optional_array("offsets", offsets_, nb::dtype<std::int32_t>(), "[T]", place)) {}
+
+namespace {
+
+// The rows of an output from the first element to the last.
+template <class T>
+std::span<T> rows_of(const std::optional<Array>& array) {
+  if (!array || array->extent(0) == 0) {
+    return {};
+  }
+  const std::int64_t columns = array->extent(1);
+  const std::int64_t apart = array->stride(0) != 0 ? array->stride(0) : columns;
+  return {array->writable_data_of<T>(),
+          static_cast<std::size_t>((array->extent(0) - 1) * apart + columns)};
+}
+
+}  // namespace
 
 Selection OutputArrays::selection() const {
-  return {indices.span_of<std::int32_t>(), scores.span_of<float>(), heads.span_of<std::int32_t>(),
-          residual.span_of<float>()};
+  return {rows_of<std::int32_t>(indices),
+          rows_of<float>(scores),
+          heads.span_of<std::int32_t>(),
+          residual.span_of<float>(),
+          indices ? indices->stride(0) : 0,
+          scores ? scores->stride(0) : 0,
+          slots,
+          offsets ? offsets->span_of<std::int32_t>() : std::span<const std::int32_t>()};
 }
 
 DType dtype_by_name(std::string_view name, std::string_view dtype) {

@@ -197,15 +197,17 @@ struct PagedArrays {
   [[nodiscard]] PagedKeys keys() const;
 };
 
-// The arrays that a call writes.
+// The arrays that a call writes, and in which form.
 struct OutputArrays {
-  Output indices;
-  Output scores;
+  std::optional<Array> indices;
+  std::optional<Array> scores;
   Output heads;
   Output residual;
+  bool slots;
+  std::optional<Array> offsets;
 
   OutputArrays(nb::handle indices, nb::handle scores, nb::handle heads, nb::handle residual,
-               Place place);
+               bool slots, nb::handle offsets, Place place);
 
   [[nodiscard]] Selection selection() const;
 };

@@ -47,27 +47,42 @@ class HostPlan {
   [[nodiscard]] std::size_t workspace_bytes() const { return plan_.workspace_bytes(); }
   [[nodiscard]] std::string backend() const { return context_.backend(); }
 
-  void run(nb::handle q, nb::handle w, nb::handle k, nb::handle ks, nb::handle ke,
-           nb::handle k_scale, nb::handle indices, nb::handle scores, nb::handle heads,
-           nb::handle residual, nb::handle workspace) const {
+  void run_ragged(nb::handle q, nb::handle w, nb::handle k, nb::handle ks, nb::handle ke,
+                  nb::handle k_scale, nb::handle indices, nb::handle scores, nb::handle heads,
+                  nb::handle residual, nb::handle offsets, nb::handle workspace) const {
     const RaggedArrays in(q, w, k, ks, ke, k_scale, {});
-    const OutputArrays out(indices, scores, heads, residual, {});
+    run(in, {indices, scores, heads, residual, false, offsets, {}}, workspace);
+  }
+
+  void run_paged(nb::handle q, nb::handle w, nb::handle cache, nb::handle block_table,
+                 nb::handle context_lens, nb::handle query_starts, nb::handle page_sums,
+                 nb::handle largest_scales, nb::handle sketches, std::int64_t next_n,
+                 nb::handle indices, nb::handle scores, nb::handle heads, nb::handle residual,
+                 bool slots, nb::handle offsets, nb::handle workspace) const {
+    const PagedArrays in(q, w, cache, block_table, context_lens, query_starts, page_sums,
+                         largest_scales, sketches, next_n, {});
+    run(in, {indices, scores, heads, residual, slots, offsets, {}}, workspace);
+  }
+
+ private:
+  template <class Arrays>
+  void run(const Arrays& in, const OutputArrays& out, nb::handle workspace) const {
     const Output scratch("workspace", workspace, {});
     const auto bytes = std::as_writable_bytes(scratch.span_of<std::uint8_t>());
     const Queries queries = in.queries();
     const Weights weights = in.weights();
-    const RaggedKeys keys = in.keys();
+    const auto keys = in.keys();
     const Selection selection = out.selection();
+    const bool given = !workspace.is_none();
     const nb::gil_scoped_release released;
-    if (workspace.is_none()) {
+    if (given) {
+      plan_.run(queries, weights, keys, selection, bytes);
+    } else {
       const OwnWorkspace allocated(plan_.workspace_bytes());
       plan_.run(queries, weights, keys, selection, allocated.span());
-    } else {
-      plan_.run(queries, weights, keys, selection, bytes);
     }
   }
 
- private:
   Context context_;
   Plan plan_;
 };
@@ -84,10 +99,10 @@ void plan_and_run(const Context& context, const IndexerConfig& config, const Que
 
 void select(nb::handle config, nb::handle q, nb::handle w, nb::handle k, nb::handle ks,
             nb::handle ke, nb::handle k_scale, nb::handle indices, nb::handle scores,
-            nb::handle heads, nb::handle residual, std::string_view backend, int threads,
-            std::int64_t workspace_cap) {
+            nb::handle heads, nb::handle residual, nb::handle offsets, std::string_view backend,
+            int threads, std::int64_t workspace_cap) {
   const RaggedArrays in(q, w, k, ks, ke, k_scale, {});
-  const OutputArrays out(indices, scores, heads, residual, {});
+  const OutputArrays out(indices, scores, heads, residual, false, offsets, {});
   const RaggedKeys keys = in.keys();
   plan_and_run(context_of(backend, threads, workspace_cap), config_of(config), in.queries(),
                in.weights(), keys, keys.dtype, out.selection());
@@ -97,11 +112,11 @@ void select_paged(nb::handle config, nb::handle q, nb::handle w, nb::handle cach
                   nb::handle block_table, nb::handle context_lens, nb::handle query_starts,
                   nb::handle page_sums, nb::handle largest_scales, nb::handle sketches,
                   std::int64_t next_n, nb::handle indices, nb::handle scores, nb::handle heads,
-                  nb::handle residual, std::string_view backend, int threads,
-                  std::int64_t workspace_cap) {
+                  nb::handle residual, bool slots, nb::handle offsets, std::string_view backend,
+                  int threads, std::int64_t workspace_cap) {
   const PagedArrays in(q, w, cache, block_table, context_lens, query_starts, page_sums,
                        largest_scales, sketches, next_n, {});
-  const OutputArrays out(indices, scores, heads, residual, {});
+  const OutputArrays out(indices, scores, heads, residual, slots, offsets, {});
   plan_and_run(context_of(backend, threads, workspace_cap), config_of(config), in.queries(),
                in.weights(), in.keys(), DType::e4m3, out.selection());
 }
@@ -117,15 +132,23 @@ void bind_plan(nb::module_& module) {
            nb::arg("threads"), nb::arg("workspace_cap"))
       .def_prop_ro("workspace_bytes", &HostPlan::workspace_bytes)
       .def_prop_ro("backend", &HostPlan::backend)
-      .def("run", &HostPlan::run, nb::arg("q").none(), nb::arg("w").none(), nb::arg("k").none(),
-           nb::arg("ks").none(), nb::arg("ke").none(), nb::arg("k_scale").none(),
+      .def("run", &HostPlan::run_ragged, nb::arg("q").none(), nb::arg("w").none(),
+           nb::arg("k").none(), nb::arg("ks").none(), nb::arg("ke").none(),
+           nb::arg("k_scale").none(), nb::arg("indices").none(), nb::arg("scores").none(),
+           nb::arg("heads").none(), nb::arg("residual").none(), nb::arg("offsets").none(),
+           nb::arg("workspace").none())
+      .def("run_paged", &HostPlan::run_paged, nb::arg("q").none(), nb::arg("w").none(),
+           nb::arg("cache").none(), nb::arg("block_table").none(), nb::arg("context_lens").none(),
+           nb::arg("query_starts").none(), nb::arg("page_sums").none(),
+           nb::arg("largest_scales").none(), nb::arg("sketches").none(), nb::arg("next_n"),
            nb::arg("indices").none(), nb::arg("scores").none(), nb::arg("heads").none(),
-           nb::arg("residual").none(), nb::arg("workspace").none());
+           nb::arg("residual").none(), nb::arg("slots"), nb::arg("offsets").none(),
+           nb::arg("workspace").none());
   module.def("select", &select, nb::arg("config"), nb::arg("q").none(), nb::arg("w").none(),
              nb::arg("k").none(), nb::arg("ks").none(), nb::arg("ke").none(),
              nb::arg("k_scale").none(), nb::arg("indices").none(), nb::arg("scores").none(),
-             nb::arg("heads").none(), nb::arg("residual").none(), nb::arg("backend"),
-             nb::arg("threads"), nb::arg("workspace_cap"),
+             nb::arg("heads").none(), nb::arg("residual").none(), nb::arg("offsets").none(),
+             nb::arg("backend"), nb::arg("threads"), nb::arg("workspace_cap"),
              "Plans and runs on contiguous keys in host memory.");
   module.def("select_paged", &select_paged, nb::arg("config"), nb::arg("q").none(),
              nb::arg("w").none(), nb::arg("cache").none(), nb::arg("block_table").none(),
@@ -133,8 +156,8 @@ void bind_plan(nb::module_& module) {
              nb::arg("page_sums").none(), nb::arg("largest_scales").none(),
              nb::arg("sketches").none(), nb::arg("next_n"), nb::arg("indices").none(),
              nb::arg("scores").none(), nb::arg("heads").none(), nb::arg("residual").none(),
-             nb::arg("backend"), nb::arg("threads"), nb::arg("workspace_cap"),
-             "Plans and runs on a paged cache in host memory.");
+             nb::arg("slots"), nb::arg("offsets").none(), nb::arg("backend"), nb::arg("threads"),
+             nb::arg("workspace_cap"), "Plans and runs on a paged cache in host memory.");
 }
 
 }  // namespace misa::python

@@ -282,11 +282,64 @@ def test_plan() -> None:
            out=misa.Selected(want.scores))  # fmt: skip
     expect("indices: expected 4 \\* 16 elements", plan.run, **arguments,
            out=misa.Selected(want.indices[:2]))  # fmt: skip
-    expect("indices: expected a contiguous array", plan.run, **arguments,
+    expect("indices: expected a contiguous last dimension", plan.run, **arguments,
            out=misa.Selected(np.empty((4, 32), np.int32)[:, ::2]))  # fmt: skip
     frozen = np.empty_like(want.indices)
     frozen.flags.writeable = False
     expect("indices: expected a writable array", plan.run, **arguments, out=misa.Selected(frozen))
+
+
+def strided(array: np.ndarray, padding: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for an array like this one that lie in a wider array, and that wider array."""
+    rows, columns = array.shape
+    whole = np.full((rows, columns + padding), POISON, array.dtype)
+    return whole[:, :columns], whole
+
+
+def test_output_forms() -> None:
+    """Rows with strides, offsets and slots: in calls, in plans, and with given outputs."""
+    inputs = random_inputs(PACK).arguments()
+    want = misa.select(**inputs, config=CONFIG, scores=True)
+    flat = np.where(want.indices >= 0, want.indices + inputs["ks"][:, None], -1)
+    got = misa.select(**inputs, config=CONFIG, offsets=inputs["ks"])
+    assert np.array_equal(got.indices, flat) and got.scores is None
+    plan = misa.Plan(CONFIG, tokens=4, heads=8, dim=64, max_keys=400, q_dtype="f32", k_dtype="f32")
+    for call in (lambda **a: misa.select(**inputs, config=CONFIG, **a),
+                 lambda **a: plan.run(**inputs, **a)):  # fmt: skip
+        (indices, whole), (scores, score_whole) = strided(flat, 7), strided(want.scores, 3)
+        out = misa.Selected(indices, scores)
+        assert call(out=out, offsets=inputs["ks"]) is out
+        assert np.array_equal(indices, flat) and np.array_equal(scores, want.scores)
+        assert (whole[:, 16:] == POISON).all() and (score_whole[:, 16:] == POISON).all()
+        expect("out: expected a misa.Selected, got tuple", call, out=(indices,))
+        expect("offsets: expected 4 entries", call, offsets=inputs["ks"][:3])
+        expect("offsets: expected int32, got int64", call, offsets=inputs["ks"].astype(np.int64))
+    expect("stream: expected none", plan.run, **inputs, stream=0)
+
+    cache = filled_cache()
+    table = np.array([[3, 0, 5], [1, 4, 2]], np.int32)
+    lengths = np.array([150, 9], np.int32)
+    paged = {"q": inputs["q"], "w": inputs["w"], "cache": cache.data, "block_table": table,
+             "context_lens": lengths, "next_n": 2}  # fmt: skip
+    want = misa.select_paged(**paged, config=CONFIG)
+    of_row = table[np.arange(4) // 2]
+    pages = np.take_along_axis(of_row, np.maximum(want.indices, 0) // 64, 1)
+    slots = np.where(want.indices >= 0, pages * 64 + want.indices % 64, -1)
+    plan = misa.Plan(CONFIG, tokens=4, heads=8, dim=64, max_keys=150, q_dtype="f32", k_dtype="e4m3",
+                     batch=2)  # fmt: skip
+    assert np.array_equal(plan.run_paged(**paged).indices, want.indices)
+    for call in (lambda **a: misa.select_paged(**paged, config=CONFIG, **a),
+                 lambda **a: plan.run_paged(**paged, **a)):  # fmt: skip
+        assert np.array_equal(call(slots=True).indices, slots)
+        moved = np.where(want.indices >= 0, want.indices + 10, -1)
+        ten = np.full(4, 10, np.int32)
+        assert np.array_equal(call(offsets=ten).indices, moved)
+        indices, whole = strided(slots, 2)
+        out = misa.Selected(indices)
+        assert call(out=out, slots=True) is out
+        assert np.array_equal(indices, slots) and (whole[:, 16:] == POISON).all()
+        expect("slots: expected True or False", call, slots=1)
+        expect("offsets: expected none with slots", call, slots=True, offsets=ten)
 
 
 def test_plan_refuses() -> None:

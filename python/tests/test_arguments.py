@@ -21,24 +21,32 @@ CONFIG = misa.Config("misa-r", top_k=4, heads=2)
 SHAPE = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 9}
 OUTPUTS = misa.Selected._fields
 CACHE = ("cache", "page_sums", "largest_scales", "sketches")
-WRITTEN = {"append": CACHE, "rebuild": CACHE, "Plan.run": (*OUTPUTS, "workspace")}
+RUN = (*OUTPUTS, "workspace")
+WRITTEN = {"append": CACHE, "rebuild": CACHE, "select into": OUTPUTS, "Plan.run": RUN,
+           "Plan.run_paged": RUN}  # fmt: skip
 OPTIONAL = ("k_scale", "query_starts", "page_sums", "largest_scales", "sketches", "filled",
-            "partial", *OUTPUTS, "workspace")  # fmt: skip
+            "partial", "offsets", *OUTPUTS, "workspace")  # fmt: skip
 ELEMENTS = ("q", "k")
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
-def run_plan(**arguments: Any) -> misa.Selected:
+def run_plan(method: str, **arguments: Any) -> misa.Selected:
     plan = misa.Plan(CONFIG, **SHAPE, q_dtype="f32", k_dtype="e4m3", workspace_cap=1 << 20)
     out = misa.Selected(*(arguments.pop(name) for name in OUTPUTS))
-    return plan.run(**arguments, out=out)
+    return getattr(plan, method)(**arguments, out=out)
+
+
+def select_into(**arguments: Any) -> misa.Selected:
+    out = misa.Selected(*(arguments.pop(name) for name in OUTPUTS))
+    return misa.select(**arguments, config=CONFIG, out=out)
 
 
 def calls() -> dict[str, Call]:
     """Every entry point that takes arrays, with arguments that it accepts."""
     given = random_inputs([(0, 9), (0, 5)], dtype="e4m3").arguments()
     given["q"] = given["q"].astype(np.float32)
+    given["offsets"] = np.arange(2, dtype=np.int32)
     plan = misa.Plan(CONFIG, **SHAPE, q_dtype="f32", k_dtype="e4m3")
     whole = np.zeros(plan.workspace_bytes + 64, np.uint8)
     aligned = whole[-whole.ctypes.data % 64 :][: plan.workspace_bytes]
@@ -47,7 +55,8 @@ def calls() -> dict[str, Call]:
     keys, slots = np.ones((3, 64), np.float32), np.arange(3)
     queries = {name: given[name] for name in ("q", "w")}
     pages = {"block_table": np.zeros((2, 1), np.int32), "context_lens": np.full(2, 9, np.int32),
-             "query_starts": np.arange(3, dtype=np.int32)}  # fmt: skip
+             "query_starts": np.arange(3, dtype=np.int32),
+             "offsets": np.arange(2, dtype=np.int32)}  # fmt: skip
     rows = {"starts": np.zeros(2, np.int32), "ends": np.full(2, 3, np.int32)}
     means = {"means": np.ones((4, 64), np.float32), **rows, "partial": np.full(2, -1, np.int32)}
     held = {"cache": cache.data, "page_sums": cache.page_sums,
@@ -66,7 +75,12 @@ def calls() -> dict[str, Call]:
             misa.rebuild,
             {**held, "pages": np.zeros(1, np.int32), "filled": np.ones(1, np.int32)},
         ),
-        "Plan.run": (run_plan, {**given, **out._asdict(), "workspace": aligned}),
+        "select into": (select_into, {**given, **out._asdict()}),
+        "Plan.run": (partial(run_plan, "run"), {**given, **out._asdict(), "workspace": aligned}),
+        "Plan.run_paged": (
+            partial(run_plan, "run_paged"),
+            {**queries, **held, **pages, **out._asdict(), "workspace": aligned},
+        ),
         "Cache.append": (cache.append, {"k": keys, "slots": slots}),
         "Cache.select": (partial(cache.select, config=CONFIG), {**queries, **pages}),
     }
@@ -123,8 +137,8 @@ def wrong(entry: str, argument: str, kind: str) -> bool:
         return argument not in OPTIONAL and (argument, entry.split(".")[-1]) != ("k", "append")
     if kind == "read-only":
         return argument in WRITTEN.get(entry, ())
-    if kind in ("0-d", "deeper"):  # outputs are elements in a row, of whatever shape
-        return argument not in WRITTEN["Plan.run"]
+    if kind in ("0-d", "deeper"):  # these are elements in a row, of whatever shape
+        return argument not in ("heads", "residual", "workspace")
     return argument not in ELEMENTS or kind not in ("bf16", "e4m3")
 
 

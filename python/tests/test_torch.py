@@ -88,21 +88,33 @@ def test_operator(dtype: str) -> None:
     a = tensors(random_inputs(PACK, dtype=dtype))
     if dtype == "e4m3":  # the check multiplies its arguments, which PyTorch's e4m3 cannot
         a["q"], a["k"] = a["q"].view(torch.uint8), a["k"].view(torch.uint8)
-    call = (a["q"], a["w"], a["k"], a["ks"], a["ke"], a["k_scale"], *torch_ops._fields(CONFIG))
-    torch.library.opcheck(torch_ops.select_op, (*call, True, True, True, "auto", 0, 1 << 28))
+    tensors_ = (a["q"], a["w"], a["k"], a["ks"], a["ke"], a["k_scale"], a["ks"].clone())
+    fields, last = torch_ops._fields(CONFIG), ("auto", 0, 1 << 28)
+    torch.library.opcheck(torch_ops.select_op, (*tensors_, *fields, True, True, True, *last))
+    tokens = len(a["q"])
+    out = (torch.empty(tokens, 16, dtype=torch.int32), torch.empty(tokens, 24)[:, :16],
+           torch.empty(tokens, 2, dtype=torch.int32), None)  # fmt: skip
+    torch.library.opcheck(torch_ops.select_out_op, (*tensors_, *out, *fields, *last))
     dense = torch_ops._fields(misa.Config("dsa", top_k=5))
-    call = (*call[:6], *dense, False, True, True, "auto", 0, 1 << 28)
+    call = (*tensors_[:6], None, *dense, False, True, True, *last)
     torch.library.opcheck(torch_ops.select_op, call)
     if dtype == "f32":
         a["q"].requires_grad_()
         torch.library.opcheck(torch_ops.select_op, (a["q"], *call[1:]))
     cache, table, lengths = paged()
-    rest = (*torch_ops._fields(CONFIG), True, True, True, "auto", 0, 1 << 28)
+    rest = (*fields, True, True, True, *last)
     starts = torch.tensor([0, 1, len(a["q"])], dtype=torch.int32)
     for form in ((lengths, None, 2), (torch.stack([lengths, lengths], 1), None, 2),
                  (lengths, starts, 1)):  # fmt: skip
-        call = (a["q"], a["w"], cache, table, *form[:2], None, None, None, form[2], *rest)
-        torch.library.opcheck(torch_ops.select_paged_op, call)
+        call = (a["q"], a["w"], cache, table, *form[:2], None, None, None, None)
+        torch.library.opcheck(torch_ops.select_paged_op, (*call, form[2], True, *rest))
+        form = form[2], False, *fields, *last
+        torch.library.opcheck(torch_ops.select_paged_out_op, (*call, *out, *form))
+    written = torch.zeros(2, 64, 68, dtype=torch.uint8), torch.zeros(2, 1, 64), torch.zeros(2, 1)
+    keys, slots = torch.randn(9, 64), torch.arange(60, 69)
+    call = (written[0], keys, slots, "f32", *written[1:], None)
+    torch.library.opcheck(torch_ops.append_op, call)
+    torch.library.opcheck(torch_ops.append_op, (written[0], None, slots, "f32", None, None, None))
 
 
 @devices
@@ -115,6 +127,35 @@ def test_compile(device: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**arguments), step(**arguments))
+
+
+@devices
+def test_compiled_decode_step(device: str) -> None:
+    """Keys are appended, and the slots that they are selected from written into a given buffer."""
+    held, table, lengths = paged(device)
+    q, w = torch.randn(2, 8, 64, device=device), torch.randn(2, 8, device=device)
+    keys, at = torch.randn(2, 64, device=device), torch.tensor([610, 69], device=device)
+    config = misa.Config("dsa", top_k=16)
+
+    def step(cache: torch.Tensor, buffer: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        misa.append(cache, k * 1, at)
+        out = misa.Selected(buffer[:, :16])
+        misa.select_paged(q, w, cache, table, lengths, slots=True, config=config, out=out)
+        return buffer + 0
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        cache = held.clone()
+        buffer = torch.full((2, 24), -77, dtype=torch.int32, device=device)
+        assert torch.equal(call(cache, buffer, keys), buffer)
+        results.append((cache, buffer))
+    (eager_cache, eager), (cache, buffer) = results
+    assert torch.equal(cache, eager_cache) and torch.equal(buffer, eager)
+    assert not torch.equal(cache, held) and (buffer[:, 16:] == -77).all()
+    pages = buffer[:, :16].cpu() // 64
+    assert all(
+        set(row.tolist()) <= set(t.tolist()) for row, t in zip(pages, table.cpu(), strict=True)
+    )
 
 
 def paged(
@@ -276,6 +317,104 @@ def test_device_paged_replays() -> None:
         captured, misa.select_paged(q, w, cache, table, lengths, config=config).indices
     )
     assert captured[1].min() >= 64
+
+
+@cuda
+@pytest.mark.parametrize("indexer", ["dsa", "misa", "misa-r"])
+def test_device_plan_is_captured_first(indexer: str) -> None:
+    """A plan's first run is captured, with every array given; replays follow what is in memory, on
+    fewer multiprocessors with the same bits. Nothing is allocated."""
+    cache, table, lengths = paged("cuda")
+    config = misa.Config(indexer, top_k=16)
+    q = torch.randn(2, 8, 64, device="cuda").to(torch.float8_e4m3fn)
+    w = torch.randn(2, 8, device="cuda")
+    results = []
+    for max_sms in (0, 1):
+        plan = misa.Plan(config, tokens=2, heads=8, dim=64, max_keys=256, q_dtype="e4m3",
+                         k_dtype="e4m3", batch=2, max_sms=max_sms, device="cuda")  # fmt: skip
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device="cuda")
+        buffers = (
+            torch.full((2, 24), -77, dtype=torch.int32, device="cuda"),
+            torch.empty(2, 16, device="cuda"),
+        )
+        out = misa.Selected(buffers[0][:, :16], buffers[1])
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plan.run_paged(q, w, cache, table, lengths, slots=True, out=out, workspace=workspace)
+        assert torch.cuda.memory_allocated() == before
+        for length in (5, 200):
+            lengths[0] = length
+            graph.replay()
+            want = misa.select_paged(q, w, cache, table, lengths, slots=True, config=config,
+                                     scores=True)  # fmt: skip
+            assert torch.equal(out.indices, want.indices)
+            assert torch.equal(out.scores, want.scores)
+            assert (buffers[0][:, 16:] == -77).all()
+            results.append(want)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    buffers[0].fill_(-77)
+    torch.cuda.synchronize()
+    plan.run_paged(q, w, cache, table, lengths, slots=True, out=out, workspace=workspace,
+                   stream=stream)  # fmt: skip
+    stream.synchronize()
+    assert torch.equal(out.indices, results[-1].indices)
+
+
+@cuda
+def test_device_forms() -> None:
+    """Offsets and slots on tensors are those of arrays in host memory, and -1 for a page that does
+    not exist."""
+    arguments = tensors(random_inputs(PACK, dtype="bf16"), "cuda")
+    plain = misa.select(**arguments, config=CONFIG).indices
+    moved = torch.where(plain >= 0, plain + arguments["ks"][:, None], -1)
+    assert torch.equal(
+        misa.select(**arguments, config=CONFIG, offsets=arguments["ks"]).indices, moved
+    )
+    cache, table, lengths = paged("cuda")
+    q, w = torch.randn(2, 8, 64, device="cuda"), torch.randn(2, 8, device="cuda")
+    config = misa.Config("dsa", top_k=128)
+    table[1, 1] = 10
+    plain = misa.select_paged(q, w, cache, table, lengths, config=config).indices.long()
+    slots = misa.select_paged(q, w, cache, table, lengths, config=config, slots=True).indices
+    page = table.gather(1, plain.clamp(0) // 64)
+    want = torch.where((plain >= 0) & (page < 10), page * 64 + plain % 64, -1)
+    assert torch.equal(slots.long(), want) and (want[1, :64] >= 0).all() and (want[1, 64] == -1)
+
+
+@cuda
+def test_device_top_k() -> None:
+    logits = torch.randn(5, 30000, device="cuda")[:, :20000]
+    lengths = torch.tensor([20000, 7, 0, -3, 1 << 30], dtype=torch.int32, device="cuda")
+    indices, scores = misa.top_k(logits, 100, lengths=lengths, scores=True)
+    buffers = (
+        torch.empty(5, 128, dtype=torch.int32, device="cuda"),
+        torch.empty(5, 101, device="cuda"),
+    )
+    out = buffers[0][:, :100], buffers[1][:, :100]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert misa.top_k(logits, 100, lengths=lengths, out=out) is out
+    graph.replay()
+    assert torch.equal(out[0], indices) and torch.equal(out[1], scores)
+    for row, length in enumerate((20000, 7, 0, 0, 20000)):
+        count = min(length, 100)
+        best = logits[row, :length].topk(count).indices.sort().values
+        assert torch.equal(indices[row, :count].long(), best)
+        assert torch.equal(scores[row, :count], logits[row, best])
+        assert (indices[row, count:] == -1).all() and (scores[row, count:] == -torch.inf).all()
+    assert misa.top_k(logits, 3)[1] is None
+    with pytest.raises(ValueError, match="top_k: expected 1 to 16384, got 0"):
+        misa.top_k(logits, 0)
+    with pytest.raises(ValueError, match=r"indices: expected \[5, 3\], got \[5, 100\]"):
+        misa.top_k(logits, 3, out=(out[0], None))
+
+
+def test_top_k_needs_a_device() -> None:
+    with pytest.raises(ValueError, match="logits: expected an array on a CUDA device"):
+        misa.top_k(torch.randn(2, 9), 3)
 
 
 @cuda

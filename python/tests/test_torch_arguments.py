@@ -20,7 +20,8 @@ from test_torch import tensor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
 
-ENTRIES = ("select", "select_paged", "append", "rebuild", "Plan.run")
+ENTRIES = ("select", "select_paged", "select into", "append", "rebuild", "Plan.run",
+           "Plan.run_paged")  # fmt: skip
 OPERATORS = ("select", "select_paged")
 
 
@@ -66,7 +67,7 @@ KINDS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
 
 def wrong(entry: str, argument: str, kind: str) -> bool:
     if kind == "array":  # which append takes too, and a plan as an output
-        return entry in OPERATORS and argument != "q"
+        return entry in (*OPERATORS, "select into") and argument != "q"
     if kind == "gradient":
         floats = ("page_sums", "largest_scales", "scores", "residual")
         return argument in floats and argument in WRITTEN.get(entry, ())
@@ -88,7 +89,7 @@ META = cases(OPERATORS, ["meta"], lambda *_: True)
 def operator(entry: str) -> Call:
     """The operator itself, with everything it takes."""
     function, arguments = calls()[entry]
-    rest = {"next_n": 1} if entry == "select_paged" else {}
+    rest = {"next_n": 1, "slots": False} if entry == "select_paged" else {}
     rest |= dict(zip(("top_k", "router", "heads", "block", "residual", "filter_block",
                       "filter_blocks", "candidates", "sketch", "dense_work", "ordered",
                       "static_heads"),
@@ -159,6 +160,7 @@ def test_all_on_meta(entry: str) -> None:
 def test_meta_elsewhere() -> None:
     """What reads elements refuses tensors that have none."""
     _, arguments = calls()["select"]
+    del arguments["offsets"]
     meta = {name: tensor.to("meta") for name, tensor in arguments.items()}
     with pytest.raises(ValueError, match="^q: expected a CPU or CUDA tensor, got one on meta"):
         misa.compare(**meta, configs=[CONFIG])
