@@ -23,11 +23,12 @@ std::span<T> part_of(const Guarded<T>& array, Part part, std::size_t width = 1) 
   return array.span().subspan(part.first * width, part.count * width);
 }
 
-// The pages of a cache in device memory; all NaN at first.
+// The pages of a cache in device memory; all NaN at first. A sketch, of so many bits or 0, stands in
+// the pages' tails.
 class DeviceCache {
  public:
-  DeviceCache(const Server& server, std::int64_t dim, bool tail)
-      : span_(dense(server, dim)), tail_(tail), data_(bytes(span_, tail)) {
+  DeviceCache(const Server& server, std::int64_t dim, bool tail, int sketch)
+      : span_(dense(server, dim, sketch)), tail_(tail), data_(bytes(span_, tail)) {
     span_.data = data_.data();
   }
 
@@ -35,19 +36,21 @@ class DeviceCache {
   [[nodiscard]] CacheView view() const {
     CacheView view{span_.data, span_.pages, span_.dim};
     view.page_size = span_.page_size;
+    view.sketch_bits = span_.sketch_bits;
     return tail_ ? with_tail(view) : view;
   }
 
  private:
-  static CacheSpan dense(const Server& server, std::int64_t dim) {
+  static CacheSpan dense(const Server& server, std::int64_t dim, int sketch) {
     CacheSpan span{nullptr, server.pages(), dim};
+    span.sketch_bits = sketch;
     span.page_size = server.spec().page_size;
     return span;
   }
   static std::size_t bytes(const CacheSpan& cache, bool tail) {
-    return static_cast<std::size_t>(tail ? cache.pages *
-                                               page_tail(cache.dim, cache.page_size).page_stride
-                                         : cache_bytes(cache.pages, cache.dim, cache.page_size));
+    return static_cast<std::size_t>(
+        tail ? cache.pages * page_tail(cache.dim, cache.page_size, cache.sketch_bits).page_stride
+             : cache_bytes(cache.pages, cache.dim, cache.page_size));
   }
 
   CacheSpan span_;

@@ -114,7 +114,7 @@ class DeviceDecode : public EachCudaBackend {
     const Script script(server);
     const Steps steps(script, whole);
     for (const NamedConfig& named : configs) {
-      const DeviceCache cache(server, test.documents.dim, test.tail);
+      const DeviceCache cache(server, test.documents.dim, test.tail, named.config.sketch);
       const Selected prefill = run(context(), named.config, RaggedInputs(whole));
       EXPECT_TRUE(same_rows(prefill, script.rows, decode(test, named.config, server, steps, cache)))
           << named.name;
@@ -249,6 +249,14 @@ TEST_P(DeviceDecode, TwoTokensAtOnceArePrefill) {
   expect_prefill({documents, {5, 2, true, true, 128, 2}, true, 1 << 17}, named_configs(512, 8));
 }
 
+TEST_P(DeviceDecode, SketchesAreThoseOfPrefill) {
+  const DocumentsSpec documents{{{1700, 1700}, {900, 700}, {300, 300}}, 64, 128};
+  expect_prefill({documents, {4, 1, true, true, 64, 6}, true, 5000}, sketched_configs(48, 2));
+  expect_prefill({documents, {5, 3, true, true, 128, 7}, true, 1 << 17}, sketched_configs(300, 7));
+  const DocumentsSpec narrow{{{600, 600}, {300, 300}}, 9, 64};
+  expect_prefill({narrow, {4, 2, true, true, 32, 8}, true, 5000}, sketched_configs(48, 3));
+}
+
 TEST_P(DeviceDecode, FourTokensAtOnceArePrefill) {
   const DocumentsSpec documents{{{1300, 1300}, {700, 300}, {300, 300}}, 6, 64, DType::bf16};
   expect_prefill({documents, {6, 4, true, true, 64, 3}, false, 3000}, named_configs(48, 2));
@@ -263,6 +271,7 @@ TEST_P(DeviceDecode, DifferentNumbersOfTokensArePrefill) {
 TEST_P(DeviceDecode, SmokeAFewTokensArePrefill) {
   const DocumentsSpec documents{{{80, 80}, {200, 70}}, 6, 128};
   expect_prefill({documents, {2, 4, false, true, 64, 5}, true, 300}, named_configs(24, 2));
+  expect_prefill({documents, {2, 4, false, true, 64, 5}, true, 300}, sketched_configs(24, 2));
 }
 
 INSTANTIATE_TEST_SUITE_P(Each, DeviceDecode, ::testing::ValuesIn(cuda_backends_of_this_build()),

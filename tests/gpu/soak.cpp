@@ -51,6 +51,7 @@ struct Setup {
   std::int64_t planned_keys;
   int top_k;
   int heads;
+  int sketch = 0;  // bits of the sketches in the tails, or 0
 };
 
 std::vector<Setup> setups() {
@@ -72,6 +73,7 @@ std::vector<Setup> setups() {
   setup.planned_keys = 4096;
   setup.top_k = 48;
   setup.heads = 2;
+  setup.sketch = 2;
   all.push_back(setup);
 
   setup.name = "drafts";
@@ -80,12 +82,14 @@ std::vector<Setup> setups() {
   setup.planned_keys = 30000;
   setup.top_k = 64;
   setup.heads = 3;
+  setup.sketch = 4;
   all.push_back(setup);
 
   setup.name = "different numbers of drafts";
   setup.documents = {{{1500, 1500}, {130, 130}}, 6, 64, DType::bf16};
   setup.server = {6, 5, false, false, 32};
   setup.tail = false;
+  setup.sketch = 0;
   setup.planned_keys = 2000;
   setup.top_k = 48;
   setup.heads = 2;
@@ -95,6 +99,7 @@ std::vector<Setup> setups() {
   setup.documents = {{{20000, 400}, {33000, 300}}, 8, 128};
   setup.server = {3, 2, true, false, 64};
   setup.tail = true;
+  setup.sketch = 2;
   setup.planned_keys = 1 << 18;
   setup.top_k = 256;
   setup.heads = 2;
@@ -198,7 +203,7 @@ class Engine {
         documents_(setup.documents),
         whole_(documents_.whole()),
         server_(documents_, setup.server),
-        cache_(server_, dim(), setup.tail),
+        cache_(server_, dim(), setup.tail, setup.sketch),
         rows_(static_cast<std::size_t>(setup.server.sequences * setup.server.rows)),
         q_(rows_ * q_width()),
         w_(rows_ * heads()),
@@ -210,7 +215,13 @@ class Engine {
         slots_(static_cast<std::size_t>(setup.server.sequences * server_.max_keys())),
         keys_(slots_.span().size() * static_cast<std::size_t>(dim())) {
     std::size_t bytes = 0;
-    for (const NamedConfig& named : named_configs(setup.top_k, setup.heads)) {
+    std::vector<NamedConfig> configs = named_configs(setup.top_k, setup.heads);
+    for (const NamedConfig& named : sketched_configs(setup.top_k, setup.heads)) {
+      if (named.config.sketch == setup.sketch) {
+        configs.push_back(named);
+      }
+    }
+    for (const NamedConfig& named : configs) {
       graphs_.push_back(std::make_unique<Captured>(named, backend_, setup_, whole_));
       bytes = std::max(bytes, graphs_.back()->workspace_bytes());
     }
