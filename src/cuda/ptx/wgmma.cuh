@@ -98,8 +98,9 @@ __device__ inline void wgmma_e4m3<128>(float (&d)[64], std::uint64_t a, std::uin
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
-// The same with A in registers, 16 rows per warp: thread i has the elements 4 (i % 4) … 4 (i % 4) + 3
-// of row (i % 32) / 4 in a[0] and of the row 8 below in a[1], and those 16 further in a[2] and a[3].
+// The same with A in registers, 16 rows per warp: thread i has the elements 4 (i % 4) … 4 (i % 4) +
+// 3 of row (i % 32) / 4 in a[0] and of the row 8 below in a[1], and those 16 further in a[2] and
+// a[3].
 template <int columns>
 __device__ void wgmma_e4m3(float (&d)[columns / 2], const std::uint32_t (&a)[4], std::uint64_t b,
                            bool add);
