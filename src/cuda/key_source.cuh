@@ -168,15 +168,16 @@ __device__ inline float key_scale(const DevicePagedSource& keys, std::int64_t to
 }
 
 // Whether sketches of keys stand in memory.
-__device__ inline bool has_sketch(const DeviceRaggedSource& /*keys*/) { return false; }
+__device__ inline bool has_sketch(const DeviceRaggedSource& keys) { return keys.sketch != nullptr; }
 __device__ inline bool has_sketch(const DevicePagedSource& keys) { return keys.sketch != nullptr; }
 
 // The sketch of a key of a source that has_sketch; null if the key's page does not exist.
-__device__ inline SketchBytes sketch_of(const DeviceRaggedSource& /*keys*/, int /*sketch*/,
-                                        std::int64_t /*token*/) {
-  return {nullptr, nullptr};
+__device__ inline SketchBytes sketch_of(const DeviceRaggedSource& keys, int sketch, int dim,
+                                        std::int64_t token) {
+  return {keys.sketch + sketch_code_offset(sketch, dim, token),
+          keys.sketch + sketch_scale_offset(sketch, dim, keys.tokens, token)};
 }
-__device__ inline SketchBytes sketch_of(const DevicePagedSource& keys, int sketch,
+__device__ inline SketchBytes sketch_of(const DevicePagedSource& keys, int sketch, int dim,
                                         std::int64_t token) {
   const std::int64_t page = page_of(keys, token);
   if (page < 0) {
@@ -184,8 +185,8 @@ __device__ inline SketchBytes sketch_of(const DevicePagedSource& keys, int sketc
   }
   const std::uint8_t* const bytes = keys.sketch + page * keys.sketch_stride;
   const std::int64_t slot = slot_of(keys, token);
-  return {bytes + sketch_code_offset(sketch, keys.dim, slot),
-          bytes + sketch_scale_offset(sketch, keys.dim, std::int64_t{1} << keys.page_bits, slot)};
+  return {bytes + sketch_code_offset(sketch, dim, slot),
+          bytes + sketch_scale_offset(sketch, dim, std::int64_t{1} << keys.page_bits, slot)};
 }
 
 // Bytes from one key to the next one of the same page.

@@ -31,6 +31,7 @@ struct DeviceRaggedSource {
   // All other queries count as seeing none.
   std::int32_t least_keys = 0;
   std::int32_t most_keys = std::numeric_limits<std::int32_t>::max();
+  const std::uint8_t* sketch = nullptr;  // of all keys as one page, if they are scored by it
 };
 
 // Tokens of the smallest page of a cache.

@@ -4,7 +4,8 @@
 //  1. route   active heads and the residual row
 //  2. filter  the blocks that each query keeps
 //  3. score   scores [chunk, columns]: a column per position, or per position of the kept blocks;
-//             from the keys' sketches, if the config has them
+//             from the keys' sketches, if the config has them. Those of ragged keys are written
+//             into the workspace first, once a call.
 //  4. select  the top k of each row; if re-ranking follows, the top m
 //  5. rerank  scores [chunk, m] over all heads, of which the top k are selected
 //
@@ -35,6 +36,7 @@
 #include "route/generic.hpp"
 #include "score/columns.hpp"
 #include "score/generic.hpp"
+#include "score/sketch_keys.hpp"
 #include "score/sm90_fp8.hpp"
 #include "score/sm90_paged.hpp"
 #include "select/gate.hpp"
@@ -411,8 +413,12 @@ void Step::run(const ProblemOf<Source>& problem, const Selection& out, std::byte
         score::launch_scales(seen.k, planned.scales, on);
       }
       if (spec.needs_sketch_keys(false)) {
-        stages.enter("sketch");
+        stages.enter("sketches");
         score::launch_sketch_keys(seen.k, spec.sketch, planned.sketch_keys, on);
+      } else if (spec.sketch != 0) {
+        stages.enter("sketches");
+        score::launch_sketches(seen.k, spec.sketch, seen.q.dim, planned.sketches, on);
+        seen.k.sketch = planned.sketches;
       }
     }
     const bool first_pass = &pass == &passes_.front();

@@ -129,6 +129,9 @@ ChunkWorkspace::ChunkWorkspace(const IndexerConfig& config, const Shape& chunk,
   if (!spec.sm90_scores) {
     rows = take_rows(chunk, spec.heads, spec.recipe.residual, spec.sketch, arena);
   }
+  if (spec.sketch != 0 && !keys.paged && !spec.sm90_scores) {
+    sketches = arena.take<std::uint8_t>(sketch_page_bytes(spec.sketch, chunk.dim, keys.total));
+  }
   if (is_rotated(spec.sketch) || (spec.sketch != 0 && spec.sm90_scores)) {
     sketch_rows = take_sketch_rows(chunk, spec, arena);
   }

@@ -74,7 +74,8 @@ struct ChunkWorkspace {
   std::span<std::byte> route_means;
   std::span<std::byte> filter;
   std::span<std::byte> filter_means;
-  float* scales = nullptr;  // of all ragged keys of a call (score::launch_scales)
+  float* scales = nullptr;           // of all ragged keys of a call (score::launch_scales)
+  std::uint8_t* sketches = nullptr;  // of all ragged keys of a call (score::launch_sketches)
   FusedWorkspace fused;
   score::SketchOperands sketch_rows{};  // for a rotated sketch, or Hopper's kernels
   score::SketchKeys sketch_keys{};      // of all ragged keys of a call, for Hopper's kernels

@@ -256,7 +256,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     load_keys([&](int i, std::int64_t key, float& factor) {
       const int place = warp_first + 8 * i + lane / 4;
       return load_sketch<kDim>(arguments.sketch,
-                               sketch_of(keys, arguments.sketch, key, encoded, place), c, factor);
+                               sketch_of(keys, arguments.sketch, kDim, key, encoded, place), c,
+                               factor);
     });
   } else {
     load_keys([&](int /*i*/, std::int64_t key, float& scale) {
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kCudaCoreKeys)
     }
     SketchBytes bytes{nullptr, nullptr};
     if (key >= 0) {
-      bytes = sketch_of(keys, sketch, key, encoded, thread);
+      bytes = sketch_of(keys, sketch, dim, key, encoded, thread);
     }
     const bool exists = bytes.codes != nullptr;
     set_scale(exists ? sketch_factor(sketch, bytes.scales, dim) : __uint_as_float(0x7FFFFFFFU));

@@ -46,9 +46,9 @@ __device__ void encode_keys(const Source& keys, int sketch, int dim, std::int64_
 // The sketch of a key: as it stands in memory, or else as it was encoded as key i. Null if the
 // key's page does not exist.
 template <class Source, int kKeys>
-__device__ SketchBytes sketch_of(const Source& keys, int sketch, std::int64_t key,
+__device__ SketchBytes sketch_of(const Source& keys, int sketch, int dim, std::int64_t key,
                                  const EncodedKeys<kKeys>& encoded, int i) {
-  return has_sketch(keys) ? cuda::sketch_of(keys, sketch, key) : encoded.at(i);
+  return has_sketch(keys) ? cuda::sketch_of(keys, sketch, dim, key) : encoded.at(i);
 }
 
 }  // namespace misa::cuda::score

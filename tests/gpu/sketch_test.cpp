@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sketches of keys on a device: the operands of their queries.
+// Sketches of keys on a device, byte by byte those of the host: keys of every kind, and the
+// operands of queries. cache_test has the calls that write caches, paged_test the selections.
 #include "core/sketch.hpp"
 
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <set>
 #include <vector>
 
 #include "common.hpp"
 #include "core/problem.hpp"
+#include "misa/cuda.hpp"
+#include "score/sketch_keys.hpp"
 #include "score/sketch_operands.hpp"
 #include "score/sketch_order.hpp"
 
@@ -29,6 +34,96 @@ class SketchOnDevice : public ::testing::Test {
     }
   }
 };
+
+// ---- keys
+
+// Element d of a key of one of ten kinds.
+std::uint8_t element_of(std::int64_t kind, std::int64_t d, std::mt19937& random) {
+  const auto any = static_cast<std::uint8_t>(random() % 256);
+  const auto finite = static_cast<std::uint8_t>(is_e4m3_nan(any) ? any ^ 1 : any);
+  switch (kind % 10) {
+    case 0: return 0;
+    case 1: return 0x80;                                     // zeros of negative sign
+    case 2: return d % 2 == 0 ? 0x38 : 0xb8;                 // a row of the rotation
+    case 3: return 0x7e;                                     // the largest number
+    case 4: return static_cast<std::uint8_t>(random() % 8);  // subnormal
+    case 5: return d < 32 ? finite : std::uint8_t{0};        // groups of zeros
+    case 6: return d == 17 ? finite : std::uint8_t{0};       // one element
+    case 7: return any;                                      // with NaN
+    case 8: return d < 32 ? finite : static_cast<std::uint8_t>(random() % 2);  // far apart
+    default: return finite;
+  }
+}
+
+TEST_F(SketchOnDevice, SmokeKeysOfEveryKindEqualTheHosts) {
+  const std::vector<float> scales{1.0F, 0.0F,  -0.0F, -0.37F, 1e-3F,  3e38F, -1e30F,
+                                  kInf, -kInf, kNaN,  1e-40F, 1e-44F, 146.3F};
+  std::mt19937 random(5);
+  for (const std::int64_t dim : {64, 128}) {
+    for (const int sketch : {2, 4}) {
+      constexpr std::int64_t kPages = 9;
+      std::vector<std::uint8_t> data(static_cast<std::size_t>(cache_bytes(kPages, dim)));
+      for (std::int64_t page = 0; page < kPages; ++page) {
+        std::uint8_t* at = data.data() + page * 64 * (dim + 4);
+        for (std::int64_t token = 0; token < 64; ++token) {
+          const std::int64_t kind = page * 64 + token;
+          for (std::int64_t d = 0; d < dim; ++d) {
+            at[token * dim + d] = element_of(kind, d, random);
+          }
+          std::memcpy(at + 64 * dim + 4 * token, &scales[kind % scales.size()], 4);
+        }
+      }
+      std::vector<std::uint8_t> wanted(
+          static_cast<std::size_t>(kPages * sketch_page_bytes(sketch, dim, 64)));
+      std::vector<std::int32_t> pages(kPages);
+      std::iota(pages.begin(), pages.end(), 0);
+      CacheSpan span{data.data(), kPages, dim};
+      span.sketch = wanted.data();
+      span.sketch_bits = sketch;
+      rebuild(span, pages);
+
+      const Guarded<std::uint8_t> data_there{std::span<const std::uint8_t>(data)};
+      const Guarded<std::uint8_t> sketch_there(wanted.size());
+      const Guarded<std::int32_t> pages_there{std::span<const std::int32_t>(pages)};
+      span.data = data_there.data();
+      span.sketch = sketch_there.data();
+      cuda::rebuild(span, pages_there.span(), {}, nullptr);
+      expect_success(cudaDeviceSynchronize());
+      EXPECT_EQ(sketch_there.read(), wanted) << "D = " << dim << ", " << sketch << " bits";
+
+      // The keys in one array, as prefill has them.
+      std::vector<std::uint8_t> k;
+      std::vector<float> scale;
+      for (std::int64_t page = 0; page < kPages; ++page) {
+        const std::uint8_t* at = data.data() + page * 64 * (dim + 4);
+        k.insert(k.end(), at, at + 64 * dim);
+        for (std::int64_t token = 0; token < 64; ++token) {
+          scale.push_back(scales[(page * 64 + token) % scales.size()]);
+        }
+      }
+      const std::int64_t tokens = std::ssize(scale) - 3;  // not a multiple of anything
+      std::vector<std::uint8_t> ragged(
+          static_cast<std::size_t>(sketch_page_bytes(sketch, dim, tokens)));
+      for (std::int64_t i = 0; i < tokens; ++i) {
+        encode_sketch(sketch, k.data() + i * dim, scale[i], dim,
+                      ragged.data() + sketch_code_offset(sketch, dim, i),
+                      ragged.data() + sketch_scale_offset(sketch, dim, tokens, i));
+      }
+      const Guarded<std::uint8_t> k_there{std::span<const std::uint8_t>(k)};
+      const Guarded<float> scale_there{std::span<const float>(scale)};
+      const Guarded<std::uint8_t> ragged_there(ragged.size());
+      cuda::DeviceRaggedSource keys{};
+      keys.data = k_there.data();
+      keys.dtype = DType::e4m3;
+      keys.tokens = tokens;
+      keys.stride = dim;
+      keys.scale = scale_there.data();
+      cuda::score::launch_sketches(keys, sketch, dim, ragged_there.data(), nullptr);
+      expect_success(cudaDeviceSynchronize());
+      EXPECT_EQ(ragged_there.read(), ragged) << "D = " << dim << ", " << sketch << " bits";
+    }
+  }
+}
 
 // ---- the operands of queries
 
