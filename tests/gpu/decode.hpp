@@ -23,8 +23,8 @@ std::span<T> part_of(const Guarded<T>& array, Part part, std::size_t width = 1) 
   return array.span().subspan(part.first * width, part.count * width);
 }
 
-// The pages of a cache in device memory; all NaN at first. A sketch, of so many bits or 0, stands in
-// the pages' tails.
+// The pages of a cache in device memory; all NaN at first. A sketch, of so many bits or 0, stands
+// in the pages' tails.
 class DeviceCache {
  public:
   DeviceCache(const Server& server, std::int64_t dim, bool tail, int sketch)

@@ -121,7 +121,7 @@ TEST_P(Decode, SmokeAFewTokensAreAPrefill) {
                  {2, 3, false, true, 64, 4});
 }
 
-INSTANTIATE_TEST_SUITE_P(Each, Decode, ::testing::ValuesIn(host_backends()), backend_name);
+INSTANTIATE_TEST_SUITE_P(Each, Decode, ::testing::ValuesIn(available_backends()), backend_name);
 
 }  // namespace
 }  // namespace misa::test
