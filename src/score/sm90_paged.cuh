@@ -256,11 +256,11 @@ __device__ void store(const typename Spec::Shared& shared, const ThreadGroup<Spe
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (position + 8 * r < length) {
-          out[8 * r] = __fmul_rn(total[r], fabsf(scales[r]));
+          __stcs(out + 8 * r, __fmul_rn(total[r], fabsf(scales[r])));
         }
       }
     } else if (position < length) {
-      *out = __fmul_rn(total[0], fabsf(lane % 2 != 0 ? scales[1] : scales[0]));
+      __stcs(out, __fmul_rn(total[0], fabsf(lane % 2 != 0 ? scales[1] : scales[0])));
     }
   }
 }

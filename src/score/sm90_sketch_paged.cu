@@ -117,8 +117,8 @@ struct TwoBitKeys : SketchKeys<2> {
   };
 };
 
-// MXFP4. A lane's 32 entries are one group. In e4m3 they stand for multiples of 2^-6 times the
-// scale of the key's largest group; those of a group whose scale is 2^14 below it still fit.
+// MXFP4. A lane's 32 entries are one group. In e4m3 they are in units of 2^-6 times the scale
+// of the key's largest group; those of a group whose scale is 2^14 below it still fit.
 struct FourBitKeys : SketchKeys<4> {
   struct Constants {
     uint2 magnitudes[kSketchReach + 2];  // of codes 0 to 7, by how far a group's scale is below
