@@ -339,11 +339,11 @@ def test_device_plan_is_captured_first(indexer: str) -> None:
         )
         out = misa.Selected(buffers[0][:, :16], buffers[1])
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
+            before = torch.cuda.memory_allocated()
             plan.run_paged(q, w, cache, table, lengths, slots=True, out=out, workspace=workspace)
-        assert torch.cuda.memory_allocated() == before
+            assert torch.cuda.memory_allocated() == before
         for length in (5, 200):
             lengths[0] = length
             graph.replay()
