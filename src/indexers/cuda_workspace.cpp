@@ -64,7 +64,7 @@ PassSpec::PassSpec(const IndexerConfig& config, const Shape& shape, bool paged,
     return sm90_can_implement(device, shape.q_dtype, shape.k_dtype, shape.dim, scoring_rows);
   };
   // Those for sketches score all keys, which a filter leaves to do only in short rows.
-  sm90_scores = sm90(rows()) && (sketch == 0 || config.filter_blocks == 0);
+  sm90_scores = sm90(rows()) && (sketch == 0 || config.filter_block == 0);
   fused = sm90_scores && !recipe.filtered && !paged;
   sm90_rerank = recipe.reranked && sm90(shape.heads);
 }

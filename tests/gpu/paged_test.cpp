@@ -460,7 +460,7 @@ class DevicePagedPlan : public EachCudaBackend {
   [[nodiscard]] bool lacks_sketch(const Inputs& inputs, const IndexerConfig& config) const {
     const Shape shape = inputs.shape();
     return GetParam() == "cuda-sm90" && shape.dim == 128 && shape.q_dtype == DType::e4m3 &&
-           config.sketch != inputs.layout().sketch && config.filter_blocks == 0 &&
+           config.sketch != inputs.layout().sketch && config.filter_block == 0 &&
            largest_recipe(config, shape.heads, shape.max_keys).sketched;
   }
 
