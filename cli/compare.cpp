@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "bad_input.hpp"
 #include "commands.hpp"
 #include "metrics.hpp"
 #include "misa/error.hpp"
@@ -40,6 +41,7 @@ struct Options {
   int top_k = kTopK;
   int runs = 5;
   RunOptions run;
+  bool fp8 = false;
   bool json = false;
 };
 
@@ -211,8 +213,17 @@ IndexerResult compare_indexer(const Context& context, const StepInputs& inputs,
 TraceResult compare_trace(const Context& context, const std::string& file,
                           const std::vector<Variant>& variants, const Options& options,
                           Progress& progress) {
-  const Trace trace(file);
+  Trace trace(file);
+  if (options.fp8) {
+    trace.round_to_e4m3();
+  }
   const StepInputs& inputs = trace.inputs();
+  for (const Variant& variant : variants) {
+    about(variant, [&] {
+      require(variant.config.sketch == 0 || inputs.shape().k_dtype == DType::e4m3,
+              "{}: expected F8_E4M3 keys for a sketch; --fp8 rounds others", file);
+    });
+  }
   const Evaluator evaluator(context, trace, options.top_k);
   TraceResult result;
   result.file = file;
@@ -334,6 +345,9 @@ void add_compare(CLI::App& app) {
                    "Writes a page with tables and plots, sweeps over h and the context's length "
                    "included; it needs no network to be viewed")
       ->type_name("FILE");
+  command->add_flag("--fp8", options->fp8,
+                    "Rounds queries and keys to F8_E4M3 first, as models with an FP8 key cache do; "
+                    "a sketch needs such keys");
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
   command->callback([options] { run(*options); });

@@ -6,12 +6,14 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <span>
 #include <utility>
 
 #include "bad_input.hpp"
+#include "misa/cache.hpp"
 #include "misa/error.hpp"
 
 namespace misa::cli {
@@ -89,6 +91,24 @@ void check_range(std::string_view name, std::span<const std::int32_t> values, st
     require(values[t] >= 0 && values[t] <= most, "{}[{}]: expected 0 to L = {}, got {}", name, t,
             most, values[t]);
   }
+}
+
+// Rounds rows [rows, dim] to e4m3 and returns the scale of each.
+std::vector<float> round_rows(const void* data, DType dtype, std::int64_t rows, std::int64_t dim,
+                              std::vector<std::uint8_t>& out) {
+  out.resize(static_cast<std::size_t>(rows * dim));
+  std::vector<float> scales;
+  std::vector<float> row(static_cast<std::size_t>(dim));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t d = 0; d < dim; ++d) {
+      const std::int64_t i = r * dim + d;
+      row[d] = dtype == DType::f32 ? static_cast<const float*>(data)[i]
+                                   : bf16_to_float(static_cast<const std::uint16_t*>(data)[i]);
+    }
+    const std::span<std::uint8_t> to(out.data() + r * dim, row.size());
+    scales.push_back(quantize(row, ScaleFormat::f32, to));
+  }
+  return scales;
 }
 
 }  // namespace
@@ -223,6 +243,27 @@ void Trace::read_paged(const SafetensorsReader& file) {
     }
   }
   inputs_.k = keys;
+}
+
+void Trace::round_to_e4m3() {
+  Queries& q = inputs_.q;
+  if (q.dtype != DType::e4m3) {
+    const std::vector<float> scales =
+        round_rows(q.data, q.dtype, q.tokens * q.heads, q.dim, rounded_q_);
+    rounded_w_.assign(inputs_.w.data, inputs_.w.data + scales.size());
+    std::transform(rounded_w_.begin(), rounded_w_.end(), scales.begin(), rounded_w_.begin(),
+                   std::multiplies<>());
+    q.data = rounded_q_.data();
+    q.dtype = DType::e4m3;
+    inputs_.w.data = rounded_w_.data();
+  }
+  auto* const k = std::get_if<RaggedKeys>(&inputs_.k);  // pages hold e4m3
+  if (k != nullptr && k->dtype != DType::e4m3) {
+    scales_ = round_rows(k->data, k->dtype, k->tokens, k->dim, rounded_k_);
+    k->data = rounded_k_.data();
+    k->dtype = DType::e4m3;
+    k->scale = scales_.data();
+  }
 }
 
 std::string Trace::layer() const {

@@ -30,6 +30,10 @@ class Trace {
 
   [[nodiscard]] const StepInputs& inputs() const { return inputs_; }
 
+  // Rounds queries and keys that are not e4m3 to it, as models with an FP8 key cache do: each key
+  // with its own scale, each head of a query with a scale that is folded into its weight.
+  void round_to_e4m3();
+
   // Whether the file has the model's own attention for query t, and that attention over the
   // positions that t sees.
   [[nodiscard]] bool has_attention(std::int64_t t) const;
@@ -45,6 +49,10 @@ class Trace {
   std::string path_;
   Metadata metadata_;
   std::vector<Buffer> data_;
+  std::vector<std::uint8_t> rounded_q_;  // of round_to_e4m3
+  std::vector<float> rounded_w_;
+  std::vector<std::uint8_t> rounded_k_;
+  std::vector<float> scales_;
   std::vector<std::int32_t> starts_;  // ks and ke if the file does not have them
   std::vector<std::int32_t> ends_;
   StepInputs inputs_;

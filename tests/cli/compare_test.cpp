@@ -253,7 +253,26 @@ TEST_F(Commands, CompareTakesSketches) {
   EXPECT_EQ(indexers.at(1).at("keys_x_heads"), indexers.at(0).at("keys_x_heads"));
   EXPECT_EQ(indexers.at(2).at("recall").at("min"), 1);  // every key re-ranked
   EXPECT_LT(indexers.at(3).at("recall").at("mean"), 1);
-  EXPECT_THROW(run({"compare", write_trace(false), "--indexers", "dsa:m=2k:sketch=4"}), Error);
+}
+
+// Keys that are not F8_E4M3 have no sketch unless they are rounded first.
+TEST_F(Commands, CompareRoundsToFp8) {
+  const std::string file = write_trace(false);
+  const std::vector<std::string> arguments{"compare", file, "--top-k",    kTopK,
+                                           "--runs",  "1",  "--indexers", "dsa:m=2k:sketch=4",
+                                           "--json"};
+  try {
+    run(arguments);
+    FAIL() << "a sketch of keys that are not F8_E4M3";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), HasSubstr("--indexers dsa:m=2k:sketch=4"));
+    EXPECT_THAT(error.what(), HasSubstr("expected F8_E4M3 keys for a sketch; --fp8 rounds others"));
+  }
+  std::vector<std::string> rounded = arguments;
+  rounded.emplace_back("--fp8");
+  const json out = json::parse(run(rounded));
+  const json& trace = out.at("traces").at(0);
+  EXPECT_GT(trace.at("indexers").at(0).at("recall").at("mean"), 0.9);
 }
 
 TEST_F(Commands, CompareSweepsForThePage) {
