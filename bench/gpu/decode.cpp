@@ -28,12 +28,12 @@
 #include <optional>
 #include <random>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/check.cuh"
 #include "cuda/stages.hpp"
 #include "gpu/device.hpp"
+#include "gpu/variants.hpp"
 #include "metrics.hpp"
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
@@ -424,20 +424,6 @@ Result time_step(const misa::IndexerConfig& config, const Options& options, cons
                          : std::vector<StageTime>{}};
 }
 
-std::vector<misa::cli::Variant> variants_of(const Options& options) {
-  std::vector<misa::cli::Variant> variants;
-  for (const std::string& name : options.indexers) {
-    misa::cli::Variant variant = misa::cli::parse_variant(name, options.top_k);
-    misa::IndexerConfig& config = variant.config;
-    if (config.router == misa::Router::fixed) {  // any heads will do
-      config.static_heads.resize(config.heads);
-      std::iota(config.static_heads.begin(), config.static_heads.end(), 0);
-    }
-    variants.push_back(std::move(variant));
-  }
-  return variants;
-}
-
 // Prints a line of the table, or keeps an entry of the list.
 class Report {
  public:
@@ -589,7 +575,8 @@ int main(int argc, char** argv) {
                                     "got {}",
                                     kPage, longest, options.table));
     }
-    const std::vector<misa::cli::Variant> variants = variants_of(options);
+    const std::vector<misa::cli::Variant> variants =
+        misa::bench::variants_of(options.indexers, options.top_k);
     if (options.page_stride == 0) {
       int sketch_bits = 2;
       for (const misa::cli::Variant& variant : variants) {

@@ -15,15 +15,14 @@
 #include <cstdint>
 #include <functional>
 #include <nlohmann/json.hpp>
-#include <numeric>
 #include <random>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/check.cuh"
 #include "cuda/stages.hpp"
 #include "gpu/device.hpp"
+#include "gpu/variants.hpp"
 #include "metrics.hpp"
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
@@ -205,22 +204,9 @@ Result time_step(const misa::IndexerConfig& config, const Options& options, cons
           options.stages ? stage_times(enqueue) : std::vector<StageTime>{}};
 }
 
-std::vector<misa::cli::Variant> variants_of(const Options& options) {
-  std::vector<misa::cli::Variant> variants;
-  for (const std::string& name : options.indexers) {
-    misa::cli::Variant variant = misa::cli::parse_variant(name, options.top_k);
-    misa::IndexerConfig& config = variant.config;
-    if (config.router == misa::Router::fixed) {  // any heads will do
-      config.static_heads.resize(config.heads);
-      std::iota(config.static_heads.begin(), config.static_heads.end(), 0);
-    }
-    variants.push_back(std::move(variant));
-  }
-  return variants;
-}
-
 void run(const Options& options) {
-  const std::vector<misa::cli::Variant> variants = variants_of(options);
+  const std::vector<misa::cli::Variant> variants =
+      misa::bench::variants_of(options.indexers, options.top_k);
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   if (!options.json) {
     fmt::print(

@@ -108,10 +108,11 @@ class Plan {
   /// the block table beyond the pages of a sequence's rows are not read. An entry that is read and
   /// names no page of the cache stands for keys of score NaN. The cache and its page stride are
   /// aligned to 16 bytes, and it has fewer than 2^32 keys. Page sums, which save reading all keys
-  /// for block means, are those that append and rebuild below write, aligned to 16 bytes
-  /// as their stride is. Its sketch is read if it is of as many bits as the config's, and is
-  /// aligned to 16 bytes then, as its stride is. Otherwise cuda-generic computes it from the keys,
-  /// and cuda-sm90 throws invalid_argument.
+  /// for block means, are those that append and rebuild below write; they and their stride are
+  /// aligned to 16 bytes. So are the cache's sketches, which are read if they have as many bits as
+  /// the config's. Where they do not, sketches are computed from the keys, except by Hopper's FP8
+  /// kernels (cuda-sm90, e4m3 queries, D = 128, at most 64 rows a query, no block filter): there
+  /// the call throws invalid_argument.
   void run(const Queries& q, const Weights& w, const PagedKeys& k, const Selection& out,
            std::span<std::byte> workspace, void* stream) const;
 

@@ -267,15 +267,7 @@ std::vector<float> keys_of(std::int64_t tokens, std::int64_t stride, std::mt1993
   return keys;
 }
 
-class CacheOnDevice : public ::testing::Test {
- protected:
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-      GTEST_SKIP() << "no device";
-    }
-  }
-};
+using CacheOnDevice = OnDevice;
 
 // Keys in device memory: f32, or bf16 of the same values.
 class DeviceKeys {

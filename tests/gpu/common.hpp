@@ -27,6 +27,17 @@ inline std::vector<std::string> cuda_backends_of_this_build() {
   return names;
 }
 
+// Tests of what every device does, whatever the backend; skipped without one.
+class OnDevice : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+      GTEST_SKIP() << "no device";
+    }
+  }
+};
+
 inline void expect_success(cudaError_t result) {
   ASSERT_EQ(result, cudaSuccess) << cudaGetErrorName(result);
 }
