@@ -126,10 +126,15 @@ class Chunk {
       if constexpr (!kPaged<Source>) {
         score_and_select(first);
       }
+      if (reranked) {
+        write_lengths(columns);
+      }
     } else {
       stages_.enter("score");
-      score::launch_row_lengths(problem_.k, problem_.q.tokens, columns, kAll, workspace_.lengths,
-                                stream_);
+      // Paged scoring writes them itself.
+      if (!kPaged<Source> || !spec_.sm90_scores || columns.list != nullptr) {
+        write_lengths(columns);
+      }
       if (spec_.sketch != 0) {
         score_sketches(columns);
       } else {
@@ -140,8 +145,6 @@ class Chunk {
     }
     if (reranked) {
       stages_.enter("rerank");
-      score::launch_row_lengths(problem_.k, problem_.q.tokens, columns, spec_.keep,
-                                workspace_.candidate_lengths, stream_);
       const Columns candidates{workspace_.candidates, spec_.keep, 1};
       score(all_rows(), workspace_.all_rows, spec_.sm90_rerank, candidates,
             workspace_.candidate_lengths, whole, workspace_.candidate_scores);
@@ -170,6 +173,14 @@ class Chunk {
     filter::launch(problem_, config_, device_, means, workspace_.blocks, workspace_.filter,
                    stream_);
     return {workspace_.blocks, config_.filter_blocks, config_.filter_block};
+  }
+
+  // How long the rows of the first scores are, and those of a re-rank.
+  [[nodiscard]] score::RowLengths row_lengths() const {
+    return {workspace_.lengths, workspace_.candidate_lengths, spec_.keep};
+  }
+  void write_lengths(const Columns& columns) const {
+    score::launch_row_lengths(problem_.k, problem_.q.tokens, columns, row_lengths(), stream_);
   }
 
   // The rows that give the first scores; then, those that score the candidates of a re-rank.
@@ -219,7 +230,8 @@ class Chunk {
              const Scores& scores) const {
     if (sm90 && columns.list == nullptr) {
       if constexpr (kPaged<Source>) {
-        score::launch_paged(problem_, rows, unscored, scores, device_.num_sms, stream_);
+        score::launch_paged(problem_, rows, unscored, scores, row_lengths(), device_.num_sms,
+                            stream_);
       }
     } else if (sm90) {
       score::launch_gathered(problem_, rows, columns, lengths, unscored, workspace_.scales, scores,
@@ -253,7 +265,7 @@ class Chunk {
       if constexpr (kPaged<Source>) {
         write_sketch_rows();
         score::launch_paged_sketch(problem_, spec_.sketch, workspace_.sketch_rows, spec_.keep,
-                                   workspace_.scores, device_.num_sms, stream_);
+                                   workspace_.scores, row_lengths(), device_.num_sms, stream_);
       }
       return;
     }

@@ -7,6 +7,7 @@
 #include "cuda/key_source.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/warp.cuh"
+#include "score/row_lengths.cuh"
 
 namespace misa::cuda::score {
 namespace {
@@ -17,7 +18,7 @@ constexpr int kWarpThreads = 32;
 // One warp per query: its lanes take the entries of the list in turn.
 template <class Source>
 __global__ void row_lengths_kernel(Source keys, std::int64_t queries, Columns columns,
-                                   std::int32_t most, std::int32_t* lengths) {
+                                   RowLengths lengths) {
   begin_kernel();
   const std::int64_t t = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpThreads;
   const auto lane = static_cast<std::int32_t>(threadIdx.x % kWarpThreads);
@@ -35,7 +36,7 @@ __global__ void row_lengths_kernel(Source keys, std::int64_t queries, Columns co
     length = __reduce_add_sync(kFullMask, length);
   }
   if (lane == 0) {
-    lengths[t] = min(length, most);
+    write_length(lengths, t, length);
   }
 }
 
@@ -64,9 +65,9 @@ unsigned blocks_for(std::int64_t threads) {
 
 template <class Source>
 void launch_row_lengths(const Source& keys, std::int64_t queries, const Columns& columns,
-                        std::int32_t most, std::int32_t* lengths, void* stream) {
+                        const RowLengths& lengths, void* stream) {
   launch_kernel("lengths", row_lengths_kernel<Source>, dim3(blocks_for(queries * kWarpThreads)),
-                kThreads, 0, stream, keys, queries, columns, most, lengths);
+                kThreads, 0, stream, keys, queries, columns, lengths);
 }
 
 template <class Source>
@@ -79,9 +80,9 @@ void launch_positions(const Source& keys, std::int64_t queries, const Columns& c
 }
 
 template void launch_row_lengths(const DeviceRaggedSource&, std::int64_t, const Columns&,
-                                 std::int32_t, std::int32_t*, void*);
+                                 const RowLengths&, void*);
 template void launch_row_lengths(const DevicePagedSource&, std::int64_t, const Columns&,
-                                 std::int32_t, std::int32_t*, void*);
+                                 const RowLengths&, void*);
 template void launch_positions(const DeviceRaggedSource&, std::int64_t, const Columns&,
                                std::int32_t*, std::int32_t, std::int64_t, void*);
 template void launch_positions(const DevicePagedSource&, std::int64_t, const Columns&,

@@ -7,10 +7,16 @@
 
 namespace misa::cuda::score {
 
-// lengths[t]: how many columns stand for positions that query t sees, at most `most`.
+// Where it is written how long the rows of scores are, [T] each or null.
+struct RowLengths {
+  std::int32_t* all;         // how many columns stand for positions that query t sees
+  std::int32_t* candidates;  // the same, at most `keep`
+  std::int32_t keep;
+};
+
 template <class Source>
 void launch_row_lengths(const Source& keys, std::int64_t queries, const Columns& columns,
-                        std::int32_t most, std::int32_t* lengths, void* stream);
+                        const RowLengths& lengths, void* stream);
 
 // Replaces the columns in selected [T, width], padded with -1, by their positions. Its rows are
 // `stride` elements apart. Positions ascend with columns, so ordered entries stay ordered.

@@ -100,16 +100,17 @@ void launch_slices(const PagedArguments& arguments, int num_sms, void* stream) {
 }  // namespace
 
 void launch_paged(const ProblemOf<DevicePagedSource>& problem, const ActiveRows& rows,
-                  std::int32_t unscored, const Scores& scores, int num_sms, void* stream) {
-  if (problem.q.tokens == 0 || problem.k.pages == 0) {
+                  std::int32_t unscored, const Scores& scores, const RowLengths& lengths,
+                  int num_sms, void* stream) {
+  if (!any_keys(problem, lengths, stream)) {
     return;
   }
   const bool packed = rows.count() <= kLaneColumns;
   const bool residual = rows.residual != nullptr;
   const std::int64_t most = packed ? 8 : 4;
-  const PagedArguments arguments{problem, rows, unscored,
-                                 static_cast<std::int32_t>(std::min(most_queries(problem), most)),
-                                 scores};
+  const PagedArguments arguments{
+      problem, rows,   unscored, static_cast<std::int32_t>(std::min(most_queries(problem), most)),
+      scores,  lengths};
   if (packed && residual) {
     launch_slices<true, true>(arguments, num_sms, stream);
   } else if (packed) {

@@ -4,7 +4,7 @@
 // consecutive tiles of the sequence of all groups' tiles, so it ends one group and starts others.
 //
 //  1. Each thread counts the tiles of some groups. A scan over these counts tells the thread block
-//     where its tiles begin.
+//     where its tiles begin. The first thread block writes how long the rows are.
 //  2. The producer warps, one for each warpgroup, look the pages of tiles up in the block table, 32
 //     tiles at a time, and fetch their keys and scales by TMA. With each tile they tell the
 //     warpgroups whose it is, so that these cannot disagree about the work even if the lengths in
@@ -32,6 +32,7 @@
 #include "cuda/ptx/registers.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/warp.cuh"
+#include "score/row_lengths.cuh"
 #include "score/sm90_paged.hpp"
 #include "score/sm90_paged_work.cuh"
 
@@ -375,6 +376,11 @@ __global__ void __launch_bounds__(kPagedThreads, 1)
   }
   Spec::Keys::prepare(shared.constants);
   begin_kernel();
+  if (blockIdx.x == 0) {
+    for (std::int64_t t = threadIdx.x; t < arguments.problem.q.tokens; t += kPagedThreads) {
+      write_length(arguments.lengths, t, visible(arguments.problem.k, t).length);
+    }
+  }
   const Work work = find_work<typename Spec::Keys>(arguments, shared);
   if (work.tiles <= 0) {
     return;
@@ -396,6 +402,14 @@ void launch(const typename Spec::Keys::Source& source, const PagedArguments& arg
             void* stream) {
   launch_kernel("paged scores", paged_kernel<Spec>, dim3(static_cast<unsigned>(num_sms)),
                 kPagedThreads, sizeof(typename Spec::Shared), stream, source, arguments);
+}
+
+// Whether there is anything to score. If not, the rows have no length.
+inline bool any_keys(const PagedProblem& problem, const RowLengths& lengths, void* stream) {
+  if (problem.q.tokens > 0 && problem.k.pages == 0) {
+    launch_row_lengths(problem.k, problem.q.tokens, Columns{nullptr, 0, 1}, lengths, stream);
+  }
+  return problem.q.tokens > 0 && problem.k.pages > 0;
 }
 
 // How many queries a sequence may have, as far as the host knows.

@@ -12,6 +12,7 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/warp.cuh"
+#include "score/columns.hpp"
 #include "score/sm90_fp8.hpp"
 #include "score/sm90_paged_config.cuh"
 
@@ -25,6 +26,7 @@ struct PagedArguments {
   std::int32_t unscored;
   std::int32_t group_queries;  // at most Spec::queries
   Scores scores;
+  RowLengths lengths;
 };
 
 // A format of keys, `Keys`, says what a tile holds and how it is multiplied:

@@ -203,12 +203,13 @@ void launch_sketch(const SketchSource& source, PagedArguments arguments, int num
 
 void launch_paged_sketch(const ProblemOf<DevicePagedSource>& problem, int sketch,
                          const SketchOperands& operands, std::int32_t unscored,
-                         const Scores& scores, int num_sms, void* stream) {
-  if (problem.q.tokens == 0 || problem.k.pages == 0) {
+                         const Scores& scores, const RowLengths& lengths, int num_sms,
+                         void* stream) {
+  if (!any_keys(problem, lengths, stream)) {
     return;
   }
-  const PagedArguments arguments{rows_problem(problem, operands), rows_of(operands), unscored, 1,
-                                 scores};
+  const PagedArguments arguments{
+      rows_problem(problem, operands), rows_of(operands), unscored, 1, scores, lengths};
   const SketchSource source{problem.k.sketch, problem.k.sketch_stride};
   if (is_rotated(sketch)) {
     launch_sketch<TwoBitKeys>(source, arguments, num_sms, stream);

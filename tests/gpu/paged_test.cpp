@@ -650,6 +650,33 @@ TEST_P(DevicePagedPlan, SmokeLengthsByRow) {
   }
 }
 
+// A block table with a row for each query is read as one row for each sequence (docs/decode.md), by
+// a stride over the others, so that the queries of a sequence share their reads.
+TEST_P(DevicePagedPlan, SmokeATableRowForEachQuery) {
+  constexpr std::int64_t kNextN = 4;
+  const Inputs inputs(batch_of({700, 0, 64, 1300}, kNextN), {64, 1, 2, 7}, {6, 128});
+  const std::vector<std::int32_t>& rows = inputs.block_table();
+  std::vector<std::int32_t> flat;
+  for (std::int64_t b = 0; b < inputs.batch().sequences(); ++b) {
+    for (std::int64_t i = 0; i < kNextN; ++i) {
+      const auto row = rows.begin() + b * inputs.max_pages();
+      flat.insert(flat.end(), row, row + inputs.max_pages());
+    }
+  }
+  const Guarded<std::int32_t> table{std::span<const std::int32_t>(flat)};
+  for (const NamedConfig& named : configs()) {
+    if (lacks_sketch(inputs, named.config)) {
+      continue;
+    }
+    Call call(inputs, named.config);
+    call.keys().block_table = table.data();
+    call.keys().block_table_stride = kNextN * inputs.max_pages();
+    EXPECT_TRUE(
+        same_bits(call.run(plan(named.config, inputs)), inputs.expected(context(), named.config)))
+        << named.name;
+  }
+}
+
 // Rows of more columns than the registers of one thread block hold.
 TEST_P(DevicePagedPlan, LongRows) {
   std::vector<NamedConfig> all = configs();
