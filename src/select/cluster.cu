@@ -39,14 +39,12 @@ constexpr std::uint32_t kLeastPart = 8192;
 constexpr int kMaxCluster = 16;
 static_assert(kLeastShared / kLeastPart > 1 && kLeastShared > kMaxTopK + kRowCandidates);
 
-// Of a longer row a thread samples more vectors. Devices before compute capability 9.0 have no
-// clusters, and so no use for what is marked as unused.
-[[maybe_unused]] constexpr std::uint32_t kLeastManySamples = 1U << 18;
-[[maybe_unused]] constexpr int kManySampleVectors = 8;
-
 // How many scores the threshold should let through: more than k by five standard deviations of what
 // the sample says. If `length` scores lie `weight` apart in the sample, `count` of them have a
 // standard deviation of sqrt(count * weight). Where that is more than fits, midway.
+//
+// Devices before compute capability 9.0 have no clusters, and so no use for what is marked as
+// unused.
 [[maybe_unused]] __device__ inline std::uint32_t target_of(const RowPlan& plan,
                                                            std::uint32_t length, int sampled) {
   const float weight = static_cast<float>(length) / static_cast<float>(sampled);

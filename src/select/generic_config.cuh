@@ -70,6 +70,11 @@ template <int vectors>
 inline constexpr int kSampled = kThreads* vectors * 4;
 inline constexpr int kSample = kSampled<kSampleVectors>;
 
+// Of 1M positions that sample would mislead for one row in a hundred, which then takes 2 ms on an
+// H200. Rows from 256K on have a larger one.
+inline constexpr std::uint32_t kLeastManySamples = 1U << 18;
+inline constexpr int kManySampleVectors = 8;
+
 // The sizes that determine the layout of a thread block's shared memory.
 struct RowPlan {
   std::uint32_t top_k;

@@ -327,7 +327,9 @@ __device__ inline void select_row(std::byte* bytes, const RowPlan& plan, const f
     }
     Vectors first;
     first.load(row, 0, row.vectors);
-    threshold = sample_threshold(shared, plan, row);  // has barriers
+    threshold = length < kLeastManySamples  // has barriers
+                    ? sample_threshold(shared, plan, row)
+                    : sample_threshold<kManySampleVectors>(shared, plan, row);
     stream(shared, memory.candidates, plan.capacity, threshold, row, 0, row.vectors, first);
     append_edges(shared, memory.candidates, plan.capacity, threshold, row, true, true);
     __syncthreads();
