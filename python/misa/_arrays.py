@@ -51,7 +51,9 @@ def require_one_framework(arrays: Mapping[str, Array]) -> None:
     (first, like), *others = arrays.items()
     expected = _framework(checked(first, like))
     for name, array in others:
-        if array is not None and _framework(array) != expected:
+        if array is None or type(array) is type(like):
+            continue
+        if _framework(array) != expected:
             raise ValueError(
                 f"{name}: expected an array of {expected} as {first} is, got {_type_name(array)}"
             )
@@ -78,7 +80,7 @@ def checked(name: str, array: Array) -> Array:
 def to_numpy(name: str, array: Array) -> np.ndarray:
     """The array in host memory, copied if it is elsewhere; PyTorch's e4m3 as its bits. Raises
     ValueError if it is not an array or its elements cannot be read."""
-    array = checked(name, readable(name, array))
+    array = _resolved(name, checked(name, array))
     if not is_torch(array):
         return np.asarray(array)
     import torch
@@ -102,8 +104,7 @@ def host_array(name: str, array: Array, dtypes: tuple[str, ...], layout: str) ->
 
 def _bits(array: Array) -> Array:
     if is_torch(array):
-        import torch
-
+        torch = sys.modules["torch"]
         is_e4m3 = array.dtype == torch.float8_e4m3fn and array.layout == torch.strided
         return array.view(torch.uint8) if is_e4m3 else array
     name = str(getattr(array, "dtype", ""))
@@ -120,23 +121,50 @@ def _unmasked(name: str, array: Array) -> Array:
     return array
 
 
+def _resolved(name: str, array: Array) -> Array:
+    if is_torch(array):
+        if array.is_neg():  # neither protocol can describe a lazy negation
+            array = array.detach().resolve_neg()
+    else:
+        array = _unmasked(name, array)
+    return _bits(array) if name in ("q", "k") else array
+
+
+def _exported(array: Array) -> Array:
+    # A tensor's own __dlpack__ is Python code and takes ten times as long. What PyTorch cannot
+    # export stays a tensor, which the compiled module refuses by its name.
+    try:
+        return sys.modules["torch"].utils.dlpack.to_dlpack(array)
+    except (BufferError, RuntimeError):
+        return array
+
+
 def readable(name: str, array: Array) -> Array:
     """An input in a form that DLPack and the buffer protocol can describe: q and k in e4m3 become
-    uint8, NumPy's bf16 becomes uint16. None stays None."""
-    if is_torch(array):
-        array = array.detach().resolve_neg()  # neither protocol can describe a lazy negation
-    array = _unmasked(name, array)
-    return _bits(array) if name in ("q", "k") else array
+    uint8, NumPy's bf16 becomes uint16, a tensor a DLPack capsule. None stays None."""
+    if array is None:
+        return None
+    array = _resolved(name, array)
+    return _exported(array) if is_torch(array) else array
+
+
+def require_writable(name: str, array: Array) -> Array:
+    """Returns the array; raises ValueError if a call cannot write it."""
+    if not is_torch(array):
+        return _unmasked(name, array)
+    if array.is_neg():
+        raise ValueError(f"{name}: expected a writable tensor, got a negated view")
+    if array.requires_grad:
+        raise ValueError(f"{name}: expected a writable tensor, got one that requires gradients")
+    return array
 
 
 def writable(name: str, array: Array) -> Array:
     """An output in a form that DLPack and the buffer protocol can describe; None stays None."""
-    if is_torch(array):
-        if array.is_neg():
-            raise ValueError(f"{name}: expected a writable tensor, got a negated view")
-        if array.requires_grad:
-            raise ValueError(f"{name}: expected a writable tensor, got one that requires gradients")
-    return _unmasked(name, array)
+    if array is None:
+        return None
+    array = require_writable(name, array)
+    return _exported(array) if is_torch(array) else array
 
 
 def cuda_device(name: str, array: Array) -> int | None:

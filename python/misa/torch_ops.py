@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _api
-from ._arrays import writable
+from ._arrays import require_writable
 from ._call import (
     Selected,
     checked_config,
@@ -407,7 +407,7 @@ def _checked_outputs(out: Selected) -> tuple:
     require_tensors(named, Selected._fields[1:])
     if not torch.compiler.is_compiling():
         for name, tensor in named.items():
-            writable(name, tensor)
+            require_writable(name, tensor)
     return tuple(out)
 
 

@@ -24,6 +24,11 @@ std::string name_of(nb::dlpack::dtype dtype) {
     case Code::Bfloat: kind = "bfloat"; break;
     case Code::Complex: kind = "complex"; break;
     case Code::Bool: return "bool";
+    case Code::Float8_E4M3FN: return "float8_e4m3fn";
+    case Code::Float8_E4M3FNUZ: return "float8_e4m3fnuz";
+    case Code::Float8_E5M2: return "float8_e5m2";
+    case Code::Float8_E5M2FNUZ: return "float8_e5m2fnuz";
+    case Code::Float8_E8M0FNU: return "float8_e8m0fnu";
     default: return fmt::format("a dtype of DLPack code {}", dtype.code);
   }
   return kind + std::to_string(dtype.bits);
