@@ -17,19 +17,20 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "commands.hpp"
 #include "core/recipe.hpp"
 #include "cpu/kernels.hpp"
 #include "indexers/backend.hpp"
-#include "metrics.hpp"
 #include "misa/error.hpp"
 #include "options.hpp"
 #include "progress.hpp"
 #include "step.hpp"
 #include "streams.hpp"
 #include "table.hpp"
+#include "timing.hpp"
 #include "variant.hpp"
 
 namespace misa::cli {
@@ -132,24 +133,14 @@ struct Result {
   Cost cost;  // per query
 };
 
-Result measure_variant(const Context& context, const Variant& variant, const StepInputs& inputs,
-                       int runs) {
-  Result result{variant,
-                {},
-                time_step(context, variant.config, inputs, runs).step,
-                mean_cost(variant.config, inputs)};
-  if (variant.config.sketch != 0) {
-    return result;  // a sketch is only ever followed by a re-rank
-  }
-  result.first_stage = variant.config.candidates > 0
-                           ? time_step(context, first_stage(variant.config), inputs, runs).step
-                           : result.step;
-  return result;
+// Whether the first stage is timed by itself: a sketch is only ever followed by a re-rank.
+bool has_first_stage(const IndexerConfig& config) {
+  return config.candidates > 0 && config.sketch == 0;
 }
 
-// Times selection alone: the top_k of random scores, one query per thread, offered one page at a
-// time, as scoring offers them. std::nullopt for a backend without a selector.
-std::optional<Timing> time_selection(const Context& context, const Options& options) {
+// Selection alone: the top_k of random scores, one query per thread, offered one page at a time, as
+// scoring offers them. std::nullopt for a backend without a selector.
+std::optional<Contender> selection_alone(const Context& context, const Options& options) {
   const auto tables = cpu::kernels();
   const auto table = std::find_if(tables.begin(), tables.end(), [&](const cpu::Kernels* kernels) {
     return kernels->name == context.backend();
@@ -157,33 +148,82 @@ std::optional<Timing> time_selection(const Context& context, const Options& opti
   if (table == tables.end()) {
     return std::nullopt;
   }
-  const cpu::Kernels& kernels = **table;
-  std::vector<float> scores(static_cast<std::size_t>(options.keys + kPageSize));
+  // As in the CPU backends: room for twice the entries that are kept.
+  using Entries = std::vector<std::uint64_t>;
+  struct State {
+    std::vector<float> scores;
+    std::vector<std::uint32_t> positions;
+    std::vector<Entries> entries;
+    std::vector<Entries> scratch;
+  };
+  const auto state = std::make_shared<State>();
+  state->scores.resize(static_cast<std::size_t>(options.keys + kPageSize));
   std::mt19937_64 random(1);
   std::normal_distribution<float> normal;
-  std::generate(scores.begin(), scores.end(), [&] { return normal(random); });
-  std::vector<std::uint32_t> positions(scores.size());
-  std::iota(positions.begin(), positions.end(), 0U);
-
-  // As in the CPU backends: room for twice the entries that are kept.
+  std::generate(state->scores.begin(), state->scores.end(), [&] { return normal(random); });
+  state->positions.resize(state->scores.size());
+  std::iota(state->positions.begin(), state->positions.end(), 0U);
   const std::int64_t capacity = 2 * std::int64_t{options.top_k} + 2 * cpu::kSelectorSlack;
-  using Entries = std::vector<std::uint64_t>;
   const Threads& threads = context.state().threads;
-  const auto count = static_cast<std::size_t>(threads.count());
-  std::vector<Entries> entries(count, Entries(static_cast<std::size_t>(capacity)));
-  std::vector<Entries> scratch = entries;
-  return measure(options.runs, [&] {
+  state->entries.assign(static_cast<std::size_t>(threads.count()),
+                        Entries(static_cast<std::size_t>(capacity)));
+  state->scratch = state->entries;
+  return [state, capacity, &threads, &options, &kernels = **table] {
     threads.for_each(options.queries, [&](std::int64_t, int thread) {
       const auto worker = static_cast<std::size_t>(thread);
-      cpu::Selector selector{entries[worker].data(), 0, capacity, options.top_k, 0};
+      cpu::Selector selector{state->entries[worker].data(), 0, capacity, options.top_k, 0};
       for (std::int64_t s = 0; s < options.keys; s += kPageSize) {
         const auto valid = static_cast<int>(std::min<std::int64_t>(kPageSize, options.keys - s));
-        kernels.offer(&scores[static_cast<std::size_t>(s)], &positions[static_cast<std::size_t>(s)],
-                      valid, selector, scratch[worker].data());
+        kernels.offer(&state->scores[static_cast<std::size_t>(s)],
+                      &state->positions[static_cast<std::size_t>(s)], valid, selector,
+                      state->scratch[worker].data());
       }
-      kernels.compact(selector, scratch[worker].data());
+      kernels.compact(selector, state->scratch[worker].data());
     });
-  });
+  };
+}
+
+struct Measured {
+  std::vector<Result> results;
+  std::optional<Timing> selection;  // alone
+  std::optional<double> waited;     // Timings::waited
+};
+
+// Times all variants, their first stages and selection alone, in turn.
+Measured measure_all(const Context& context, const std::vector<Variant>& variants,
+                     const StepInputs& inputs, const Options& options) {
+  Measured measured;
+  TimedSteps steps(context);
+  for (const Variant& variant : variants) {
+    about(variant, [&] {
+      steps.add(variant.config, inputs);
+      if (has_first_stage(variant.config)) {
+        steps.add(first_stage(variant.config), inputs);
+      }
+    });
+  }
+  std::vector<Contender> contenders = steps.contenders();
+  const std::optional<Contender> selection = selection_alone(context, options);
+  if (selection) {
+    contenders.push_back(*selection);
+  }
+  Progress progress("measuring", std::ssize(contenders) * (1 + std::int64_t{options.runs}));
+  const Timings timings = measure(options.runs, contenders, [&] { progress.add(1); });
+  auto timing = timings.of.begin();
+  for (const Variant& variant : variants) {
+    Result result{variant, {}, *timing++, mean_cost(variant.config, inputs)};
+    if (has_first_stage(variant.config)) {
+      result.first_stage = *timing++;
+    } else if (variant.config.sketch == 0) {
+      result.first_stage = result.step;
+    }
+    measured.results.push_back(std::move(result));
+  }
+  if (selection) {
+    measured.selection = *timing;
+  }
+  measured.waited = timings.waited;
+  return measured;
 }
 
 double giga_flops(const Result& result, const Options& options) {
@@ -192,18 +232,20 @@ double giga_flops(const Result& result, const Options& options) {
 }
 
 nlohmann::ordered_json to_json(const Timing& timing) {
-  return {{"median", timing.median}, {"fastest", timing.fastest}, {"slowest", timing.slowest}};
+  return {{"median", timing.median},
+          {"fastest", timing.fastest},
+          {"slowest", timing.slowest},
+          {"spread", timing.spread}};
 }
 
 nlohmann::ordered_json to_json(const std::optional<Timing>& timing) {
   return timing ? to_json(*timing) : nlohmann::ordered_json();
 }
 
-nlohmann::ordered_json to_json(const std::vector<Result>& results,
-                               const std::optional<Timing>& selection, const Context& context,
+nlohmann::ordered_json to_json(const Measured& measured, const Context& context,
                                const Options& options) {
   nlohmann::ordered_json indexers = nlohmann::ordered_json::array();
-  for (const Result& result : results) {
+  for (const Result& result : measured.results) {
     indexers.push_back({{"name", result.variant.name},
                         {"label", result.variant.label},
                         {"seconds_first_stage", to_json(result.first_stage)},
@@ -211,26 +253,34 @@ nlohmann::ordered_json to_json(const std::vector<Result>& results,
                         {"keys_x_heads", result.cost.dots},
                         {"gflops", giga_flops(result, options)}});
   }
-  return {{"backend", context.backend()},   {"threads", context.threads()},
-          {"runs", options.runs},           {"queries", options.queries},
-          {"heads", options.heads},         {"dim", options.dim},
-          {"keys", options.keys},           {"top_k", options.top_k},
-          {"dtype", options.dtype},         {"seconds_selection", to_json(selection)},
+  return {{"backend", context.backend()},
+          {"threads", context.threads()},
+          {"runs", options.runs},
+          {"queries", options.queries},
+          {"heads", options.heads},
+          {"dim", options.dim},
+          {"keys", options.keys},
+          {"top_k", options.top_k},
+          {"dtype", options.dtype},
+          {"seconds_selection", to_json(measured.selection)},
+          {"waited_for_processor",
+           measured.waited ? nlohmann::ordered_json(*measured.waited) : nlohmann::ordered_json()},
           {"indexers", std::move(indexers)}};
 }
 
-std::string to_text(const std::vector<Result>& results, const std::optional<Timing>& selection,
-                    const Context& context, const Options& options) {
+std::string to_text(const Measured& measured, const Context& context, const Options& options) {
+  const auto& [results, selection, waited] = measured;
   const auto dense = std::find_if(results.begin(), results.end(),
                                   [](const Result& r) { return r.variant.name == "dsa"; });
   std::vector<Cells> rows{
-      {"", "first stage", "whole step", "fastest", "slowest", "a query", "", "speed"},
-      {"indexer", "ms", "ms", "ms", "ms", "µs", "GFLOP/s", "vs DSA"}};
+      {"", "first stage", "whole step", "", "fastest", "slowest", "a query", "", "speed"},
+      {"indexer", "ms", "ms", "±", "ms", "ms", "µs", "GFLOP/s", "vs DSA"}};
   for (const Result& result : results) {
     const auto millis = [](double seconds) { return fmt::format("{:.2f}", 1e3 * seconds); };
     rows.push_back(
         {result.variant.label, result.first_stage ? millis(result.first_stage->median) : "–",
-         millis(result.step.median), millis(result.step.fastest), millis(result.step.slowest),
+         millis(result.step.median), millis(result.step.spread), millis(result.step.fastest),
+         millis(result.step.slowest),
          fmt::format("{:.1f}", 1e6 * result.step.median / static_cast<double>(options.queries)),
          fmt::format("{:.0f}", giga_flops(result, options)),
          dense == results.end() ? "–"
@@ -238,7 +288,7 @@ std::string to_text(const std::vector<Result>& results, const std::optional<Timi
   }
   std::string text = fmt::format(
       "{} queries · {} keys · {} heads × {} · {} · top {}\n{}, threads: {} · medians of {} "
-      "runs\n\n{}",
+      "runs, ± half the distance between the quartiles\n\n{}",
       options.queries, options.keys, options.heads, options.dim, options.dtype, options.top_k,
       context.backend(), context.threads(), options.runs, aligned(rows));
   if (selection) {
@@ -261,23 +311,12 @@ void run(const Options& options) {
   }
   const Context context = make_context(options.run);
   const RandomStep step(options);
-  std::vector<Result> results;
-  std::optional<Timing> selection;
-  {
-    Progress progress("measuring", std::ssize(variants) + 1);
-    selection = time_selection(context, options);
-    progress.add(1);
-    for (const Variant& variant : variants) {
-      about(variant, [&] {
-        results.push_back(measure_variant(context, variant, step.inputs(), options.runs));
-      });
-      progress.add(1);
-    }
-  }
+  const Measured measured = measure_all(context, variants, step.inputs(), options);
+  warn_if_busy(measured.waited);
   if (options.json) {
-    print_json(to_json(results, selection, context, options));
+    print_json(to_json(measured, context, options));
   } else {
-    write_out(to_text(results, selection, context, options));
+    write_out(to_text(measured, context, options));
   }
 }
 

@@ -4,6 +4,8 @@
 
 #include <CLI/App.hpp>
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <fstream>
 #include <memory>
@@ -22,6 +24,7 @@
 #include "report.hpp"
 #include "step.hpp"
 #include "streams.hpp"
+#include "timing.hpp"
 #include "trace.hpp"
 #include "variant.hpp"
 
@@ -177,37 +180,59 @@ std::vector<HeadUse> head_use(const Context& context, const StepInputs& inputs, 
   return use;
 }
 
-// Seconds per query over prefixes of 1/8, 1/4, 1/2 and all of the context.
-Curve time_by_keys(const Context& context, const StepInputs& inputs, const Variant& variant,
-                   int runs) {
+Timing divided(const Timing& timing, double by) {
+  return {timing.median / by, timing.fastest / by, timing.slowest / by, timing.spread / by,
+          timing.runs};
+}
+
+// The times of all variants, in turn, and what their workspaces take.
+struct VariantTimings {
+  Timings timings;  // seconds per query
+  std::vector<std::size_t> workspace_bytes;
+};
+
+VariantTimings time_variants(const Context& context, const std::vector<Variant>& variants,
+                             const StepInputs& inputs, int runs, Progress& progress) {
+  TimedSteps steps(context);
+  for (const Variant& variant : variants) {
+    about(variant, [&] { steps.add(variant.config, inputs); });
+  }
+  VariantTimings result{measure(runs, steps.contenders(), [&] { progress.add(1); }), {}};
+  for (std::size_t i = 0; i < variants.size(); ++i) {
+    result.timings.of[i] = divided(result.timings.of[i], static_cast<double>(inputs.q.tokens));
+    result.workspace_bytes.push_back(steps.workspace_bytes(i));
+  }
+  return result;
+}
+
+// Parts of the context for which the page has times beside those of the whole.
+constexpr std::array<std::int64_t, 3> kPrefixes{8, 4, 2};
+
+// Seconds per query over prefixes of 1/8, 1/4, 1/2 of the context, and all of it, for which the
+// table's times are taken.
+std::vector<Curve> time_by_keys(const Context& context, const StepInputs& inputs,
+                                const std::vector<Variant>& variants, int runs, TraceResult& result,
+                                Progress& progress) {
   const std::int64_t longest = inputs.shape().max_keys;
-  Curve curve{variant.label, {}};
-  for (const std::int64_t divisor : {8, 4, 2, 1}) {
+  std::vector<Curve> curves;
+  for (const Variant& variant : variants) {
+    curves.push_back({variant.label, {}});
+  }
+  for (const std::int64_t divisor : kPrefixes) {
     if (const std::int64_t keys = longest / divisor; keys > 0) {
       const Prefix prefix(inputs, keys);
-      const Timing step = time_step(context, variant.config, prefix.inputs(), runs).step;
-      curve.points.push_back(
-          {static_cast<double>(keys), step.median / static_cast<double>(inputs.q.tokens)});
+      const Timings timings =
+          time_variants(context, variants, prefix.inputs(), runs, progress).timings;
+      result.waited = more_waiting(result.waited, timings.waited);
+      for (std::size_t i = 0; i < variants.size(); ++i) {
+        curves[i].points.push_back({static_cast<double>(keys), timings.of[i].median});
+      }
     }
   }
-  return curve;
-}
-
-Timing divided(const Timing& timing, double by) {
-  return {timing.median / by, timing.fastest / by, timing.slowest / by, timing.runs};
-}
-
-IndexerResult compare_indexer(const Context& context, const StepInputs& inputs,
-                              const Evaluator& evaluator, const Variant& variant, int runs) {
-  const Selected selected = select(context, variant.config, inputs);
-  const StepTiming timing = time_step(context, variant.config, inputs, runs);
-  return {variant.name,
-          variant.label,
-          evaluator.recall_of(selected),
-          evaluator.attention_of(selected),
-          divided(timing.step, static_cast<double>(inputs.q.tokens)),
-          mean_cost(variant.config, inputs),
-          timing.workspace_bytes};
+  for (std::size_t i = 0; i < variants.size(); ++i) {
+    curves[i].points.push_back({static_cast<double>(longest), result.indexers[i].query.median});
+  }
+  return curves;
 }
 
 TraceResult compare_trace(const Context& context, const std::string& file,
@@ -235,9 +260,21 @@ TraceResult compare_trace(const Context& context, const std::string& file,
   result.attention_bound = evaluator.attention_bound();
   for (const Variant& variant : variants) {
     about(variant, [&] {
-      result.indexers.push_back(compare_indexer(context, inputs, evaluator, variant, options.runs));
+      const Selected selected = select(context, variant.config, inputs);
+      result.indexers.push_back({variant.name,
+                                 variant.label,
+                                 evaluator.recall_of(selected),
+                                 evaluator.attention_of(selected),
+                                 {},
+                                 mean_cost(variant.config, inputs)});
     });
     progress.add(1);
+  }
+  const VariantTimings timings = time_variants(context, variants, inputs, options.runs, progress);
+  result.waited = timings.timings.waited;
+  for (std::size_t i = 0; i < variants.size(); ++i) {
+    result.indexers[i].query = timings.timings.of[i];
+    result.indexers[i].workspace_bytes = timings.workspace_bytes[i];
   }
   if (!options.html.empty() && evaluator.rows() > 0) {
     const int heads = static_cast<int>(std::min(kHeadUseHeads, inputs.q.heads));
@@ -245,10 +282,8 @@ TraceResult compare_trace(const Context& context, const std::string& file,
                      head_use(context, inputs, heads, options.top_k),
                      recall_by_heads(context, inputs, evaluator, options.top_k),
                      {}};
-    for (const Variant& variant : variants) {
-      result.sweeps->time_by_keys.push_back(time_by_keys(context, inputs, variant, options.runs));
-      progress.add(1);
-    }
+    result.sweeps->time_by_keys =
+        time_by_keys(context, inputs, variants, options.runs, result, progress);
   }
   return result;
 }
@@ -279,13 +314,21 @@ Comparison compare(const Options& options) {
     variants.push_back(parse_variant(text, options.top_k));
   }
   const Context context = make_context(options.run);
-  Comparison comparison{
-      std::string(version()), processor(),  context.backend(), isa_of(context.backend()),
-      context.threads(),      options.runs, options.top_k,     {}};
-  const auto stages = std::ssize(variants) * (options.html.empty() ? 1 : 2);
-  Progress progress("comparing", std::ssize(options.files) * stages);
+  Comparison comparison{std::string(version()),
+                        processor(),
+                        context.backend(),
+                        isa_of(context.backend()),
+                        context.threads(),
+                        options.runs,
+                        options.top_k,
+                        {},
+                        {}};
+  const std::int64_t timed = options.html.empty() ? 1 : 1 + std::ssize(kPrefixes);
+  const std::int64_t runs = std::ssize(variants) * (1 + timed * (1 + std::int64_t{options.runs}));
+  Progress progress("comparing", std::ssize(options.files) * runs);
   for (const std::string& file : options.files) {
     comparison.traces.push_back(compare_trace(context, file, variants, options, progress));
+    comparison.waited = more_waiting(comparison.waited, comparison.traces.back().waited);
   }
   return comparison;
 }
@@ -297,6 +340,7 @@ void run(const Options& options) {
     page.emplace(options.html);
   }
   const Comparison comparison = compare(options);
+  warn_if_busy(comparison.waited);
   if (page) {
     const std::string html = to_html(comparison);
     page->write_at(0, std::as_bytes(std::span(html)));

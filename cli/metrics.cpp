@@ -2,7 +2,6 @@
 #include "metrics.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <functional>
 #include <iterator>
@@ -63,18 +62,6 @@ double mean(std::span<const double> values) {
 
 Summary summarize(const std::vector<double>& values) {
   return {mean(values), quantile(values, 0.05), quantile(values, 0)};
-}
-
-Timing measure(int runs, const std::function<void()>& run) {
-  run();
-  std::vector<double> seconds;
-  for (int i = 0; i < runs; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    run();
-    seconds.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  return {quantile(seconds, 0.5), quantile(seconds, 0), quantile(seconds, 1), runs};
 }
 
 }  // namespace misa::cli

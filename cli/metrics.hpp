@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quality and cost of a selection: recall, attention mass and time.
+// Quality of a selection: recall and attention mass.
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <vector>
 
@@ -32,16 +31,5 @@ struct Summary {
 Summary summarize(const std::vector<double>& values);
 
 double mean(std::span<const double> values);
-
-// Seconds per run.
-struct Timing {
-  double median = 0;
-  double fastest = 0;
-  double slowest = 0;
-  int runs = 0;
-};
-
-// Times `runs` runs after an untimed one, which touches the memory for the first time.
-Timing measure(int runs, const std::function<void()>& run);
 
 }  // namespace misa::cli

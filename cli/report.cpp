@@ -48,7 +48,8 @@ json to_json(const IndexerResult& result) {
            {"seconds_per_query",
             {{"median", result.query.median},
              {"fastest", result.query.fastest},
-             {"slowest", result.query.slowest}}},
+             {"slowest", result.query.slowest},
+             {"spread", result.query.spread}}},
            {"keys_x_heads", result.cost.dots},
            {"bytes_read", result.cost.bytes},
            {"workspace_bytes", result.workspace_bytes}};
@@ -81,6 +82,8 @@ json to_json(const TraceResult& trace) {
           {"sweeps", trace.sweeps ? to_json(*trace.sweeps) : json()}};
 }
 
+json share_of(std::optional<double> share) { return share ? json(*share) : json(); }
+
 std::string percent(double share) { return fmt::format("{:.1f} %", 100 * share); }
 
 std::string grouped(double value) {
@@ -109,6 +112,7 @@ Cells cells_of(const IndexerResult& result, const IndexerResult* dense, bool att
     add(result.attention.has_value(), kept.of_dsa);
   }
   cells.push_back(fmt::format("{:.1f}", 1e6 * result.query.median));
+  cells.push_back(fmt::format("{:.1f}", 1e6 * result.query.spread));
   cells.push_back(
       dense != nullptr ? fmt::format("{:.1f}×", dense->query.median / result.query.median) : "–");
   cells.push_back(grouped(result.cost.dots));
@@ -129,8 +133,8 @@ std::string to_text(const TraceResult& trace, int top_k) {
     above.insert(above.end(), {"attention", "attention"});
     below.insert(below.end(), {"kept", "of DSA's"});
   }
-  above.insert(above.end(), {"µs", "speed", "keys × heads", "bytes read", ""});
-  below.insert(below.end(), {"a query", "vs DSA", "a query", "a query", "workspace"});
+  above.insert(above.end(), {"µs", "", "speed", "keys × heads", "bytes read", ""});
+  below.insert(below.end(), {"a query", "±", "vs DSA", "a query", "a query", "workspace"});
   std::vector<Cells> rows{above, below};
   for (const IndexerResult& result : trace.indexers) {
     rows.push_back(cells_of(result, dense != trace.indexers.end() ? &*dense : nullptr, attention));
@@ -166,16 +170,24 @@ json to_json(const Comparison& comparison) {
   for (const TraceResult& trace : comparison.traces) {
     traces.push_back(to_json(trace));
   }
-  return {{"version", comparison.version}, {"processor", comparison.processor},
-          {"backend", comparison.backend}, {"isa", comparison.isa},
-          {"threads", comparison.threads}, {"runs", comparison.runs},
-          {"top_k", comparison.top_k},     {"traces", std::move(traces)}};
+  const std::string warning = busy_warning(comparison.waited);
+  return {{"version", comparison.version},
+          {"processor", comparison.processor},
+          {"backend", comparison.backend},
+          {"isa", comparison.isa},
+          {"threads", comparison.threads},
+          {"runs", comparison.runs},
+          {"top_k", comparison.top_k},
+          {"waited_for_processor", share_of(comparison.waited)},
+          {"warning", warning.empty() ? json() : json(warning)},
+          {"traces", std::move(traces)}};
 }
 
 std::string to_text(const Comparison& comparison) {
   std::string text = fmt::format(
       "{} · {} ({}), {} · medians of {} runs\n"
-      "Recall is the share of DSA's top {} that an indexer selects too.\n",
+      "Recall is the share of DSA's top {} that an indexer selects too; ± is half the distance "
+      "between the quartiles.\n",
       comparison.processor, comparison.backend, comparison.isa,
       comparison.threads == 1 ? "1 thread" : fmt::format("{} threads", comparison.threads),
       comparison.runs, comparison.top_k);

@@ -11,6 +11,7 @@
 
 #include "core/recipe.hpp"
 #include "metrics.hpp"
+#include "timing.hpp"
 
 namespace misa::cli {
 
@@ -62,6 +63,7 @@ struct TraceResult {
   std::int64_t long_rows = 0;             // rows of n > top_k; the others select everything
   std::optional<double> attention_bound;  // the most attention that top_k positions can hold
   std::vector<IndexerResult> indexers;
+  std::optional<double> waited;  // Timings::waited, the most of any of its measurements
   std::optional<Sweeps> sweeps;
 };
 
@@ -73,6 +75,7 @@ struct Comparison {
   int threads = 0;
   int runs = 0;
   int top_k = 0;
+  std::optional<double> waited;  // Timings::waited, the most of any trace
   std::vector<TraceResult> traces;
 };
 

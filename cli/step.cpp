@@ -2,8 +2,7 @@
 #include "step.hpp"
 
 #include <algorithm>
-
-#include "buffer.hpp"
+#include <span>
 
 namespace misa::cli {
 
@@ -51,19 +50,33 @@ Selected select(const Context& context, const IndexerConfig& config, const StepI
       inputs.k);
 }
 
-StepTiming time_step(const Context& context, const IndexerConfig& config, const StepInputs& inputs,
-                     int runs) {
-  const Plan plan(context, config, inputs.shape());
-  const Buffer workspace(plan.workspace_bytes());
-  std::vector<std::int32_t> indices(static_cast<std::size_t>(inputs.q.tokens * config.top_k));
-  const Timing step = std::visit(
-      [&](const auto& k) {
-        return measure(runs, [&] {
-          plan.run(inputs.q, inputs.w, k, {indices, {}, {}, {}}, workspace.span());
-        });
-      },
-      inputs.k);
-  return {step, plan.workspace_bytes()};
+void TimedSteps::add(const IndexerConfig& config, const StepInputs& inputs) {
+  steps_.push_back(
+      {Plan(context_, config, inputs.shape()), &inputs, inputs.q.tokens * config.top_k});
+}
+
+std::vector<Contender> TimedSteps::contenders() {
+  std::size_t bytes = 0;
+  std::int64_t indices = 0;
+  for (const Step& step : steps_) {
+    bytes = std::max(bytes, step.plan.workspace_bytes());
+    indices = std::max(indices, step.indices);
+  }
+  workspace_.emplace(bytes);
+  indices_.resize(static_cast<std::size_t>(indices));
+  std::vector<Contender> contenders;
+  for (const Step& step : steps_) {
+    contenders.emplace_back([this, &step] {
+      const auto room = std::span(indices_).first(static_cast<std::size_t>(step.indices));
+      std::visit(
+          [&](const auto& k) {
+            step.plan.run(step.inputs->q, step.inputs->w, k, {room, {}, {}, {}},
+                          workspace_->span());
+          },
+          step.inputs->k);
+    });
+  }
+  return contenders;
 }
 
 Cost mean_cost(const IndexerConfig& config, const StepInputs& inputs) {

@@ -4,12 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <variant>
 #include <vector>
 
+#include "buffer.hpp"
 #include "core/recipe.hpp"
-#include "metrics.hpp"
 #include "misa/indexer.hpp"
+#include "timing.hpp"
 
 namespace misa::cli {
 
@@ -40,14 +42,36 @@ class Prefix {
 Selected select(const Context& context, const IndexerConfig& config, const StepInputs& inputs,
                 Want want = {});
 
-struct StepTiming {
-  Timing step;  // seconds for all queries
-  std::size_t workspace_bytes;
-};
+// Steps to be timed against each other. Their plans are made once, as a server does, and they share
+// memory for a workspace and for results.
+class TimedSteps {
+ public:
+  explicit TimedSteps(const Context& context) : context_(context) {}
+  TimedSteps(const TimedSteps&) = delete;
+  TimedSteps& operator=(const TimedSteps&) = delete;
 
-// Times the step without the creation of its plan and memory, which a server does once.
-StepTiming time_step(const Context& context, const IndexerConfig& config, const StepInputs& inputs,
-                     int runs);
+  // The inputs must live as long as this.
+  void add(const IndexerConfig& config, const StepInputs& inputs);
+
+  [[nodiscard]] std::size_t workspace_bytes(std::size_t i) const {
+    return steps_[i].plan.workspace_bytes();
+  }
+
+  // One for each step, in the order in which they were added; for as long as this lives.
+  [[nodiscard]] std::vector<Contender> contenders();
+
+ private:
+  struct Step {
+    Plan plan;
+    const StepInputs* inputs;
+    std::int64_t indices;
+  };
+
+  const Context& context_;
+  std::vector<Step> steps_;
+  std::optional<Buffer> workspace_;
+  std::vector<std::int32_t> indices_;
+};
 
 // The mean cost of the step's queries.
 Cost mean_cost(const IndexerConfig& config, const StepInputs& inputs);

@@ -65,14 +65,5 @@ TEST(Summary, HoldsMeanLowQuantileAndMinimum) {
   EXPECT_DOUBLE_EQ(summary.min, 0);
 }
 
-TEST(Measure, RunsOnceMoreThanItCounts) {
-  int calls = 0;
-  const Timing timing = measure(4, [&] { ++calls; });
-  EXPECT_EQ(calls, 5);
-  EXPECT_EQ(timing.runs, 4);
-  EXPECT_LE(timing.fastest, timing.median);
-  EXPECT_LE(timing.median, timing.slowest);
-}
-
 }  // namespace
 }  // namespace misa::cli

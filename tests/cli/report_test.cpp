@@ -28,14 +28,14 @@ Comparison sample() {
                             "DSA",
                             Summary{1, 1, 1},
                             AttentionKept{0.94, 1},
-                            {5e-4, 4e-4, 6e-4, 5},
+                            {5e-4, 4e-4, 6e-4, 1e-5, 5},
                             {1048576, 4325376},
                             2500000});
   trace.indexers.push_back({"misa",
                             "MISA 8",
                             Summary{0.785, 0.7, 0.5},
                             AttentionKept{0.47, 0.5},
-                            {1e-4, 9e-5, 2e-4, 5},
+                            {1e-4, 9e-5, 2e-4, 2.5e-6, 5},
                             {132096, 4333568},
                             640});
   trace.sweeps = {
@@ -43,7 +43,7 @@ Comparison sample() {
       {{"pooled", std::vector<double>(64, 0.125)}},
       {{"MISA", {{1, 0.5}, {64, 1}}}},
       {{"DSA", {{8192, 2.5e-4}, {16384, 5e-4}}}, {"MISA 8", {{8192, 5e-5}, {16384, 1e-4}}}}};
-  return {"0.1.0", "A processor", "reference", "double precision", 2, 5, 1024, {trace}};
+  return {"0.1.0", "A processor", "reference", "double precision", 2, 5, 1024, 0.25, {trace}};
 }
 
 Comparison of_short_rows() {
@@ -84,7 +84,8 @@ TEST(ReportJson, HoldsEveryFigure) {
             (nlohmann::ordered_json{{"mean", 0.785}, {"q05", 0.7}, {"min", 0.5}}));
   EXPECT_EQ(misa.at("attention"), (nlohmann::ordered_json{{"kept", 0.47}, {"of_dsa", 0.5}}));
   EXPECT_EQ(misa.at("seconds_per_query"),
-            (nlohmann::ordered_json{{"median", 1e-4}, {"fastest", 9e-5}, {"slowest", 2e-4}}));
+            (nlohmann::ordered_json{
+                {"median", 1e-4}, {"fastest", 9e-5}, {"slowest", 2e-4}, {"spread", 2.5e-6}}));
   EXPECT_EQ(misa.at("keys_x_heads"), 132096);
   EXPECT_EQ(misa.at("bytes_read"), 4333568);
   EXPECT_EQ(misa.at("workspace_bytes"), 640);
@@ -106,12 +107,22 @@ TEST(ReportJson, IsNullWhereThereIsNothingToCompare) {
   EXPECT_TRUE(trace.at("indexers").at(0).at("attention").is_null());
 }
 
+TEST(ReportJson, WarnsOfABusyMachine) {
+  Comparison comparison = sample();
+  EXPECT_EQ(to_json(comparison).at("waited_for_processor"), 0.25);
+  EXPECT_EQ(to_json(comparison).at("warning"), busy_warning(0.25));
+  comparison.waited = 0;
+  EXPECT_TRUE(to_json(comparison).at("warning").is_null());
+  comparison.waited.reset();
+  EXPECT_TRUE(to_json(comparison).at("waited_for_processor").is_null());
+}
+
 TEST(ReportText, SaysEveryFigure) {
   const std::string text = to_text(sample());
   for (const char* figure :
        {"A processor · reference (double precision), 2 threads · medians of 5 runs",
         "share of DSA's top 1024", "16 384 keys · 64 heads × 128 · 96 queries · e4m3 keys",
-        "78.5 %", "70.0 %", "50.0 %", "47.0 %", "100.0", "5.0×", "132 096", "4.3 MB",
+        "78.5 %", "70.0 %", "50.0 %", "47.0 %", "100.0", "2.5", "5.0×", "132 096", "4.3 MB",
         "6 of the queries see 1024 keys or fewer", "hold 96.0 %"}) {
     EXPECT_THAT(text, HasSubstr(figure));
   }
