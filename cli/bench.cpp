@@ -40,16 +40,19 @@ struct Options {
   std::int64_t queries = 256;
   std::int64_t heads = 64;
   std::int64_t dim = 128;
-  std::int64_t keys = 65536;
+  std::vector<std::int64_t> keys{65536};
   int top_k = 2048;
   std::string dtype = "BF16";
   int runs = 5;
   std::vector<std::string> indexers = default_variants();
   RunOptions run;
+  std::string format = "text";
   bool json = false;
 };
 
 constexpr std::array<std::string_view, 2> kDims{"64", "128"};
+
+constexpr std::array<std::string_view, 3> kFormats{"text", "markdown", "csv"};
 
 // The names in safetensors files.
 constexpr std::array<std::string_view, 3> kDtypes{"F32", "BF16", "F8_E4M3"};
@@ -88,11 +91,10 @@ std::vector<std::byte> random_values(std::int64_t count, DType dtype, std::mt199
 // The last queries of one context of random keys; query t sees the first keys - queries + t + 1.
 class RandomStep {
  public:
-  explicit RandomStep(const Options& options) {
+  RandomStep(const Options& options, std::int64_t keys) {
     std::mt19937_64 random(1);
     std::normal_distribution<float> normal;
-    const auto [queries, heads, dim, keys] =
-        std::tuple(options.queries, options.heads, options.dim, options.keys);
+    const auto [queries, heads, dim] = std::tuple(options.queries, options.heads, options.dim);
     const DType dtype = dtype_by_name(options.dtype);
     q_ = random_values(queries * heads * dim, dtype, random);
     k_ = random_values(keys * dim, dtype, random);
@@ -140,7 +142,8 @@ bool has_first_stage(const IndexerConfig& config) {
 
 // Selection alone: the top_k of random scores, one query per thread, offered one page at a time, as
 // scoring offers them. std::nullopt for a backend without a selector.
-std::optional<Contender> selection_alone(const Context& context, const Options& options) {
+std::optional<Contender> selection_alone(const Context& context, const Options& options,
+                                         std::int64_t keys) {
   const auto tables = cpu::kernels();
   const auto table = std::find_if(tables.begin(), tables.end(), [&](const cpu::Kernels* kernels) {
     return kernels->name == context.backend();
@@ -157,7 +160,7 @@ std::optional<Contender> selection_alone(const Context& context, const Options& 
     std::vector<Entries> scratch;
   };
   const auto state = std::make_shared<State>();
-  state->scores.resize(static_cast<std::size_t>(options.keys + kPageSize));
+  state->scores.resize(static_cast<std::size_t>(keys + kPageSize));
   std::mt19937_64 random(1);
   std::normal_distribution<float> normal;
   std::generate(state->scores.begin(), state->scores.end(), [&] { return normal(random); });
@@ -168,12 +171,12 @@ std::optional<Contender> selection_alone(const Context& context, const Options& 
   state->entries.assign(static_cast<std::size_t>(threads.count()),
                         Entries(static_cast<std::size_t>(capacity)));
   state->scratch = state->entries;
-  return [state, capacity, &threads, &options, &kernels = **table] {
+  return [state, capacity, keys, &threads, &options, &kernels = **table] {
     threads.for_each(options.queries, [&](std::int64_t, int thread) {
       const auto worker = static_cast<std::size_t>(thread);
       cpu::Selector selector{state->entries[worker].data(), 0, capacity, options.top_k, 0};
-      for (std::int64_t s = 0; s < options.keys; s += kPageSize) {
-        const auto valid = static_cast<int>(std::min<std::int64_t>(kPageSize, options.keys - s));
+      for (std::int64_t s = 0; s < keys; s += kPageSize) {
+        const auto valid = static_cast<int>(std::min<std::int64_t>(kPageSize, keys - s));
         kernels.offer(&state->scores[static_cast<std::size_t>(s)],
                       &state->positions[static_cast<std::size_t>(s)], valid, selector,
                       state->scratch[worker].data());
@@ -183,7 +186,9 @@ std::optional<Contender> selection_alone(const Context& context, const Options& 
   };
 }
 
+// What was measured with one number of keys.
 struct Measured {
+  std::int64_t keys;
   std::vector<Result> results;
   std::optional<Timing> selection;  // alone
   std::optional<double> waited;     // Timings::waited
@@ -191,8 +196,10 @@ struct Measured {
 
 // Times all variants, their first stages and selection alone, in turn.
 Measured measure_all(const Context& context, const std::vector<Variant>& variants,
-                     const StepInputs& inputs, const Options& options) {
-  Measured measured;
+                     std::int64_t keys, const Options& options) {
+  Measured measured{keys, {}, {}, {}};
+  const RandomStep step(options, keys);
+  const StepInputs& inputs = step.inputs();
   TimedSteps steps(context);
   for (const Variant& variant : variants) {
     about(variant, [&] {
@@ -203,11 +210,12 @@ Measured measure_all(const Context& context, const std::vector<Variant>& variant
     });
   }
   std::vector<Contender> contenders = steps.contenders();
-  const std::optional<Contender> selection = selection_alone(context, options);
+  const std::optional<Contender> selection = selection_alone(context, options, keys);
   if (selection) {
     contenders.push_back(*selection);
   }
-  Progress progress("measuring", std::ssize(contenders) * (1 + std::int64_t{options.runs}));
+  Progress progress(fmt::format("{} keys", keys),
+                    std::ssize(contenders) * (1 + std::int64_t{options.runs}));
   const Timings timings = measure(options.runs, contenders, [&] { progress.add(1); });
   auto timing = timings.of.begin();
   for (const Variant& variant : variants) {
@@ -242,9 +250,9 @@ nlohmann::ordered_json to_json(const std::optional<Timing>& timing) {
   return timing ? to_json(*timing) : nlohmann::ordered_json();
 }
 
-nlohmann::ordered_json to_json(const Measured& measured, const Context& context,
-                               const Options& options) {
-  nlohmann::ordered_json indexers = nlohmann::ordered_json::array();
+nlohmann::ordered_json to_json(const Measured& measured, const Options& options) {
+  using json = nlohmann::ordered_json;
+  json indexers = json::array();
   for (const Result& result : measured.results) {
     indexers.push_back({{"name", result.variant.name},
                         {"label", result.variant.label},
@@ -253,45 +261,53 @@ nlohmann::ordered_json to_json(const Measured& measured, const Context& context,
                         {"keys_x_heads", result.cost.dots},
                         {"gflops", giga_flops(result, options)}});
   }
-  return {{"backend", context.backend()},
-          {"threads", context.threads()},
-          {"runs", options.runs},
-          {"queries", options.queries},
-          {"heads", options.heads},
-          {"dim", options.dim},
-          {"keys", options.keys},
-          {"top_k", options.top_k},
-          {"dtype", options.dtype},
+  return {{"keys", measured.keys},
           {"seconds_selection", to_json(measured.selection)},
-          {"waited_for_processor",
-           measured.waited ? nlohmann::ordered_json(*measured.waited) : nlohmann::ordered_json()},
+          {"waited_for_processor", measured.waited ? json(*measured.waited) : json()},
           {"indexers", std::move(indexers)}};
 }
 
-std::string to_text(const Measured& measured, const Context& context, const Options& options) {
-  const auto& [results, selection, waited] = measured;
-  const auto dense = std::find_if(results.begin(), results.end(),
+nlohmann::ordered_json to_json(const std::vector<Measured>& all, const Context& context,
+                               const Options& options) {
+  nlohmann::ordered_json contexts = nlohmann::ordered_json::array();
+  for (const Measured& measured : all) {
+    contexts.push_back(to_json(measured, options));
+  }
+  return {{"backend", context.backend()},   {"threads", context.threads()},
+          {"runs", options.runs},           {"queries", options.queries},
+          {"heads", options.heads},         {"dim", options.dim},
+          {"top_k", options.top_k},         {"dtype", options.dtype},
+          {"contexts", std::move(contexts)}};
+}
+
+// A row of a table without its first cells, which say what was measured.
+Cells cells_of(const Result& result, const Measured& measured, const Options& options) {
+  const auto millis = [](double seconds) { return fmt::format("{:.2f}", 1e3 * seconds); };
+  const auto dense = std::find_if(measured.results.begin(), measured.results.end(),
                                   [](const Result& r) { return r.variant.name == "dsa"; });
+  return {result.first_stage ? millis(result.first_stage->median) : "–",
+          millis(result.step.median),
+          millis(result.step.spread),
+          millis(result.step.fastest),
+          millis(result.step.slowest),
+          fmt::format("{:.1f}", 1e6 * result.step.median / static_cast<double>(options.queries)),
+          fmt::format("{:.0f}", giga_flops(result, options)),
+          dense == measured.results.end()
+              ? "–"
+              : fmt::format("{:.2f}×", dense->step.median / result.step.median)};
+}
+
+std::string to_text(const Measured& measured, const Options& options) {
   std::vector<Cells> rows{
       {"", "first stage", "whole step", "", "fastest", "slowest", "a query", "", "speed"},
       {"indexer", "ms", "ms", "±", "ms", "ms", "µs", "GFLOP/s", "vs DSA"}};
-  for (const Result& result : results) {
-    const auto millis = [](double seconds) { return fmt::format("{:.2f}", 1e3 * seconds); };
-    rows.push_back(
-        {result.variant.label, result.first_stage ? millis(result.first_stage->median) : "–",
-         millis(result.step.median), millis(result.step.spread), millis(result.step.fastest),
-         millis(result.step.slowest),
-         fmt::format("{:.1f}", 1e6 * result.step.median / static_cast<double>(options.queries)),
-         fmt::format("{:.0f}", giga_flops(result, options)),
-         dense == results.end() ? "–"
-                                : fmt::format("{:.2f}×", dense->step.median / result.step.median)});
+  for (const Result& result : measured.results) {
+    Cells cells = cells_of(result, measured, options);
+    cells.insert(cells.begin(), result.variant.label);
+    rows.push_back(std::move(cells));
   }
-  std::string text = fmt::format(
-      "{} queries · {} keys · {} heads × {} · {} · top {}\n{}, threads: {} · medians of {} "
-      "runs, ± half the distance between the quartiles\n\n{}",
-      options.queries, options.keys, options.heads, options.dim, options.dtype, options.top_k,
-      context.backend(), context.threads(), options.runs, aligned(rows));
-  if (selection) {
+  std::string text = fmt::format("\n{} keys\n\n{}", measured.keys, aligned(rows));
+  if (const std::optional<Timing>& selection = measured.selection) {
     text +=
         fmt::format("\n  Selection alone, of random scores: {:.2f} ms ({:.2f} to {:.2f})\n",
                     1e3 * selection->median, 1e3 * selection->fastest, 1e3 * selection->slowest);
@@ -299,24 +315,60 @@ std::string to_text(const Measured& measured, const Context& context, const Opti
   return text;
 }
 
+std::string to_text(const std::vector<Measured>& all, const Context& context,
+                    const Options& options) {
+  std::string text = fmt::format(
+      "{} queries · {} heads × {} · {} · top {}\n{}, threads: {} · medians of {} runs, ± half the "
+      "distance between the quartiles\n",
+      options.queries, options.heads, options.dim, options.dtype, options.top_k, context.backend(),
+      context.threads(), options.runs);
+  for (const Measured& measured : all) {
+    text += to_text(measured, options);
+  }
+  return text;
+}
+
+// One table, for Markdown or CSV.
+std::vector<Cells> table_of(const std::vector<Measured>& all, const Options& options) {
+  std::vector<Cells> rows{{"indexer", "keys", "first stage, ms", "whole step, ms", "±", "fastest",
+                           "slowest", "a query, µs", "GFLOP/s", "speed vs DSA"}};
+  for (const Measured& measured : all) {
+    for (const Result& result : measured.results) {
+      Cells cells = cells_of(result, measured, options);
+      const Cells about{result.variant.label, std::to_string(measured.keys)};
+      cells.insert(cells.begin(), about.begin(), about.end());
+      rows.push_back(std::move(cells));
+    }
+  }
+  return rows;
+}
+
 void run(const Options& options) {
-  if (options.queries > options.keys) {
-    throw Error(ErrorCode::invalid_argument,
-                fmt::format("--queries: expected at most --keys = {}, got {}", options.keys,
-                            options.queries));
+  const std::int64_t least = *std::min_element(options.keys.begin(), options.keys.end());
+  if (options.queries > least) {
+    throw Error(
+        ErrorCode::invalid_argument,
+        fmt::format("--queries: expected at most --keys = {}, got {}", least, options.queries));
   }
   std::vector<Variant> variants;
   for (const std::string& text : options.indexers) {
     variants.push_back(parse_variant(text, options.top_k));
   }
   const Context context = make_context(options.run);
-  const RandomStep step(options);
-  const Measured measured = measure_all(context, variants, step.inputs(), options);
-  warn_if_busy(measured.waited);
+  std::vector<Measured> all;
+  std::optional<double> waited;
+  for (const std::int64_t keys : options.keys) {
+    all.push_back(measure_all(context, variants, keys, options));
+    waited = more_waiting(waited, all.back().waited);
+  }
+  warn_if_busy(waited);
   if (options.json) {
-    print_json(to_json(measured, context, options));
+    print_json(to_json(all, context, options));
+  } else if (options.format == "text") {
+    write_out(to_text(all, context, options));
   } else {
-    write_out(to_text(measured, context, options));
+    const std::vector<Cells> rows = table_of(all, options);
+    write_out(options.format == "csv" ? csv(rows) : markdown(rows));
   }
 }
 
@@ -341,7 +393,15 @@ void add_bench(CLI::App& app) {
       ->type_name("N")
       ->check(one_of(kDims))
       ->capture_default_str();
-  size("--keys", options->keys, most, "Keys L of the context");
+  command
+      ->add_option(
+          "--keys", options->keys,
+          "Keys L of the context, one or several numbers separated by commas; 64K is 65536")
+      ->type_name("LIST")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->transform(size_number(1, most))
+      ->capture_default_str();
   size("--top-k", options->top_k, most, "Positions wanted a query");
   command->add_option("--dtype", options->dtype, "Of queries and keys: F32, BF16 or F8_E4M3")
       ->type_name("NAME")
@@ -356,6 +416,10 @@ void add_bench(CLI::App& app) {
       ->capture_default_str();
   size("--runs", options->runs, most, "Runs that a time is the median of");
   add_run_options(*command, options->run);
+  command->add_option("--format", options->format, "Of the output: text, markdown or csv")
+      ->type_name("NAME")
+      ->check(one_of(kFormats))
+      ->capture_default_str();
   add_json_option(*command, options->json);
   command->callback([options] { run(*options); });
 }

@@ -8,6 +8,7 @@
 #include <charconv>
 #include <cstdio>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "streams.hpp"
@@ -35,6 +36,8 @@ std::size_t control_bytes(std::string_view text) {
                         (at(1) == 0x81 && within(at(2), 0xa6, 0xa9)));
   return breaks_or_turns ? 3 : 0;
 }
+
+char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
 
 }  // namespace
 
@@ -77,6 +80,28 @@ CLI::Validator whole_number(std::int64_t least, std::int64_t most) {
 
 CLI::Validator whole_number(std::int64_t least) {
   return whole_number(least, std::numeric_limits<int>::max());
+}
+
+CLI::Validator size_number(std::int64_t least, std::int64_t most) {
+  return CLI::Validator(
+      [least, most](std::string& text) -> std::string {
+        constexpr std::string_view kSuffixes = "KMG";
+        const std::size_t suffix =
+            text.empty() ? kSuffixes.npos : kSuffixes.find(upper(text.back()));
+        std::int64_t value = 0;
+        const char* end = text.data() + text.size() - (suffix != kSuffixes.npos ? 1 : 0);
+        const auto [stop, error] = std::from_chars(text.data(), end, value);
+        const std::int64_t unit =
+            suffix != kSuffixes.npos ? std::int64_t{1} << (10 * (suffix + 1)) : 1;
+        if (error == std::errc() && stop == end && value <= most / unit && value * unit >= least) {
+          text = std::to_string(value * unit);
+          return {};
+        }
+        return fmt::format(
+            "expected a whole number from {} to {}, K, M or G after it or not, got '{}'", least,
+            most, text);
+      },
+      "");
 }
 
 CLI::Validator one_of(std::span<const std::string_view> words) {

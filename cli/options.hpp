@@ -28,6 +28,9 @@ void add_json_option(CLI::App& command, bool& json);
 CLI::Validator whole_number(std::int64_t least, std::int64_t most);
 CLI::Validator whole_number(std::int64_t least);
 
+// The same, and takes K, M or G after a number for 2^10, 2^20 or 2^30 times as many.
+CLI::Validator size_number(std::int64_t least, std::int64_t most);
+
 // Accepts these words.
 CLI::Validator one_of(std::span<const std::string_view> words);
 

@@ -2,6 +2,7 @@
 #include "table.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -29,6 +30,40 @@ std::string aligned(const std::vector<Cells>& rows) {
     }
     line.erase(line.find_last_not_of(' ') + 1);
     text += line + '\n';
+  }
+  return text;
+}
+
+std::string markdown(const std::vector<Cells>& rows) {
+  std::string text;
+  for (const Cells& row : rows) {
+    text += fmt::format("| {} |\n", fmt::join(row, " | "));
+    if (&row == &rows.front()) {
+      text += "|---";
+      for (std::size_t i = 1; i < row.size(); ++i) {
+        text += "|--:";
+      }
+      text += "|\n";
+    }
+  }
+  return text;
+}
+
+std::string csv(const std::vector<Cells>& rows) {
+  const auto quoted = [](const std::string& cell) {
+    if (cell.find_first_of(",\"\n") == std::string::npos) {
+      return cell;
+    }
+    std::string text = "\"";
+    for (const char c : cell) {
+      text += c == '"' ? "\"\"" : std::string(1, c);
+    }
+    return text + '"';
+  };
+  std::string text;
+  for (Cells row : rows) {
+    std::transform(row.begin(), row.end(), row.begin(), quoted);
+    text += fmt::format("{}\n", fmt::join(row, ","));
   }
   return text;
 }

@@ -18,6 +18,9 @@
 namespace misa::cli {
 namespace {
 
+// Less than this says nothing: threads may wait a little when they are started.
+constexpr double kLeastKnown = 0.05;  // seconds
+
 Timing timing_of(const std::vector<double>& seconds) {
   return {quantile(seconds, 0.5), quantile(seconds, 0), quantile(seconds, 1),
           (quantile(seconds, 0.75) - quantile(seconds, 0.25)) / 2,
@@ -85,7 +88,9 @@ Timings measure(int runs, const std::vector<Contender>& contenders,
     // A thread that has ended takes its times with it.
     const double running = std::max(0.0, after->running - before->running);
     const double waiting = std::max(0.0, after->waiting - before->waiting);
-    timings.waited = running + waiting > 0 ? waiting / (running + waiting) : 0;
+    if (running + waiting >= kLeastKnown) {
+      timings.waited = waiting / (running + waiting);
+    }
   }
   return timings;
 }

@@ -22,7 +22,7 @@ struct Timings {
   std::vector<Timing> of;  // each contender
 
   // The share of the time in which this program's threads were ready to run and waited for a
-  // processor; none where the system does not say.
+  // processor; none where the system does not say, or all runs together are too short to tell.
   std::optional<double> waited;
 };
 

@@ -28,8 +28,10 @@ namespace misa::cli {
 namespace {
 
 using nlohmann::json;
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 
 // Every row sees more keys than top_k, and fewer than MISA† re-ranks.
 constexpr std::int64_t kQueries = 32;
@@ -344,14 +346,16 @@ TEST_F(Commands, BenchJsonHasItsSchema) {
                                     "--dim", "64", "--top-k", "32", "--dtype", "F8_E4M3", "--runs",
                                     "2", "--indexers", "dsa,misa-r:h=2:m=2k", "--json"}));
   EXPECT_EQ(out.at("queries"), 4);
-  EXPECT_EQ(out.at("keys"), 300);
   EXPECT_EQ(out.at("heads"), 8);
   EXPECT_EQ(out.at("dim"), 64);
   EXPECT_EQ(out.at("top_k"), 32);
   EXPECT_EQ(out.at("dtype"), "F8_E4M3");
   EXPECT_TRUE(out.at("backend").is_string());
-  ASSERT_EQ(out.at("indexers").size(), 2);
-  for (const json& indexer : out.at("indexers")) {
+  ASSERT_EQ(out.at("contexts").size(), 1);
+  const json& only = out.at("contexts").at(0);
+  EXPECT_EQ(only.at("keys"), 300);
+  ASSERT_EQ(only.at("indexers").size(), 2);
+  for (const json& indexer : only.at("indexers")) {
     for (const char* stage : {"seconds_first_stage", "seconds_step"}) {
       EXPECT_GT(indexer.at(stage).at("fastest"), 0);
       EXPECT_LE(indexer.at(stage).at("fastest"), indexer.at(stage).at("median"));
@@ -360,8 +364,28 @@ TEST_F(Commands, BenchJsonHasItsSchema) {
     EXPECT_GT(indexer.at("gflops"), 0);
   }
   // Query t of 4 sees 297 + t keys, all with every head.
-  EXPECT_EQ(out.at("indexers").at(0).at("keys_x_heads"), 298.5 * 8);
-  EXPECT_EQ(out.at("indexers").at(1).at("label"), "MISA-R 2+1 m=64");
+  EXPECT_EQ(only.at("indexers").at(0).at("keys_x_heads"), 298.5 * 8);
+  EXPECT_EQ(only.at("indexers").at(1).at("label"), "MISA-R 2+1 m=64");
+}
+
+TEST_F(Commands, BenchTimesSeveralContextsInEveryFormat) {
+  const auto bench = [&](const std::string& format) {
+    return run({"bench", "--queries", "2", "--keys", "200,1k", "--heads", "4", "--dim", "64",
+                "--top-k", "32", "--runs", "1", "--backend", "reference", "--indexers",
+                "dsa,misa:h=2", "--format", format});
+  };
+  EXPECT_THAT(bench("text"), AllOf(HasSubstr("\n200 keys\n"), HasSubstr("\n1024 keys\n")));
+  EXPECT_THAT(bench("csv"), AllOf(StartsWith("indexer,keys,\"first stage, ms\","),
+                                  HasSubstr("\nDSA,200,"), HasSubstr("\nMISA 2,1024,")));
+  EXPECT_THAT(bench("markdown"),
+              AllOf(StartsWith("| indexer | keys |"), HasSubstr("\n|---|--:|"),
+                    HasSubstr("\n| MISA 2 | 200 | "), HasSubstr("\n| DSA | 1024 | ")));
+}
+
+TEST_F(Commands, BenchRefusesNumbersOfKeysThatAreNone) {
+  for (const char* keys : {"", "0", "K", "1.5K", "4T", "2G", "-4K"}) {
+    EXPECT_THROW(run({"bench", "--keys", keys}), CLI::Error) << keys;
+  }
 }
 
 TEST_F(Commands, BenchTimesTheWholeStepOfASketch) {
@@ -386,7 +410,7 @@ TEST_F(Commands, BenchTimesTheWholeStepOfASketch) {
                                      "dsa:m=2k:sketch=4"};
   EXPECT_THAT(run(arguments), HasSubstr("DSA m=64 4-bit             –"));
   arguments.emplace_back("--json");
-  const json indexer = json::parse(run(arguments)).at("indexers").at(0);
+  const json indexer = json::parse(run(arguments)).at("contexts").at(0).at("indexers").at(0);
   EXPECT_TRUE(indexer.at("seconds_first_stage").is_null());
   EXPECT_GT(indexer.at("seconds_step").at("median"), 0);
 }
@@ -399,7 +423,7 @@ TEST_F(Commands, BenchTimesSelectionWhereTheBackendHasIt) {
     std::vector<std::string> arguments{"bench"};
     arguments.insert(arguments.end(), shape.begin(), shape.end());
     arguments.emplace_back(backend);
-    return json::parse(run(arguments)).at("seconds_selection");
+    return json::parse(run(arguments)).at("contexts").at(0).at("seconds_selection");
   };
   EXPECT_GT(selection("cpu").at("median"), 0);
   EXPECT_TRUE(selection("reference").is_null());

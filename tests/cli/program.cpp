@@ -20,6 +20,7 @@
 #include <fstream>
 #include <iterator>
 #include <random>
+#include <sstream>
 
 namespace misa::cli {
 namespace {
@@ -182,6 +183,15 @@ void write_raw(const std::string& path, std::string_view header, std::string_vie
     bytes += static_cast<char>(header.size() >> (8 * i) & 0xff);
   }
   write_bytes(path, bytes.append(header).append(data));
+}
+
+std::string without_warnings(const std::string& err) {
+  std::string kept;
+  std::istringstream lines(err);
+  for (std::string line; std::getline(lines, line);) {
+    kept += line.starts_with("misa: The machine was busy") ? "" : line + '\n';
+  }
+  return kept;
 }
 
 void write_bytes(const std::string& path, std::string_view bytes) {

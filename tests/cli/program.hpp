@@ -53,6 +53,10 @@ struct Outcome {
   std::string err;
 };
 
+// What was written to stderr without the lines that say how busy the machine is, which no test
+// decides.
+std::string without_warnings(const std::string& err);
+
 // Runs misa with these arguments.
 Outcome run_misa(std::vector<std::string> arguments, const Surroundings& surroundings = {});
 
