@@ -45,7 +45,4 @@ function(misa_add_kernels name architectures)
   target_compile_options(${name} PRIVATE
     --expt-relaxed-constexpr --fmad=false
     -Xcompiler=-Wall,-Wextra,-Wshadow,-Wconversion,-Wno-sign-conversion)
-  if(PROJECT_IS_TOP_LEVEL)
-    target_compile_options(${name} PRIVATE -Werror=all-warnings)
-  endif()
 endfunction()

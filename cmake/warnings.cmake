@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# Flags that every target of this project is built with; never exported to users.
+# Flags that every target of this project is built with; never exported to users. The presets make
+# errors of warnings; elsewhere compilers may warn of more than the ones that we know.
 add_library(misa_flags INTERFACE)
 target_compile_options(misa_flags INTERFACE
   -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion
@@ -8,9 +9,6 @@ target_compile_options(misa_flags INTERFACE
   # One rounding per operation unless the code asks for a fused one: results must not depend on
   # which operations the compiler fuses.
   -ffp-contract=off)
-if(PROJECT_IS_TOP_LEVEL)
-  target_compile_options(misa_flags INTERFACE -Werror)  # users' compilers may warn of more
-endif()
 if(MISA_SANITIZE)
   target_compile_options(misa_flags INTERFACE -fsanitize=${MISA_SANITIZE} -fno-omit-frame-pointer
     -fno-sanitize-recover=all)
