@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # One line a target over CMake presets; every target installs what it misses (Debian 12).
-.PHONY: demo test cuda bench format check sanitize fuzz clean
+.PHONY: demo test cuda wheel bench format check sanitize fuzz clean
 
 TRACES := $(wildcard data/*.safetensors)
 
@@ -23,6 +23,12 @@ cuda:
 	@scripts/install-deps.sh
 	@cmake --preset cuda >/dev/null && cmake --build --preset cuda
 	@ctest --preset cuda -R '^Architectures'
+
+# A wheel for every Python from 3.12 on, with all that it needs inside, in build/wheel; checked in an
+# empty Debian 13, as root. CUDA_ARCHITECTURES=90-real compiles the CUDA backends for Hopper alone.
+wheel:
+	@scripts/install-deps.sh python wheel
+	@scripts/wheel.sh "$(CUDA_ARCHITECTURES)"
 
 bench:
 	@scripts/install-deps.sh bench

@@ -5,6 +5,7 @@
 #   scripts/install-deps.sh bench      and Google Benchmark and oneDNN
 #   scripts/install-deps.sh check      and the formatter, the linter, clang and its sanitizer runtimes
 #   scripts/install-deps.sh python     and what builds the Python package
+#   scripts/install-deps.sh wheel      and what unpacks the Debian 13 that wheels are checked in
 set -euo pipefail
 
 packages=(
@@ -17,7 +18,8 @@ for group in "$@"; do
     bench) packages+=(libbenchmark-dev libdnnl-dev ocl-icd-opencl-dev) ;;
     check) packages+=(clang clang-format clang-tidy libclang-rt-dev) ;;
     python) packages+=(python3-dev python3-venv) ;;
-    *) echo "install-deps.sh: expected bench, check or python, got '$group'" >&2; exit 2 ;;
+    wheel) packages+=(mmdebstrap) ;;
+    *) echo "install-deps.sh: expected bench, check, python or wheel, got '$group'" >&2; exit 2 ;;
   esac
 done
 
