@@ -47,15 +47,32 @@ _MODEL_FIELDS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """An indexer for an engine, without top_k, and whether it also selects for decode."""
+    """An indexer for an engine, without top_k.
+
+    decode: whether it also selects for decode; None: where it gains or changes nothing else.
+    strict: whether it is an error if MISA cannot do what was asked for.
+    """
 
     indexer: str
     overrides: tuple[tuple[str, Any], ...] = ()
-    decode: bool = False
+    decode: bool | None = None
+    strict: bool = False
 
     def config(self, top_k: int) -> misa.Config:
         """The indexer for a model that selects `top_k` positions."""
         return _config(self, top_k)
+
+    def decodes(self, config: misa.Config, heads: int) -> bool:
+        """Whether decode is to be selected by `config` for a model with so many heads.
+
+        Reading keys limits decode: what scores all of them with fewer heads gains no time over the
+        engine's own indexer, and is less exact. So the default is decode by what reads less, a
+        block filter or a sketch, and by what selects the same positions as the engine.
+        """
+        if self.decode is not None:
+            return self.decode
+        exact = config.router == "all" or config.heads == heads
+        return exact or bool(config.filter_block or config.sketch)
 
     def config_for(self, model: Any) -> misa.Config:
         """The indexer for a model with index_topk, index_n_heads and index_head_dim; ValueError if
@@ -88,7 +105,8 @@ def read_settings(
     Args:
         model: a Hugging Face config; without `use_misa` it names no indexer.
         environment: MISA_INDEXER names the indexer; MISA_<FIELD> overrides a field of misa.Config,
-            also if the model named the indexer; MISA_DECODE=1 selects for decode too.
+            also if the model named the indexer; MISA_DECODE (0 or 1) says whether MISA decodes;
+            MISA_STRICT=1 makes it an error if it cannot.
 
     Raises:
         ValueError: a variable that cannot be read, or an indexer that does not exist.
@@ -108,8 +126,11 @@ def read_settings(
         name = f"MISA_{field.upper()}"
         if name in environment:
             fields[field] = _read(name, environment[name], read, expected)
-    decode = _read("MISA_DECODE", environment.get("MISA_DECODE", "0"), _flag, "0 or 1")
-    return Settings(indexer, tuple(fields.items()), decode)
+    decode, strict = (
+        _read(name, environment[name], _flag, "0 or 1") if name in environment else None
+        for name in ("MISA_DECODE", "MISA_STRICT")
+    )
+    return Settings(indexer, tuple(fields.items()), decode, bool(strict))
 
 
 def _read(name: str, text: str, read: Callable[[str], Any], expected: str) -> Any:

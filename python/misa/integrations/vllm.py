@@ -4,9 +4,9 @@
 vLLM selects the tokens of DSA models with one operator, `sparse_attn_indexer`, which it calls in
 two ways: the layer `SparseAttnIndexer` goes through `torch.ops.vllm`, some model files call the
 function. Both are replaced under the same name, at which vLLM's compiler splits its graphs. The
-replacement calls vLLM's operator for the work that MISA does not do (inserting keys, filling the
-buffer, decode) and selects for the other rows from the bytes of the key cache. It has no state
-between calls, so prefix-cache hits, preemption and page reuse need no handling.
+replacement selects from the bytes of the key cache, into vLLM's buffer, and calls vLLM's operator
+for the rows that MISA does not select for. It has no state between steps, so prefix-cache hits,
+preemption and page reuse need no handling.
 
 docs/integrations/vllm.md says how to use it.
 """
@@ -14,15 +14,14 @@ docs/integrations/vllm.md says how to use it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,58 +29,84 @@ import misa
 
 from ._counters import Counters
 from ._environment import Settings, read_settings
+from ._selector import Bounds, Selector
+from ._vllm_step import METADATA, Step
 
 _MODULE = "vllm.model_executor.layers.sparse_attn_indexer"
+_METADATA_MODULE = "vllm.v1.attention.backends.mla.indexer"
 _OPERATOR = "sparse_attn_indexer"
 _PAGE = 64
-
-# The operator's arguments and the names of its module that the replacement uses; a vLLM that lacks
-# one of them is not changed.
-_ARGUMENTS = (
-    "k_cache_prefix",
-    "kv_cache",
-    "q_quant",
-    "weights",
-    "topk_tokens",
-    "head_dim",
-    "total_seq_lens",
-    "topk_indices_buffer",
-)
-_HELPERS = ("get_forward_context", "current_workspace_manager", "ops")
 
 # Arguments that change the selection unless they have this value.
 _PLAIN = {"use_fp4_cache": False, "use_pcp": False, "dcp_world_size": 1, "candidate_blocks": None}
 
-# Arguments that the replacement knows and passes on.
-_PASSED_ON = {
-    "hidden_states",
+
+class _Call(NamedTuple):
+    """The arguments of vLLM's operator that the replacement reads; those with a default may be
+    missing."""
+
+    hidden_states: torch.Tensor
+    k_cache_prefix: Any
+    kv_cache: torch.Tensor
+    q_quant: torch.Tensor
+    k: torch.Tensor | None
+    weights: torch.Tensor
+    quant_block_size: int
+    scale_fmt: str | None
+    topk_tokens: int
+    head_dim: int
+    total_seq_lens: int
+    topk_indices_buffer: torch.Tensor
+    skip_k_cache_insert: bool
+    skip_topk_buffer_clear: bool = False
+    dense_mha_metadata_layer_name: Any = ""
+    use_fp4_cache: bool = False
+    use_pcp: bool = False
+    dcp_world_size: int = 1
+    candidate_blocks: torch.Tensor | None = None
+
+
+# Arguments that the replacement knows and does not need.
+_UNREAD = {
     "q_scale",
-    "k",
-    "quant_block_size",
-    "scale_fmt",
     "max_model_len",
-    "skip_k_cache_insert",
     "pcp_shard_decode_requests",
-    "dense_mha_metadata_layer_name",
     "dcp_rank",
     "cp_kv_cache_interleave_size",
-    "skip_topk_buffer_clear",
     "candidate_block_size",
     "candidate_write",
     "topk_backend",
 }
 
+# What is used besides: of the operator's module, and of vLLM's config.
+_HELPERS = (
+    "get_forward_context",
+    "current_workspace_manager",
+    "ops.cp_gather_indexer_k_quant_cache",
+    "ops.indexer_k_quant_and_cache",
+)
+_CONFIG = (
+    "model_config.hf_text_config",
+    "model_config.max_model_len",
+    "scheduler_config.max_num_batched_tokens",
+    "scheduler_config.max_num_seqs",
+    "speculative_config",
+    "parallel_config",
+)
+
 _logger = logging.getLogger("vllm.misa")
 _counters = Counters(_logger)
 _registered = False
+_decided = False
 _library: torch.library.Library | None = None
 
 
 def counters() -> dict[str, int]:
     """Rows of this process by the path that selected for them: misa_prefill, misa_decode,
-    engine_prefill, engine_decode. Rows of replayed CUDA graphs are not counted.
+    engine_prefill, engine_decode, counted in one layer of the model. A replayed CUDA graph counts
+    too, with the rows that pad its batch. Waits for the device.
     """
-    return dict(_counters.rows)
+    return _counters.rows
 
 
 def register() -> None:
@@ -103,31 +128,41 @@ def register() -> None:
     def init(layer: Any, *args: Any, **kwargs: Any) -> None:
         build(layer, *args, **kwargs)
         if any(base.__module__ == _MODULE for base in type(layer).__mro__):
-            _install(importlib.import_module("vllm.config").get_current_vllm_config().model_config)
+            _install(importlib.import_module("vllm.config").get_current_vllm_config())
 
     layers.CustomOp.__init__ = init
 
 
-def _install(model_config: Any) -> None:
+def _install(config: Any) -> None:
     """Replaces the operator, once per process, if MISA is enabled and supports this vLLM.
 
     Raises:
         ValueError: a MISA_* variable that cannot be read, or an indexer unfit for the model.
+        RuntimeError: MISA_STRICT is set, and MISA cannot do what was asked for.
     """
-    global _library
-    model = getattr(model_config, "hf_text_config", None)
+    global _decided, _library
+    model = getattr(config.model_config, "hf_text_config", None)
     settings = read_settings(model)
-    if _library is not None or settings is None:
+    if _decided or settings is None:
         return
-    config = settings.config_for(model)
+    chosen = settings.config_for(model)
     engine = importlib.import_module(_MODULE)
     platform = importlib.import_module("vllm.platforms").current_platform
-    problem = _problem(engine, platform)
+    _decided = True
+    try:
+        problem = _problem(engine, config, platform)
+        selector = None if problem else _selector(chosen, settings, config, platform)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        problem = str(error)
     if problem:
+        if settings.strict:
+            raise RuntimeError(f"MISA_STRICT: expected MISA to be on, but {problem}")
         _logger.warning("MISA is off: %s", problem)
         return
+    assert selector is not None
+    _counters.prepare(selector.device)
     original = getattr(engine, _OPERATOR)
-    replacement = replace(original, engine, settings)
+    replacement = replace(original, engine, selector, strict=settings.strict)
     eager_break = getattr(engine, "eager_break_during_capture", None)
     if eager_break is not None:
         replacement = eager_break(replacement)
@@ -137,26 +172,40 @@ def _install(model_config: Any) -> None:
     _library = torch.library.Library("vllm", "IMPL")
     _library.impl(_OPERATOR, replacement, platform.dispatch_key, allow_override=True)
     _logger.info(
-        "MISA is on: %s selects for prefill%s",
-        config,
-        " and decode" if settings.decode else ", vLLM's operator for decode",
+        "MISA is on: %s selects for prefill%s (%s)",
+        chosen,
+        " and decode" if selector.decode else ", vLLM's operator for decode",
+        selector.backend,
     )
 
 
-def _problem(engine: Any, platform: Any) -> str | None:
+def _problem(engine: Any, config: Any, platform: Any) -> str | None:
     """Why this vLLM on this machine cannot be served, or None."""
     parameters = inspect.signature(getattr(engine, _OPERATOR)).parameters
-    missing = [name for name in _ARGUMENTS if name not in parameters]
-    missing += [name for name in _HELPERS if not hasattr(engine, name)]
+    read = [name for name in _Call._fields if name not in _Call._field_defaults]
+    metadata = importlib.import_module(_METADATA_MODULE)
+    missing = [f"argument {name}" for name in read if name not in parameters]
+    missing += [f"function {name}" for name in _HELPERS if not _has(engine, name)]
+    missing += [f"setting {name}" for name in _CONFIG if not _has(config, name)]
+    if not hasattr(metadata, "get_max_prefill_buffer_size"):
+        missing.append("function get_max_prefill_buffer_size")
+    for name, fields in METADATA.items():
+        known = getattr(getattr(metadata, name, None), "__dataclass_fields__", {})
+        missing += [f"{name}.{field}" for field in fields if field not in known]
     if missing:
-        return f"this vLLM's operator has no {', '.join(missing)}"
+        return f"this vLLM has no {', '.join(missing)}"
     if platform.is_rocm() or platform.dispatch_key not in ("CUDA", "CPU"):
         return f"expected a CUDA device, got {platform.device_name or 'an unknown one'}"
     if platform.dispatch_key == "CUDA" and not any(
         backend.available and backend.name.startswith("cuda") for backend in misa.backends()
     ):
         return "misa was built without a CUDA backend for this device"
-    unknown = parameters.keys() - set(_ARGUMENTS) - _PLAIN.keys() - _PASSED_ON
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(config.parallel_config, name, 1) != 1:
+            return f"{name} is {getattr(config.parallel_config, name)}"
+    if getattr(config.parallel_config, "use_ubatching", False):
+        return "two batches are overlapped, which would share one workspace"
+    unknown = parameters.keys() - set(_Call._fields) - _UNREAD
     if unknown:
         _logger.warning(
             "MISA: arguments of vLLM's operator that are passed on to it unread: %s",
@@ -165,52 +214,250 @@ def _problem(engine: Any, platform: Any) -> str | None:
     return None
 
 
-def replace(original: Callable[..., Any], engine: Any, settings: Settings) -> Callable[..., Any]:
-    """An operator that selects with `settings` if it can and calls `original` for all other work.
+def _has(owner: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            return False
+        owner = getattr(owner, name)
+    return True
+
+
+def _no_sketches(chosen: misa.Config, platform: Any) -> str | None:
+    """Why decode cannot read the sketches that an indexer wants, or None."""
+    if chosen.sketch and platform.dispatch_key == "CUDA":
+        return "vLLM's cache has no sketches"
+    return None
+
+
+def _selector(chosen: misa.Config, settings: Settings, config: Any, platform: Any) -> Selector:
+    """Plans for the largest step that vLLM may run."""
+    model = config.model_config.hf_text_config
+    scheduler = config.scheduler_config
+    metadata = importlib.import_module(_METADATA_MODULE)
+    rows, keys = scheduler.max_num_batched_tokens, config.model_config.max_model_len
+    drafts = getattr(config.speculative_config, "num_speculative_tokens", 0) or 0
+    decode = None
+    if settings.decodes(chosen, model.index_n_heads):
+        problem = _no_sketches(chosen, platform)
+        if problem is None:
+            # A sequence that drafts may have a row of the block table for each of its queries.
+            most = min(rows, scheduler.max_num_seqs * (drafts + 1))
+            decode = Bounds(most, keys, sequences=most)
+        elif settings.strict:
+            raise ValueError(problem)
+        else:
+            _counters.leave("decode", problem)
+    cuda = platform.dispatch_key == "CUDA"
+    return Selector(
+        chosen,
+        heads=model.index_n_heads,
+        dim=model.index_head_dim,
+        prefill=Bounds(rows, keys, total=metadata.get_max_prefill_buffer_size(config)),
+        decode=decode,
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+    )
+
+
+def replace(
+    original: Callable[..., Any], engine: Any, selector: Selector, *, strict: bool = False
+) -> Callable[..., Any]:
+    """An operator that selects with `selector` if it can and calls `original` for all other work.
 
     Args:
-        original: vLLM's operator. Arguments are bound by its signature; the ones read here are
-            q_quant [T, H, D] e4m3, weights [T, H] f32, kv_cache uint8 [pages, 64, D + 4],
-            topk_indices_buffer int32 [rows, columns] (columns >= topk_tokens), written in place.
+        original: vLLM's operator; of its arguments are read: q_quant [T, H, D] e4m3, weights
+            [T, H] f32, kv_cache uint8 [pages, 64, D + 4], topk_indices_buffer int32
+            [rows, columns] (columns >= topk_tokens), written in place.
         engine: the operator's module, for its helpers.
-        settings: the indexer.
+        selector: the plans for the model.
+        strict: whether a layer that MISA cannot serve is an error.
     """
-    signature = inspect.signature(original)
+    operator = _Operator(original, engine, selector, strict)
 
     @functools.wraps(original)
     def sparse_attn_indexer(*args: Any, **kwargs: Any) -> torch.Tensor:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        call = SimpleNamespace(**bound.arguments)
-        context = engine.get_forward_context()
-        if not isinstance(context.attn_metadata, dict):  # a profiling run
-            return original(*args, **kwargs)
-        layer = _layer_name(call.k_cache_prefix)
-        metadata = context.attn_metadata[layer]
-        prefill = metadata.num_prefill_tokens if metadata.num_prefills > 0 else 0
-        decode = metadata.num_decode_tokens if metadata.num_decodes > 0 else 0
-        reason = _uncovered(call, context, engine)
-        taken: dict[str, Any] = {}
-        if prefill and _counters.misa_selects("prefill", prefill, reason):
-            taken.update(num_prefills=0, prefill=None)
-        if decode and not settings.decode:
-            _counters.add("engine_decode", decode)
-        elif decode and _counters.misa_selects(
-            "decode", decode, reason or _uncovered_decode(metadata.decode, decode)
-        ):
-            taken.update(num_decodes=0, decode=None)
-        if not taken:
-            return original(*args, **kwargs)
-        with _metadata(context, layer, dataclasses.replace(metadata, **taken)):
-            original(*args, **kwargs)
-        config = settings.config(call.topk_tokens)
-        if "prefill" in taken:
-            _select_prefill(call, metadata, config, engine)
-        if "decode" in taken:
-            _select_decode(call, metadata, config)
-        return call.topk_indices_buffer
+        return operator(args, kwargs)
 
     return sparse_attn_indexer
+
+
+class _Operator:
+    """See replace()."""
+
+    def __init__(
+        self, original: Callable[..., Any], engine: Any, selector: Selector, strict: bool
+    ) -> None:
+        self._original = original
+        self._engine = engine
+        self._selector = selector
+        self._strict = strict
+        self._shards = getattr(engine, "PrefillRowShard", None)
+        self._layers: dict[str, tuple[torch.Tensor, str | None]] = {}
+        self._failed: dict[str, str] = {}
+        # Where each argument of a _Call is among those of the operator, and then the defaults of
+        # those that it does not have.
+        parameters = inspect.signature(original).parameters
+        self._names = list(parameters)
+        self._defaults = [p.default for p in parameters.values()]
+        absent = [name for name in _Call._fields if name not in parameters]
+        self._absent = tuple(_Call._field_defaults[name] for name in absent)
+        places = {name: place for place, name in enumerate([*self._names, *absent])}
+        self._read = itemgetter(*(places[name] for name in _Call._fields))
+
+    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        context = self._engine.get_forward_context()
+        if not isinstance(context.attn_metadata, dict):  # a profiling run
+            return self._original(*args, **kwargs)
+        values = args
+        if kwargs or len(args) < len(self._names):
+            rest = zip(self._names[len(args) :], self._defaults[len(args) :], strict=True)
+            values = (*args, *(kwargs.get(name, default) for name, default in rest))
+        call = _Call(*self._read((*values, *self._absent)))
+        layer = _layer_name(call.k_cache_prefix)
+        metadata = context.attn_metadata[layer]
+        step = getattr(metadata, "misa_step", None)
+        if step is None:
+            step = Step(metadata, self._selector.prefill.total, self._shards)
+            metadata.misa_step = step
+        cache, reason = self._layers.get(layer, (None, None))
+        if cache is not call.kv_cache:
+            reason = self._uncovered(call)
+            self._layers[layer] = call.kv_cache, reason
+        capturing = call.q_quant.is_cuda and torch.cuda.is_current_stream_capturing()
+        if reason is None and _is_dense(call, context):
+            reason = "attention is dense, and asks for no positions"
+        taken = []
+        if step.decode_rows and self._takes_decode(step, reason, capturing):
+            taken.append("decode")
+        if step.prefill_rows and self._takes_prefill(step, reason, capturing):
+            taken.append("prefill")
+        if taken and len(taken) == len(step.rows):
+            self._insert_and_clear(call, metadata, step)
+        else:
+            with _metadata(context, layer, step.without(taken)):
+                self._original(*args, **kwargs)
+        for work in taken:
+            try:
+                (self._decode if work == "decode" else self._prefill)(call, step)
+            except (MemoryError, RuntimeError, ValueError) as error:
+                # Whatever was done so far can be done again.
+                self._failed[work] = f"{type(error).__name__}: {error}"
+                return self(args, kwargs)
+        if layer == next(iter(self._layers)):
+            for work, rows in step.rows.items():
+                who = "misa" if work in taken else "engine"
+                _counters.add(f"{who}_{work}", rows, capturing)
+        return call.topk_indices_buffer
+
+    def _uncovered(self, call: _Call) -> str | None:
+        """Why a layer must be left to vLLM's operator, or None.
+
+        Raises RuntimeError if that is so and MISA_STRICT is set.
+        """
+        reason = self._unlike_the_plans(call)
+        if reason is not None and self._strict:
+            raise RuntimeError(f"MISA_STRICT: expected a layer that MISA can serve, got {reason}")
+        return reason
+
+    def _unlike_the_plans(self, call: _Call) -> str | None:
+        for name, plain in _PLAIN.items():
+            value = getattr(call, name)
+            if isinstance(value, torch.Tensor) or value != plain:
+                return f"{name} is set"
+        if call.q_quant.dtype != torch.float8_e4m3fn:
+            return f"queries in {call.q_quant.dtype}"
+        if tuple(call.kv_cache.shape[1:]) != (_PAGE, call.head_dim + 4):
+            return f"a key cache of shape {tuple(call.kv_cache.shape)}"
+        if call.topk_tokens != self._selector.config.top_k:
+            return f"a layer that selects {call.topk_tokens} positions"
+        if getattr(self._engine, "mqa_logits_use_mx_scales", bool)():
+            return "key scales in MX format"
+        return None
+
+    def _takes_decode(self, step: Step, reason: str | None, capturing: bool) -> bool:
+        """Whether MISA selects for a step's decode rows; says once why not."""
+        bounds, decode = self._selector.decode, step.decode
+        if bounds is None:
+            return False
+        assert decode is not None
+        reason = reason or self._failed.get("decode")
+        if step.decode_rows > bounds.rows or decode.lengths.shape[0] > bounds.sequences:
+            reason = f"{step.decode_rows} rows, more than planned for"
+        elif capturing and decode.starts is not None:
+            reason = "a CUDA graph for sequences that decode unequal numbers of tokens"
+        if reason is not None:
+            _counters.leave("decode", reason)
+        return reason is None
+
+    def _takes_prefill(self, step: Step, reason: str | None, capturing: bool) -> bool:
+        """Whether MISA selects for a step's prefill rows; says once why not."""
+        bounds = self._selector.prefill
+        reason = reason or self._failed.get("prefill")
+        if capturing:
+            reason = "a CUDA graph of a prefill"
+        for group in step.groups:
+            if group.end - group.start > bounds.rows or group.keys > bounds.total:
+                rows = group.end - group.start
+                reason = f"{rows} rows on {group.keys} keys, more than planned for"
+        if reason is not None:
+            _counters.leave("prefill", reason)
+        return reason is None
+
+    def _insert_and_clear(self, call: _Call, metadata: Any, step: Step) -> None:
+        """What vLLM's operator does before it selects: inserts the step's keys, and marks all
+        entries of its rows as empty, of which only those are left that no selection writes."""
+        if not call.skip_k_cache_insert:
+            slots = metadata.slot_mapping
+            assert call.k is not None
+            self._engine.ops.indexer_k_quant_and_cache(
+                call.k[: slots.shape[0]],
+                call.kv_cache,
+                slots,
+                call.quant_block_size,
+                call.scale_fmt,
+            )
+        if not call.skip_topk_buffer_clear:
+            rows, buffer = call.hidden_states.shape[0], call.topk_indices_buffer
+            written = step.covered if buffer.shape[1] == call.topk_tokens else 0
+            if written < rows:
+                buffer[written:rows] = -1
+
+    def _decode(self, call: _Call, step: Step) -> None:
+        rows, decode = step.decode_rows, step.decode
+        assert decode is not None
+        self._selector.paged(
+            call.q_quant[:rows],
+            call.weights[:rows],
+            call.kv_cache,
+            decode.table,
+            decode.lengths,
+            call.topk_indices_buffer[:rows, : call.topk_tokens],
+            starts=decode.starts,
+        )
+
+    def _prefill(self, call: _Call, step: Step) -> None:
+        """vLLM's kernel gathers the keys of each group into the workspace that vLLM reserved."""
+        engine = self._engine
+        keys, scales = engine.current_workspace_manager().get_simultaneous(
+            ((call.total_seq_lens, call.head_dim), torch.float8_e4m3fn),
+            ((call.total_seq_lens, 4), torch.uint8),
+        )
+        for group in step.groups:
+            for table, cu_lengths, first, end in group.gathers:
+                engine.ops.cp_gather_indexer_k_quant_cache(
+                    call.kv_cache, keys[first:end], scales[first:end], table, cu_lengths
+                )
+            ks, ke = group.bounds
+            self._selector.ragged(
+                call.q_quant[group.start : group.end],
+                call.weights[group.start : group.end],
+                keys[: group.keys],
+                ks,
+                ke,
+                scales[: group.keys].view(torch.float32).squeeze(-1),
+                call.topk_indices_buffer[group.start : group.end, : call.topk_tokens],
+            )
+        if step.shard is not None:
+            step.shard.exchange_topk(call.topk_indices_buffer, call.topk_tokens)
 
 
 def _layer_name(name: Any) -> str:
@@ -218,37 +465,10 @@ def _layer_name(name: Any) -> str:
     return getattr(name, "value", name)
 
 
-def _uncovered(call: SimpleNamespace, context: Any, engine: Any) -> str | None:
-    """Why this call must be left to vLLM's operator, or None."""
-    for name, plain in _PLAIN.items():
-        value = getattr(call, name, plain)
-        if isinstance(value, torch.Tensor) or value != plain:
-            return f"{name} is set"
-    if call.q_quant.dtype != torch.float8_e4m3fn:
-        return f"queries in {call.q_quant.dtype}"
-    if tuple(call.kv_cache.shape[1:]) != (_PAGE, call.head_dim + 4):
-        return f"a key cache of shape {tuple(call.kv_cache.shape)}"
-    if getattr(engine, "mqa_logits_use_mx_scales", bool)():
-        return "key scales in MX format"
-    if _capturing(call.q_quant):
-        return "CUDA graph capture"
-    attention = context.attn_metadata.get(
-        _layer_name(getattr(call, "dense_mha_metadata_layer_name", ""))
-    )
-    if getattr(getattr(attention, "prefill", None), "use_dense_mha", False):
-        return "attention is dense, and asks for no positions"
-    return None
-
-
-def _uncovered_decode(decode: Any, rows: int) -> str | None:
-    """Why these decode rows must be left to vLLM's operator, or None."""
-    if decode.requires_padding or decode.seq_lens.numel() != rows:
-        return "sequences that decode unequal numbers of tokens"
-    return None
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_dense(call: _Call, context: Any) -> bool:
+    """Whether the attention of this step reads all positions."""
+    attention = context.attn_metadata.get(_layer_name(call.dense_mha_metadata_layer_name))
+    return bool(getattr(getattr(attention, "prefill", None), "use_dense_mha", False))
 
 
 @contextlib.contextmanager
@@ -260,57 +480,3 @@ def _metadata(context: Any, layer: str, metadata: Any) -> Iterator[None]:
         yield
     finally:
         context.attn_metadata = whole
-
-
-def _select_prefill(call: SimpleNamespace, metadata: Any, config: misa.Config, engine: Any) -> None:
-    """Selects for the prefill rows, chunk by chunk. vLLM gathers the keys into its workspace for
-    them; chunks of the same requests share them.
-    """
-    keys, scales = engine.current_workspace_manager().get_simultaneous(
-        ((call.total_seq_lens, call.head_dim), torch.float8_e4m3fn),
-        ((call.total_seq_lens, 4), torch.uint8),
-    )
-    # Each rank of a tensor-parallel group may select for only a part of the rows.
-    shards = getattr(engine, "PrefillRowShard", None)
-    shard = shards and shards.from_metadata(metadata.prefill, metadata.num_decode_tokens)
-    for chunk in metadata.prefill.chunks:
-        k, scale = keys[: chunk.total_seq_lens], scales[: chunk.total_seq_lens]
-        if not getattr(chunk, "skip_kv_gather", False):
-            engine.ops.cp_gather_indexer_k_quant_cache(
-                call.kv_cache, k, scale, chunk.block_table, chunk.cu_seq_lens
-            )
-        rows = (chunk.token_start, chunk.token_end, chunk.cu_seqlen_ks, chunk.cu_seqlen_ke)
-        if shard is not None:
-            rows = shard.narrow(chunk)
-        if rows is None or rows[0] == rows[1]:
-            continue
-        start, end, ks, ke = rows
-        selected = misa.select(
-            call.q_quant[start:end],
-            call.weights[start:end],
-            k,
-            ks,
-            ke,
-            k_scale=scale.view(torch.float32).squeeze(-1),
-            config=config,
-        )
-        call.topk_indices_buffer[start:end, : call.topk_tokens] = selected.indices
-    if shard is not None:
-        shard.exchange_topk(call.topk_indices_buffer, call.topk_tokens)
-
-
-def _select_decode(call: SimpleNamespace, metadata: Any, config: misa.Config) -> None:
-    """Selects for the decode rows: seq_lens [sequences, next_n], or flattened to [rows, 1]."""
-    rows = metadata.num_decode_tokens
-    lens = metadata.decode.seq_lens
-    lens = lens.reshape(lens.shape[0], -1)
-    selected = misa.select_paged(
-        call.q_quant[:rows],
-        call.weights[:rows],
-        call.kv_cache,
-        metadata.decode.block_table[: lens.shape[0]],
-        lens[:, -1].contiguous(),
-        next_n=lens.shape[1],
-        config=config,
-    )
-    call.topk_indices_buffer[:rows, : call.topk_tokens] = selected.indices

@@ -7,9 +7,12 @@ behind vLLM's own Python signatures; everything else of vLLM is real.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
-from dataclasses import dataclass
+import itertools
+import sys
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 from unittest import mock
@@ -22,13 +25,15 @@ from paged import DIM, HEADS, Sequences, gather, new_rows, queries  # noqa: E402
 
 from misa.integrations import vllm as plugin  # noqa: E402
 from misa.integrations._environment import Settings  # noqa: E402
+from misa.integrations._selector import Bounds, Selector  # noqa: E402
 
 TOP_K = 64
 COLUMNS = TOP_K + 16  # of the buffer, which may be wider than top_k
 POISON = -77
 LAYER = "model.layers.0.self_attn.indexer.k_cache"
 SETTINGS = Settings("misa", (("heads", 4), ("block", 128)))
-DECODE = Settings("misa", (("heads", 4), ("block", 128)), decode=True)
+CONFIG = SETTINGS.config(TOP_K)
+MOST_KEYS, MOST_ROWS = 4096, 1024
 
 # Decoding sequences, then prefilling ones: 3 has a cached prefix, 4 is new.
 DECODING, PREFILLING, NEW = [517, 64, 230], [400, 130], [40, 130]
@@ -68,6 +73,18 @@ class Metadata:
     num_prefill_tokens: int = 0
     prefill: Prefill | None = None
     decode: Decode | None = None
+    slot_mapping: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+def selector(decode: bool = True, rows: int = MOST_ROWS, keys: int = MOST_KEYS) -> Selector:
+    return Selector(
+        CONFIG,
+        heads=HEADS,
+        dim=DIM,
+        prefill=Bounds(rows, keys, total=keys),
+        decode=Bounds(rows, keys, sequences=rows) if decode else None,
+        device=torch.device("cpu"),
+    )
 
 
 def bounds(lengths: list[int], new: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,9 +95,20 @@ def bounds(lengths: list[int], new: list[int]) -> tuple[torch.Tensor, torch.Tens
     return cu, ks, ks + seen
 
 
-def chunks_of(table: torch.Tensor, first_row: int) -> list[Chunk]:
-    """The prefilling sequences in two chunks, of which the second reuses the first one's keys."""
+def chunks_of(table: torch.Tensor, first_row: int, apart: bool = False) -> list[Chunk]:
+    """The prefilling sequences in two chunks, of which the second reuses the first one's keys; or,
+    `apart`, a chunk a sequence.
+    """
     cu, ks, ke = bounds(PREFILLING, NEW)
+    if apart:
+        ends = [0, *torch.tensor(NEW).cumsum(0).tolist()]
+        chunks = []
+        for i, (a, b) in enumerate(itertools.pairwise(ends)):
+            own = torch.tensor([0, PREFILLING[i]]).int()
+            rows = ks[a:b] - cu[i], ke[a:b] - cu[i]
+            places = first_row + a, first_row + b
+            chunks.append(Chunk(table[i : i + 1], *rows, own, PREFILLING[i], *places))
+        return chunks
     cuts = [(0, 100, False), (100, sum(NEW), True)]
     return [
         Chunk(table, ks[a:b], ke[a:b], cu, sum(PREFILLING), first_row + a, first_row + b, skip)
@@ -95,7 +123,9 @@ class Engine:
         self.context = SimpleNamespace(attn_metadata=None)
         self.left: list[tuple[int, int]] = []
         self.gathers = 0
-        self.ops = SimpleNamespace(cp_gather_indexer_k_quant_cache=self._gather)
+        self.ops = SimpleNamespace(
+            cp_gather_indexer_k_quant_cache=self._gather, indexer_k_quant_and_cache=self._insert
+        )
 
     def get_forward_context(self) -> SimpleNamespace:
         return self.context
@@ -110,17 +140,25 @@ class Engine:
         self.gathers += 1
         gather(*arguments)
 
+    def _insert(self, k, kv_cache, slot_mapping, quant_block_size, scale_fmt) -> None:
+        assert quant_block_size == DIM
+        plugin.misa.append(kv_cache, k, slot_mapping, scale_format=scale_fmt)
+
     def operator(
         self,
         hidden_states,
         k_cache_prefix,
         kv_cache,
         q_quant,
+        k,
         weights,
+        quant_block_size,
+        scale_fmt,
         topk_tokens,
         head_dim,
         total_seq_lens,
         topk_indices_buffer,
+        skip_k_cache_insert=True,
         use_fp4_cache=False,
         dcp_world_size=1,
         candidate_blocks=None,
@@ -133,18 +171,24 @@ class Engine:
             topk_indices_buffer[: hidden_states.shape[0]] = -1
         return topk_indices_buffer
 
-    def run(self, settings: Settings, sequences: Sequences, q, w, **arguments) -> torch.Tensor:
-        """Calls the replacement; returns the poisoned buffer with two rows more than queries."""
-        buffer = torch.full((q.shape[0] + 2, COLUMNS), POISON, dtype=torch.int32)
-        operator = plugin.replace(self.operator, self, settings)
-        arguments = {"k_cache_prefix": LAYER, "kv_cache": sequences.cache} | arguments
+    def run(
+        self, chosen: Selector, sequences: Sequences, q, w, padding=0, strict=False, **arguments
+    ) -> torch.Tensor:
+        """Calls the replacement; returns the poisoned buffer with two rows more than queries and
+        rows of padding."""
+        rows = q.shape[0] + padding
+        buffer = torch.full((rows + 2, arguments.pop("columns", COLUMNS)), POISON).int()
+        operator = plugin.replace(self.operator, self, chosen, strict=strict)
+        arguments = {"k_cache_prefix": LAYER, "kv_cache": sequences.cache, "k": None} | arguments
         result = operator(
-            torch.empty(q.shape[0], 8),
+            torch.empty(rows, 8),
             q_quant=q,
             weights=w,
+            quant_block_size=DIM,
+            scale_fmt="ue8m0",
             topk_tokens=TOP_K,
             head_dim=DIM,
-            total_seq_lens=4096,
+            total_seq_lens=MOST_KEYS,
             topk_indices_buffer=buffer,
             **arguments,
         )
@@ -163,7 +207,9 @@ def sequences():
     return Sequences(DECODING + PREFILLING)
 
 
-def mixed(sequences: Sequences, next_n: int = 1, flat: bool = False) -> Metadata:
+def mixed(
+    sequences: Sequences, next_n: int = 1, flat: bool = False, apart: bool = False
+) -> Metadata:
     """A batch of every sequence: each decoding one has next_n queries, flattened or not."""
     lens = torch.tensor(DECODING)[:, None] - next_n + 1 + torch.arange(next_n)
     table = sequences.table[: len(DECODING)]
@@ -175,7 +221,7 @@ def mixed(sequences: Sequences, next_n: int = 1, flat: bool = False) -> Metadata
         num_decode_tokens=rows,
         num_prefills=len(PREFILLING),
         num_prefill_tokens=sum(NEW),
-        prefill=Prefill(chunks_of(sequences.table[len(DECODING) :], rows)),
+        prefill=Prefill(chunks_of(sequences.table[len(DECODING) :], rows, apart)),
         decode=Decode(table, lens.int(), torch.ones(len(lens), dtype=torch.int32)),
     )
 
@@ -193,33 +239,35 @@ def assert_rows(buffer: torch.Tensor, expected: torch.Tensor) -> None:
     assert (buffer[rows:] == POISON).all()
 
 
-def test_prefill_is_selected_and_decode_left(engine, sequences):
-    metadata = mixed(sequences)
+@pytest.mark.parametrize("apart", [False, True])
+def test_prefill_is_selected_and_decode_left(engine, sequences, apart):
+    metadata = mixed(sequences, apart=apart)
     engine.context.attn_metadata = {LAYER: metadata}
     rows = rows_of(1)
     q, w = queries(len(rows))
-    buffer = engine.run(SETTINGS, sequences, q, w)
-    expected = sequences.expected(q, w, rows, SETTINGS.config(TOP_K))
+    buffer = engine.run(selector(decode=False), sequences, q, w)
+    expected = sequences.expected(q, w, rows, CONFIG)
     expected[: len(DECODING)] = -1
     assert_rows(buffer, expected)
     assert engine.left == [(len(DECODING), 0)]
-    assert engine.gathers == 1
+    assert engine.gathers == (2 if apart else 1)
     assert engine.context.attn_metadata == {LAYER: metadata}
     assert plugin.counters() == {"misa_prefill": sum(NEW), "engine_decode": len(DECODING)}
 
 
+@pytest.mark.parametrize("columns", [TOP_K, COLUMNS])
+@pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize(("next_n", "flat"), [(1, False), (3, False), (3, True)])
-def test_decode_is_selected_if_asked_for(engine, sequences, next_n, flat):
+def test_decode_is_selected(engine, sequences, next_n, flat, padding, columns):
     engine.context.attn_metadata = {LAYER: mixed(sequences, next_n, flat)}
     rows = rows_of(next_n)
     q, w = queries(len(rows))
-    buffer = engine.run(DECODE, sequences, q, w)
-    assert_rows(buffer, sequences.expected(q, w, rows, DECODE.config(TOP_K)))
-    assert engine.left == [(0, 0)]
-    assert plugin.counters() == {
-        "misa_prefill": sum(NEW),
-        "misa_decode": len(DECODING) * next_n,
-    }
+    buffer = engine.run(selector(), sequences, q, w, padding, columns=columns)
+    assert (buffer[len(rows) : len(rows) + padding] == -1).all()
+    kept = torch.cat([buffer[: len(rows)], buffer[len(rows) + padding :]])
+    assert_rows(kept, sequences.expected(q, w, rows, CONFIG))
+    assert engine.left == []
+    assert plugin.counters() == {"misa_prefill": sum(NEW), "misa_decode": len(DECODING) * next_n}
 
 
 def test_padding_rows_stay_empty(engine, sequences):
@@ -229,37 +277,55 @@ def test_padding_rows_stay_empty(engine, sequences):
     rows = rows_of(1)
     rows[1] = (1, 0)
     q, w = queries(len(rows))
-    buffer = engine.run(DECODE, sequences, q, w)
+    buffer = engine.run(selector(), sequences, q, w)
     assert (buffer[1] == -1).all()
-    assert_rows(buffer, sequences.expected(q, w, rows, DECODE.config(TOP_K)))
+    assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
 
 
-def test_unequal_decode_is_left(engine, sequences):
-    metadata = mixed(sequences)
-    metadata.decode.requires_padding = True
-    engine.context.attn_metadata = {LAYER: metadata}
-    q, w = queries(len(rows_of(1)))
-    engine.run(DECODE, sequences, q, w)
-    assert engine.left == [(len(DECODING), 0)]
-    assert plugin.counters() == {"misa_prefill": sum(NEW), "engine_decode": len(DECODING)}
+def test_sequences_with_unequal_numbers_of_queries(engine, sequences):
+    """vLLM gives their lengths as [sequences, most], of which the last one is the sequence's."""
+    counts = [2, 1, 2]
+    lens = torch.tensor(DECODING)[:, None] - 1 + torch.arange(2)
+    decode = Decode(sequences.table[:3], lens.int(), torch.tensor(counts).int(), True)
+    engine.context.attn_metadata = {LAYER: Metadata(3, sum(counts), decode=decode)}
+    rows = new_rows(DECODING, counts)
+    q, w = queries(len(rows))
+    buffer = engine.run(selector(), sequences, q, w)
+    assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
+
+
+def test_keys_of_the_step_are_inserted_first(engine):
+    sequences = Sequences(DECODING)
+    rows = new_rows(DECODING, [1] * len(DECODING))
+    keys = torch.randn((len(rows) + 1, DIM), generator=torch.Generator().manual_seed(5))
+    slots = torch.tensor([sequences.slot(sequence, seen - 1) for sequence, seen in rows])
+    decode = Decode(sequences.table, torch.tensor(DECODING).int()[:, None], torch.ones(3).int())
+    engine.context.attn_metadata = {LAYER: Metadata(3, 3, decode=decode, slot_mapping=slots)}
+    q, w = queries(len(rows))
+    before = sequences.cache.clone()
+    buffer = engine.run(selector(), sequences, q, w, k=keys, skip_k_cache_insert=False)
+    assert not torch.equal(before, sequences.cache)
+    assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
 
 
 def test_reused_pages_are_read_anew(engine):
     """A page whose bytes changed since the last call counts as it is now."""
     q, w = queries(sum(NEW))
+    chosen = selector()
     for seed in (1, 9):
         sequences = Sequences(PREFILLING, seed=seed)
         metadata = Metadata(num_prefills=2, num_prefill_tokens=sum(NEW))
         metadata.prefill = Prefill(chunks_of(sequences.table, 0))
         engine.context.attn_metadata = {LAYER: metadata}
-        buffer = engine.run(SETTINGS, sequences, q, w)
+        buffer = engine.run(chosen, sequences, q, w)
         rows = new_rows(PREFILLING, NEW)
-        assert_rows(buffer, sequences.expected(q, w, rows, SETTINGS.config(TOP_K)))
+        assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
 
 
-def test_ranks_share_the_rows(engine, sequences):
+@pytest.mark.parametrize("apart", [False, True])
+def test_ranks_share_the_rows(engine, sequences, apart):
     """Each rank of a tensor-parallel group selects for its rows and the group exchanges them."""
-    metadata = mixed(sequences)
+    metadata = mixed(sequences, apart=apart)
     metadata.prefill.row_shard_sizes = [90, sum(NEW) - 90]
     engine.context.attn_metadata = {LAYER: metadata}
     exchanged = []
@@ -283,39 +349,111 @@ def test_ranks_share_the_rows(engine, sequences):
     engine.PrefillRowShard = PrefillRowShard
     rows = rows_of(1)
     q, w = queries(len(rows))
-    buffer = engine.run(SETTINGS, sequences, q, w)
-    expected = sequences.expected(q, w, rows, SETTINGS.config(TOP_K))
+    buffer = engine.run(selector(decode=False), sequences, q, w)
+    expected = sequences.expected(q, w, rows, CONFIG)
     expected[: len(DECODING) + 90] = -1
     assert_rows(buffer, expected)
     assert exchanged == [TOP_K]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"use_fp4_cache": True}, "use_fp4_cache is set"),
-        ({"dcp_world_size": 2}, "dcp_world_size is set"),
-        ({"candidate_blocks": torch.zeros(3, 4)}, "candidate_blocks is set"),
-        ({"kv_cache": torch.zeros(4, 32, 132, dtype=torch.uint8)}, "a key cache of shape"),
-    ],
-)
+def test_chunks_of_more_keys_than_planned_are_selected_one_by_one(engine, sequences):
+    engine.context.attn_metadata = {LAYER: mixed(sequences, apart=True)}
+    rows = rows_of(1)
+    q, w = queries(len(rows))
+    buffer = engine.run(selector(keys=max(DECODING + PREFILLING)), sequences, q, w)
+    assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
+    assert plugin.counters() == {"misa_prefill": sum(NEW), "misa_decode": len(DECODING)}
+
+
+UNCOVERED = [
+    ({"use_fp4_cache": True}, "use_fp4_cache is set"),
+    ({"dcp_world_size": 2}, "dcp_world_size is set"),
+    ({"candidate_blocks": torch.zeros(3, 4)}, "candidate_blocks is set"),
+    ({"kv_cache": torch.zeros(4, 32, 132, dtype=torch.uint8)}, "a key cache of shape"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), UNCOVERED)
 def test_what_is_not_covered_is_left_with_a_warning(engine, sequences, caplog, arguments, reason):
     engine.context.attn_metadata = {LAYER: mixed(sequences)}
     q, w = queries(len(rows_of(1)))
     for _ in range(2):
-        engine.run(DECODE, sequences, q, w, **arguments)
+        engine.run(selector(), sequences, q, w, **arguments)
     assert engine.left == 2 * [(len(DECODING), len(PREFILLING))]
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and reason in warnings[0]
+    assert len(warnings) == 2 and all(reason in warning for warning in warnings)
     assert plugin.counters() == {
         "engine_prefill": 2 * sum(NEW),
         "engine_decode": 2 * len(DECODING),
     }
 
 
+@pytest.mark.parametrize(("arguments", "reason"), UNCOVERED)
+def test_what_is_not_covered_is_an_error_if_strict(engine, sequences, arguments, reason):
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    with pytest.raises(RuntimeError, match=f"MISA_STRICT.*{reason}"):
+        engine.run(selector(), sequences, q, w, strict=True, **arguments)
+
+
+@pytest.mark.parametrize("work", ["prefill", "decode"])
+@pytest.mark.parametrize("error", [ValueError, MemoryError, RuntimeError])
+def test_an_error_leaves_the_work_to_the_engine(engine, sequences, caplog, work, error):
+    """The step that fails, and all that follow, without asking again."""
+    chosen, calls = selector(), []
+
+    def fails(*_arguments, **_more):
+        calls.append(work)
+        raise error("not today")
+
+    setattr(chosen, "paged" if work == "decode" else "ragged", fails)
+    q, w = queries(len(rows_of(1)))
+    operator = plugin.replace(engine.operator, engine, chosen)
+    with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
+        for _ in range(2):
+            engine.context.attn_metadata = {LAYER: mixed(sequences)}
+            buffer = engine.run(chosen, sequences, q, w)
+    decode = work == "decode"
+    assert engine.left == 2 * [(3, 0) if decode else (0, 2)]
+    assert calls == [work]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    expected = f"MISA: {work} left to the engine's own operator: {error.__name__}: not today"
+    assert warnings == [expected]
+    rows = {"decode": len(DECODING), "prefill": sum(NEW)}
+    assert plugin.counters() == {
+        f"{'engine' if name == work else 'misa'}_{name}": 2 * count for name, count in rows.items()
+    }
+    first = 0 if decode else len(DECODING)
+    assert (buffer[first : first + rows[work]] == -1).all()
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(2, MOST_KEYS), (MOST_ROWS, 100)])
+def test_a_step_beyond_the_plans_is_left(engine, sequences, rows, keys):
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    chosen = selector()
+    chosen.prefill = Bounds(rows, keys, total=keys)
+    chosen.decode = Bounds(2, MOST_KEYS, sequences=2)
+    engine.run(chosen, sequences, q, w)
+    assert engine.left == [(len(DECODING), len(PREFILLING))]
+    assert plugin.counters() == {"engine_prefill": sum(NEW), "engine_decode": len(DECODING)}
+
+
+def test_rows_are_counted_in_one_layer(engine, sequences):
+    other = LAYER.replace("layers.0", "layers.1")
+    metadata = mixed(sequences)
+    engine.context.attn_metadata = {LAYER: metadata, other: metadata}
+    q, w = queries(len(rows_of(1)))
+    operator = plugin.replace(engine.operator, engine, selector())
+    with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
+        for name in (LAYER, other, LAYER):
+            engine.run(selector(), sequences, q, w, k_cache_prefix=name)
+    assert plugin.counters() == {"misa_prefill": 2 * sum(NEW), "misa_decode": 2 * len(DECODING)}
+
+
 def test_a_profiling_run_is_left(engine, sequences):
     q, w = queries(4)
-    assert (engine.run(SETTINGS, sequences, q, w) == POISON).all()
+    assert (engine.run(selector(), sequences, q, w) == POISON).all()
     assert plugin.counters() == {}
 
 
@@ -323,16 +461,106 @@ def test_new_arguments_and_wrapped_names_are_accepted(engine, sequences):
     engine.context.attn_metadata = {LAYER: mixed(sequences)}
     q, w = queries(len(rows_of(1)))
     name = SimpleNamespace(value=LAYER)
-    engine.run(SETTINGS, sequences, q, w, k_cache_prefix=name, something_new=3)
+    engine.run(selector(False), sequences, q, w, k_cache_prefix=name, something_new=3)
     assert engine.left == [(len(DECODING), 0)]
 
 
-def test_an_unknown_operator_is_refused():
+@pytest.fixture
+def modules(engine, monkeypatch):
+    """vLLM's modules as far as the guard looks at them."""
+    metadata = SimpleNamespace(
+        get_max_prefill_buffer_size=lambda config: MOST_KEYS,
+        **{
+            name: dataclasses.make_dataclass(name, fields)
+            for name, fields in plugin.METADATA.items()
+        },
+    )
+    monkeypatch.setitem(sys.modules, plugin._METADATA_MODULE, metadata)
+    engine.sparse_attn_indexer = engine.operator
+    sizes = SimpleNamespace(index_topk=TOP_K, index_n_heads=HEADS, index_head_dim=DIM)
+    return SimpleNamespace(
+        metadata=metadata,
+        engine=engine,
+        config=SimpleNamespace(
+            model_config=SimpleNamespace(hf_text_config=sizes, max_model_len=MOST_KEYS),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
+            speculative_config=SimpleNamespace(num_speculative_tokens=1),
+            parallel_config=SimpleNamespace(),
+        ),
+        platform=SimpleNamespace(is_rocm=lambda: False, dispatch_key="CPU", device_name="cpu"),
+    )
+
+
+def test_the_guard_accepts_what_has_everything(modules):
+    assert plugin._problem(modules.engine, modules.config, modules.platform) is None
+    chosen = plugin._selector(CONFIG, Settings("misa", decode=True), modules.config, modules.platform)
+    assert chosen.prefill == (512, MOST_KEYS, MOST_KEYS, 0)
+    assert chosen.decode == (16, MOST_KEYS, 0, 16)
+
+
+@pytest.mark.parametrize("name", plugin._HELPERS)
+def test_the_guard_misses_functions(modules, name):
+    owner, _, last = name.rpartition(".")
+    holder = modules.engine.ops if owner else modules.engine
+    proxy = SimpleNamespace(**{n: getattr(holder, n) for n in dir(holder) if n[0] != "_"})
+    delattr(proxy, last)
+    engine = SimpleNamespace(sparse_attn_indexer=modules.engine.operator, ops=proxy)
+    if not owner:
+        engine = proxy
+    assert f"function {name}" in plugin._problem(engine, modules.config, modules.platform)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(kind, f) for kind, fields in plugin.METADATA.items() for f in fields]
+)
+def test_the_guard_misses_fields(modules, kind, field):
+    fields = [name for name in plugin.METADATA[kind] if name != field]
+    setattr(modules.metadata, kind, dataclasses.make_dataclass(kind, fields))
+    problem = plugin._problem(modules.engine, modules.config, modules.platform)
+    assert problem == f"this vLLM has no {kind}.{field}"
+
+
+@pytest.mark.parametrize("name", plugin._CONFIG)
+def test_the_guard_misses_settings(modules, name):
+    owner, _, last = name.rpartition(".")
+    delattr(getattr(modules.config, owner) if owner else modules.config, last)
+    problem = plugin._problem(modules.engine, modules.config, modules.platform)
+    assert f"setting {name}" in problem
+
+
+def test_the_guard_misses_arguments(modules):
     def sparse_attn_indexer(hidden_states, q_quant):
         pass
 
-    problem = plugin._problem(SimpleNamespace(sparse_attn_indexer=sparse_attn_indexer), None)
-    assert problem is not None and "topk_indices_buffer" in problem and "ops" in problem
+    modules.engine.sparse_attn_indexer = sparse_attn_indexer
+    problem = plugin._problem(modules.engine, modules.config, modules.platform)
+    assert "argument topk_indices_buffer" in problem and "argument kv_cache" in problem
+
+
+@pytest.mark.parametrize(
+    "setting", ["decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching"]
+)
+def test_the_guard_refuses_parallel_settings(modules, setting):
+    setattr(modules.config.parallel_config, setting, 2)
+    problem = plugin._problem(modules.engine, modules.config, modules.platform)
+    assert problem and (setting in problem or "overlapped" in problem)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_cannot_be_served_is_an_error_if_strict(modules, monkeypatch, caplog, strict):
+    modules.config.parallel_config.decode_context_parallel_size = 2
+    monkeypatch.setattr(plugin, "_decided", False)
+    monkeypatch.setitem(sys.modules, plugin._MODULE, modules.engine)
+    platforms = SimpleNamespace(current_platform=modules.platform)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setenv("MISA_INDEXER", "dsa")
+    monkeypatch.setenv("MISA_STRICT", str(int(strict)))
+    if strict:
+        with pytest.raises(RuntimeError, match="MISA_STRICT.*decode_context_parallel_size is 2"):
+            plugin._install(modules.config)
+    else:
+        plugin._install(modules.config)
+        assert "MISA is off: decode_context_parallel_size is 2" in caplog.text
 
 
 # From here on in vLLM.

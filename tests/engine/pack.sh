@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# For a machine that has a GPU, Python 3.12, torch 2.11 and transformers 5.17 but no network: packs
+# what it lacks to serve a model.
+#   tests/engine/pack.sh ENGINE-VERSION OUT        ENGINE-VERSION: vllm-0.26.0, …: a list beside this
+# OUT gets piece1, piece2, … of at most 48 MiB, folders that hold one file each. There,
+# `tests/engine.sh unpack OUT` puts them together.
+#
+# The engine's wheel loses what these tests do not run on Hopper, and GPU code of other
+# architectures. WHEELS is a folder of wheels that need not be downloaded again.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+engine=$1 out=$(realpath -m "$2") wheels=$(realpath -m "${WHEELS:-$2/wheels}")
+name=${engine%%-*} version=${engine#*-}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out" "$wheels" "$work/site"
+
+download() {
+  local platforms=()
+  for tag in manylinux_2_{39,38,36,35,34,31,28,27,26,24,17,12,5} manylinux2014 manylinux2010 \
+    manylinux1; do
+    platforms+=(--platform "${tag}_x86_64")
+  done
+  python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
+    --implementation cp "${platforms[@]}" -d "$wheels" "$@"
+}
+
+download "$name==$version" -r "$here/$engine.txt"
+
+# Attention of other generations, servers, and kernels for formats that no test uses.
+unzip -q "$wheels/$name-$version"-*.whl -d "$work/site" -x \
+  'vllm/vllm_flash_attn/_vllm_fa2*' 'vllm/vllm-rs' 'vllm/third_party/fmha_sm100/*' \
+  'vllm/_qutlass_C*' 'vllm/_deepselect_C*' 'vllm/_flashkda_C*' 'vllm/benchmarks/*' \
+  'vllm/third_party/deep_gemm/_C.cpython-31[0134]*' 'vllm/entrypoints/serve/instrumentator/static/*' \
+  2>"$work/unzip" || grep -qv 'not matched' "$work/unzip"
+find "$work/site" -name '*.so' -exec python3 "$here/prune.py" 90 {} +
+sed 's/[=<>].*//; /^#/d; s/-/_/g' "$here/$engine.txt" | while read -r package; do
+  find "$wheels" -maxdepth 1 -iname "$package-*.whl" -exec unzip -q -o {} -d "$work/site" \;
+done
+rm -rf "$work"/site/*.data "$work"/site/bin
+find "$work/site" \( -name __pycache__ -o -name tests \) -type d -prune -exec rm -rf {} +
+
+tar -C "$work" --owner=0 --group=0 --sort=name -cf "$work/site.tar" site
+xz -T0 -6 "$work/site.tar"
+size=$(stat -c %s "$work/site.tar.xz")
+rm -rf "$out"/piece*
+split -n $(((size + (48 << 20) - 1) / (48 << 20))) --numeric-suffixes=1 -a 1 "$work/site.tar.xz" "$work/part"
+for part in "$work"/part*; do
+  folder=$out/piece${part##*part}
+  mkdir "$folder"
+  mv "$part" "$folder/$engine.tar.xz.${part##*part}"
+done
+du -sh "$out"/piece*
