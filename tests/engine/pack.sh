@@ -41,7 +41,7 @@ done
 rm -rf "$work"/site/*.data "$work"/site/bin
 find "$work/site" \( -name __pycache__ -o -name tests \) -type d -prune -exec rm -rf {} +
 
-tar -C "$work" --owner=0 --group=0 --sort=name -cf "$work/site.tar" site
+tar -C "$work/site" --owner=0 --group=0 --sort=name -cf "$work/site.tar" .
 xz -T0 -6 "$work/site.tar"
 size=$(stat -c %s "$work/site.tar.xz")
 rm -rf "$out"/piece*

@@ -62,11 +62,7 @@ def kept(found: list[Entry], arch: int) -> list[Entry]:
     exact = [e for e in found if e.kind == MACHINE_CODE and e.arch == arch]
     if exact:
         return exact
-    others = [
-        e
-        for e in found
-        if e.arch <= arch and (e.kind == PTX or e.arch // 10 == arch // 10)
-    ]
+    others = [e for e in found if e.arch <= arch and (e.kind == PTX or e.arch // 10 == arch // 10)]
     return others or sorted(found, key=lambda e: e.end - e.start)[:1]
 
 

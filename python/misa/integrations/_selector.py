@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,10 @@ class Selector:
                 bounds = bounds._replace(total=total, sequences=bounds.sequences // 2)
 
         self.prefill, first = largest(prefill)
-        self.decode, last = (None, first) if decode is None else largest(decode)
+        self.decode: Bounds | None = None
+        last = first
+        if decode is not None:
+            self.decode, last = largest(decode)
         # The compiled plans are called without misa.Plan's checks, which take longer than the rest
         # of a call; the bindings check every array again.
         self._ragged = first._plan.run
@@ -84,6 +88,11 @@ class Selector:
         size = max(first.workspace_bytes, last.workspace_bytes)
         self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.backend = first.backend
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        # nanobind would report plans that outlive the interpreter as leaks.
+        del self._ragged, self._paged
 
     def _where(self) -> tuple:
         """The last arguments of a run: the workspace, and on a device the stream."""

@@ -493,7 +493,9 @@ def modules(engine, monkeypatch):
 
 def test_the_guard_accepts_what_has_everything(modules):
     assert plugin._problem(modules.engine, modules.config, modules.platform) is None
-    chosen = plugin._selector(CONFIG, Settings("misa", decode=True), modules.config, modules.platform)
+    chosen = plugin._selector(
+        CONFIG, Settings("misa", decode=True), modules.config, modules.platform
+    )
     assert chosen.prefill == (512, MOST_KEYS, MOST_KEYS, 0)
     assert chosen.decode == (16, MOST_KEYS, 0, 16)
 
@@ -572,11 +574,14 @@ def vllm():
     pytest.importorskip("vllm")
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers import sparse_attn_indexer as layers
-    from vllm.models.deepseek_v32 import attention
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.mla import indexer
     from vllm.v1.worker import workspace
 
+    try:
+        from vllm.models.deepseek_v32 import attention
+    except (AttributeError, ImportError):  # vLLM 0.26: its model file needs a GPU to be imported
+        attention = layers
     original = layers.sparse_attn_indexer
 
     def stand_in(owner, name, function):
@@ -586,7 +591,8 @@ def vllm():
     def build(**fields):
         config = VllmConfig(device_config=DeviceConfig(device="cpu"))
         sizes = {"index_topk": TOP_K, "index_n_heads": HEADS, "index_head_dim": DIM}
-        model = SimpleNamespace(hf_text_config=SimpleNamespace(**sizes, **fields))
+        text = SimpleNamespace(**sizes, **fields)
+        model = SimpleNamespace(hf_text_config=text, max_model_len=MOST_KEYS)
         object.__setattr__(config, "model_config", model)
         with set_current_vllm_config(config):
             cache = SimpleNamespace(prefix=LAYER, kv_cache=None)
@@ -606,8 +612,12 @@ def vllm():
         stand_in(layers.ops, "cp_gather_indexer_k_quant_cache", gather)
         stand_in(layers.ops, "indexer_k_quant_and_cache", insert)
         stand_in(layers, "fp8_fp4_paged_mqa_logits", paged_logits)
-        stand_in(layers, "get_indexer_topk", lambda backend: top_k)
-        patch.setattr(indexer, "_BUILD_PREFILL_CHUNK_METADATA_KERNEL", chunk_bounds)
+        if hasattr(layers, "get_indexer_topk"):
+            stand_in(layers, "get_indexer_topk", lambda backend: top_k)
+            patch.setattr(indexer, "_BUILD_PREFILL_CHUNK_METADATA_KERNEL", chunk_bounds)
+        else:  # vLLM 0.26
+            stand_in(layers.ops, "top_k_per_row_decode", top_k_per_row)
+            patch.setattr(indexer, "_build_prefill_chunk_metadata_kernel", Launched())
         yield SimpleNamespace(
             layers=layers,
             attention=attention,
@@ -650,6 +660,25 @@ def top_k(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len):
         topk_indices[row, : len(best)] = best
 
 
+def top_k_per_row(logits, next_n, seq_lens, topk_indices, num_rows, stride0, stride1, topk_tokens):
+    top_k(logits, seq_lens, next_n, topk_indices, topk_tokens, None)
+
+
+class Launched:
+    """chunk_bounds as a kernel of Triton, launched on a grid of requests."""
+
+    def __getitem__(self, grid):
+        def launch(*arguments, COMPRESS_RATIO, BLOCK_SIZE):
+            starts, lengths, cu, row_starts, *rest = arguments
+            chunk_bounds(
+                *(starts, lengths, cu, row_starts, *rest),
+                num_reqs=grid[0],
+                COMPRESS_RATIO=COMPRESS_RATIO,
+            )
+
+        return launch
+
+
 def chunk_bounds(
     starts, lengths, cu, row_starts, token_to_seq, ks, ke, begin, end, *_, num_reqs, COMPRESS_RATIO
 ):
@@ -686,7 +715,7 @@ def vllm_metadata(vllm, sequences: Sequences, next_n: int, slots: torch.Tensor):
             compress_ratio=1,
             query_slice=part,
         )
-        for part in (slice(0, 100), slice(100, 4096))
+        for part in (slice(0, 100), slice(100, sum(NEW)))
     ]
     lens = torch.tensor(DECODING)[:, None] - next_n + 1 + torch.arange(next_n)
     return vllm.indexer.DeepseekV32IndexerMetadata(
@@ -774,24 +803,25 @@ def test_vllm_prefill_is_misa_and_decode_vllms(vllm, through, next_n):
             buffer[: len(rows)] = -1
             result = call(vllm.attention.sparse_attn_indexer, q, w, sequences.cache, buffer)
     assert result.data_ptr() == buffer.data_ptr()
-    expected = sequences.expected(q, w, rows, SETTINGS.config(TOP_K))
+    expected = sequences.expected(q, w, rows, CONFIG)
     decode = len(DECODING) * next_n
     dense = Settings("dsa").config(TOP_K)
     expected[:decode] = sequences.expected(q[:decode], w[:decode], rows[:decode], dense)
     assert_rows(buffer, expected)
 
 
-def test_vllm_decode_is_misa_if_asked_for(vllm):
+@pytest.mark.parametrize("next_n", [1, 3])
+def test_vllm_decode_is_misa_if_asked_for(vllm, next_n):
     sequences = Sequences(DECODING + PREFILLING)
-    rows = rows_of(3)
+    rows = rows_of(next_n)
     q, w = queries(len(rows))
     buffer = torch.full((len(rows) + 2, COLUMNS), POISON, dtype=torch.int32)
     buffer[: len(rows)] = -1
-    operator = plugin.replace(vllm.original, vllm.layers, DECODE)
-    metadata = vllm_metadata(vllm, sequences, 3, torch.zeros(len(rows), dtype=torch.int64))
+    operator = plugin.replace(vllm.original, vllm.layers, selector())
+    metadata = vllm_metadata(vllm, sequences, next_n, torch.zeros(len(rows), dtype=torch.int64))
     with forward_context({LAYER: metadata}):
         call(operator, q, w, sequences.cache, buffer)
-    assert_rows(buffer, sequences.expected(q, w, rows, DECODE.config(TOP_K)))
+    assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
 
 
 def test_vllm_compressed_sequences(vllm):
@@ -828,7 +858,7 @@ def test_vllm_compressed_sequences(vllm):
     buffer[: len(rows)] = -1
     with forward_context({LAYER: metadata}):
         call(vllm.layers.sparse_attn_indexer, q, w, sequences.cache, buffer)
-    assert_rows(buffer, sequences.expected(q, w, rows, SETTINGS.config(TOP_K)))
+    assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
 
 
 def test_vllm_profiling_run(vllm):

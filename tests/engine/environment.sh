@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+# For tests/engine.sh and bench/engine.sh: where the engine is, and where it keeps what it compiles.
+# $out: their folder.
+site=${ENGINE_SITE:-$out/site}
+python=${PYTHON:-python3}
+[ ! -d "$site" ] || export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export VLLM_CACHE_ROOT=$out/cache DG_JIT_CACHE_DIR=$out/cache/dg TRITON_CACHE_DIR=$out/cache/triton
+# DeepGEMM compiles with nvcc when it runs.
+if [ -z "${CUDA_HOME:-}" ] && nvcc=$(command -v nvcc); then
+  CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
+  export CUDA_HOME
+fi
