@@ -54,14 +54,6 @@ class Counters:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.rows.items()))
             self._logger.info("MISA: rows so far: %s", counts)
 
-    def misa_selects(self, work: str, rows: int, reason: str | None) -> bool:
-        """Counts the rows of `work` for MISA, or for the engine if there is a reason to leave them
-        to it. Returns whether MISA selects for them."""
-        if reason is not None:
-            self.leave(work, reason)
-        self.add(f"{'misa' if reason is None else 'engine'}_{work}", rows)
-        return reason is None
-
     def leave(self, work: str, reason: str) -> None:
         """Says, once, why `work` (prefill or decode) is left to the engine."""
         if (work, reason) not in self._reasons:

@@ -138,3 +138,13 @@ def _read(name: str, text: str, read: Callable[[str], Any], expected: str) -> An
         return read(text)
     except (KeyError, ValueError):
         raise ValueError(f"{name}: expected {expected}, got {text!r}") from None
+
+
+def has(owner: Any, path: str) -> bool:
+    """Whether an engine's module or class has an attribute, or one of an attribute: "a.b"."""
+    for name in path.split("."):
+        fields = getattr(owner, "__dataclass_fields__", {})
+        if not hasattr(owner, name) and name not in fields:
+            return False
+        owner = getattr(owner, name, None)
+    return True

@@ -23,13 +23,26 @@ import torch
 import misa
 
 from ._counters import Counters
-from ._environment import Settings, read_settings
+from ._environment import Settings, has, read_settings
 
 _MODULE = "sglang.srt.layers.attention.dsa.dsa_indexer"
 _PAGE = 64
 
-# The arguments that the wrappers read; an SGLang whose methods lack one of them is not changed.
+# What the wrappers read; an SGLang that lacks any of it is not changed. Arguments of both methods,
+# names of the indexer's module, methods and fields of its metadata, methods of the key pool.
 _ARGUMENTS = ("forward_batch", "layer_id", "q_fp8", "weights", "metadata")
+_HELPERS = ("get_token_to_kv_pool", "envs.SGLANG_DSA_FUSE_TOPK", "Indexer._get_index_k_read_buffer")
+_METADATA = (
+    "get_indexer_kvcache_range",
+    "get_indexer_seq_len",
+    "get_indexer_seq_len_cpu",
+    "get_token_to_batch_idx",
+    "get_dsa_extend_len_cpu",
+    "get_seqlens_expanded",
+    "get_page_table_64",
+    "force_unfused_topk",
+)
+_POOL = ("get_index_k_scale_buffer",)
 
 _logger = logging.getLogger("sglang.srt.misa")
 _counters = Counters(_logger)
@@ -58,7 +71,8 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
 
     Raises:
         ValueError: a MISA_* variable that cannot be read, or an indexer unfit for the model.
-        RuntimeError: SGLang did not hook one of the indexer's methods.
+        RuntimeError: SGLang did not hook one of the indexer's methods, or MISA_STRICT is set and
+            MISA does not support this SGLang.
     """
     global _installed
     model = model_config.hf_text_config
@@ -68,6 +82,8 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
     config = settings.config_for(model)
     engine = importlib.import_module(_MODULE)
     problem = _problem(engine, model)
+    if problem and settings.strict:
+        raise RuntimeError(f"MISA_STRICT: expected MISA to be on, but {problem}")
     if problem:
         _logger.warning("MISA is off: %s", problem)
         return
@@ -98,11 +114,17 @@ def _problem(engine: Any, model: Any) -> str | None:
     """Why this model in this SGLang on this machine cannot be served, or None."""
     if (getattr(model, "index_kpool", None) or 1) != 1:
         return "pooled index keys"  # SGLang has another indexer for them
+    missing = []
     for method in ("_get_topk_ragged", "_get_topk_paged"):
         parameters = inspect.signature(getattr(engine.Indexer, method)).parameters
-        missing = [name for name in _ARGUMENTS if name not in parameters]
-        if missing:
-            return f"this SGLang's {method} has no {', '.join(missing)}"
+        missing += [f"{method}({name})" for name in _ARGUMENTS if name not in parameters]
+    missing += [name for name in _HELPERS if not has(engine, name)]
+    metadata = importlib.import_module(f"{_MODULE}_metadata").DSAIndexerMetadata
+    missing += [f"DSAIndexerMetadata.{name}" for name in _METADATA if not has(metadata, name)]
+    pool = importlib.import_module("sglang.srt.mem_cache.memory_pool").DSATokenToKVPool
+    missing += [f"DSATokenToKVPool.{name}" for name in _POOL if not has(pool, name)]
+    if missing:
+        return f"this SGLang has no {', '.join(missing)}"
     if torch.version.hip is not None:
         return "expected a CUDA device, got a ROCm one"
     if torch.cuda.is_available() and not any(
@@ -132,36 +154,67 @@ def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
         ks, ke = metadata.get_indexer_kvcache_range()
         rows = ks.shape[0]
         pool = engine.get_token_to_kv_pool()
-        reason = _uncovered(indexer, call["forward_batch"], q, pool)
-        if not _counters.misa_selects("prefill", rows, reason):
-            return original(*args, **kwargs)
+        reason = _failed.get("prefill") or _uncovered(indexer, call["forward_batch"], q, pool)
+        if reason is not None:
+            return _left("prefill", rows, reason, original, args, kwargs)
         result = call.get("topk_result")
         if result is None:
             result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
         if rows == 0:
             return result
+        # The table that the pool gathers by has this name where pages may be split among ranks.
+        table = getattr(metadata, "get_logical_page_table", metadata.get_page_table_64)()
         lengths = metadata.get_indexer_seq_len_cpu()
-        k, scale = pool.get_index_k_scale_buffer(
-            call["layer_id"],
-            metadata.get_indexer_seq_len(),
-            metadata.get_logical_page_table(),
-            int(lengths.sum()),
-            int(lengths.max()),
-        )
-        selected = misa.select(
-            q[:rows],
-            call["weights"][:rows].squeeze(-1),
-            k.view(torch.float8_e4m3fn),
-            ks,
-            ke,
-            k_scale=scale.view(torch.float32).squeeze(-1),
-            config=settings.config(indexer.index_topk),
-        )
-        requests = metadata.get_token_to_batch_idx()
-        result[:rows] = _converted(selected.indices, metadata, engine, requests)
+        try:
+            k, scale = pool.get_index_k_scale_buffer(
+                call["layer_id"],
+                metadata.get_indexer_seq_len(),
+                table,
+                int(lengths.sum()),
+                int(lengths.max()),
+            )
+            selected = misa.select(
+                q[:rows],
+                call["weights"][:rows].squeeze(-1),
+                k.view(torch.float8_e4m3fn),
+                ks,
+                ke,
+                k_scale=scale.view(torch.float32).squeeze(-1),
+                config=settings.config(indexer.index_topk),
+            )
+            requests = metadata.get_token_to_batch_idx()
+            result[:rows] = _converted(selected.indices, metadata, engine, requests)
+        except _ERRORS as error:
+            return _fallen("prefill", rows, error, original, args, kwargs)
+        _counters.add("misa_prefill", rows)
         return result
 
     return hook
+
+
+# What MISA raises where it cannot do a call; the work is SGLang's from then on.
+_ERRORS = (AttributeError, MemoryError, RuntimeError, TypeError, ValueError)
+_failed: dict[str, str] = {}
+
+
+def _left(
+    work: str,
+    rows: int,
+    reason: str,
+    original: Callable[..., torch.Tensor],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Counts and says why a call is SGLang's, and makes it."""
+    _counters.leave(work, reason)
+    _counters.add(f"engine_{work}", rows)
+    return original(*args, **kwargs)
+
+
+def _fallen(work: str, rows: int, error: Exception, *call: Any) -> torch.Tensor:
+    """Leaves this and all later calls to SGLang."""
+    _failed[work] = f"{type(error).__name__}: {error}"
+    return _left(work, rows, _failed[work], *call)
 
 
 def paged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
@@ -188,23 +241,27 @@ def paged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
         lengths = metadata.get_seqlens_expanded()
         table = metadata.get_page_table_64()
         pool = engine.get_token_to_kv_pool()
-        reason = _uncovered(indexer, call["forward_batch"], q, pool)
+        reason = _failed.get("decode") or _uncovered(indexer, call["forward_batch"], q, pool)
         if reason is None and not lengths.shape[0] == table.shape[0] == rows:
             reason = "sequences that share a row of the page table"
-        if not _counters.misa_selects("decode", rows, reason):
-            return original(*args, **kwargs)
+        if reason is not None:
+            return _left("decode", rows, reason, original, args, kwargs)
         result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
         if rows == 0:
             return result
-        selected = misa.select_paged(
-            q[:rows],
-            call["weights"][:rows].squeeze(-1),
-            indexer._get_index_k_read_buffer(pool, call["layer_id"]),
-            table,
-            lengths,
-            config=settings.config(indexer.index_topk),
-        )
-        result[:rows] = _converted(selected.indices, metadata, engine, None)
+        try:
+            selected = misa.select_paged(
+                q[:rows],
+                call["weights"][:rows].squeeze(-1),
+                indexer._get_index_k_read_buffer(pool, call["layer_id"]),
+                table,
+                lengths,
+                config=settings.config(indexer.index_topk),
+            )
+            result[:rows] = _converted(selected.indices, metadata, engine, None)
+        except _ERRORS as error:
+            return _fallen("decode", rows, error, original, args, kwargs)
+        _counters.add("misa_decode", rows)
         return result
 
     return hook
@@ -214,8 +271,9 @@ def _uncovered(indexer: Any, batch: Any, q: torch.Tensor, pool: Any) -> str | No
     """Why this call must be left to SGLang's method, or None."""
     if q.dtype != torch.float8_e4m3fn:
         return f"queries in {q.dtype}"
-    if pool.index_page_size != _PAGE:
-        return f"index pages of {pool.index_page_size} tokens"
+    page = getattr(pool, "index_page_size", None) or pool.page_size
+    if page != _PAGE:
+        return f"index pages of {page} tokens"
     if getattr(pool, "index_kpool", 1) != 1:
         return "pooled index keys"
     if getattr(indexer, "num_init_tokens", 0) or getattr(indexer, "num_local_tokens", 0):

@@ -28,7 +28,7 @@ import torch
 import misa
 
 from ._counters import Counters
-from ._environment import Settings, read_settings
+from ._environment import Settings, has, read_settings
 from ._selector import Bounds, Selector
 from ._vllm_step import METADATA, Step
 
@@ -185,8 +185,8 @@ def _problem(engine: Any, config: Any, platform: Any) -> str | None:
     read = [name for name in _Call._fields if name not in _Call._field_defaults]
     metadata = importlib.import_module(_METADATA_MODULE)
     missing = [f"argument {name}" for name in read if name not in parameters]
-    missing += [f"function {name}" for name in _HELPERS if not _has(engine, name)]
-    missing += [f"setting {name}" for name in _CONFIG if not _has(config, name)]
+    missing += [f"function {name}" for name in _HELPERS if not has(engine, name)]
+    missing += [f"setting {name}" for name in _CONFIG if not has(config, name)]
     if not hasattr(metadata, "get_max_prefill_buffer_size"):
         missing.append("function get_max_prefill_buffer_size")
     for name, fields in METADATA.items():
@@ -212,14 +212,6 @@ def _problem(engine: Any, config: Any, platform: Any) -> str | None:
             ", ".join(sorted(unknown)),
         )
     return None
-
-
-def _has(owner: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(owner, name):
-            return False
-        owner = getattr(owner, name)
-    return True
 
 
 def _no_sketches(chosen: misa.Config, platform: Any) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from misa.integrations._counters import Counters
-from misa.integrations._environment import Settings, read_settings
+from misa.integrations._environment import Settings, has, read_settings
 
 
 def test_nothing_set():
@@ -54,6 +54,7 @@ def test_every_variable():
         ("MISA_RESIDUAL", "yes", "expected 0 or 1, got 'yes'"),
         ("MISA_STATIC_HEADS", "1,,2", "expected integers separated by commas"),
         ("MISA_DECODE", "2", "expected 0 or 1, got '2'"),
+        ("MISA_STRICT", "yes", "expected 0 or 1, got 'yes'"),
     ],
 )
 def test_bad_values_name_the_variable(variable, text, expected):
@@ -93,15 +94,61 @@ def test_an_indexer_must_fit_the_model():
             settings.config_for(model)
 
 
+@pytest.mark.parametrize(
+    ("indexer", "fields", "expected"),
+    [
+        ("dsa", {}, True),
+        ("misa", {}, False),
+        ("misa-r", {}, False),
+        ("auto", {}, False),
+        ("hisa", {}, True),
+        ("misa", {"MISA_HEADS": "64"}, True),
+        ("misa-r", {"MISA_CANDIDATES": "4096", "MISA_SKETCH": "2"}, True),
+        ("misa-r", {"MISA_CANDIDATES": "4096", "MISA_SKETCH": "2", "MISA_DECODE": "0"}, False),
+        ("dsa", {"MISA_DECODE": "0"}, False),
+        ("misa", {"MISA_DECODE": "1"}, True),
+    ],
+)
+def test_what_decodes(indexer, fields, expected):
+    """By default what reads less than all keys, and what selects the same as the engine."""
+    settings = read_settings(environment={"MISA_INDEXER": indexer, **fields})
+    assert settings is not None
+    assert settings.decodes(settings.config(2048), 64) is expected
+
+
+@pytest.mark.parametrize(("text", "strict"), [("0", False), ("1", True), (None, False)])
+def test_strict(text, strict):
+    environment = {"MISA_INDEXER": "dsa"} | ({} if text is None else {"MISA_STRICT": text})
+    settings = read_settings(environment=environment)
+    assert settings is not None and settings.strict is strict
+
+
+def test_has():
+    owner = SimpleNamespace(a=SimpleNamespace(b=None))
+    assert has(owner, "a") and has(owner, "a.b")
+    assert not has(owner, "b") and not has(owner, "a.c") and not has(owner, "a.b.c")
+
+
 def test_counters_count_and_say_why_once(caplog):
     counters = Counters(logging.getLogger("misa.test"))
     with caplog.at_level(logging.INFO, "misa.test"):
-        assert counters.misa_selects("prefill", 7, None)
-        assert not counters.misa_selects("decode", 2, "a reason")
-        assert not counters.misa_selects("decode", 3, "a reason")
+        counters.add("misa_prefill", 7)
+        for _ in range(2):
+            counters.leave("decode", "a reason")
+            counters.add("engine_decode", 3)
         counters.add("engine_decode", 1)
-    assert counters.rows == {"misa_prefill": 7, "engine_decode": 6}
+    assert counters.rows == {"misa_prefill": 7, "engine_decode": 7}
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == ["MISA: decode left to the engine's own operator: a reason"]
     counts = [record.message for record in caplog.records if record.levelname == "INFO"]
-    assert counts[-1] == "MISA: rows so far: engine_decode 6, misa_prefill 7"
+    assert counts[-1] == "MISA: rows so far: engine_decode 7, misa_prefill 7"
+
+
+def test_captured_rows_count_by_what_is_on_the_device():
+    counters = Counters(logging.getLogger("misa.test"))
+    counters.prepare("cpu")
+    counters.prepare("cpu")  # keeps the counts
+    counters.add("misa_decode", 2)
+    for _ in range(3):  # a replay does what the captured call did: an addition on the device
+        counters.add("misa_decode", 8, capturing=True)
+    assert counters.rows == {"misa_decode": 26}

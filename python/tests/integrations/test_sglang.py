@@ -65,8 +65,10 @@ class World:
         return result, method.call_count
 
 
-class Metadata:
-    """SGLang's DSAIndexerMetadata, as far as the plugin reads it."""
+class OlderMetadata:
+    """SGLang 0.5.17's DSAIndexerMetadata, as far as the plugin reads it."""
+
+    force_unfused_topk = False
 
     def __init__(self, attention, method: str, unfused: bool) -> None:
         self.attn_metadata = attention
@@ -78,8 +80,6 @@ class Metadata:
 
     def get_page_table_64(self):
         return self.attn_metadata.real_page_table
-
-    get_logical_page_table = get_page_table_64
 
     def get_indexer_kvcache_range(self):
         return self.attn_metadata.indexer_k_start_end
@@ -95,6 +95,13 @@ class Metadata:
 
     def get_token_to_batch_idx(self):
         return self.attn_metadata.token_to_batch_idx
+
+
+class Metadata(OlderMetadata):
+    """That of 0.5.23."""
+
+    def get_logical_page_table(self):
+        return self.attn_metadata.real_page_table
 
 
 def gather_pages(buf, page_indices, seq_lens, seq_len_sum, max_seq_len, page_size, index_head_dim):
@@ -140,13 +147,12 @@ def attention_fields(sequences: Sequences, new: list[int], next_n: int) -> dict[
     }
 
 
-def stand_in() -> World:
+def stand_in(older: bool = False) -> World:
+    """What there is of 0.5.23, or `older`, of 0.5.17."""
     sequences = Sequences(LENGTHS)
     buffer = sequences.cache.flatten(1)
 
     class Pool:
-        index_page_size = PAGE
-
         def get_index_k_scale_buffer(
             self, layer_id, seq_len_tensor, page_indices, seq_len_sum, max_seq_len
         ):
@@ -177,6 +183,7 @@ def stand_in() -> World:
 
     fused = SimpleNamespace(get=lambda: True)
     pool = Pool()
+    setattr(pool, "page_size" if older else "index_page_size", PAGE)
     engine = SimpleNamespace(
         Indexer=Indexer,
         get_token_to_kv_pool=lambda: pool,
@@ -185,7 +192,8 @@ def stand_in() -> World:
 
     def metadata(method="PAGED", unfused=False, next_n=0, **changes):
         fields = attention_fields(sequences, NEW, next_n) | changes
-        return Metadata(SimpleNamespace(**fields), method, unfused)
+        kind = OlderMetadata if older else Metadata
+        return kind(SimpleNamespace(**fields), method, unfused)
 
     def fuse(on):
         fused.get = lambda: on
@@ -255,10 +263,13 @@ def sglang(patch) -> World:
     return World(dsa_indexer, pool, indexer, sequences, fuse, metadata)
 
 
-@pytest.fixture(params=["stand-in", "sglang"])
+@pytest.fixture(params=["stand-in", "older stand-in", "sglang"])
 def world(request, monkeypatch):
     monkeypatch.setattr(plugin, "_counters", plugin.Counters(plugin._logger))
-    return stand_in() if request.param == "stand-in" else sglang(monkeypatch)
+    monkeypatch.setattr(plugin, "_failed", {})
+    if request.param == "sglang":
+        return sglang(monkeypatch)
+    return stand_in(older=request.param == "older stand-in")
 
 
 def padded_queries(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,10 +338,14 @@ def test_decode_is_left_by_default(world):
     assert plugin.counters() == {"engine_decode": len(LENGTHS)}
 
 
+def page_name(world: World) -> str:
+    return "index_page_size" if hasattr(world.pool, "index_page_size") else "page_size"
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda world: setattr(world.pool, "index_page_size", 16), "index pages of 16 tokens"),
+        (lambda world: setattr(world.pool, page_name(world), 16), "index pages of 16 tokens"),
         (lambda world: setattr(world.pool, "index_kpool", 4), "pooled index keys"),
         (lambda world: setattr(world.indexer, "num_local_tokens", 8), "always selected"),
     ],
@@ -361,17 +376,76 @@ def test_shared_rows_of_the_page_table_are_left(world):
     assert result == "SGLang's own"
 
 
-def test_an_unknown_indexer_is_refused():
-    class Indexer:
-        def _get_topk_ragged(self, batch):
-            pass
+@pytest.mark.parametrize("work", ["prefill", "decode"])
+@pytest.mark.parametrize("error", [ValueError, MemoryError, RuntimeError, AttributeError])
+def test_an_error_leaves_the_work_to_sglang(world, caplog, monkeypatch, work, error):
+    """The call that fails, and all that follow, without asking again."""
+    calls = []
 
-    problem = plugin._problem(SimpleNamespace(Indexer=Indexer), SimpleNamespace())
-    assert problem is not None and "q_fp8" in problem
+    def fails(*_arguments, **_more):
+        calls.append(work)
+        raise error("not today")
+
+    decode = work == "decode"
+    monkeypatch.setattr(plugin.misa, "select_paged" if decode else "select", fails)
+    counts = [1] * len(LENGTHS) if decode else NEW
+    q, w = padded_queries(sum(counts))
+    metadata = world.metadata(next_n=int(decode))
+    for _ in range(2):
+        wrap = plugin.paged if decode else plugin.ragged
+        result, originals = world.call(wrap, DECODE, q, w, metadata)
+        assert (result, originals) == ("SGLang's own", 1)
+    assert calls == [work]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    reason = f"{error.__name__}: not today"
+    assert warnings == [f"MISA: {work} left to the engine's own operator: {reason}"]
+    assert plugin.counters() == {f"engine_{work}": 2 * sum(counts)}
 
 
 @pytest.fixture
-def install(monkeypatch):
+def modules(monkeypatch):
+    """SGLang's modules as far as the guard looks at them."""
+    world = stand_in()
+    metadata = SimpleNamespace(DSAIndexerMetadata=type("Any", (Metadata,), {}))
+    pool = SimpleNamespace(DSATokenToKVPool=type(world.pool))
+    monkeypatch.setitem(sys.modules, f"{plugin._MODULE}_metadata", metadata)
+    monkeypatch.setitem(sys.modules, "sglang.srt.mem_cache.memory_pool", pool)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return SimpleNamespace(engine=world.engine, metadata=metadata, pool=pool)
+
+
+def test_the_guard_accepts_what_has_everything(modules):
+    assert plugin._problem(modules.engine, SimpleNamespace()) is None
+
+
+def test_the_guard_misses_arguments(modules):
+    modules.engine.Indexer._get_topk_ragged = lambda self, batch: None
+    problem = plugin._problem(modules.engine, SimpleNamespace())
+    assert problem is not None and "_get_topk_ragged(q_fp8)" in problem
+
+
+@pytest.mark.parametrize("name", plugin._HELPERS)
+def test_the_guard_misses_helpers(modules, name):
+    owner, _, last = name.rpartition(".")
+    delattr(getattr(modules.engine, owner) if owner else modules.engine, last)
+    problem = plugin._problem(modules.engine, SimpleNamespace())
+    assert problem == f"this SGLang has no {name}"
+
+
+@pytest.mark.parametrize("name", plugin._METADATA + plugin._POOL)
+def test_the_guard_misses_methods(modules, name):
+    owner, kind = (
+        (modules.pool, "DSATokenToKVPool")
+        if name in plugin._POOL
+        else (modules.metadata, "DSAIndexerMetadata")
+    )
+    have = {n: v for base in getattr(owner, kind).__mro__[:-1] for n, v in vars(base).items()}
+    setattr(owner, kind, type("Poorer", (), {n: v for n, v in have.items() if n != name}))
+    assert plugin._problem(modules.engine, SimpleNamespace()) == f"this SGLang has no {kind}.{name}"
+
+
+@pytest.fixture
+def install(monkeypatch, modules):
     """Has the plugin read a model with an SGLang whose registry passes over the methods `hooked`;
     returns the indexer's class.
     """
@@ -379,7 +453,7 @@ def install(monkeypatch):
     monkeypatch.setattr(plugin, "_installed", False)
 
     def run(hooked: tuple[str, ...] = (), **fields):
-        engine = stand_in().engine
+        engine = modules.engine
         registered = {}
 
         def apply():
@@ -427,6 +501,12 @@ def test_models_with_pooled_index_keys_are_left(install, caplog):
         indexer = install(index_kpool=4)
     assert indexer._get_topk_ragged.__qualname__.endswith("Indexer._get_topk_ragged")
     assert "MISA is off: pooled index keys" in caplog.text
+
+
+def test_what_cannot_be_served_is_an_error_if_strict(install, monkeypatch):
+    monkeypatch.setenv("MISA_STRICT", "1")
+    with pytest.raises(RuntimeError, match="MISA_STRICT.*pooled index keys"):
+        install(index_kpool=4)
 
 
 def test_sglang_loads_the_plugin(monkeypatch, tmp_path):
