@@ -140,6 +140,14 @@ def replay(
     """The recorded rows alone, and in the reverse order among copies of each other: the same
     positions as in the engine's batch."""
     rows = [row for row in rows if row.seen > 0]
+    if not rows:
+        return
+    sketches = None
+    if config.sketch:  # made anew from the keys
+        size = PAGE * (DIM // 4 + 2 if config.sketch == 2 else DIM // 2 + DIM // 32)
+        sketches = torch.zeros((cache.shape[0], size), dtype=torch.uint8, device=cache.device)
+        used = [row.table[: (row.seen + PAGE - 1) // PAGE] for row in rows]
+        misa.rebuild(cache, None, torch.unique(torch.cat(used)), sketches=sketches)
 
     def selected(batch: list[Row]) -> torch.Tensor:
         out = misa.select_paged(
@@ -148,12 +156,11 @@ def replay(
             cache,
             torch.stack([row.table for row in batch]),
             torch.tensor([row.seen for row in batch], dtype=torch.int32, device=cache.device),
+            sketches=sketches,
             config=config,
         )
         return out.indices.sort(1).values
 
-    if not rows:
-        return
     wanted = torch.stack([row.got for row in rows]).sort(1).values
     alone = torch.cat([selected([row]) for row in rows])
     among = selected([rows[0], *reversed(rows), rows[-1]])[1:-1].flip(0)

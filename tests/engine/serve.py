@@ -38,6 +38,12 @@ import torch  # noqa: E402
 # layer proposes. small: a cache that cannot hold all sequences, so that some are preempted.
 # exact: whether the positions are the engine's, up to rounding. timed: host time is measured too.
 DSA = {"MISA_INDEXER": "dsa"}
+SKETCH = {
+    "MISA_INDEXER": "misa-r",
+    "MISA_HEADS": "3",
+    "MISA_CANDIDATES": "4096",
+    "MISA_SKETCH": "2",
+}
 MODES: dict[str, dict[str, Any]] = {
     "full": {"graphs": "FULL_AND_PIECEWISE"},
     "eager": {"timed": True},
@@ -49,6 +55,7 @@ MODES: dict[str, dict[str, Any]] = {
     "piecewise": {"graphs": "PIECEWISE"},
     "mtp4": {"graphs": "FULL_AND_PIECEWISE", "drafts": 3},
     "glm-all-heads": {"indexer": {"MISA_INDEXER": "misa", "MISA_HEADS": "32"}, "kind": "glm"},
+    "sketch": {"graphs": "FULL_AND_PIECEWISE", "indexer": SKETCH, "exact": False},
     "hisa": {"graphs": "FULL_AND_PIECEWISE", "indexer": {"MISA_INDEXER": "hisa"}, "exact": False},
     "misa": {"indexer": {"MISA_INDEXER": "misa", "MISA_DECODE": "1"}, "exact": False},
 }

@@ -51,6 +51,9 @@ class Selector:
         """
         self.config = config
         self.device = device
+        # Of a page of 64 tokens; 0 without a sketch.
+        sizes = {0: 0, 2: dim // 4 + 2, 4: dim // 2 + dim // 32}
+        self.sketch_bytes = 64 * sizes[config.sketch]
 
         def plan(bounds: Bounds) -> misa.Plan:
             return misa.Plan(

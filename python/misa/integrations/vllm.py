@@ -152,8 +152,8 @@ def _install(config: Any) -> None:
     try:
         problem = _problem(engine, config, platform)
         selector = None if problem else _selector(chosen, settings, config, platform)
-    except (MemoryError, RuntimeError, ValueError) as error:
-        problem = str(error)
+    except Exception as error:  # of vLLM's functions too: without MISA it may start all the same
+        problem = _text(error)
     if problem:
         if settings.strict:
             raise RuntimeError(f"MISA_STRICT: expected MISA to be on, but {problem}")
@@ -214,10 +214,10 @@ def _problem(engine: Any, config: Any, platform: Any) -> str | None:
     return None
 
 
-def _no_sketches(chosen: misa.Config, platform: Any) -> str | None:
+def _no_sketches(chosen: misa.Config, config: Any) -> str | None:
     """Why decode cannot read the sketches that an indexer wants, or None."""
-    if chosen.sketch and platform.dispatch_key == "CUDA":
-        return "vLLM's cache has no sketches"
+    if chosen.sketch and getattr(config, "kv_transfer_config", None) is not None:
+        return "pages that a KV connector brings have no sketches"
     return None
 
 
@@ -230,7 +230,7 @@ def _selector(chosen: misa.Config, settings: Settings, config: Any, platform: An
     drafts = getattr(config.speculative_config, "num_speculative_tokens", 0) or 0
     decode = None
     if settings.decodes(chosen, model.index_n_heads):
-        problem = _no_sketches(chosen, platform)
+        problem = _no_sketches(chosen, config)
         if problem is None:
             # A sequence that drafts may have a row of the block table for each of its queries.
             most = min(rows, scheduler.max_num_seqs * (drafts + 1))
@@ -272,6 +272,21 @@ def replace(
     return sparse_attn_indexer
 
 
+class _Strict(RuntimeError):
+    """An error that MISA_STRICT asks for."""
+
+
+class _Layer(NamedTuple):
+    """cache: where its key cache is, and how many pages it has.
+    reason: why it is left to vLLM's operator, or None.
+    sketches: of the pages, for decode, or None.
+    """
+
+    cache: tuple[int, int]
+    reason: str | None
+    sketches: torch.Tensor | None
+
+
 class _Operator:
     """See replace()."""
 
@@ -283,8 +298,10 @@ class _Operator:
         self._selector = selector
         self._strict = strict
         self._shards = getattr(engine, "PrefillRowShard", None)
-        self._layers: dict[str, tuple[torch.Tensor, str | None]] = {}
+        self._layers: dict[str, _Layer] = {}
+        self._counted = ""  # the layer in which rows are counted
         self._failed: dict[str, str] = {}
+        self._broken = False
         # Where each argument of a _Call is among those of the operator, and then the defaults of
         # those that it does not have.
         parameters = inspect.signature(original).parameters
@@ -297,24 +314,85 @@ class _Operator:
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         context = self._engine.get_forward_context()
-        if not isinstance(context.attn_metadata, dict):  # a profiling run
+        # There is no metadata in a profiling run.
+        if self._broken or not isinstance(context.attn_metadata, dict):
             return self._original(*args, **kwargs)
+        try:
+            call = self._call(args, kwargs)
+            name = _layer_name(call.k_cache_prefix)
+            metadata = context.attn_metadata[name]
+            step = self._step(metadata)
+            capturing = call.q_quant.is_cuda and torch.cuda.is_current_stream_capturing()
+            layer = self._layer(name, call, capturing)
+            taken = self._taken(call, context, layer, step, capturing)
+        except _Strict:
+            raise
+        except Exception as error:
+            self._broken = True
+            _counters.leave("everything", _text(error))
+            return self._original(*args, **kwargs)
+        if taken and len(taken) == len(step.rows):
+            self._insert_and_clear(call, metadata, step)
+        else:
+            with _metadata(context, name, step.without(taken)):
+                self._original(*args, **kwargs)
+        work = "decode"
+        try:
+            if layer.sketches is not None:
+                misa.append(call.kv_cache, None, metadata.slot_mapping, sketches=layer.sketches)
+            if "decode" in taken:
+                self._decode(call, step, layer)
+            work = "prefill"
+            if "prefill" in taken:
+                self._prefill(call, step)
+        except Exception as error:
+            # Whatever was done so far can be done again.
+            self._failed[work] = _text(error)
+            if work == "decode":
+                self._layers[name] = layer._replace(sketches=None)
+            return self(args, kwargs)
+        if name == self._counted:
+            for work, rows in step.rows.items():
+                who = "misa" if work in taken else "engine"
+                _counters.add(f"{who}_{work}", rows, capturing)
+        return call.topk_indices_buffer
+
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> _Call:
         values = args
         if kwargs or len(args) < len(self._names):
             rest = zip(self._names[len(args) :], self._defaults[len(args) :], strict=True)
             values = (*args, *(kwargs.get(name, default) for name, default in rest))
-        call = _Call(*self._read((*values, *self._absent)))
-        layer = _layer_name(call.k_cache_prefix)
-        metadata = context.attn_metadata[layer]
+        return _Call(*self._read((*values, *self._absent)))
+
+    def _step(self, metadata: Any) -> Step:
         step = getattr(metadata, "misa_step", None)
         if step is None:
             step = Step(metadata, self._selector.prefill.total, self._shards)
             metadata.misa_step = step
-        cache, reason = self._layers.get(layer, (None, None))
-        if cache is not call.kv_cache:
-            reason = self._uncovered(call)
-            self._layers[layer] = call.kv_cache, reason
-        capturing = call.q_quant.is_cuda and torch.cuda.is_current_stream_capturing()
+        return step
+
+    def _layer(self, name: str, call: _Call, capturing: bool) -> _Layer:
+        """What is kept of a layer as long as it has the same cache."""
+        cache = call.kv_cache
+        layer = self._layers.get(name)
+        if layer is not None and layer.cache == (cache.data_ptr(), cache.shape[0]):
+            return layer
+        reason, sketches = self._uncovered(call), None
+        if reason is None and self._selector.decode and self._selector.sketch_bytes:
+            if capturing:
+                raise RuntimeError("expected a step before the first that is captured")
+            size = cache.shape[0], self._selector.sketch_bytes
+            sketches = torch.zeros(size, dtype=torch.uint8, device=cache.device)
+        layer = _Layer((cache.data_ptr(), cache.shape[0]), reason, sketches)
+        self._layers[name] = layer
+        self._counted = self._counted or name
+        return layer
+
+    def _taken(
+        self, call: _Call, context: Any, layer: _Layer, step: Step, capturing: bool
+    ) -> list[str]:
+        """What MISA selects for in this step, "decode" and "prefill"."""
+        reason = layer.reason
         if reason is None and _is_dense(call, context):
             reason = "attention is dense, and asks for no positions"
         taken = []
@@ -322,23 +400,7 @@ class _Operator:
             taken.append("decode")
         if step.prefill_rows and self._takes_prefill(step, reason, capturing):
             taken.append("prefill")
-        if taken and len(taken) == len(step.rows):
-            self._insert_and_clear(call, metadata, step)
-        else:
-            with _metadata(context, layer, step.without(taken)):
-                self._original(*args, **kwargs)
-        for work in taken:
-            try:
-                (self._decode if work == "decode" else self._prefill)(call, step)
-            except (MemoryError, RuntimeError, ValueError) as error:
-                # Whatever was done so far can be done again.
-                self._failed[work] = f"{type(error).__name__}: {error}"
-                return self(args, kwargs)
-        if layer == next(iter(self._layers)):
-            for work, rows in step.rows.items():
-                who = "misa" if work in taken else "engine"
-                _counters.add(f"{who}_{work}", rows, capturing)
-        return call.topk_indices_buffer
+        return taken
 
     def _uncovered(self, call: _Call) -> str | None:
         """Why a layer must be left to vLLM's operator, or None.
@@ -347,7 +409,7 @@ class _Operator:
         """
         reason = self._unlike_the_plans(call)
         if reason is not None and self._strict:
-            raise RuntimeError(f"MISA_STRICT: expected a layer that MISA can serve, got {reason}")
+            raise _Strict(f"MISA_STRICT: expected a layer that MISA can serve, got {reason}")
         return reason
 
     def _unlike_the_plans(self, call: _Call) -> str | None:
@@ -413,7 +475,7 @@ class _Operator:
             if written < rows:
                 buffer[written:rows] = -1
 
-    def _decode(self, call: _Call, step: Step) -> None:
+    def _decode(self, call: _Call, step: Step, layer: _Layer) -> None:
         rows, decode = step.decode_rows, step.decode
         assert decode is not None
         self._selector.paged(
@@ -424,6 +486,7 @@ class _Operator:
             decode.lengths,
             call.topk_indices_buffer[:rows, : call.topk_tokens],
             starts=decode.starts,
+            sketches=layer.sketches,
         )
 
     def _prefill(self, call: _Call, step: Step) -> None:
@@ -450,6 +513,10 @@ class _Operator:
             )
         if step.shard is not None:
             step.shard.exchange_topk(call.topk_indices_buffer, call.topk_tokens)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _layer_name(name: Any) -> str:

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -76,9 +77,11 @@ class Metadata:
     slot_mapping: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-def selector(decode: bool = True, rows: int = MOST_ROWS, keys: int = MOST_KEYS) -> Selector:
+def selector(
+    decode: bool = True, rows: int = MOST_ROWS, keys: int = MOST_KEYS, config: Any = CONFIG
+) -> Selector:
     return Selector(
-        CONFIG,
+        config,
         heads=HEADS,
         dim=DIM,
         prefill=Bounds(rows, keys, total=keys),
@@ -308,6 +311,68 @@ def test_keys_of_the_step_are_inserted_first(engine):
     assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
 
 
+SKETCHED = Settings("misa-r", (("heads", 2), ("candidates", 100), ("sketch", 2))).config(TOP_K)
+
+
+def decoded(sequences: Sequences, slots: torch.Tensor) -> Metadata:
+    decode = Decode(sequences.table, torch.tensor(DECODING).int()[:, None], torch.ones(3).int())
+    return Metadata(3, 3, decode=decode, slot_mapping=slots)
+
+
+def test_sketches_are_those_of_the_keys_in_the_cache(engine):
+    """The tokens of every step, inserted by the engine or left to it, get a sketch; other slots
+    have none yet, and another cache begins anew."""
+    sequences, chosen = Sequences(DECODING), selector(config=SKETCHED)
+    operator = plugin.replace(engine.operator, engine, chosen)
+    rows = new_rows(DECODING, [1] * len(DECODING))
+    q, w = queries(len(rows))
+    slots = torch.tensor([sequences.slot(sequence, seen - 1) for sequence, seen in rows])
+    expected = torch.zeros((len(sequences.cache), 64 * 34), dtype=torch.uint8)
+    with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
+        for some in (slots[:2], slots[2:], torch.tensor([-1])):
+            engine.context.attn_metadata = {LAYER: decoded(sequences, some)}
+            engine.run(chosen, sequences, q, w)
+            plugin.misa.append(sequences.cache, None, some, sketches=expected)
+            (layer,) = operator_of(operator)._layers.values()
+            assert torch.equal(layer.sketches, expected)
+        other = Sequences(DECODING, seed=5)
+        engine.context.attn_metadata = {LAYER: decoded(other, torch.tensor([-1]))}
+        engine.run(chosen, other, q, w)
+        (layer,) = operator_of(operator)._layers.values()
+        assert not layer.sketches.any()
+
+
+def operator_of(replacement):
+    """The object behind what plugin.replace returns."""
+    cells = dict(zip(replacement.__code__.co_freevars, replacement.__closure__, strict=True))
+    return cells["operator"].cell_contents
+
+
+def test_sketches_that_cannot_be_written_leave_decode_to_the_engine(engine, monkeypatch):
+    sequences, chosen = Sequences(DECODING), selector(config=SKETCHED)
+
+    def fails(*_arguments, **_more):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(plugin.misa, "append", fails)
+    engine.context.attn_metadata = {LAYER: decoded(sequences, torch.tensor([-1]))}
+    q, w = queries(3)
+    engine.run(chosen, sequences, q, w)
+    assert engine.left == [(3, 0)]
+    assert plugin.counters() == {"engine_decode": 3}
+
+
+def test_a_step_that_cannot_be_read_is_left(engine, sequences, caplog):
+    """Metadata that differs from what the guard saw."""
+    metadata = mixed(sequences)
+    del metadata.decode.seq_lens
+    engine.context.attn_metadata = {LAYER: metadata}
+    q, w = queries(len(rows_of(1)))
+    engine.run(selector(), sequences, q, w)
+    assert engine.left == [(len(DECODING), len(PREFILLING))]
+    assert "everything left to the engine's own operator: AttributeError" in caplog.text
+
+
 def test_reused_pages_are_read_anew(engine):
     """A page whose bytes changed since the last call counts as it is now."""
     q, w = queries(sum(NEW))
@@ -530,6 +595,21 @@ def test_the_guard_misses_settings(modules, name):
     assert f"setting {name}" in problem
 
 
+@pytest.mark.parametrize("error", [AssertionError, TypeError])
+def test_an_error_of_the_engine_leaves_it_off(modules, monkeypatch, caplog, error):
+    def fails(config):
+        raise error("not on this platform")
+
+    modules.metadata.get_max_prefill_buffer_size = fails
+    monkeypatch.setattr(plugin, "_decided", False)
+    monkeypatch.setitem(sys.modules, plugin._MODULE, modules.engine)
+    platforms = SimpleNamespace(current_platform=modules.platform)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setenv("MISA_INDEXER", "dsa")
+    plugin._install(modules.config)
+    assert f"MISA is off: {error.__name__}: not on this platform" in caplog.text
+
+
 def test_the_guard_misses_arguments(modules):
     def sparse_attn_indexer(hidden_states, q_quant):
         pass
@@ -546,6 +626,17 @@ def test_the_guard_refuses_parallel_settings(modules, setting):
     setattr(modules.config.parallel_config, setting, 2)
     problem = plugin._problem(modules.engine, modules.config, modules.platform)
     assert problem and (setting in problem or "overlapped" in problem)
+
+
+def test_decode_with_sketches_needs_pages_that_vllm_fills(modules, caplog):
+    modules.config.kv_transfer_config = object()
+    settings = Settings("misa-r", (("candidates", 100), ("sketch", 2)))
+    arguments = settings.config(TOP_K), settings, modules.config, modules.platform
+    assert plugin._selector(*arguments).decode is None
+    assert "decode left to the engine's own operator: pages that a KV connector" in caplog.text
+    settings = dataclasses.replace(settings, strict=True)
+    with pytest.raises(ValueError, match="KV connector"):
+        plugin._selector(arguments[0], settings, *arguments[2:])
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -594,6 +685,8 @@ def vllm():
         text = SimpleNamespace(**sizes, **fields)
         model = SimpleNamespace(hf_text_config=text, max_model_len=MOST_KEYS)
         object.__setattr__(config, "model_config", model)
+        if hasattr(config.attention_config, "sparse_mla_prefill_workspace_factor"):
+            config.attention_config.sparse_mla_prefill_workspace_factor = 5  # as on a GPU
         with set_current_vllm_config(config):
             cache = SimpleNamespace(prefix=LAYER, kv_cache=None)
             return layers.SparseAttnIndexer(
