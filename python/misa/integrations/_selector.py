@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import atexit
+import bisect
 from typing import NamedTuple
 
 import torch
 
 import misa
+
+_PAGE = 64
 
 
 class Bounds(NamedTuple):
@@ -24,6 +27,17 @@ class Bounds(NamedTuple):
     keys: int
     total: int = 0
     sequences: int = 0
+
+
+class Derived(NamedTuple):
+    """What is kept of the keys of a cache beside it, for decode; see misa.append."""
+
+    page_sums: torch.Tensor | None
+    largest_scales: torch.Tensor | None
+    sketches: torch.Tensor | None
+
+
+NOTHING = Derived(None, None, None)
 
 
 class Selector:
@@ -51,9 +65,11 @@ class Selector:
         """
         self.config = config
         self.device = device
-        # Of a page of 64 tokens; 0 without a sketch.
-        sizes = {0: 0, 2: dim // 4 + 2, 4: dim // 2 + dim // 32}
-        self.sketch_bytes = 64 * sizes[config.sketch]
+        self._dim = dim
+        # Bytes of the sketch of a page; 0 without one.
+        self._sketch = _PAGE * {0: 0, 2: dim // 4 + 2, 4: dim // 2 + dim // 32}[config.sketch]
+        routed = config.router == "pooled" and config.heads < heads
+        self._sums = routed or config.filter_block > 0
 
         def plan(bounds: Bounds) -> misa.Plan:
             return misa.Plan(
@@ -80,15 +96,23 @@ class Selector:
                 bounds = bounds._replace(total=total, sequences=bounds.sequences // 2)
 
         self.prefill, first = largest(prefill)
+        plans = [first]
         self.decode: Bounds | None = None
-        last = first
+        self._sizes: list[int] = []
         if decode is not None:
             self.decode, last = largest(decode)
+            # How work is cut follows from the planned rows: few rows have plans of their own.
+            self._sizes = [1 << bits for bits in range((decode.rows - 1).bit_length())]
+            for size in self._sizes:
+                sequences = min(size, self.decode.sequences)
+                plans.append(plan(decode._replace(rows=size, sequences=sequences)))
+            self._sizes.append(decode.rows)
+            plans.append(last)
         # The compiled plans are called without misa.Plan's checks, which take longer than the rest
         # of a call; the bindings check every array again.
         self._ragged = first._plan.run
-        self._paged = last._plan.run_paged
-        size = max(first.workspace_bytes, last.workspace_bytes)
+        self._paged = [plan._plan.run_paged for plan in plans[1:]]
+        size = max(plan.workspace_bytes for plan in plans)
         self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.backend = first.backend
         atexit.register(self._close)
@@ -96,6 +120,27 @@ class Selector:
     def _close(self) -> None:
         # nanobind would report plans that outlive the interpreter as leaks.
         del self._ragged, self._paged
+
+    @property
+    def derives(self) -> bool:
+        """Whether decode reads what is derived from the keys."""
+        return self.decode is not None and (self._sums or self._sketch > 0)
+
+    def derived(self, cache: torch.Tensor) -> Derived:
+        """Memory for what is derived from the keys of `cache` [pages, 64, D + 4]; without keys."""
+
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros((cache.shape[0], *shape), dtype=dtype, device=cache.device)
+
+        return Derived(
+            zeros(torch.float32, 1, self._dim) if self._sums else None,
+            zeros(torch.float32, 1) if self._sums else None,
+            zeros(torch.uint8, self._sketch) if self._sketch else None,
+        )
+
+    def derive(self, derived: Derived, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """For the keys that were written into `slots` int64; -1 is none."""
+        misa.append(cache, None, slots, **derived._asdict())
 
     def _where(self) -> tuple:
         """The last arguments of a run: the workspace, and on a device the stream."""
@@ -127,7 +172,7 @@ class Selector:
         out: torch.Tensor,
         *,
         starts: torch.Tensor | None = None,
-        sketches: torch.Tensor | None = None,
+        derived: Derived = NOTHING,
         slots: bool = False,
     ) -> None:
         """misa.select_paged into `out` int32 [rows, top_k], whose rows may have a stride.
@@ -135,6 +180,7 @@ class Selector:
         lengths: int32 [sequences], or [sequences, next_n] of each row; starts: query_starts.
         """
         next_n = lengths.shape[1] if lengths.dim() == 2 else 1
-        keys = cache, table, lengths, starts, None, None, sketches, next_n
+        plan = bisect.bisect_left(self._sizes, max(q.shape[0], lengths.shape[0]))
+        keys = cache, table, lengths, starts, *derived, next_n
         forms = out, None, None, None, slots, None
-        self._paged(q.view(torch.uint8), w, *keys, *forms, *self._where())
+        self._paged[plan](q.view(torch.uint8), w, *keys, *forms, *self._where())

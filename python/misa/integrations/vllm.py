@@ -29,7 +29,7 @@ import misa
 
 from ._counters import Counters
 from ._environment import Settings, has, read_settings
-from ._selector import Bounds, Selector
+from ._selector import NOTHING, Bounds, Derived, Selector
 from ._vllm_step import METADATA, Step
 
 _MODULE = "vllm.model_executor.layers.sparse_attn_indexer"
@@ -214,13 +214,6 @@ def _problem(engine: Any, config: Any, platform: Any) -> str | None:
     return None
 
 
-def _no_sketches(chosen: misa.Config, config: Any) -> str | None:
-    """Why decode cannot read the sketches that an indexer wants, or None."""
-    if chosen.sketch and getattr(config, "kv_transfer_config", None) is not None:
-        return "pages that a KV connector brings have no sketches"
-    return None
-
-
 def _selector(chosen: misa.Config, settings: Settings, config: Any, platform: Any) -> Selector:
     """Plans for the largest step that vLLM may run."""
     model = config.model_config.hf_text_config
@@ -230,17 +223,11 @@ def _selector(chosen: misa.Config, settings: Settings, config: Any, platform: An
     drafts = getattr(config.speculative_config, "num_speculative_tokens", 0) or 0
     decode = None
     if settings.decodes(chosen, model.index_n_heads):
-        problem = _no_sketches(chosen, config)
-        if problem is None:
-            # A sequence that drafts may have a row of the block table for each of its queries.
-            most = min(rows, scheduler.max_num_seqs * (drafts + 1))
-            decode = Bounds(most, keys, sequences=most)
-        elif settings.strict:
-            raise ValueError(problem)
-        else:
-            _counters.leave("decode", problem)
+        # A sequence that drafts may have a row of the block table for each of its queries.
+        most = min(rows, scheduler.max_num_seqs * (drafts + 1))
+        decode = Bounds(most, keys, sequences=most)
     cuda = platform.dispatch_key == "CUDA"
-    return Selector(
+    selector = Selector(
         chosen,
         heads=model.index_n_heads,
         dim=model.index_head_dim,
@@ -248,6 +235,13 @@ def _selector(chosen: misa.Config, settings: Settings, config: Any, platform: An
         decode=decode,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
+    if selector.derives and getattr(config, "kv_transfer_config", None) is not None:
+        problem = "pages that a KV connector brings have neither sums nor sketches"
+        if settings.strict:
+            raise ValueError(problem)
+        _counters.leave("decode", problem)
+        selector.decode = None
+    return selector
 
 
 def replace(
@@ -279,12 +273,12 @@ class _Strict(RuntimeError):
 class _Layer(NamedTuple):
     """cache: where its key cache is, and how many pages it has.
     reason: why it is left to vLLM's operator, or None.
-    sketches: of the pages, for decode, or None.
+    derived: from its keys, for decode.
     """
 
     cache: tuple[int, int]
     reason: str | None
-    sketches: torch.Tensor | None
+    derived: Derived
 
 
 class _Operator:
@@ -338,8 +332,8 @@ class _Operator:
                 self._original(*args, **kwargs)
         work = "decode"
         try:
-            if layer.sketches is not None:
-                misa.append(call.kv_cache, None, metadata.slot_mapping, sketches=layer.sketches)
+            if layer.derived is not NOTHING:
+                self._selector.derive(layer.derived, call.kv_cache, metadata.slot_mapping)
             if "decode" in taken:
                 self._decode(call, step, layer)
             work = "prefill"
@@ -349,7 +343,7 @@ class _Operator:
             # Whatever was done so far can be done again.
             self._failed[work] = _text(error)
             if work == "decode":
-                self._layers[name] = layer._replace(sketches=None)
+                self._layers[name] = layer._replace(derived=NOTHING)
             return self(args, kwargs)
         if name == self._counted:
             for work, rows in step.rows.items():
@@ -377,13 +371,12 @@ class _Operator:
         layer = self._layers.get(name)
         if layer is not None and layer.cache == (cache.data_ptr(), cache.shape[0]):
             return layer
-        reason, sketches = self._uncovered(call), None
-        if reason is None and self._selector.decode and self._selector.sketch_bytes:
+        reason, derived = self._uncovered(call), NOTHING
+        if reason is None and self._selector.derives and "decode" not in self._failed:
             if capturing:
                 raise RuntimeError("expected a step before the first that is captured")
-            size = cache.shape[0], self._selector.sketch_bytes
-            sketches = torch.zeros(size, dtype=torch.uint8, device=cache.device)
-        layer = _Layer((cache.data_ptr(), cache.shape[0]), reason, sketches)
+            derived = self._selector.derived(cache)
+        layer = _Layer((cache.data_ptr(), cache.shape[0]), reason, derived)
         self._layers[name] = layer
         self._counted = self._counted or name
         return layer
@@ -486,7 +479,7 @@ class _Operator:
             decode.lengths,
             call.topk_indices_buffer[:rows, : call.topk_tokens],
             starts=decode.starts,
-            sketches=layer.sketches,
+            derived=layer.derived,
         )
 
     def _prefill(self, call: _Call, step: Step) -> None:

@@ -78,9 +78,14 @@ class Metadata:
 
 
 def selector(
-    decode: bool = True, rows: int = MOST_ROWS, keys: int = MOST_KEYS, config: Any = CONFIG
+    decode: bool = True,
+    rows: int = MOST_ROWS,
+    keys: int = MOST_KEYS,
+    config: Any = CONFIG,
+    filled: bool = True,
 ) -> Selector:
-    return Selector(
+    """`filled`: for caches whose keys are there before the plugin sees them."""
+    chosen = Selector(
         config,
         heads=HEADS,
         dim=DIM,
@@ -88,6 +93,18 @@ def selector(
         decode=Bounds(rows, keys, sequences=rows) if decode else None,
         device=torch.device("cpu"),
     )
+    if filled:
+        empty = chosen.derived
+
+        def derived(cache):
+            arrays = empty(cache)
+            others = {"largest_scales": arrays.largest_scales, "sketches": arrays.sketches}
+            pages = torch.arange(cache.shape[0]).int()
+            plugin.misa.rebuild(cache, arrays.page_sums, pages, **others)
+            return arrays
+
+        chosen.derived = derived  # type: ignore[method-assign]
+    return chosen
 
 
 def bounds(lengths: list[int], new: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -319,27 +336,66 @@ def decoded(sequences: Sequences, slots: torch.Tensor) -> Metadata:
     return Metadata(3, 3, decode=decode, slot_mapping=slots)
 
 
-def test_sketches_are_those_of_the_keys_in_the_cache(engine):
-    """The tokens of every step, inserted by the engine or left to it, get a sketch; other slots
-    have none yet, and another cache begins anew."""
-    sequences, chosen = Sequences(DECODING), selector(config=SKETCHED)
+FILTERED = Settings("hisa", (("filter_block", 64), ("filter_blocks", 3))).config(TOP_K)
+
+
+@pytest.mark.parametrize("config", [CONFIG, FILTERED, SKETCHED])
+def test_what_is_derived_is_that_of_the_keys_in_the_cache(engine, config):
+    """The tokens of every step, inserted by the engine or left to it, count; other slots do not
+    yet, and another cache begins anew."""
+    sequences, chosen = Sequences(DECODING), selector(config=config, filled=False)
     operator = plugin.replace(engine.operator, engine, chosen)
     rows = new_rows(DECODING, [1] * len(DECODING))
     q, w = queries(len(rows))
     slots = torch.tensor([sequences.slot(sequence, seen - 1) for sequence, seen in rows])
-    expected = torch.zeros((len(sequences.cache), 64 * 34), dtype=torch.uint8)
+    expected = chosen.derived(sequences.cache)
+    assert (expected.sketches is not None) == bool(config.sketch)
+    assert (expected.page_sums is not None) == (not config.sketch)
+
+    def is_expected(found):
+        return all(
+            a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+        )
+
     with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
         for some in (slots[:2], slots[2:], torch.tensor([-1])):
             engine.context.attn_metadata = {LAYER: decoded(sequences, some)}
             engine.run(chosen, sequences, q, w)
-            plugin.misa.append(sequences.cache, None, some, sketches=expected)
+            plugin.misa.append(sequences.cache, None, some, **expected._asdict())
             (layer,) = operator_of(operator)._layers.values()
-            assert torch.equal(layer.sketches, expected)
+            assert is_expected(layer.derived)
         other = Sequences(DECODING, seed=5)
         engine.context.attn_metadata = {LAYER: decoded(other, torch.tensor([-1]))}
         engine.run(chosen, other, q, w)
         (layer,) = operator_of(operator)._layers.values()
-        assert not layer.sketches.any()
+        expected = chosen.derived(other.cache)
+        assert is_expected(layer.derived)
+
+
+@pytest.mark.parametrize("config", [CONFIG, FILTERED, SKETCHED])
+def test_decode_reads_what_was_derived(engine, config):
+    """Of a cache that is filled step by step, through the plugin, in steps of several tokens."""
+    whole = Sequences([200])
+    sequences = Sequences([200])
+    sequences.cache.fill_(255)
+    chosen = selector(config=config, filled=False)
+    operator = plugin.replace(engine.operator, engine, chosen)
+    with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
+        for first, last in ((0, 70), (70, 128), (128, 199), (199, 200)):
+            slots = torch.tensor([whole.slot(0, p) for p in range(first, last)])
+            for slot in slots.tolist():  # what the engine's kernel writes
+                page, place = divmod(slot, 64)
+                for start, size in ((place * DIM, DIM), (64 * DIM + 4 * place, 4)):
+                    to, of = (s.cache[page].flatten() for s in (sequences, whole))
+                    to[start : start + size] = of[start : start + size]
+                    sequences.cache[page] = to.view_as(sequences.cache[page])
+            decode = Decode(whole.table, torch.tensor([[last]]).int(), torch.ones(1).int())
+            metadata = Metadata(1, 1, decode=decode, slot_mapping=slots)
+            engine.context.attn_metadata = {LAYER: metadata}
+            q, w = queries(1, seed=last)
+            buffer = engine.run(chosen, sequences, q, w)
+            assert_rows(buffer, whole.expected(q, w, [(0, last)], config))
+    assert engine.left == []
 
 
 def operator_of(replacement):
@@ -348,7 +404,7 @@ def operator_of(replacement):
     return cells["operator"].cell_contents
 
 
-def test_sketches_that_cannot_be_written_leave_decode_to_the_engine(engine, monkeypatch):
+def test_what_cannot_be_derived_leaves_decode_to_the_engine(engine, monkeypatch):
     sequences, chosen = Sequences(DECODING), selector(config=SKETCHED)
 
     def fails(*_arguments, **_more):
@@ -628,8 +684,11 @@ def test_the_guard_refuses_parallel_settings(modules, setting):
     assert problem and (setting in problem or "overlapped" in problem)
 
 
-def test_decode_with_sketches_needs_pages_that_vllm_fills(modules, caplog):
+def test_what_is_derived_needs_pages_that_vllm_fills(modules, caplog):
     modules.config.kv_transfer_config = object()
+    dense = Settings("dsa")
+    arguments = dense.config(TOP_K), dense, modules.config, modules.platform
+    assert plugin._selector(*arguments).decode is not None
     settings = Settings("misa-r", (("candidates", 100), ("sketch", 2)))
     arguments = settings.config(TOP_K), settings, modules.config, modules.platform
     assert plugin._selector(*arguments).decode is None
@@ -911,7 +970,7 @@ def test_vllm_decode_is_misa_if_asked_for(vllm, next_n):
     buffer = torch.full((len(rows) + 2, COLUMNS), POISON, dtype=torch.int32)
     buffer[: len(rows)] = -1
     operator = plugin.replace(vllm.original, vllm.layers, selector())
-    metadata = vllm_metadata(vllm, sequences, next_n, torch.zeros(len(rows), dtype=torch.int64))
+    metadata = vllm_metadata(vllm, sequences, next_n, torch.full((len(rows),), -1))
     with forward_context({LAYER: metadata}):
         call(operator, q, w, sequences.cache, buffer)
     assert_rows(buffer, sequences.expected(q, w, rows, CONFIG))
