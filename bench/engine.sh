@@ -3,7 +3,7 @@
 # Measures indexers in vLLM on a machine with one Hopper GPU and prints a table. The engines start
 # together, hold up to 25 GiB of the GPU each, and measure one after the other.
 #   bench/engine.sh [VARIANT...]      those of bench/engine/measure.py
-# The environment, ENGINE_OUT and ENGINE_SITE are those of tests/engine.sh; BENCH_OPTIONS are those of
+# What each kernel took is in ENGINE_OUT/bench-VARIANT.log. The environment, ENGINE_OUT and ENGINE_SITE are those of tests/engine.sh; BENCH_OPTIONS are those of
 # bench/engine/measure.py.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -23,10 +23,6 @@ for variant in "${variants[@]}"; do
   measure "$variant" &
 done
 wait
-for variant in "${variants[@]}"; do
-  echo "== $variant"
-  grep -E '^(-- |     )' "$out/bench-$variant.log"
-done
 "$python" - "$out" "${variants[@]}" <<'PY'
 import json, pathlib, sys
 
@@ -37,12 +33,15 @@ for variant in variants:
     if path.exists():
         found = json.loads(path.read_text())
         first = [f"{value:.0f}" for value in found["first"].values()]
-        later = [f"{v['token_ms']:.2f} ({v['indexer_us']:.0f})" for v in found["next"].values()]
+        later = [
+            f"{v['token_ms']:.2f} ({v['indexer_us']:.0f}; {v['replay_us']:.0f})"
+            for v in found["next"].values()
+        ]
         rows.append((variant, first, later, found))
 if rows:
     lengths, batches = (list(rows[0][3][key]) for key in ("first", "next"))
     print("| indexer |", " | ".join(f"first token of {n}, ms" for n in lengths), "|",
-          " | ".join(f"token at B = {b}, ms (indexer, us a layer)" for b in batches), "|")
+          " | ".join(f"token at B = {b}, ms (indexer, us a layer; host, us a replay)" for b in batches), "|")
     for variant, first, later, _ in rows:
         print(f"| {variant} |", " | ".join(first + later), "|")
 PY

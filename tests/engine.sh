@@ -31,7 +31,9 @@ with tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz") as packed:
     find "$@" -name '*.whl' | while read -r wheel; do
       "$python" -m zipfile -e "$wheel" "$site" || exit 1
     done
-    exit
+    # Engines that start together would each compile the same files.
+    "$python" -m compileall -q -j 0 "$site" >/dev/null
+    exit 0
     ;;
 esac
 

@@ -48,6 +48,12 @@ VARIANTS: dict[str, dict[str, str]] = {
         "MISA_DECODE": "1",
     },
     "hisa": {"MISA_INDEXER": "hisa"},
+    "sketch": {
+        "MISA_INDEXER": "misa-r",
+        "MISA_HEADS": "3",
+        "MISA_CANDIDATES": "4096",
+        "MISA_SKETCH": "2",
+    },
 }
 
 # Kernels of the indexer by their names: this library's, DeepGEMM's scores, vLLM's selections and
@@ -82,6 +88,32 @@ def engine(folder: Path, layers: int, batch: int) -> Any:
     )
 
 
+def derive_loaded_pages() -> None:
+    """Has the plugin make what decode derives from keys of the pages that are there from the start,
+    where it would leave decode to vLLM as a connector brings pages."""
+    from misa.integrations import vllm as plugin
+
+    inner = plugin._selector
+
+    def selector(chosen: Any, settings: Any, config: Any, platform: Any) -> Any:
+        connector, config.kv_transfer_config = config.kv_transfer_config, None
+        made = inner(chosen, settings, config, platform)
+        config.kv_transfer_config = connector
+        empty = made.derived
+
+        def derived(cache: torch.Tensor) -> Any:
+            arrays = empty(cache)
+            pages = torch.arange(cache.shape[0], dtype=torch.int32, device=cache.device)
+            others = {"largest_scales": arrays.largest_scales, "sketches": arrays.sketches}
+            plugin.misa.rebuild(cache, arrays.page_sums, pages, **others)
+            return arrays
+
+        made.derived = derived
+        return made
+
+    plugin._selector = selector
+
+
 def first_tokens(llm: Any, lengths: list[int]) -> dict[int, float]:
     """Milliseconds to the first token by the prompt's length, the least of some."""
     times: dict[int, float] = {}
@@ -107,7 +139,17 @@ class Steps:
         from vllm.v1.worker.gpu_worker import Worker
 
         self.begun: list[float] | None = None
+        self.replays: list[float] = []
         self.profile: Any = None
+        replay = torch.cuda.CUDAGraph.replay
+
+        @functools.wraps(replay)
+        def timed(*args: Any) -> None:
+            start = time.perf_counter()
+            replay(*args)
+            self.replays.append(time.perf_counter() - start)
+
+        torch.cuda.CUDAGraph.replay = timed
         run = Worker.execute_model
 
         @functools.wraps(run)
@@ -149,7 +191,7 @@ def next_tokens(llm: Any, batches: list[int], layers: int, steps: Steps) -> dict
     prompt = serve.prompts((CONTEXT,), 1)[0]
     found: dict[int, Any] = {}
     for batch in batches:
-        steps.begun = []
+        steps.begun, steps.replays = [], []
         # Steps before those that are measured admit the sequences.
         serve.generate(llm, [prompt] * batch, steps.PROFILED.stop + 4)
         result = {"token_ms": steps.token_ms()}
@@ -159,6 +201,8 @@ def next_tokens(llm: Any, batches: list[int], layers: int, steps: Steps) -> dict
         each = len(steps.PROFILED) * layers
         indexer = sum(t for name, t in kernels.items() if INDEXER.search(name))
         result["indexer_us"] = indexer / each
+        # What starting a graph takes on the host.
+        result["replay_us"] = statistics.median(steps.replays or [0]) * 1e6
         result["kernels_ms"] = sum(kernels.values()) / len(steps.PROFILED) / 1e3
         found[batch] = result
         print(f"-- {batch} sequences: {result}", flush=True)
@@ -181,6 +225,7 @@ def main() -> None:
     path = args.folder / f"bench-{args.variant}.json"
     result: dict[str, Any] = {"first": {}, "next": {}}
     steps = Steps()
+    derive_loaded_pages()
     with (args.folder / "bench.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_SH)  # until all are up
         llm = engine(args.folder, args.layers, max(args.batches))

@@ -13,6 +13,18 @@ import misa
 
 _PAGE = 64
 
+# Prefills of fewer rows have plans of their own.
+_FEW_ROWS = 64
+
+# Up to so many keys in a call, about every 128th is sampled to find a row's threshold. A plan for
+# many more takes so much memory for each row that fewer rows can be selected at once.
+_NEAR = 1 << 19
+
+
+def _powers(first: int, end: int) -> list[int]:
+    """`first`, twice as much, and so on, below `end`."""
+    return [first << i for i in range(max((end - 1) // first, 0).bit_length())]
+
 
 class Bounds(NamedTuple):
     """The largest call of one kind.
@@ -95,31 +107,38 @@ class Selector:
                 total = bounds.total and max(bounds.total // 2, bounds.keys)
                 bounds = bounds._replace(total=total, sequences=bounds.sequences // 2)
 
-        self.prefill, first = largest(prefill)
-        plans = [first]
+        # How work is cut follows from the planned rows and keys: few rows have plans of their own,
+        # and so have calls on keys of very many sequences, which would make the others slow.
+        near, last = largest(prefill._replace(total=min(prefill.total, max(prefill.keys, _NEAR))))
+        self._row_sizes = [*_powers(_FEW_ROWS, prefill.rows), prefill.rows]
+        ragged = [plan(near._replace(rows=size)) for size in self._row_sizes[:-1]] + [last]
+        self.prefill, far = near, last
+        if prefill.total > near.total:
+            self.prefill, far = largest(prefill)
+        self._near = near.total
         self.decode: Bounds | None = None
         self._sizes: list[int] = []
+        paged: list[misa.Plan] = []
         if decode is not None:
             self.decode, last = largest(decode)
-            # How work is cut follows from the planned rows: few rows have plans of their own.
-            self._sizes = [1 << bits for bits in range((decode.rows - 1).bit_length())]
-            for size in self._sizes:
+            self._sizes = [*_powers(1, decode.rows), decode.rows]
+            for size in self._sizes[:-1]:
                 sequences = min(size, self.decode.sequences)
-                plans.append(plan(decode._replace(rows=size, sequences=sequences)))
-            self._sizes.append(decode.rows)
-            plans.append(last)
+                paged.append(plan(decode._replace(rows=size, sequences=sequences)))
+            paged.append(last)
         # The compiled plans are called without misa.Plan's checks, which take longer than the rest
         # of a call; the bindings check every array again.
-        self._ragged = first._plan.run
-        self._paged = [plan._plan.run_paged for plan in plans[1:]]
-        size = max(plan.workspace_bytes for plan in plans)
+        self._ragged = [plan._plan.run for plan in ragged]
+        self._far = far._plan.run
+        self._paged = [plan._plan.run_paged for plan in paged]
+        size = max(plan.workspace_bytes for plan in (*ragged, far, *paged))
         self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        self.backend = first.backend
+        self.backend = far.backend
         atexit.register(self._close)
 
     def _close(self) -> None:
         # nanobind would report plans that outlive the interpreter as leaks.
-        del self._ragged, self._paged
+        del self._ragged, self._far, self._paged
 
     @property
     def derives(self) -> bool:
@@ -159,8 +178,11 @@ class Selector:
         out: torch.Tensor,
     ) -> None:
         """misa.select into `out` int32 [rows, top_k], whose rows may have a stride."""
+        run = self._far
+        if k.shape[0] <= self._near:
+            run = self._ragged[bisect.bisect_left(self._row_sizes, q.shape[0])]
         bits = q.view(torch.uint8), w, k.view(torch.uint8), ks, ke, k_scale
-        self._ragged(*bits, out, None, None, None, None, *self._where())
+        run(*bits, out, None, None, None, None, *self._where())
 
     def paged(
         self,

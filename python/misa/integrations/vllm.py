@@ -373,9 +373,10 @@ class _Operator:
             return layer
         reason, derived = self._uncovered(call), NOTHING
         if reason is None and self._selector.derives and "decode" not in self._failed:
-            if capturing:
-                raise RuntimeError("expected a step before the first that is captured")
-            derived = self._selector.derived(cache)
+            if capturing:  # what is allocated now would be the graph's
+                reason = "a layer whose first step is captured into a CUDA graph"
+            else:
+                derived = self._selector.derived(cache)
         layer = _Layer((cache.data_ptr(), cache.shape[0]), reason, derived)
         self._layers[name] = layer
         self._counted = self._counted or name

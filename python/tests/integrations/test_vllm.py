@@ -26,7 +26,7 @@ from paged import DIM, HEADS, Sequences, gather, new_rows, queries  # noqa: E402
 
 from misa.integrations import vllm as plugin  # noqa: E402
 from misa.integrations._environment import Settings  # noqa: E402
-from misa.integrations._selector import Bounds, Selector  # noqa: E402
+from misa.integrations._selector import Bounds, Selector, _powers  # noqa: E402
 
 TOP_K = 64
 COLUMNS = TOP_K + 16  # of the buffer, which may be wider than top_k
@@ -418,6 +418,17 @@ def test_what_cannot_be_derived_leaves_decode_to_the_engine(engine, monkeypatch)
     assert plugin.counters() == {"engine_decode": 3}
 
 
+def test_a_layer_whose_first_step_is_captured_is_left(engine):
+    """It has no sums of the keys that come before its memory."""
+    sequences, chosen = Sequences(DECODING), selector(filled=False)
+    operator = operator_of(plugin.replace(engine.operator, engine, chosen))
+    call = SimpleNamespace(kv_cache=sequences.cache)
+    with mock.patch.object(operator, "_uncovered", lambda call: None):
+        layer = operator._layer(LAYER, call, True)
+        assert layer.reason and layer.derived == (None, None, None)
+        assert operator._layer(LAYER, call, False) is layer
+
+
 def test_a_step_that_cannot_be_read_is_left(engine, sequences, caplog):
     """Metadata that differs from what the guard saw."""
     metadata = mixed(sequences)
@@ -558,6 +569,36 @@ def test_a_step_beyond_the_plans_is_left(engine, sequences, rows, keys):
     engine.run(chosen, sequences, q, w)
     assert engine.left == [(len(DECODING), len(PREFILLING))]
     assert plugin.counters() == {"engine_prefill": sum(NEW), "engine_decode": len(DECODING)}
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "expected"),
+    [(1, 1, []), (1, 2, [1]), (1, 8, [1, 2, 4]), (1, 9, [1, 2, 4, 8]), (64, 300, [64, 128, 256]),
+     (64, 64, []), (64, 65, [64]), (64, 8, [])],
+)  # fmt: skip
+def test_the_sizes_that_have_plans(first, end, expected):
+    assert _powers(first, end) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 64, 65, 170])
+def test_every_number_of_rows_has_a_plan(rows):
+    """And is selected as in any other batch, also on more keys than most calls have."""
+    sequences = Sequences([400])
+    q, w = queries(rows)
+    expected = sequences.expected(q, w, [(0, 400)] * rows, CONFIG)
+    k, scale = sequences.keys(0)
+    chosen = selector()
+    for near in (MOST_KEYS, 100):
+        chosen._near = near
+        out = torch.full((rows, TOP_K), POISON).int()
+        ks, ke = torch.zeros(rows).int(), torch.full((rows,), 400).int()
+        chosen.ragged(q, w, k, ks, ke, scale, out)
+        assert torch.equal(out.sort(1).values, expected)
+    out = torch.full((rows, TOP_K), POISON).int()
+    table, lengths = sequences.table.expand(rows, -1), torch.full((rows,), 400).int()
+    derived = chosen.derived(sequences.cache)
+    chosen.paged(q, w, sequences.cache, table.contiguous(), lengths, out, derived=derived)
+    assert torch.equal(out.sort(1).values, expected)
 
 
 def test_rows_are_counted_in_one_layer(engine, sequences):
