@@ -24,6 +24,7 @@ import misa
 
 from ._counters import Counters
 from ._environment import Settings, has, read_settings
+from ._selector import Bounds, Selector
 
 _MODULE = "sglang.srt.layers.attention.dsa.dsa_indexer"
 _PAGE = 64
@@ -50,10 +51,11 @@ _installed = False
 
 
 def counters() -> dict[str, int]:
-    """Rows of this process by the path that selected for them: misa_prefill, misa_decode,
-    engine_prefill, engine_decode. Rows of replayed CUDA graphs are not counted.
+    """Rows of all layers of this process by the path that selected for them: misa_prefill,
+    misa_decode, engine_prefill, engine_decode. Of replayed CUDA graphs MISA's rows are counted.
+    Waits for the device.
     """
-    return dict(_counters.rows)
+    return _counters.rows
 
 
 def register() -> None:
@@ -82,18 +84,21 @@ def _install(_result: None, model_config: Any, *_args: Any, **_kwargs: Any) -> N
     config = settings.config_for(model)
     engine = importlib.import_module(_MODULE)
     problem = _problem(engine, model)
+    if problem is None and not hasattr(model_config, "context_len"):
+        problem = "this SGLang's ModelConfig has no context_len"
     if problem and settings.strict:
         raise RuntimeError(f"MISA_STRICT: expected MISA to be on, but {problem}")
     if problem:
         _logger.warning("MISA is off: %s", problem)
         return
     hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
-    wrappers = {"_get_topk_ragged": ragged, "_get_topk_paged": paged}
-    unhooked = {method: getattr(engine.Indexer, method) for method in wrappers}
-    for method, wrap in wrappers.items():
-        hooks.HookRegistry.register(
-            f"{_MODULE}.Indexer.{method}", wrap(engine, settings), hooks.HookType.AROUND
-        )
+    hooked = {
+        "_get_topk_ragged": ragged(engine, settings),
+        "_get_topk_paged": paged(engine, settings, model_config.context_len),
+    }
+    unhooked = {method: getattr(engine.Indexer, method) for method in hooked}
+    for method, hook in hooked.items():
+        hooks.HookRegistry.register(f"{_MODULE}.Indexer.{method}", hook, hooks.HookType.AROUND)
     hooks.HookRegistry.apply_hooks()
     # The registry only logs a failure, and skips a method that it has hooked before.
     missing = [m for m, method in unhooked.items() if getattr(engine.Indexer, m) is method]
@@ -155,8 +160,11 @@ def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
         rows = ks.shape[0]
         pool = engine.get_token_to_kv_pool()
         reason = _failed.get("prefill") or _uncovered(indexer, call["forward_batch"], q, pool)
+        capturing = _capturing(q)
+        if capturing:
+            reason = "CUDA graph capture"
         if reason is not None:
-            return _left("prefill", rows, reason, original, args, kwargs)
+            return _left("prefill", rows, capturing, reason, original, args, kwargs)
         result = call.get("topk_result")
         if result is None:
             result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
@@ -185,7 +193,7 @@ def ragged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
             requests = metadata.get_token_to_batch_idx()
             result[:rows] = _converted(selected.indices, metadata, engine, requests)
         except _ERRORS as error:
-            return _fallen("prefill", rows, error, original, args, kwargs)
+            return _fallen("prefill", rows, capturing, error, original, args, kwargs)
         _counters.add("misa_prefill", rows)
         return result
 
@@ -197,71 +205,124 @@ _ERRORS = (AttributeError, MemoryError, RuntimeError, TypeError, ValueError)
 _failed: dict[str, str] = {}
 
 
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _left(
     work: str,
     rows: int,
+    capturing: bool,
     reason: str,
     original: Callable[..., torch.Tensor],
     args: tuple,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """Counts and says why a call is SGLang's, and makes it."""
+    """Counts and says why a call is SGLang's, and makes it. A captured one is not counted."""
     _counters.leave(work, reason)
-    _counters.add(f"engine_{work}", rows)
+    if not capturing:
+        _counters.add(f"engine_{work}", rows)
     return original(*args, **kwargs)
 
 
-def _fallen(work: str, rows: int, error: Exception, *call: Any) -> torch.Tensor:
+def _fallen(work: str, rows: int, capturing: bool, error: Exception, *call: Any) -> torch.Tensor:
     """Leaves this and all later calls to SGLang."""
     _failed[work] = f"{type(error).__name__}: {error}"
-    return _left(work, rows, _failed[work], *call)
+    return _left(work, rows, capturing, _failed[work], *call)
 
 
-def paged(engine: Any, settings: Settings) -> Callable[..., torch.Tensor]:
+class _DecodePlans:
+    """The plans for decode, for the most rows so far. They are made before a batch of that size is
+    captured, as SGLang runs it first; captured graphs keep the memory of older ones in use.
+    """
+
+    def __init__(self, settings: Settings, context: int) -> None:
+        self._settings = settings
+        self._keys = context + _PAGE  # drafts may lie behind the context
+        self._made: list[Selector] = []
+
+    def of(self, q: torch.Tensor, rows: int, top_k: int) -> Selector:
+        """For `rows` of q [T, H, D]."""
+        if not self._made or rows > self._most:
+            if _capturing(q):
+                raise RuntimeError(f"{rows} rows in a CUDA graph before any other batch of so many")
+            _counters.prepare(q.device)
+            config = self._settings.config(top_k)
+            if config.sketch:
+                raise RuntimeError("SGLang's pool has no sketches")
+            most = 1 << (rows - 1).bit_length()
+            selector = Selector(
+                config,
+                heads=q.shape[1],
+                dim=q.shape[2],
+                prefill=Bounds(1, self._keys, total=self._keys),
+                decode=Bounds(most, self._keys, sequences=most),
+                device=q.device,
+            )
+            self._made.append(selector)
+        return self._made[-1]
+
+    @property
+    def _most(self) -> int:
+        bounds = self._made[-1].decode
+        return min(bounds.rows, bounds.sequences) if bounds else 0
+
+
+def paged(engine: Any, settings: Settings, context: int) -> Callable[..., torch.Tensor]:
     """A hook around `Indexer._get_topk_paged`: decode, verification and draft extension, one row of
-    the page table per query. Without MISA_DECODE it counts rows and calls SGLang's method.
+    the page table per query. Without MISA_DECODE it calls SGLang's method.
 
     It reads q_fp8 [rows, H, D] e4m3 and weights [rows, H, 1] f32, and returns int32
-    [rows, index_topk]; padding rows are -1.
+    [rows, index_topk]; padding rows are -1. A call may be captured into a CUDA graph.
 
     Args:
         engine: the indexer's module, for its helpers.
         settings: the indexer.
+        context: the longest sequence.
     """
     signature = inspect.signature(engine.Indexer._get_topk_paged)
+    plans = _DecodePlans(settings, context)
 
     def hook(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         bound = signature.bind(*args, **kwargs)
         call = bound.arguments
         indexer, metadata, q = call["self"], call["metadata"], call["q_fp8"]
         rows = sum(metadata.get_dsa_extend_len_cpu())
+        capturing = _capturing(q)
         if not settings.decode:
-            _counters.add("engine_decode", rows)
+            if not capturing:
+                _counters.add("engine_decode", rows)
             return original(*args, **kwargs)
-        lengths = metadata.get_seqlens_expanded()
-        table = metadata.get_page_table_64()
-        pool = engine.get_token_to_kv_pool()
-        reason = _failed.get("decode") or _uncovered(indexer, call["forward_batch"], q, pool)
-        if reason is None and not lengths.shape[0] == table.shape[0] == rows:
-            reason = "sequences that share a row of the page table"
-        if reason is not None:
-            return _left("decode", rows, reason, original, args, kwargs)
-        result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
-        if rows == 0:
-            return result
+        if "decode" in _failed:
+            return _left("decode", rows, capturing, _failed["decode"], original, args, kwargs)
         try:
-            selected = misa.select_paged(
+            lengths, table = metadata.get_seqlens_expanded(), metadata.get_page_table_64()
+            pool = engine.get_token_to_kv_pool()
+            reason = _uncovered(indexer, call["forward_batch"], q, pool)
+            if reason is None and not lengths.shape[0] == table.shape[0] == rows:
+                reason = "sequences that share a row of the page table"
+            if reason is not None:
+                return _left("decode", rows, capturing, reason, original, args, kwargs)
+            result = q.new_full((q.shape[0], indexer.index_topk), -1, dtype=torch.int32)
+            if rows == 0:
+                return result
+            cache = indexer._get_index_k_read_buffer(pool, call["layer_id"])
+            fused = engine.envs.SGLANG_DSA_FUSE_TOPK.get() and not metadata.force_unfused_topk
+            slots = fused and metadata.topk_transform_method.name == "PAGED"
+            plans.of(q, rows, indexer.index_topk).paged(
                 q[:rows],
                 call["weights"][:rows].squeeze(-1),
-                indexer._get_index_k_read_buffer(pool, call["layer_id"]),
+                cache,
                 table,
                 lengths,
-                config=settings.config(indexer.index_topk),
+                result[:rows],
+                slots=slots,
             )
-            result[:rows] = _converted(selected.indices, metadata, engine, None)
+            if not slots:
+                result[:rows] = _converted(result[:rows], metadata, engine, None)
         except _ERRORS as error:
-            return _fallen("decode", rows, error, original, args, kwargs)
-        _counters.add("misa_decode", rows)
+            return _fallen("decode", rows, capturing, error, original, args, kwargs)
+        _counters.add("misa_decode", rows, capturing)
         return result
 
     return hook
@@ -280,8 +341,6 @@ def _uncovered(indexer: Any, batch: Any, q: torch.Tensor, pool: Any) -> str | No
         return "tokens that are always selected"
     if getattr(batch, "attn_cp_metadata", None) is not None:
         return "context parallelism"
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "CUDA graph capture"
     return None
 
 

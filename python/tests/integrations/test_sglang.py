@@ -48,7 +48,8 @@ class World:
     def call(self, wrap, settings: Settings, q, w, metadata, **extra):
         """What the wrapped method returns, and how often it called the method itself."""
         method = mock.Mock(return_value="SGLang's own")
-        hook = wrap(self.engine, settings)
+        more = (max(LENGTHS),) if wrap is plugin.paged else ()
+        hook = wrap(self.engine, settings, *more)
         batch = SimpleNamespace(attn_cp_metadata=None)
         batch.__dict__.update(extra.pop("batch", {}))
         result = hook(
@@ -331,6 +332,35 @@ def test_decode_if_asked_for(world, next_n, meaning):
     assert plugin.counters() == {"misa_decode": len(rows)}
 
 
+def test_decode_in_batches_of_every_size(world):
+    """Plans are made for the largest batch so far; smaller ones use its plans."""
+    hook = plugin.paged(world.engine, DECODE, max(LENGTHS))
+    batch = SimpleNamespace(attn_cp_metadata=None)
+    for next_n in (1, 3, 2, 5, 1):
+        rows = new_rows(LENGTHS, [next_n] * len(LENGTHS))
+        q, w = padded_queries(len(rows))
+        metadata = world.metadata(next_n=next_n)
+        result = hook(mock.Mock(), world.indexer, batch, 0, q, w[:, :, None], metadata)
+        assert_selected(world, result, q, w, rows, DECODE, "PAGED")
+
+
+def test_a_captured_batch_that_nothing_came_before_is_left(world, caplog, monkeypatch):
+    monkeypatch.setattr(plugin, "_capturing", lambda tensor: True)
+    q, w = padded_queries(len(LENGTHS))
+    result, calls = world.call(plugin.paged, DECODE, q, w, world.metadata(next_n=1))
+    assert (result, calls) == ("SGLang's own", 1)
+    assert "in a CUDA graph before any other batch" in caplog.text
+    assert plugin.counters() == {}
+
+
+def test_decode_that_needs_sketches_is_left(world, caplog):
+    settings = Settings("misa-r", (("candidates", 100), ("sketch", 2)), decode=True)
+    q, w = padded_queries(len(LENGTHS))
+    result, calls = world.call(plugin.paged, settings, q, w, world.metadata(next_n=1))
+    assert (result, calls) == ("SGLang's own", 1)
+    assert "SGLang's pool has no sketches" in caplog.text
+
+
 def test_decode_is_left_by_default(world):
     q, w = padded_queries(len(LENGTHS))
     result, calls = world.call(plugin.paged, SETTINGS, q, w, world.metadata(next_n=1))
@@ -387,7 +417,8 @@ def test_an_error_leaves_the_work_to_sglang(world, caplog, monkeypatch, work, er
         raise error("not today")
 
     decode = work == "decode"
-    monkeypatch.setattr(plugin.misa, "select_paged" if decode else "select", fails)
+    owner, name = (plugin.Selector, "paged") if decode else (plugin.misa, "select")
+    monkeypatch.setattr(owner, name, fails)
     counts = [1] * len(LENGTHS) if decode else NEW
     q, w = padded_queries(sum(counts))
     metadata = world.metadata(next_n=int(decode))
@@ -472,7 +503,7 @@ def install(monkeypatch, modules):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         sizes = {"index_topk": TOP_K, "index_n_heads": HEADS, "index_head_dim": DIM}
         model = SimpleNamespace(**sizes, **fields)
-        plugin._install(None, SimpleNamespace(hf_text_config=model))
+        plugin._install(None, SimpleNamespace(hf_text_config=model, context_len=4096))
         return engine.Indexer
 
     return run
