@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MISA needs of the metadata of one step of vLLM, worked out once for all layers."""
+"""What MISA reads of a call of vLLM's operator, and of the metadata of a step, worked out once for
+all layers."""
 
 from __future__ import annotations
 
@@ -8,6 +9,47 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+
+# Arguments that change the selection unless they have this value.
+PLAIN = {"use_fp4_cache": False, "use_pcp": False, "dcp_world_size": 1, "candidate_blocks": None}
+
+
+class Call(NamedTuple):
+    """The arguments of vLLM's operator that the replacement reads; those with a default may be
+    missing."""
+
+    hidden_states: torch.Tensor
+    k_cache_prefix: Any
+    kv_cache: torch.Tensor
+    q_quant: torch.Tensor
+    k: torch.Tensor | None
+    weights: torch.Tensor
+    quant_block_size: int
+    scale_fmt: str | None
+    topk_tokens: int
+    head_dim: int
+    total_seq_lens: int
+    topk_indices_buffer: torch.Tensor
+    skip_k_cache_insert: bool
+    skip_topk_buffer_clear: bool = False
+    dense_mha_metadata_layer_name: Any = ""
+    use_fp4_cache: bool = False
+    use_pcp: bool = False
+    dcp_world_size: int = 1
+    candidate_blocks: torch.Tensor | None = None
+
+
+# Arguments that the replacement knows and does not need.
+UNREAD = {
+    "q_scale",
+    "max_model_len",
+    "pcp_shard_decode_requests",
+    "dcp_rank",
+    "cp_kv_cache_interleave_size",
+    "candidate_block_size",
+    "candidate_write",
+    "topk_backend",
+}
 
 # The fields that are read, by the class that has them in vLLM's module of the metadata.
 METADATA = {
@@ -133,6 +175,22 @@ class Step:
                 gone |= {f"num_{work}s": 0, work: None}
             self._left[key] = dataclasses.replace(self.metadata, **gone)
         return self._left[key]
+
+    @functools.cached_property
+    def grouped(self) -> Decode | None:
+        """The decode rows by sequence where every row has a row of the block table of its own and
+        all sequences have as many queries, so that these share a read of their keys.
+
+        Only a captured batch is known to be like that, whatever its numbers are in a replay.
+        """
+        sequences, decode = self.metadata.num_decodes, self.decode
+        if decode is None or decode.starts is not None or decode.lengths.dim() != 1:
+            return decode
+        queries, rest = divmod(self.decode_rows, sequences)
+        if queries < 2 or rest:
+            return decode
+        lengths = decode.lengths.view(sequences, queries)
+        return Decode(decode.table[::queries], lengths, None)
 
     def _decode(self) -> Decode:
         decode, rows = self.metadata.decode, self.decode_rows

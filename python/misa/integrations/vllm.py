@@ -30,53 +30,12 @@ import misa
 from ._counters import Counters
 from ._environment import Settings, has, read_settings
 from ._selector import NOTHING, Bounds, Derived, Selector
-from ._vllm_step import METADATA, Step
+from ._vllm_step import METADATA, PLAIN, UNREAD, Call, Decode, Step
 
 _MODULE = "vllm.model_executor.layers.sparse_attn_indexer"
 _METADATA_MODULE = "vllm.v1.attention.backends.mla.indexer"
 _OPERATOR = "sparse_attn_indexer"
 _PAGE = 64
-
-# Arguments that change the selection unless they have this value.
-_PLAIN = {"use_fp4_cache": False, "use_pcp": False, "dcp_world_size": 1, "candidate_blocks": None}
-
-
-class _Call(NamedTuple):
-    """The arguments of vLLM's operator that the replacement reads; those with a default may be
-    missing."""
-
-    hidden_states: torch.Tensor
-    k_cache_prefix: Any
-    kv_cache: torch.Tensor
-    q_quant: torch.Tensor
-    k: torch.Tensor | None
-    weights: torch.Tensor
-    quant_block_size: int
-    scale_fmt: str | None
-    topk_tokens: int
-    head_dim: int
-    total_seq_lens: int
-    topk_indices_buffer: torch.Tensor
-    skip_k_cache_insert: bool
-    skip_topk_buffer_clear: bool = False
-    dense_mha_metadata_layer_name: Any = ""
-    use_fp4_cache: bool = False
-    use_pcp: bool = False
-    dcp_world_size: int = 1
-    candidate_blocks: torch.Tensor | None = None
-
-
-# Arguments that the replacement knows and does not need.
-_UNREAD = {
-    "q_scale",
-    "max_model_len",
-    "pcp_shard_decode_requests",
-    "dcp_rank",
-    "cp_kv_cache_interleave_size",
-    "candidate_block_size",
-    "candidate_write",
-    "topk_backend",
-}
 
 # What is used besides: of the operator's module, and of vLLM's config.
 _HELPERS = (
@@ -162,7 +121,10 @@ def _install(config: Any) -> None:
     assert selector is not None
     _counters.prepare(selector.device)
     original = getattr(engine, _OPERATOR)
-    replacement = replace(original, engine, selector, strict=settings.strict)
+    # Where vLLM may deal rows to sequences on the device, a replay is not like its capture.
+    indexer = importlib.import_module(_METADATA_MODULE)
+    fixed = not hasattr(indexer, "_supports_flattened_device_query_lens")
+    replacement = replace(original, engine, selector, strict=settings.strict, fixed=fixed)
     eager_break = getattr(engine, "eager_break_during_capture", None)
     if eager_break is not None:
         replacement = eager_break(replacement)
@@ -182,7 +144,7 @@ def _install(config: Any) -> None:
 def _problem(engine: Any, config: Any, platform: Any) -> str | None:
     """Why this vLLM on this machine cannot be served, or None."""
     parameters = inspect.signature(getattr(engine, _OPERATOR)).parameters
-    read = [name for name in _Call._fields if name not in _Call._field_defaults]
+    read = [name for name in Call._fields if name not in Call._field_defaults]
     metadata = importlib.import_module(_METADATA_MODULE)
     missing = [f"argument {name}" for name in read if name not in parameters]
     missing += [f"function {name}" for name in _HELPERS if not has(engine, name)]
@@ -205,7 +167,7 @@ def _problem(engine: Any, config: Any, platform: Any) -> str | None:
             return f"{name} is {getattr(config.parallel_config, name)}"
     if getattr(config.parallel_config, "use_ubatching", False):
         return "two batches are overlapped, which would share one workspace"
-    unknown = parameters.keys() - set(_Call._fields) - _UNREAD
+    unknown = parameters.keys() - set(Call._fields) - UNREAD
     if unknown:
         _logger.warning(
             "MISA: arguments of vLLM's operator that are passed on to it unread: %s",
@@ -245,7 +207,12 @@ def _selector(chosen: misa.Config, settings: Settings, config: Any, platform: An
 
 
 def replace(
-    original: Callable[..., Any], engine: Any, selector: Selector, *, strict: bool = False
+    original: Callable[..., Any],
+    engine: Any,
+    selector: Selector,
+    *,
+    strict: bool = False,
+    fixed: bool = False,
 ) -> Callable[..., Any]:
     """An operator that selects with `selector` if it can and calls `original` for all other work.
 
@@ -256,8 +223,9 @@ def replace(
         engine: the operator's module, for its helpers.
         selector: the plans for the model.
         strict: whether a layer that MISA cannot serve is an error.
+        fixed: whether all sequences of a captured decode have as many queries in every replay.
     """
-    operator = _Operator(original, engine, selector, strict)
+    operator = _Operator(original, engine, selector, strict, fixed)
 
     @functools.wraps(original)
     def sparse_attn_indexer(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -285,26 +253,32 @@ class _Operator:
     """See replace()."""
 
     def __init__(
-        self, original: Callable[..., Any], engine: Any, selector: Selector, strict: bool
+        self,
+        original: Callable[..., Any],
+        engine: Any,
+        selector: Selector,
+        strict: bool,
+        fixed: bool,
     ) -> None:
         self._original = original
         self._engine = engine
         self._selector = selector
         self._strict = strict
+        self._fixed = fixed
         self._shards = getattr(engine, "PrefillRowShard", None)
         self._layers: dict[str, _Layer] = {}
         self._counted = ""  # the layer in which rows are counted
         self._failed: dict[str, str] = {}
         self._broken = False
-        # Where each argument of a _Call is among those of the operator, and then the defaults of
+        # Where each argument of a Call is among those of the operator, and then the defaults of
         # those that it does not have.
         parameters = inspect.signature(original).parameters
         self._names = list(parameters)
         self._defaults = [p.default for p in parameters.values()]
-        absent = [name for name in _Call._fields if name not in parameters]
-        self._absent = tuple(_Call._field_defaults[name] for name in absent)
+        absent = [name for name in Call._fields if name not in parameters]
+        self._absent = tuple(Call._field_defaults[name] for name in absent)
         places = {name: place for place, name in enumerate([*self._names, *absent])}
-        self._read = itemgetter(*(places[name] for name in _Call._fields))
+        self._read = itemgetter(*(places[name] for name in Call._fields))
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         context = self._engine.get_forward_context()
@@ -316,7 +290,7 @@ class _Operator:
             name = _layer_name(call.k_cache_prefix)
             metadata = context.attn_metadata[name]
             step = self._step(metadata)
-            capturing = call.q_quant.is_cuda and torch.cuda.is_current_stream_capturing()
+            capturing = _capturing(call.q_quant)
             layer = self._layer(name, call, capturing)
             taken = self._taken(call, context, layer, step, capturing)
         except _Strict:
@@ -335,7 +309,8 @@ class _Operator:
             if layer.derived is not NOTHING:
                 self._selector.derive(layer.derived, call.kv_cache, metadata.slot_mapping)
             if "decode" in taken:
-                self._decode(call, step, layer)
+                decode = step.grouped if capturing and self._fixed else step.decode
+                self._decode(call, step.decode_rows, decode, layer)
             work = "prefill"
             if "prefill" in taken:
                 self._prefill(call, step)
@@ -351,12 +326,12 @@ class _Operator:
                 _counters.add(f"{who}_{work}", rows, capturing)
         return call.topk_indices_buffer
 
-    def _call(self, args: tuple, kwargs: dict[str, Any]) -> _Call:
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
         values = args
         if kwargs or len(args) < len(self._names):
             rest = zip(self._names[len(args) :], self._defaults[len(args) :], strict=True)
             values = (*args, *(kwargs.get(name, default) for name, default in rest))
-        return _Call(*self._read((*values, *self._absent)))
+        return Call(*self._read((*values, *self._absent)))
 
     def _step(self, metadata: Any) -> Step:
         step = getattr(metadata, "misa_step", None)
@@ -365,7 +340,7 @@ class _Operator:
             metadata.misa_step = step
         return step
 
-    def _layer(self, name: str, call: _Call, capturing: bool) -> _Layer:
+    def _layer(self, name: str, call: Call, capturing: bool) -> _Layer:
         """What is kept of a layer as long as it has the same cache."""
         cache = call.kv_cache
         layer = self._layers.get(name)
@@ -383,7 +358,7 @@ class _Operator:
         return layer
 
     def _taken(
-        self, call: _Call, context: Any, layer: _Layer, step: Step, capturing: bool
+        self, call: Call, context: Any, layer: _Layer, step: Step, capturing: bool
     ) -> list[str]:
         """What MISA selects for in this step, "decode" and "prefill"."""
         reason = layer.reason
@@ -396,7 +371,7 @@ class _Operator:
             taken.append("prefill")
         return taken
 
-    def _uncovered(self, call: _Call) -> str | None:
+    def _uncovered(self, call: Call) -> str | None:
         """Why a layer must be left to vLLM's operator, or None.
 
         Raises RuntimeError if that is so and MISA_STRICT is set.
@@ -406,8 +381,8 @@ class _Operator:
             raise _Strict(f"MISA_STRICT: expected a layer that MISA can serve, got {reason}")
         return reason
 
-    def _unlike_the_plans(self, call: _Call) -> str | None:
-        for name, plain in _PLAIN.items():
+    def _unlike_the_plans(self, call: Call) -> str | None:
+        for name, plain in PLAIN.items():
             value = getattr(call, name)
             if isinstance(value, torch.Tensor) or value != plain:
                 return f"{name} is set"
@@ -450,7 +425,7 @@ class _Operator:
             _counters.leave("prefill", reason)
         return reason is None
 
-    def _insert_and_clear(self, call: _Call, metadata: Any, step: Step) -> None:
+    def _insert_and_clear(self, call: Call, metadata: Any, step: Step) -> None:
         """What vLLM's operator does before it selects: inserts the step's keys, and marks all
         entries of its rows as empty, of which only those are left that no selection writes."""
         if not call.skip_k_cache_insert:
@@ -469,8 +444,7 @@ class _Operator:
             if written < rows:
                 buffer[written:rows] = -1
 
-    def _decode(self, call: _Call, step: Step, layer: _Layer) -> None:
-        rows, decode = step.decode_rows, step.decode
+    def _decode(self, call: Call, rows: int, decode: Decode | None, layer: _Layer) -> None:
         assert decode is not None
         self._selector.paged(
             call.q_quant[:rows],
@@ -483,7 +457,7 @@ class _Operator:
             derived=layer.derived,
         )
 
-    def _prefill(self, call: _Call, step: Step) -> None:
+    def _prefill(self, call: Call, step: Step) -> None:
         """vLLM's kernel gathers the keys of each group into the workspace that vLLM reserved."""
         engine = self._engine
         keys, scales = engine.current_workspace_manager().get_simultaneous(
@@ -509,6 +483,10 @@ class _Operator:
             step.shard.exchange_topk(call.topk_indices_buffer, call.topk_tokens)
 
 
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -518,7 +496,7 @@ def _layer_name(name: Any) -> str:
     return getattr(name, "value", name)
 
 
-def _is_dense(call: _Call, context: Any) -> bool:
+def _is_dense(call: Call, context: Any) -> bool:
     """Whether the attention of this step reads all positions."""
     attention = context.attn_metadata.get(_layer_name(call.dense_mha_metadata_layer_name))
     return bool(getattr(getattr(attention, "prefill", None), "use_dense_mha", False))

@@ -204,7 +204,10 @@ def stand_in(older: bool = False) -> World:
 
 def sglang(patch) -> World:
     pytest.importorskip("sglang")
-    from sglang.kernels.ops.kvcache import dsa_index_k_cache
+    try:
+        from sglang.kernels.ops.kvcache import dsa_index_k_cache as accessor
+    except ImportError:  # 0.5.17
+        from sglang.kernels.ops.attention.dsa import index_buf_accessor as accessor
     from sglang.srt.layers.attention import dsa_backend
     from sglang.srt.layers.attention.dsa import dsa_indexer, dsa_indexer_metadata
     from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
@@ -213,8 +216,8 @@ def sglang(patch) -> World:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.runtime_context import get_parallel
 
-    kernel = mock.create_autospec(dsa_index_k_cache._get_k_and_s_triton, side_effect=gather_pages)
-    patch.setattr(dsa_index_k_cache, "_get_k_and_s_triton", kernel)
+    kernel = mock.create_autospec(accessor._get_k_and_s_triton, side_effect=gather_pages)
+    patch.setattr(accessor, "_get_k_and_s_triton", kernel)
     sequences = Sequences(LENGTHS)
     with get_parallel().override(attn_dcp_size=1):
         pool = DSATokenToKVPool(

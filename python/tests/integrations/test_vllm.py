@@ -34,6 +34,7 @@ POISON = -77
 LAYER = "model.layers.0.self_attn.indexer.k_cache"
 SETTINGS = Settings("misa", (("heads", 4), ("block", 128)))
 CONFIG = SETTINGS.config(TOP_K)
+DSA = Settings("dsa").config(TOP_K)
 MOST_KEYS, MOST_ROWS = 4096, 1024
 
 # Decoding sequences, then prefilling ones: 3 has a cached prefix, 4 is new.
@@ -192,13 +193,21 @@ class Engine:
         return topk_indices_buffer
 
     def run(
-        self, chosen: Selector, sequences: Sequences, q, w, padding=0, strict=False, **arguments
+        self,
+        chosen: Selector,
+        sequences: Sequences,
+        q,
+        w,
+        padding=0,
+        strict=False,
+        fixed=False,
+        **arguments,
     ) -> torch.Tensor:
         """Calls the replacement; returns the poisoned buffer with two rows more than queries and
         rows of padding."""
         rows = q.shape[0] + padding
         buffer = torch.full((rows + 2, arguments.pop("columns", COLUMNS)), POISON).int()
-        operator = plugin.replace(self.operator, self, chosen, strict=strict)
+        operator = plugin.replace(self.operator, self, chosen, strict=strict, fixed=fixed)
         arguments = {"k_cache_prefix": LAYER, "kv_cache": sequences.cache, "k": None} | arguments
         result = operator(
             torch.empty(rows, 8),
@@ -288,6 +297,28 @@ def test_decode_is_selected(engine, sequences, next_n, flat, padding, columns):
     assert_rows(kept, sequences.expected(q, w, rows, CONFIG))
     assert engine.left == []
     assert plugin.counters() == {"misa_prefill": sum(NEW), "misa_decode": len(DECODING) * next_n}
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("next_n", "flat"), [(1, False), (2, False), (4, True)])
+def test_queries_of_a_captured_sequence_share_a_read(engine, monkeypatch, next_n, flat, fixed):
+    """Rows of padding, which see less than nothing, are empty."""
+    monkeypatch.setattr(plugin, "_capturing", lambda tensor: True)
+    plugin._counters.prepare("cpu")
+    sequences, chosen = Sequences(DECODING), selector(config=DSA)
+    metadata = mixed(sequences, next_n, flat)
+    metadata.num_prefills = metadata.num_prefill_tokens = 0
+    metadata.decode.seq_lens.view(len(DECODING), next_n)[1] = -torch.arange(next_n).int()
+    engine.context.attn_metadata = {LAYER: metadata}
+    rows = new_rows(DECODING, [next_n] * len(DECODING))
+    rows = [(sequence, 0 if sequence == 1 else seen) for sequence, seen in rows]
+    q, w = queries(len(rows))
+    with mock.patch.object(chosen, "paged", wraps=chosen.paged) as paged:
+        buffer = engine.run(chosen, sequences, q, w, fixed=fixed)
+    assert_rows(buffer, sequences.expected(q, w, rows, DSA))
+    sequences_of_call = paged.call_args.args[3].shape[0]
+    assert sequences_of_call == len(DECODING) * (next_n if flat and not fixed else 1)
+    assert plugin.counters() == {"misa_decode": len(rows)}
 
 
 def test_padding_rows_stay_empty(engine, sequences):
