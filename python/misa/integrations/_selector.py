@@ -8,6 +8,7 @@ import bisect
 from typing import NamedTuple
 
 import torch
+from torch.utils.dlpack import to_dlpack
 
 import misa
 
@@ -127,7 +128,8 @@ class Selector:
                 paged.append(plan(decode._replace(rows=size, sequences=sequences)))
             paged.append(last)
         # The compiled plans are called without misa.Plan's checks, which take longer than the rest
-        # of a call; the bindings check every array again.
+        # of a call; the bindings check every array again. They are given capsules that PyTorch's
+        # C++ code makes: a tensor's own __dlpack__ is Python code and takes ten times as long.
         self._ragged = [plan._plan.run for plan in ragged]
         self._far = far._plan.run
         self._paged = [plan._plan.run_paged for plan in paged]
@@ -163,9 +165,10 @@ class Selector:
 
     def _where(self) -> tuple:
         """The last arguments of a run: the workspace, and on a device the stream."""
+        workspace = to_dlpack(self._workspace)
         if self.device.type == "cpu":
-            return (self._workspace,)
-        return self._workspace, torch.cuda.current_stream(self.device).cuda_stream
+            return (workspace,)
+        return workspace, torch.cuda.current_stream(self.device).cuda_stream
 
     def ragged(
         self,
@@ -181,8 +184,8 @@ class Selector:
         run = self._far
         if k.shape[0] <= self._near:
             run = self._ragged[bisect.bisect_left(self._row_sizes, q.shape[0])]
-        bits = q.view(torch.uint8), w, k.view(torch.uint8), ks, ke, k_scale
-        run(*bits, out, None, None, None, None, *self._where())
+        tensors = q.view(torch.uint8), w, k.view(torch.uint8), ks, ke, k_scale, out
+        run(*map(to_dlpack, tensors), None, None, None, None, *self._where())
 
     def paged(
         self,
@@ -203,6 +206,7 @@ class Selector:
         """
         next_n = lengths.shape[1] if lengths.dim() == 2 else 1
         plan = bisect.bisect_left(self._sizes, max(q.shape[0], lengths.shape[0]))
-        keys = cache, table, lengths, starts, *derived, next_n
-        forms = out, None, None, None, slots, None
-        self._paged[plan](q.view(torch.uint8), w, *keys, *forms, *self._where())
+        tensors = q.view(torch.uint8), w, cache, table, lengths
+        given = [None if tensor is None else to_dlpack(tensor) for tensor in (starts, *derived)]
+        forms = to_dlpack(out), None, None, None, slots, None
+        self._paged[plan](*map(to_dlpack, tensors), *given, next_n, *forms, *self._where())
