@@ -1,44 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection over keys that are sharded across the ranks of a torch.distributed group.
 
-Every rank has a contiguous part of the keys and all queries. The ranks agree on the heads and the
-residual row of each query, each rank selects the best of its own keys, and these are merged. The
-result on every rank is that of one rank with all keys. What is computed where:
+Every rank has a part of the keys and all queries. Each receives the keys of the others, selects for
+its share of the queries as one rank with all keys would, and the selections are exchanged. The
+result on every rank is that of one rank, bit for bit, whatever the config.
 
-- Block means (pooled router, block filter): each rank sums its own keys in double precision, and
-  the sums are added in the order of the ranks. The library chooses heads and blocks from the means
-  (`misa.route_from_means`, `misa.keep_blocks_from_means`).
-- The other routers read at most 128 keys per query (spec, MISA-R), which every rank receives.
-- Scores are those of `misa.select` on the keys of a rank, bit for bit, except for the residual row
-  with bfloat16 keys, which some instruction sets add in one part and others in three.
-
-Heads or blocks whose values differ by less than the rounding of single precision may rank
-differently than on one rank, as between two backends (docs/numerics.md, Routing).
+The sizes of what is exchanged follow from shapes, so that the host need not wait for a device.
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 import misa
 
-from . import _core  # type: ignore[attr-defined]  # compiled
-from ._arrays import cuda_device
-from ._call import WORKSPACE_CAP
-from ._ranks import Peers, Steps, run
+from ._arrays import cuda_device, dtype_name
+from ._call import (
+    WORKSPACE_CAP,
+    checked_config,
+    checked_execution,
+    checked_shape,
+    empty_selected,
+    select_into,
+)
 from .torch_ops import require_one_device, require_tensors
 
-_CHUNK_BYTES = 256 << 20  # limit of the memory of one chunk of queries
-_LOW = 0xFFFFFFFF  # the low 32 bits of an entry
-_PADDING = torch.iinfo(torch.int64).min  # below every entry
+T = TypeVar("T")
+
+_UNITS = (64, 16, 4, 1)  # keys that may be moved as one
+_ALIGNED = 4  # outputs begin on multiples of so many words
 
 
+class Shards:
+    """Which of all keys each rank has. Made once for all calls over the same keys, on every rank by
+    itself.
+
+    lengths: L_rank, the number of keys of every rank; L is their sum.
+    positions: integers [L], on the device of the keys: the positions of the keys of the first rank,
+        then those of the second, and so on; each of 0 to L - 1 is there once. If not given, the
+        keys of the ranks follow each other. Keys that stay together in aligned groups of 4, 16 or
+        64 are moved faster than single ones.
+
+    Raises ValueError for wrong lengths or positions. Reading positions waits for their device.
+    """
+
+    def __init__(self, lengths: Sequence[int], positions: torch.Tensor | None = None) -> None:
+        self.lengths = tuple(lengths)
+        if min(self.lengths, default=-1) < 0:
+            raise ValueError(f"lengths: expected one of 0 or more a rank, got {list(lengths)}")
+        total = sum(self.lengths)
+        if total >= 2**31:
+            raise ValueError(f"lengths: expected a sum below 2^31, got {total}")
+        self.padded = max(self.lengths)  # the keys that each rank sends
+        self.unit = 1  # keys that stay together
+        self.rows: torch.Tensor | None = None  # which unit of what was sent is each of the result
+        if positions is not None:
+            self._place(positions, total)
+
+    def _place(self, positions: torch.Tensor, total: int) -> None:
+        require_tensors({"positions": positions}, ())
+        if positions.is_floating_point() or positions.shape != (total,):
+            raise ValueError(
+                f"positions: expected integers [{total}], got {positions.dtype} "
+                f"{list(positions.shape)}"
+            )
+        positions = positions.long()
+        in_order = torch.arange(total, device=positions.device)
+        if torch.equal(positions, in_order):
+            return
+        if not torch.equal(positions.sort().values, in_order):
+            raise ValueError(f"positions: expected each of 0 to {total - 1} once")
+        self.padded = _multiple(self.padded, _UNITS[0])
+        ends = accumulate(self.lengths)
+        for rank, (length, end) in enumerate(zip(self.lengths, ends, strict=True)):
+            in_order[end - length : end] += rank * self.padded - (end - length)
+        rows = torch.empty_like(in_order)
+        rows[positions] = in_order
+        for self.unit in _UNITS:
+            # The last unit ends with what pads the keys of a rank.
+            steps = torch.arange(self.unit, device=rows.device)
+            ended = torch.cat([rows, rows[-1] + 1 + steps[: -total % self.unit]])
+            units = ended.view(-1, self.unit)
+            self.rows = units[:, 0] // self.unit
+            if torch.equal(units, self.rows[:, None] * self.unit + steps):
+                return
+
+
+@torch.no_grad()
 def select(
     q: torch.Tensor,
     w: torch.Tensor,
@@ -47,16 +101,18 @@ def select(
     ke: torch.Tensor,
     *,
     group: dist.ProcessGroup | None = None,
+    shards: Shards | None = None,
     k_scale: torch.Tensor | None = None,
     config: misa.Config = misa.Config(),  # noqa: B008 (immutable)
     scores: bool = False,
     heads: bool = False,
     residual: bool = False,
+    check: bool = True,
     backend: str = "auto",
     threads: int = 0,
     workspace_cap: int = WORKSPACE_CAP,
 ) -> misa.Selected:
-    """`misa.select` on the keys of all ranks, concatenated in the order of the ranks.
+    """`misa.select` on the keys of all ranks.
 
     A collective: every rank of `group` (None: the default group) calls it with the same arguments,
     except for its keys. All tensors are on one device for which the group has a backend.
@@ -65,486 +121,269 @@ def select(
     w: [T, H] float32.
     k_local: [L_rank, D] in one of the dtypes of q; L_rank may differ and may be 0.
     k_scale: [L_rank] float32, with e4m3 keys only.
-    ks, ke: [T] int32; query t sees the keys s with ks[t] <= s < ke[t] of all L keys, where L is the
-        sum of L_rank.
+    ks, ke: [T] int32; query t sees the keys s with ks[t] <= s < ke[t] of all L keys.
+    shards: which of the L keys each rank has. If not given, the keys of the ranks follow each
+        other, and the ranks begin by agreeing on the numbers of keys, for which the host waits.
+    check: whether to raise on every rank if one fails; on CUDA tensors the host then waits for the
+        selection. Without it, and in the capture of a CUDA graph, a rank that fails raises alone,
+        and on the others the rows of its share of the queries are -1, their scores NaN.
 
-    Returns what `misa.select` returns, the same on every rank. If an argument or a step fails on
-    one rank, every rank raises: that rank the error itself (ValueError for an argument), the others
-    a RuntimeError that names the rank and its error. A config with a sketch is a RuntimeError.
+    On CUDA tensors the call runs on PyTorch's current stream. With shards and without check it does
+    not wait for it, and may be captured into a CUDA graph, after one that was not, since NCCL
+    connects the ranks at their first collective. Entries of ks and ke out of range are clamped
+    there.
+
+    Returns what `misa.select` returns, the same on every rank.
+
+    Raises what `misa.select` raises where it fails, and on the other ranks a RuntimeError that
+    names the rank and its error. Without shards, ranks that disagree on the config, the shape of q
+    or dtypes raise ValueError. With shards, these are taken to be the same, and a wrong q, config
+    or shards to be wrong on every rank; a rank on which it is wrong alone leaves the others to the
+    timeout of the group.
     """
-    peers = Peers(group)
-    options = {"backend": backend, "threads": threads, "workspace_cap": workspace_cap}
-    steps = _select(peers, q, w, k_local, ks, ke, k_scale, config, options)
-    selected = run(peers, steps)
-    return selected._replace(
-        scores=selected.scores if scores else None,
-        heads=selected.heads if heads else None,
-        residual=selected.residual if residual else None,
-    )
+    peers = _Peers(group)
+    backend, threads, workspace_cap = checked_execution(backend, threads, workspace_cap)
+    attempt = _Attempt()
+    if shards is None:
+        attempt(lambda: _check_shared(q, config, None, peers.size))
+        attempt(lambda: _check_own(q, w, k_local, ks, ke, k_scale, None, None))
+        options = config, scores, heads, residual
+        shards = _agreed_shards(peers, attempt, (q, k_local, k_scale), options)
+        length = shards.lengths[peers.rank]
+    else:
+        _check_shared(q, config, shards, peers.size)
+        length = shards.lengths[peers.rank]
+        attempt(lambda: _check_own(q, w, k_local, ks, ke, k_scale, shards, length))
+    words = attempt(lambda: _words(k_local, k_scale))
+    if words is None:
+        words = _no_words(q, k_local, k_scale, length)
+    k_words, *scales = (peers.all_keys(array, shards) for array in words)
+
+    # Queries are dealt one by one, so that causal rows make equal shares.
+    mine = slice(peers.rank, None, peers.size)
+    share = -(-len(q) // peers.size)
+    out = _Out(q, share, config, scores, heads, residual)
+
+    def select_mine() -> None:
+        ks_mine, ke_mine = ks[mine].contiguous(), ke[mine].contiguous()
+        into = out.selected(len(ks_mine))
+        k = k_words.view(k_local.dtype)
+        scale = scales[0].view(torch.float32)[:, 0] if scales else None
+        select_into(
+            into, q[mine], w[mine], k, ks_mine, ke_mine, scale, None, config, backend, threads,
+            workspace_cap,
+        )  # fmt: skip
+
+    attempt(select_mine)
+    out.finish(failed=attempt.error is not None)
+    every = peers.gather(out.words)
+    if check and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        attempt.raise_together(peers, q.device, any(every[:, -1].tolist()))
+    elif attempt.error is not None:
+        raise attempt.error
+    return out.merged(every, len(q))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Checked arguments of a rank."""
+class _Peers:
+    """The ranks of a group and what they send each other. What is on a CUDA device is sent on its
+    current stream."""
 
-    peers: Peers
-    q: torch.Tensor  # [T, H, D]; e4m3 as uint8
-    w: torch.Tensor  # [T, H]
-    k: torch.Tensor  # [L_rank, D]; e4m3 as uint8
-    k_scale: torch.Tensor | None
-    ks: torch.Tensor  # [T] int64
-    n: torch.Tensor  # [T] int64, the number of keys that a query sees
-    offset: int  # position of this rank's first key among all keys
-    longest: int  # the largest number of keys on one rank
-    config: misa.Config
-    options: dict[str, Any]
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group or dist.group.WORLD
+        self.rank = dist.get_rank(self.group)
+        self.size = dist.get_world_size(self.group)
 
-    def restricted(self, rows: torch.Tensor, config: misa.Config) -> _Call:
-        """The call restricted to the queries of a mask [T], with another indexer."""
-        return replace(
-            self, q=self.q[rows], w=self.w[rows], ks=self.ks[rows], n=self.n[rows], config=config
+    def gather(self, local: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks, of equal shapes and contiguous, as [ranks, …]."""
+        every = local.new_empty(self.size, *local.shape)
+        if local.numel() > 0:
+            dist.all_gather_into_tensor(every.flatten(0, 1), local, group=self.group)
+        return every
+
+    def all_keys(self, local: torch.Tensor, shards: Shards) -> torch.Tensor:
+        """From an array of this rank's keys [L_rank, words] that of all keys, in order of position,
+        [L, words]."""
+        words = local.shape[1]
+        if len(local) < shards.padded:
+            local, given = local.new_empty(shards.padded, words), local
+            local[: len(given)] = given
+        every = self.gather(local)
+        if shards.rows is not None:
+            units = every.view(-1, shards.unit * words)[shards.rows]
+            return units.view(-1, words)[: sum(shards.lengths)]
+        if min(shards.lengths) == shards.padded:
+            return every.flatten(0, 1)
+        parts = zip(every, shards.lengths, strict=True)
+        return torch.cat([part[:length] for part, length in parts])
+
+    def objects(self, mine: Any, device: torch.device) -> list[Any]:
+        """An object of every rank."""
+        every: list[Any] = [None] * self.size
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            dist.all_gather_object(every, mine, group=self.group)
+        return every
+
+
+class _Attempt:
+    """Steps of one rank. Once one has failed, the later ones are left out, but the rank goes on to
+    join the collectives, so that no rank waits for it."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __call__(self, step: Callable[[], T]) -> T | None:
+        if self.error is None:
+            try:
+                return step()
+            except Exception as error:
+                self.error = error
+        return None
+
+    def raise_together(self, peers: _Peers, device: torch.device, failed: bool) -> None:
+        """Raises on every rank if one has failed, which all of them know."""
+        if not failed:
+            return
+        errors = peers.objects(self.error and repr(self.error), device)
+        if self.error is not None:
+            raise self.error
+        raise RuntimeError("; ".join(f"rank {i}: {e}" for i, e in enumerate(errors) if e))
+
+
+def _agreed_shards(
+    peers: _Peers, attempt: _Attempt, arrays: Sequence[torch.Tensor | None], options: tuple
+) -> Shards:
+    """Shards that follow each other, after a look at what must be the same on every rank. The
+    arrays are q, the keys and their scales. What it raises, it raises on every rank."""
+    tensors = [array for array in arrays if isinstance(array, torch.Tensor)]
+    device = next((each.device for each in tensors if each.is_cuda), torch.device("cpu"))
+    header = [-1, 0]
+    if attempt.error is None:
+        same = (*options, tensors[0].shape, [each.dtype for each in tensors])
+        header = [zlib.crc32(repr(same).encode()), len(tensors[1])]
+    # Through the host, if the group can, so that no device is waited for.
+    by_host = "cpu" in str(dist.get_backend_config(peers.group))
+    local = torch.tensor(header, device="cpu" if by_host else device)
+    checksums, lengths = peers.gather(local).T.tolist()
+    attempt.raise_together(peers, device, min(checksums) < 0)
+    others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if others:
+        raise ValueError(
+            "config, requested outputs, the shape of q and dtypes: expected the same on every "
+            f"rank, got others than rank 0's on ranks {others}"
         )
-
-    def run(
-        self,
-        q: torch.Tensor,
-        w: torch.Tensor,
-        keys: tuple[torch.Tensor, torch.Tensor | None],
-        spans: tuple[torch.Tensor, torch.Tensor],
-        config: misa.Config,
-        **wanted: Any,
-    ) -> misa.Selected:
-        """`misa.select` on this rank; keys are (k, k_scale), spans are (ks, ke)."""
-        (k, k_scale), (ks, ke) = keys, (span.int() for span in spans)
-        return misa.select(
-            q, w, k, ks, ke, k_scale=k_scale, config=config, **wanted, **self.options
-        )
-
-    def on_means(self, means: _BlockMeans) -> dict[str, Any]:
-        """Arguments of `misa.route_from_means` and `keep_blocks_from_means`, except the count."""
-        options = {name: self.options[name] for name in ("backend", "threads")}
-        return {"q": self.q, "w": self.w, **means._asdict(), **options}
-
-    def fetch(self, positions: torch.Tensor) -> Steps[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Keys [N, D] at positions [N] among the keys of all ranks; their scales [N] or None."""
-        local = positions - self.offset
-        here = ((local >= 0) & (local < len(self.k))).nonzero()[:, 0]
-        arrays = [self.k] if self.k_scale is None else [self.k, self.k_scale[:, None]]
-        raw = [array[local[here]].view(torch.uint8) for array in arrays]
-        # Each key is on one rank; the other ranks add zeros.
-        packed = raw[0].new_zeros(len(positions), sum(array.shape[1] for array in raw))
-        packed[here] = torch.cat(raw, dim=1)
-        received = yield partial(self.peers.add, packed)
-        width = raw[0].shape[1]
-        k = received[:, :width].contiguous().view(self.k.dtype)
-        if self.k_scale is None:
-            return k, None
-        return k, received[:, width:].contiguous().view(torch.float32)[:, 0]
+    return Shards(lengths)
 
 
-def _select(
-    peers: Peers,
-    q: torch.Tensor,
-    w: torch.Tensor,
-    k: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    config: misa.Config,
-    options: dict[str, Any],
-) -> Steps[misa.Selected]:
-    call = yield from _checked(peers, q, w, k, ks, ke, k_scale, config, options)
-    dense_keys = _core.dense_keys(config, q.shape[1])
-    if dense_keys == 0:
-        return (yield from _selected(call))
-    dense = call.n <= dense_keys
-    # Dense rows use DSA, the others the config. Dense rows keep the heads and the residual of an
-    # empty row.
-    heads = call.n.new_full((len(q), config.heads), -1).int() if config.router != "all" else None
-    residual = torch.zeros_like(q[:, 0], dtype=torch.float32) if config.residual else None
-    every_head = misa.Config("dsa", top_k=config.top_k, ordered=config.ordered)
-    of_dense = yield from _selected(call.restricted(dense, every_head))
-    of_others = yield from _selected(call.restricted(~dense, config))
-    selected = misa.Selected(
-        indices=call.n.new_empty(len(q), config.top_k).int(),
-        scores=w.new_empty(len(q), config.top_k),
-        heads=heads,
-        residual=residual,
-    )
-    for rows, part in ((dense, of_dense), (~dense, of_others)):
-        for output, values in zip(selected, part, strict=True):
-            if values is not None:
-                output[rows] = values
-    return selected
+class _Out:
+    """The selections of a rank for its share of the queries, which are sent as one array: words of
+    4 bytes of every requested output, one after the other, then some that are 0 if all went well.
+    """
+
+    def __init__(self, q: torch.Tensor, share: int, config: misa.Config, *wanted: bool) -> None:
+        self.share = share
+        self.forms = empty_selected(q[:1], config, *wanted)  # the widths and dtypes
+        sizes = (0 if form is None else share * form.shape[1] for form in self.forms)
+        self.begins = list(accumulate((_multiple(size, _ALIGNED) for size in sizes), initial=0))
+        count = self.begins[-1] + _ALIGNED
+        self.words = torch.empty(count, dtype=torch.int32, device=q.device)
+
+    def selected(self, tokens: int) -> misa.Selected:
+        """Where this rank writes the selections for so many queries."""
+        views = self._views(self.words[None], tokens)
+        return misa.Selected(*(view if view is None else view.flatten(0, 1) for view in views))
+
+    def finish(self, failed: bool) -> None:
+        """Says whether all went well."""
+        if failed:
+            self.words.fill_(-1)
+        else:
+            self.words[-_ALIGNED:].zero_()
+
+    def merged(self, every: torch.Tensor, tokens: int) -> misa.Selected:
+        """From the words of every rank, [ranks, words], the selections for all queries."""
+
+        def in_order(view: torch.Tensor) -> torch.Tensor:
+            return view.clone(memory_format=torch.contiguous_format).flatten(0, 1)[:tokens]
+
+        views = self._views(every, self.share)
+        return misa.Selected(*(view if view is None else in_order(view) for view in views))
+
+    def _views(self, words: torch.Tensor, rows: int) -> Iterator[torch.Tensor | None]:
+        """Each output in words [ranks, words], as [rows, ranks, width], in order of the queries."""
+        for form, begin in zip(self.forms, self.begins, strict=False):
+            if form is None:
+                yield None
+                continue
+            ranks, count = words.shape
+            width = form.shape[1]
+            shape, strides = (rows, ranks, width), (width, count, 1)
+            yield words.view(form.dtype).as_strided(shape, strides, begin)
 
 
-def _selected(call: _Call) -> Steps[misa.Selected]:
-    """The selection by one indexer for every query."""
-    q, config = call.q, call.config
-    effective = _core.effective_config(config, q.shape[1])
-    if effective["router"] != config.router:
-        unrouted = misa.Config("dsa", top_k=config.top_k, **effective)
-        return (yield from _every_head_routed(call, unrouted))
-    heads, residual = yield from _route(call)
-    rows = _rows(call, heads, residual)
-    kept = None
-    if config.filter_block:
-        kept = yield from _kept_blocks(call)
-
-    first = config.candidates or config.top_k
-    read = max(config.candidates, config.filter_blocks * config.filter_block)
-    row_bytes = max(8 * call.peers.size * min(first, call.longest), read * (8 + _row_bytes(call.k)))
-    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
-    best = []
-    for at in range(0, len(q), step):
-        part = slice(at, at + step)
-        positions = None if kept is None else _positions(call, kept[part], part)
-        top = yield from _top(call, rows, part, first, positions)
-        if config.candidates:
-            top = yield from _top(call, (call.q, call.w), part, config.top_k, _decoded(top)[0])
-        best.append(top)
-    entries = torch.cat(best) if best else call.ks.new_empty(0, config.top_k)
-    indices, scores = _decoded(entries)
-    if config.ordered:
-        last = torch.iinfo(torch.int32).max
-        order = torch.where(indices < 0, last, indices).argsort(dim=1)
-        indices, scores = indices.gather(1, order), scores.gather(1, order)
-    return misa.Selected(indices=indices, scores=scores, heads=heads, residual=residual)
-
-
-def _every_head_routed(call: _Call, unrouted: misa.Config) -> Steps[misa.Selected]:
-    """The selection if every head is routed: by the config without routing; reports all heads."""
-    q, config = call.q, call.config
-    selected = yield from _selected(replace(call, config=unrouted))
-    heads = torch.arange(config.heads, dtype=torch.int32, device=q.device)
-    return selected._replace(
-        heads=torch.where(call.n[:, None] > 0, heads, -1).int(),
-        residual=torch.zeros_like(q[:, 0], dtype=torch.float32) if config.residual else None,
-    )
-
-
-def _checked(
-    peers: Peers,
-    q: torch.Tensor,
-    w: torch.Tensor,
-    k: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    config: misa.Config,
-    options: dict[str, Any],
-) -> Steps[_Call]:
-    given = {"q": q, "w": w, "k_local": k, "ks": ks, "ke": ke, "k_scale": k_scale}
-    require_tensors(given, ("k_scale",))
-    require_one_device(given)
+def _check_shared(q: torch.Tensor, config: misa.Config, shards: Shards | None, ranks: int) -> None:
+    """Checks what is the same on every rank."""
+    checked_config(config)
+    require_tensors({"q": q}, ())
     cuda_device("q", q)  # refuses any device but the CPU and CUDA devices
-    if q.ndim != 3:
-        raise ValueError(f"q: expected [T, H, D], got {q.ndim} dimensions")
-    for name, span in (("ks", ks), ("ke", ke)):
-        if span.dtype != torch.int32 or span.shape != q.shape[:1]:
+    checked_shape("q", q, "[T, H, D]")
+    if shards is not None and len(shards.lengths) != ranks:
+        raise ValueError(f"shards: expected those of {ranks} ranks, got {len(shards.lengths)}")
+
+
+def _check_own(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    k: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    shards: Shards | None,
+    length: int | None,
+) -> None:
+    """Checks what may be wrong on one rank alone, as far as `misa.select` on a part of the queries
+    does not; `length` is the number of keys that the rank has."""
+    given = {"q": q, "w": w, "k_local": k, "ks": ks, "ke": ke, "k_scale": k_scale,
+             "positions of shards": None if shards is None else shards.rows}  # fmt: skip
+    require_tensors(given, ("k_scale", "positions of shards"))
+    require_one_device(given)
+    tokens, heads, dim = q.shape
+    dtype_name("k_local", k.dtype)
+    keys = len(k) if length is None and k.ndim > 0 else length
+    expected = [
+        ("k_local", k, k.dtype, (keys, dim)),
+        ("w", w, torch.float32, (tokens, heads)),
+        ("ks", ks, torch.int32, (tokens,)),
+        ("ke", ke, torch.int32, (tokens,)),
+    ]
+    if k_scale is not None:
+        expected += [
+            ("k_local", k, torch.uint8 if k.dtype == torch.uint8 else torch.float8_e4m3fn, k.shape),
+            ("k_scale", k_scale, torch.float32, (keys,)),
+        ]
+    for name, array, dtype, shape in expected:
+        if array.dtype != dtype or array.shape != shape:
             raise ValueError(
-                f"{name}: expected int32 [{q.shape[0]}], got {span.dtype} {list(span.shape)}"
+                f"{name}: expected {str(dtype)[6:]} {list(shape)}, got {array.dtype} "
+                f"{list(array.shape)}"
             )
-    if k.ndim != 2 or k.shape[1] != q.shape[-1]:
-        raise ValueError(f"k_local: expected [L, {q.shape[-1]}], got {list(k.shape)}")
-    # Without queries, the call only validates.
-    misa.select(
-        q[:0], w[:0], k, ks[:0], ke[:0], k_scale=k_scale, config=config, backend=options["backend"]
-    )
-    if config.sketch:
-        raise RuntimeError(f"sketch: expected 0 (none) in misa.distributed, got {config.sketch}")
-    if w.shape != q.shape[:2]:
-        raise ValueError(f"w: expected {list(q.shape[:2])}, got {list(w.shape)}")
-
-    # Checksums of what must be the same on every rank, and this rank's number of keys.
-    spans = torch.stack([ks, ke]).cpu().numpy().tobytes()
-    same = f"{config} {q.shape} {q.dtype} {k.dtype} {q.device.type}".encode()
-    header = torch.tensor([zlib.crc32(same), zlib.crc32(spans), len(k)], device=peers.device)
-    headers = yield partial(peers.gather, header)
-    agreed = ("config and the shapes of q: expected the same", "ks, ke: expected the same")
-    for column, what in enumerate(agreed):
-        others = (headers[:, column] != headers[0, column]).nonzero()[:, 0].tolist()
-        if others:
-            raise ValueError(f"{what} on every rank, got others than rank 0's on ranks {others}")
-    lengths = headers[:, 2].tolist()
-    total = sum(lengths)
-    if total >= 2**31:
-        raise ValueError(f"k_local: expected fewer than 2^31 keys on all ranks, got {total}")
-    for name, span in (("ks", ks), ("ke", ke)):
-        wrong = ((span < 0) | (span > total)).nonzero()[:, 0].tolist()
-        if wrong:
-            got = span[wrong[0]].item()
-            raise ValueError(f"{name}[{wrong[0]}]: expected 0 to L = {total}, got {got}")
-    starts = ks.long()
-    return _Call(
-        peers=peers,
-        q=_raw(q),
-        w=w,
-        k=_raw(k),
-        k_scale=k_scale,
-        ks=starts,
-        n=(ke.long() - starts).clamp(min=0),
-        offset=sum(lengths[: peers.rank]),
-        longest=max(lengths),
-        config=config,
-        options=options,
-    )
 
 
-# Routing
+def _words(k: torch.Tensor, k_scale: torch.Tensor | None) -> list[torch.Tensor]:
+    """The keys as words [L_rank, words], and their scales, if any, as [L_rank, 1]."""
+    words = [k.contiguous().view(torch.int32)]
+    return words if k_scale is None else [*words, k_scale.contiguous()[:, None].view(torch.int32)]
 
 
-def _route(call: _Call) -> Steps[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Active heads [T, h] int32, ascending, and the residual row [T, D], as `misa.select` returns
-    them; None if the config has none.
-
-    They are those of the first rank, so that every rank has the same.
-    """
-    config = call.config
-    if config.router == "all":
-        return None, None
-    residual = None
-    keys = _core.router_keys(config.router)
-    if keys in ("block means", "last"):
-        heads = yield from (_pooled if keys == "block means" else _self)(call)
-        if config.residual:
-            # The residual row is that of the other heads: the routed ones are 0 in q and w.
-            at = heads.clamp(min=0).long()
-            w = call.w.scatter(1, at, 0)
-            q = call.q.scatter(1, at[..., None].expand(-1, -1, call.q.shape[2]), 0)
-            every = misa.Config("misa-r", top_k=1, heads=0)
-            residual = (yield from _sampled(call, q, w, every)).residual
-    else:
-        chosen = misa.Config(
-            "misa-r",
-            top_k=1,
-            router=config.router,
-            heads=config.heads,
-            residual=config.residual,
-            static_heads=config.static_heads,
-        )
-        routed = yield from _sampled(call, call.q, call.w, chosen)
-        heads, residual = routed.heads, routed.residual
-    heads = yield partial(call.peers.first, heads)
-    if residual is not None:
-        residual = yield partial(call.peers.first, residual)
-    return heads, residual
+def _no_words(
+    q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor | None, length: int
+) -> list[torch.Tensor]:
+    """Zeros in place of what `_words` returns where an argument is wrong."""
+    # With scales, keys are e4m3.
+    like = q if not isinstance(k, torch.Tensor) else k
+    element = like.element_size() if k_scale is None else 1
+    widths = [q.shape[2] * element // 4] + ([] if k_scale is None else [1])
+    return [torch.zeros(length, width, dtype=torch.int32, device=q.device) for width in widths]
 
 
-def _sampled(
-    call: _Call, q: torch.Tensor, w: torch.Tensor, config: misa.Config
-) -> Steps[misa.Selected]:
-    """Routes with the sample S(t) of each query in place of its keys (spec, MISA-R).
-
-    A sample of at most 128 keys is its own sample, so the result is that of routing with all keys.
-    """
-    stride = call.n.new_tensor([_core.sample_stride(n) for n in call.n.tolist()])
-    count = (call.n + stride - 1) // stride
-    # Queries with equal start and stride share one grid; each reads it up to its last visible key.
-    grids, grid = torch.unique(torch.stack([call.ks, stride], 1), dim=0, return_inverse=True)
-    counts = count.new_zeros(len(grids)).scatter_reduce(0, grid, count, "amax")
-    begins = counts.cumsum(0) - counts
-    of = torch.repeat_interleave(counts)
-    step = torch.arange(len(of), device=q.device) - begins[of]
-    keys = yield from call.fetch(grids[of, 0] + step * grids[of, 1])
-    begin = begins[grid]
-    spans = begin, begin + count
-    return call.run(q, w, keys, spans, config, heads=True, residual=config.residual)
-
-
-def _self(call: _Call) -> Steps[torch.Tensor]:
-    keys = yield from call.fetch(call.ks + call.n - 1)
-    at = torch.arange(len(call.n), device=call.n.device)
-    config = misa.Config("misa", top_k=1, router="self", heads=call.config.heads)
-    return call.run(call.q, call.w, keys, (at, at + (call.n > 0)), config, heads=True).heads
-
-
-def _pooled(call: _Call) -> Steps[torch.Tensor]:
-    means = yield from _block_means(call, call.config.block)
-    return misa.route_from_means(heads=call.config.heads, **call.on_means(means))
-
-
-class _BlockMeans(NamedTuple):
-    """Block means in the form of the arguments of `misa.route_from_means`."""
-
-    means: torch.Tensor
-    starts: torch.Tensor
-    ends: torch.Tensor
-    partial: torch.Tensor
-
-
-def _block_means(call: _Call, block: int) -> Steps[_BlockMeans]:
-    starts, sequence = torch.unique(call.ks, return_inverse=True)
-    whole, rest = call.n // block, call.n % block
-    rows = [(sequence == i).nonzero()[:, 0] for i in range(len(starts))]
-    full = [int(whole[queries].max()) for queries in rows]
-    # The whole blocks of every sequence, then one row per query for its partial block.
-    sums = call.q.new_zeros(sum(full) + len(call.n), call.q.shape[2], dtype=torch.float64)
-    firsts = torch.zeros_like(call.n)
-    base = 0
-    for start, queries, blocks in zip(starts.tolist(), rows, full, strict=True):
-        begin = max(start, call.offset)
-        end = min(start + int(call.n[queries].max()), call.offset + len(call.k))
-        stop = -(-(end - start) // block) if begin < end else 0
-        for b in range((begin - start) // block, stop):
-            low = max(start + b * block, begin)
-            high = min(start + (b + 1) * block, end)
-            local = slice(low - call.offset, high - call.offset)
-            scale = None if call.k_scale is None else call.k_scale[local]
-            prefix = _values(call.k[local], scale).cumsum(0)
-            if b < blocks:
-                sums[base + b] = prefix[-1]
-            last = queries[(whole[queries] == b) & (rest[queries] > 0)]
-            seen = (call.ks[last] + call.n[last] - low).clamp(max=high - low)
-            last, seen = last[seen > 0], seen[seen > 0]
-            sums[sum(full) + last] = prefix[seen - 1]
-        firsts[queries] = base
-        base += blocks
-    gathered = yield partial(call.peers.gather, sums)
-    total = gathered[0]
-    for rank_sums in gathered[1:]:
-        total = total + rank_sums
-    counts = torch.cat([rest.new_full((base,), block), rest.clamp(min=1)])
-    partial_rows = base + torch.arange(len(rest), device=rest.device)
-    return _BlockMeans(
-        means=(total / counts[:, None]).float(),
-        starts=firsts.int(),
-        ends=(firsts + whole).int(),
-        partial=torch.where(rest > 0, partial_rows, -1).int(),
-    )
-
-
-def _kept_blocks(call: _Call) -> Steps[torch.Tensor]:
-    """Blocks [T, filter_blocks] that the block filter keeps (HISA), -1 on the right if fewer."""
-    means = yield from _block_means(call, call.config.filter_block)
-    kept = misa.keep_blocks_from_means(
-        filter_blocks=call.config.filter_blocks, **call.on_means(means)
-    )
-    return (yield partial(call.peers.first, kept))
-
-
-def _positions(call: _Call, blocks: torch.Tensor, part: slice) -> torch.Tensor:
-    """Positions [queries, blocks * block] of the kept blocks; -1 if the query cannot see them."""
-    block = call.config.filter_block
-    inside = torch.arange(block, device=blocks.device)
-    positions = (blocks[..., None] * block + inside).flatten(1)
-    hidden = (positions < 0) | (positions >= call.n[part, None])
-    return positions.masked_fill(hidden, -1)
-
-
-# Scoring and merging
-
-
-def _rows(
-    call: _Call, heads: torch.Tensor | None, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [T, R, D] and weights [T, R] whose score over all R rows equals the routed score."""
-    if heads is None:
-        return call.q, call.w
-    at = heads.clamp(min=0).long()
-    w = call.w.gather(1, at)
-    q = call.q.gather(1, at[..., None].expand(-1, -1, call.q.shape[2]))
-    if residual is None:
-        return q, w
-    scale = residual.new_ones(len(residual), 1)
-    parts = [residual]
-    if call.k.dtype == torch.uint8:
-        scale = residual.abs().amax(1, keepdim=True) / 448
-        parts = [_e4m3(torch.where(scale == 0, 0, residual / scale)).float()]
-    elif call.q.dtype == call.k.dtype == torch.bfloat16:
-        # Three bfloat16 rows whose sum is the float32 row: each has the leading 8 bits of the rest.
-        rest, parts = residual, []
-        for _ in range(3):
-            parts.append((rest.view(torch.int32) & -(2**16)).view(torch.float32))
-            rest = torch.where(rest.isfinite(), rest - parts[-1], 0)
-    else:
-        q = _values(q).float()
-    # A linear row as two ReLU rows: x = max(0, x) - max(0, -x), where adding the zero is exact.
-    linear = torch.stack([row for part in parts for row in (part, -part)], dim=1)
-    linear = _raw(_e4m3(linear)) if q.dtype == torch.uint8 else linear.to(q.dtype)
-    signed = torch.cat([scale, -scale], 1).repeat(1, len(parts))
-    return torch.cat([q, linear], 1), torch.cat([w, signed], 1)
-
-
-def _top(
-    call: _Call,
-    rows: tuple[torch.Tensor, torch.Tensor],
-    part: slice,
-    k: int,
-    positions: torch.Tensor | None,
-) -> Steps[torch.Tensor]:
-    """Entries [queries, k] of the k best positions of all ranks, descending, padded on the right.
-
-    positions [queries, m]: the candidates, -1 for none; None: all positions.
-    """
-    ks, n, length = call.ks[part], call.n[part], len(call.k)
-    keys = call.k, call.k_scale
-    if positions is None:
-        begin = (ks - call.offset).clamp(0, length)
-        end = (ks + n - call.offset).clamp(0, length)
-        first = (begin + call.offset - ks)[:, None]
-    else:
-        local = positions + ks[:, None] - call.offset
-        here = (positions >= 0) & (local >= 0) & (local < length)
-        count = here.sum(1)
-        # Sorted by position, so that ties go to the lower one.
-        local = torch.where(here, local, length).sort(1).values
-        used = local[local < length]
-        keys = call.k[used], None if call.k_scale is None else call.k_scale[used]
-        end = count.cumsum(0)
-        begin = end - count
-    width = max(1, min(k, call.longest))
-    config = misa.Config("dsa", top_k=width)
-    local_top = call.run(rows[0][part], rows[1][part], keys, (begin, end), config, scores=True)
-    index = local_top.indices.long()
-    if positions is None:
-        at = index + first
-    else:
-        at = local.gather(1, index.clamp(min=0)) + call.offset - ks[:, None]
-    entries = _entries(local_top.scores, at).masked_fill(index < 0, _PADDING)
-    gathered = yield partial(call.peers.gather, entries)
-    merged = gathered.transpose(0, 1).flatten(1)
-    best = merged.topk(min(k, merged.shape[1]), dim=1).values
-    return torch.nn.functional.pad(best, (0, k - best.shape[1]), value=_PADDING)
-
-
-def _entries(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """int64 entries in the order of selection (docs/numerics.md): by score, then lower position.
-
-    NaN is below every number, -0 equals +0.
-    """
-    bits = (scores + 0.0).view(torch.int32).long()
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    order = torch.where(scores.isnan(), 1 - 2**31, order)
-    return (order << 32) | (_LOW - positions)
-
-
-def _decoded(entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions int32 and scores float32 of entries; -1 and -inf for padding."""
-    padding = entries == _PADDING
-    order = entries >> 32
-    scores = torch.where(order < 0, order ^ 0x7FFFFFFF, order).int().view(torch.float32)
-    positions = (_LOW - (entries & _LOW)).masked_fill(padding, -1)
-    return positions.int(), scores.masked_fill(padding, -torch.inf)
-
-
-# Elements
-
-
-def _raw(x: torch.Tensor) -> torch.Tensor:
-    """x with e4m3 as bytes, which every torch operation supports."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
-
-
-def _values(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows of elements, times their scales, in double precision."""
-    x = x.view(torch.float8_e4m3fn).float() if x.dtype == torch.uint8 else x
-    return x.double() if scale is None else x.double() * scale.double()[:, None]
-
-
-def _e4m3(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.float8_e4m3fn)
-
-
-def _row_bytes(x: torch.Tensor) -> int:
-    return x.shape[1] * x.element_size()
+def _multiple(count: int, of: int) -> int:
+    return -(-count // of) * of

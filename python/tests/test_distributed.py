@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,10 @@ CASES = {
         ("not finite", torch.float8_e4m3fn),
     )
 }
+CASES["sketch"] = (
+    arrays(torch.float8_e4m3fn, "normal"),
+    misa.Config("misa-r", top_k=96, heads=2, candidates=200, sketch=2),
+)
 CASES["no keys"] = (
     Arrays(*arrays(torch.float32, "normal")[:2], torch.zeros(0, DIM),
            *torch.zeros(2, len(spans(1500)[0]), dtype=torch.int32), None),
@@ -120,22 +125,62 @@ CASES["no queries"] = (
     CONFIGS["misa"],
 )  # fmt: skip
 
-# Keys of each rank, by the number of ranks; what is left is the last one's.
-SHARDS = {
-    1: [[0]],
-    2: [[701], [0]],
-    3: [[0, 1499], [500, 3]],
-    4: [[375, 375, 375], [640, 0, 77]],
+Layout = Callable[[int, int], list[torch.Tensor]]
+"""From the numbers of keys and ranks, the positions of each rank's keys, ascending."""
+
+
+def lengths(*wanted: int) -> Layout:
+    """So many keys for each rank, one rank after the other; what is left for the last one."""
+
+    def layout(keys: int, ranks: int) -> list[torch.Tensor]:
+        ends = [min(sum(wanted[: i + 1]), keys) for i in range(ranks - 1)]
+        return list(torch.arange(keys).tensor_split(ends))
+
+    return layout
+
+
+def stripes(width: int) -> Layout:
+    """Stripes of so many keys, to one rank after the other."""
+
+    def layout(keys: int, ranks: int) -> list[torch.Tensor]:
+        owner = torch.arange(keys) // width % ranks
+        return [(owner == rank).nonzero()[:, 0] for rank in range(ranks)]
+
+    return layout
+
+
+def zigzag(keys: int, ranks: int) -> list[torch.Tensor]:
+    """A chunk from each end for every rank."""
+    chunks = torch.arange(keys).tensor_split(2 * ranks)
+    return [torch.cat([chunks[rank], chunks[-1 - rank]]) for rank in range(ranks)]
+
+
+def ends_of_stripes(keys: int, ranks: int) -> list[torch.Tensor]:
+    """Stripes for the first and the last rank, nothing for the others."""
+    first, last = stripes(7)(keys, 2)
+    return [first, *[first[:0]] * (ranks - 2), last]
+
+
+# By the number of ranks.
+LAYOUTS: dict[int, dict[str, Layout]] = {
+    1: {"one": lengths()},
+    2: {"uneven": lengths(701), "empty": lengths(0), "stripes of a key": stripes(1)},
+    3: {"empty": lengths(0, 1499), "zigzag": zigzag, "stripes": ends_of_stripes},
+    4: {"even": lengths(375, 375, 375), "empty": lengths(640, 0, 77), "stripes": stripes(48)},
 }
 
 
-def shard(case: Arrays, lengths: list[int], rank: int) -> dict[str, Any]:
-    begin = min(sum(lengths[:rank]), len(case.k))
-    end = len(case.k) if rank >= len(lengths) else begin + lengths[rank]
-    scale = None if case.k_scale is None else case.k_scale[begin:end]
+def shard(case: Arrays, layout: Layout, ranks: int, rank: int) -> dict[str, Any]:
+    """Arguments of a rank, with shards."""
+    parts = layout(len(case.k), ranks)
+    mine = parts[rank].to(case.k.device)
     return {
-        "q": case.q, "w": case.w, "k_local": case.k[begin:end], "ks": case.ks, "ke": case.ke,
-        "k_scale": scale,
+        "q": case.q, "w": case.w, "ks": case.ks, "ke": case.ke,
+        "k_local": case.k.view(torch.uint8)[mine].view(case.k.dtype),
+        "k_scale": None if case.k_scale is None else case.k_scale[mine],
+        "shards": misa.distributed.Shards(
+            [len(part) for part in parts], torch.cat(parts).to(case.k.device)
+        ),
     }  # fmt: skip
 
 
@@ -149,16 +194,15 @@ def join(store: Path, ranks: int, rank: int) -> None:
 def run_cases(store: Path, ranks: int, rank: int) -> None:
     """Every case on one rank; results go to a file beside `store`."""
     join(store, ranks, rank)
-    if ranks == 3:
-        misa.distributed._CHUNK_BYTES = 1 << 20  # queries take several steps
     results = {}
-    for lengths in SHARDS[ranks]:
+    wanted = {"scores": True, "heads": True, "residual": True, "threads": 1}
+    for which, layout in LAYOUTS[ranks].items():
         for name, (case, config) in CASES.items():
-            found = misa.distributed.select(
-                **shard(case, lengths if ranks > 1 else [], rank),
-                config=config, scores=True, heads=True, residual=True, threads=1,
-            )  # fmt: skip
-            results[name, tuple(lengths)] = found._asdict()
+            given = shard(case, layout, ranks, rank) | {"config": config} | wanted
+            results[name, which] = misa.distributed.select(**given)._asdict()
+            if given["shards"].rows is None:
+                given["shards"] = None
+                results[name, f"{which}, agreed on"] = misa.distributed.select(**given)._asdict()
     torch.save(results, f"{store}.{rank}")
     torch.distributed.destroy_process_group()
 
@@ -178,31 +222,6 @@ def on_ranks(target: Any, store: Path, ranks: int) -> None:
     assert codes == [0] * ranks
 
 
-def rows_of_equal_heads(case: Arrays, config: misa.Config, one: Any, other: Any) -> torch.Tensor:
-    """Queries [T] whose heads agree; asserts that others are pooled ones that nearly tie.
-
-    The energy of a head is off by gamma_(B + D + M + 3) of its sum of magnitudes, for B keys of a
-    mean, D products, M blocks and the roundings of the division, the weight and the key's scale.
-    """
-    equal = (one == other).all(1)
-    for t in (~equal).nonzero()[:, 0].tolist():
-        assert config.router == "pooled"
-        k = case.k[case.ks[t] : case.ke[t]].double()
-        if case.k_scale is not None:
-            k *= case.k_scale[case.ks[t] : case.ke[t], None]
-        q, w = case.q[t].double(), case.w[t].double().abs()
-        blocks = k.split(config.block)
-        means = torch.stack([block.mean(0) for block in blocks])
-        sizes = torch.stack([block.abs().mean(0) for block in blocks])
-        energy = (w * (means @ q.T).relu()).sum(0)
-        gamma = (config.block + DIM + len(blocks) + 3) * 2**-24
-        error = gamma * (w * (sizes @ q.T.abs())).sum(0).max()
-        last = energy.topk(config.heads).values[-1]
-        differing = set(one[t].tolist()) ^ set(other[t].tolist())
-        assert ((energy[list(differing)] - last).abs() <= 2 * error).all()
-    return equal
-
-
 def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     """Equality, of NaN too; two that are missing are equal."""
     if one is None or other is None:
@@ -216,14 +235,6 @@ def by_position(found: misa.Selected) -> tuple[torch.Tensor, torch.Tensor]:
     return indices, found.scores.gather(1, order).nan_to_num(nan=7e37).view(torch.int32)
 
 
-def rounding(case: Arrays, found: misa.Selected) -> torch.Tensor:
-    """How far two scores of a query may lie apart, [T]: twice gamma_(D + R + 2) of the sum of
-    magnitudes, at most |w| |q| |k| and |residual| |k| in norms; R rows, three of them residual."""
-    length = case.k.float().nan_to_num(posinf=0, neginf=0).norm(dim=1).max()
-    size = (case.w.abs() * case.q.float().norm(dim=2)).sum(1) + found.residual.norm(dim=1)
-    return 2 * (DIM + HEADS + 3 + 2) * 2**-24 * (size * length).nan_to_num()
-
-
 @pytest.fixture(scope="module")
 def expected() -> dict[str, misa.Selected]:
     results = {}
@@ -235,36 +246,24 @@ def expected() -> dict[str, misa.Selected]:
     return results
 
 
-@pytest.mark.parametrize("ranks", list(SHARDS))
+@pytest.mark.parametrize("ranks", list(LAYOUTS))
 def test_equals_one_rank(tmp_path: Path, ranks: int, expected: dict[str, misa.Selected]) -> None:
     store = tmp_path / "store"
     on_ranks(run_cases, store, ranks)
     everyone = [torch.load(f"{store}.{rank}") for rank in range(ranks)]
-    assert len(everyone[0]) == len(CASES) * len(SHARDS[ranks])
-    for (name, lengths), mine in everyone[0].items():
+    assert len(everyone[0]) >= len(CASES) * len(LAYOUTS[ranks])
+    for (name, layout), mine in everyone[0].items():
+        what = f"{name}, {layout}"
         for other in everyone[1:]:
-            for field, value in other[name, lengths].items():
-                assert same(value, mine[field]), f"{name}, {lengths}: {field} on another rank"
-        found, one, (case, config) = misa.Selected(**mine), expected[name], CASES[name]
-        rows = slice(None)
-        if one.heads is None:
-            assert found.heads is None
-        else:
-            rows = rows_of_equal_heads(case, config, found.heads, one.heads)
-        if one.residual is None:
-            assert found.residual is None
-        else:
-            assert torch.equal(found.residual[rows].nan_to_num(), one.residual[rows].nan_to_num())
-        if case.q.dtype == torch.bfloat16 and config.residual:
-            # Some instruction sets add the residual row as one of float32 (docs/numerics.md).
-            error = rounding(case, one)[rows, None]
-            values = [each.scores.nan_to_num(-3e38).sort(1).values[rows] for each in (found, one)]
-            assert ((values[0] == values[1]) | ((values[0] - values[1]).abs() <= error)).all()
-            continue
+            for field, value in other[name, layout].items():
+                assert same(value, mine[field]), f"{what}: {field} on another rank"
+        found, one, (_, config) = misa.Selected(**mine), expected[name], CASES[name]
+        assert same(found.heads, one.heads), what
+        assert same(found.residual, one.residual), what
         for mine_, ones in zip(by_position(found), by_position(one), strict=True):
-            assert torch.equal(mine_[rows], ones[rows]), f"{name}, {lengths}"
+            assert torch.equal(mine_, ones), what
         if config.ordered:
-            assert torch.equal(found.indices[rows], one.indices[rows]), f"{name}, {lengths}"
+            assert torch.equal(found.indices, one.indices), what
 
 
 def on_meta(names: tuple[str, ...], given: dict[str, Any]) -> None:
@@ -280,13 +279,11 @@ BROKEN = {
     "q: expected .T, H, D., got 2 dimensions": lambda given: given.update(q=given["q"][0]),
     **{
         f"{name}: expected a tensor on cpu .*, got one on meta": partial(on_meta, (name,))
-        for name in TENSORS
+        for name in TENSORS[1:]
     },
     "q: expected a CPU or CUDA tensor, got one on meta": partial(on_meta, TENSORS),
-    "heads: expected 1 to H": lambda given: given.update(
-        config=misa.Config("misa", top_k=96, heads=HEADS + 1)
-    ),
 }
+OWN = [name for name in BROKEN if not name.startswith("q:")]  # not of what all ranks share
 
 
 class Unlucky(RuntimeError):
@@ -296,51 +293,66 @@ class Unlucky(RuntimeError):
 def run_broken(store: Path, ranks: int, rank: int) -> None:
     """Errors on the last rank alone, and errors that every rank sees; a correct call ends each."""
     join(store, ranks, rank)
-    case, config = CASES[f"misa-r normal {torch.float32}"]
-    good = shard(case, [500] * (ranks - 1), rank) | {"config": config}
-    expected = misa.distributed.select(**good).indices
-    own = misa.select
-    for message, change in BROKEN.items():
+    case, _ = CASES[f"misa-r normal {torch.float32}"]
+    config = misa.Config("misa-r", top_k=96, heads=2, ordered=True)
+    known = shard(case, lengths(*[500] * (ranks - 1)), ranks, rank) | {"config": config}
+    agreed = known | {"shards": None}
+    last = rank == ranks - 1
+    expected = misa.distributed.select(**known).indices
+    broken = [(agreed, message) for message in BROKEN] + [(known, message) for message in OWN]
+    for good, message in broken:
         given = dict(good)
-        if rank == ranks - 1:
-            change(given)
-            with pytest.raises(ValueError, match=message):
-                misa.distributed.select(**given)
-        else:
-            with pytest.raises(RuntimeError, match=f"rank {ranks - 1}: ValueError"):
-                misa.distributed.select(**given)
+        if last:
+            BROKEN[message](given)
+        with pytest.raises(
+            ValueError if last else RuntimeError,
+            match=message if last else f"rank {ranks - 1}: ValueError",
+        ):
+            misa.distributed.select(**given)
         assert torch.equal(misa.distributed.select(**good).indices, expected)
 
-    # The first call of misa.select checks, the second routes, the third scores.
-    for failing in (2, 3):
-        calls = 0
+    own = misa.distributed.select_into
 
-        def select(*arguments: Any, failing: int = failing, **options: Any) -> misa.Selected:
-            nonlocal calls
-            calls += 1
-            if calls == failing:
-                raise Unlucky
-            return own(*arguments, **options)
+    def unlucky(*_: Any) -> None:
+        raise Unlucky
 
-        if rank == ranks - 1:
-            misa.select = select
-        with pytest.raises(Unlucky if rank == ranks - 1 else RuntimeError, match="Unlucky|^$"):
+    for good in known, agreed:
+        if last:
+            misa.distributed.select_into = unlucky
+        with pytest.raises(Unlucky if last else RuntimeError, match=f"^$|rank {ranks - 1}: Unlu"):
             misa.distributed.select(**good)
-        misa.select = own
-        assert torch.equal(misa.distributed.select(**good).indices, expected)
+        # Without a check, this rank alone raises, and nothing is selected for its queries.
+        unchecked = {"check": False, "scores": True}
+        if last:
+            with pytest.raises(Unlucky):
+                misa.distributed.select(**good, **unchecked)
+        else:
+            found = misa.distributed.select(**good, **unchecked)
+            theirs = torch.arange(len(expected)) % ranks == ranks - 1
+            assert torch.equal(found.indices[~theirs], expected[~theirs])
+            assert (found.indices[theirs] == -1).all()
+            assert found.scores[theirs].isnan().all()
+        misa.distributed.select_into = own
+        assert torch.equal(misa.distributed.select(**good, check=False).indices, expected)
 
-    for name, value in (("ke", case.ke.clamp(max=100)), ("config", misa.Config("dsa"))):
-        with pytest.raises(ValueError, match=rf"{name}.*the same.*on ranks \[{ranks - 1}\]"):
-            misa.distributed.select(**good | ({name: value} if rank == ranks - 1 else {}))
-    quantised, _ = CASES[f"misa-r normal {torch.float8_e4m3fn}"]
-    sketched = misa.Config("misa-r", top_k=96, heads=2, candidates=200, sketch=2)
-    with pytest.raises(
-        RuntimeError, match=r"sketch: expected 0 \(none\) in misa.distributed, got 2"
+    # What every rank sees.
+    for change in ({"config": misa.Config("dsa")}, {"q": case.q[:-1]}, {"q": case.q.bfloat16()}):
+        given = agreed | (change if last else {})
+        if "q" in change and last:
+            given |= {name: given[name][: len(change["q"])] for name in ("w", "ks", "ke")}
+        with pytest.raises(ValueError, match=rf"config.*the same.*on ranks \[{ranks - 1}\]"):
+            misa.distributed.select(**given)
+    given = known | {"ke": case.ke.clone().fill_(1501)}
+    with pytest.raises(ValueError, match=r"ke\[0\]: expected .*1500, got 1501"):
+        misa.distributed.select(**given)
+    for change, message in (
+        ({"shards": misa.distributed.Shards([1500])}, f"shards: expected those of {ranks} ranks"),
+        ({"shards": misa.distributed.Shards([0] * (ranks - 1) + [1500])}, "k_local: expected"),
+        ({"config": misa.Config("misa", heads=HEADS + 1)}, "heads: expected 1 to H"),
     ):
-        misa.distributed.select(**shard(quantised, [500] * (ranks - 1), rank), config=sketched)
-    with pytest.raises(ValueError, match=r"ke\[0\]: expected 0 to L = 1500, got 1501"):
-        misa.distributed.select(**good | {"ke": case.ke.clone().fill_(1501)})
-    assert torch.equal(misa.distributed.select(**good).indices, expected)
+        with pytest.raises(ValueError, match=message):
+            misa.distributed.select(**known | change)
+    assert torch.equal(misa.distributed.select(**known).indices, expected)
     torch.distributed.destroy_process_group()
 
 
@@ -355,7 +367,8 @@ def run_group(store: Path, ranks: int, rank: int) -> None:
     group = torch.distributed.new_group(list(range(1, ranks)))
     if rank > 0:
         case, config = CASES[f"misa normal {torch.float32}"]
-        found = misa.distributed.select(**shard(case, [600], rank - 1), config=config, group=group)
+        given = shard(case, lengths(600), 2, rank - 1) | {"config": config, "group": group}
+        found = misa.distributed.select(**given)
         assert (found.scores, found.heads, found.residual) == (None, None, None)
         torch.save(found.indices, f"{store}.{rank}")
     torch.distributed.destroy_process_group()
@@ -367,3 +380,101 @@ def test_group(tmp_path: Path, expected: dict[str, misa.Selected]) -> None:
     one = expected[f"misa normal {torch.float32}"].indices.sort(dim=1).values
     for rank in (1, 2):
         assert torch.equal(torch.load(f"{store}.{rank}").sort(dim=1).values, one)
+
+
+def run_on_devices(store: Path, ranks: int, rank: int) -> None:
+    """Every case on CUDA devices; then a captured call, and a rank that fails."""
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{store}", rank=rank, world_size=ranks,
+        device_id=torch.device("cuda", rank),
+    )  # fmt: skip
+    wanted = {"scores": True, "heads": True, "residual": True}
+    for name, (case, config) in CASES.items():
+        there = Arrays(*(each if each is None else each.cuda() for each in case))
+        one = misa.select(**there._asdict(), config=config, **wanted)
+        for which, layout in LAYOUTS[ranks].items():
+            given = shard(there, layout, ranks, rank) | {"config": config} | wanted
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            found = misa.distributed.select(**given, check=False)
+            torch.cuda.set_sync_debug_mode("default")
+            checks = [found, misa.distributed.select(**given)]
+            if given["shards"].rows is None:
+                checks.append(misa.distributed.select(**given | {"shards": None}))
+            for found in checks:
+                what = f"{name}, {which}"
+                assert same(found.heads, one.heads), what
+                assert same(found.residual, one.residual), what
+                for mine, ones in zip(by_position(found), by_position(one), strict=True):
+                    assert torch.equal(mine, ones), what
+
+    case, config = CASES[f"misa-r-dagger normal {torch.float8_e4m3fn}"]
+    there = Arrays(*(each if each is None else each.cuda() for each in case))
+    one = misa.select(**there._asdict(), config=config).indices
+    given = shard(there, lengths(701), ranks, rank) | {"config": config}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = misa.distributed.select(**given)
+    found.indices.zero_()
+    graph.replay()
+    assert torch.equal(found.indices, one)
+
+    def unlucky(*_: Any) -> None:
+        raise Unlucky
+
+    own, last = misa.distributed.select_into, rank == ranks - 1
+    for shards in given["shards"], None:
+        if last:
+            misa.distributed.select_into = unlucky
+        with pytest.raises(Unlucky if last else RuntimeError, match=f"^$|rank {ranks - 1}: Unlu"):
+            misa.distributed.select(**given | {"shards": shards})
+        misa.distributed.select_into = own
+        found = misa.distributed.select(**given | {"shards": shards})
+        assert torch.equal(found.indices, one)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2
+    or not torch.distributed.is_nccl_available()
+    or not hasattr(misa._core, "DevicePlan"),
+    reason="no two CUDA devices with NCCL, or a build without CUDA backends",
+)
+def test_equals_one_device(tmp_path: Path) -> None:
+    on_ranks(run_on_devices, tmp_path / "store", 2)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "positions", "message"),
+    [
+        ([], None, "lengths: expected one of 0 or more a rank"),
+        ([3, -1], None, "lengths: expected one of 0 or more a rank"),
+        ([2**30, 2**30], None, "lengths: expected a sum below"),
+        ([2, 1], [0, 1, 2], "positions: expected a torch.Tensor, got list"),
+        ([2, 1], torch.tensor([0, 2]), r"positions: expected integers \[3\], got torch.int64"),
+        ([2, 1], torch.tensor([0.0, 2, 1]), r"positions: expected integers \[3\], got .*float32"),
+        ([2, 1], torch.tensor([0, 2, 2]), "positions: expected each of 0 to 2 once"),
+        ([2, 1], torch.tensor([0, 3, 1]), "positions: expected each of 0 to 2 once"),
+    ],
+)
+def test_wrong_shards(lengths: list[int], positions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        misa.distributed.Shards(lengths, positions)
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "unit"),
+    [(stripes(64), 1280, 64), (stripes(64), 1290, 64), (stripes(16), 999, 16), (stripes(6), 999, 1),
+     (zigzag, 64 * 4 * 5, 64), (zigzag, 16 * 4 * 5, 16), (stripes(1), 999, 1)],
+)  # fmt: skip
+def test_units_of_shards(layout: Layout, keys: int, unit: int) -> None:
+    """Keys are moved in the longest runs that the layout allows."""
+    parts = layout(keys, 2)
+    shards = misa.distributed.Shards([len(part) for part in parts], torch.cat(parts).int())
+    assert shards.unit == unit
+    sent = torch.full((2, shards.padded), -1)
+    for into, part in zip(sent, parts, strict=True):
+        into[: len(part)] = part
+    moved = sent.view(-1, unit)[shards.rows].flatten()[:keys]
+    assert torch.equal(moved, torch.arange(keys))

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Times misa.distributed.select on the GPUs of this machine, one process each, against misa.select
+on one of them: prefill of T queries behind a context, L keys in all, e4m3, 64 heads of 128
+dimensions. Prints a Markdown table of ms a call:
+
+- one GPU: misa.select with all keys.
+- N GPUs: with shards and without check, calls that follow each other, as an engine's layers do;
+  and how many times as fast that is as one GPU.
+- host: what the host takes to start such a call.
+- checked: with shards, every call waited for.
+- agreed: without shards, every call waited for."""
+
+import argparse
+import itertools
+import statistics
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import misa.distributed
+
+HEADS, DIM = 64, 128
+INDEXERS = {
+    "DSA": misa.Config("dsa"),
+    "MISA 8": misa.Config("misa", heads=8),
+    "MISA-R 3 + 1, m = 4096": misa.Config("misa-r", heads=3, candidates=4096),
+    "HISA": misa.Config("hisa"),
+}
+WARM_UP, CALLS, ROUNDS = 3, 10, 3
+
+
+class Dealt(NamedTuple):
+    lengths: list[int]
+    positions: torch.Tensor | None
+    known: misa.distributed.Shards
+
+
+def dealt(layout, length, ranks):
+    """Keys dealt to the ranks."""
+    every = torch.arange(length, device="cuda")
+    if layout == "even":
+        parts = every.tensor_split(ranks)
+    elif layout == "uneven":
+        parts = every.tensor_split([length // (ranks + 1) * i for i in range(1, ranks)])
+    elif layout == "zigzag":
+        chunks = every.tensor_split(2 * ranks)
+        parts = [torch.cat([chunks[rank], chunks[-1 - rank]]) for rank in range(ranks)]
+    else:
+        width = int(layout.removeprefix("stripes of "))
+        parts = [every[every // width % ranks == rank] for rank in range(ranks)]
+    lengths = [len(part) for part in parts]
+    positions = None if layout in ("even", "uneven") else torch.cat(list(parts))
+    return Dealt(lengths, positions, misa.distributed.Shards(lengths, positions))
+
+
+def arrays(tokens, length):
+    """q, w, k, ks, ke and k_scale, the same on every rank."""
+    generator = torch.Generator("cuda").manual_seed(length + tokens)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    q = normal(tokens, HEADS, DIM).to(torch.float8_e4m3fn)
+    k = normal(length, DIM).to(torch.float8_e4m3fn)
+    scale = torch.rand(length, generator=generator, device="cuda") + 0.5
+    ke = torch.arange(length - tokens + 1, length + 1, dtype=torch.int32, device="cuda")
+    return q, normal(tokens, HEADS), k, torch.zeros_like(ke), ke, scale
+
+
+def times(call, host_group):
+    """Median ms a call of calls that are waited for, of such as follow each other, and what the
+    host takes for one of these."""
+
+    def started():
+        torch.cuda.synchronize()
+        dist.barrier(host_group)
+        return time.perf_counter()
+
+    def since(start):
+        return (time.perf_counter() - start) * 1e3
+
+    waited, followed, host = [], [], []
+    for i in range(1 + ROUNDS):
+        for _ in range(WARM_UP):
+            start = started()
+            call()
+            torch.cuda.synchronize()
+            waited.append(since(start))
+        start = started()
+        for _ in range(CALLS):
+            call()
+        host.append(since(start) / CALLS)
+        torch.cuda.synchronize()
+        followed.append(since(start) / CALLS)
+        if i == 0:
+            waited, followed, host = [], [], []
+    return tuple(statistics.median(each) for each in (waited, followed, host))
+
+
+def row(given, shards, rank, config, host_group):
+    """The times of an indexer; `given` are the arrays of :func:`arrays`."""
+    q, w, k, ks, ke, scale = given
+    start = sum(shards.lengths[:rank])
+    mine = slice(start, start + shards.lengths[rank])
+    if shards.positions is not None:
+        mine = shards.positions[mine]
+    k_local = k.view(torch.uint8)[mine].view(k.dtype)
+    alone = partial(misa.select, q, w, k, ks, ke, k_scale=scale, config=config)
+    agreed = partial(
+        misa.distributed.select, q, w, k_local, ks, ke, k_scale=scale[mine], config=config
+    )
+    checked = partial(agreed, shards=shards.known)
+    if not torch.equal(alone().indices.sort().values, checked().indices.sort().values):
+        raise SystemExit(f"{config}: the selection is not that of one rank")
+    _, one, _ = times(alone, host_group)
+    _, many, host = times(partial(checked, check=False), host_group)
+    cells = [one, many, one / many, host, times(checked, host_group)[0]]
+    if shards.positions is None:
+        cells.append(times(agreed, host_group)[0])
+    return [*(f"{cell:.2f}" for cell in cells), "-"][:6]
+
+
+def run(rank, options):
+    torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl",
+        init_method=f"tcp://127.0.0.1:{options.port}",
+        rank=rank,
+        world_size=options.ranks,
+        device_id=torch.device("cuda", rank),
+    )
+    host_group = dist.new_group(backend="gloo")
+
+    def show(*cells):
+        if rank == 0:
+            print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+    head = ("T", "L", "keys", "indexer", "one GPU", f"{options.ranks} GPUs", "times as fast",
+            "host", "checked", "agreed")  # fmt: skip
+    show(*head)
+    show(*["---"] * len(head))
+    for tokens, length in itertools.product(options.tokens, options.keys):
+        given = arrays(tokens, length)
+        for layout in options.layouts:
+            shards = dealt(layout, length, options.ranks)
+            for name, config in INDEXERS.items():
+                cells = row(given, shards, rank, config, host_group)
+                show(tokens, f"{length >> 10}K", layout, name, *cells)
+    dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 16])
+    parser.add_argument("--keys", type=int, nargs="+", default=[1 << 20, 1 << 17])
+    parser.add_argument(
+        "--layouts", nargs="+", default=["even"], help="even, uneven, zigzag, stripes of N"
+    )
+    parser.add_argument("--port", type=int, default=29511)
+    options = parser.parse_args()
+    torch.multiprocessing.spawn(run, args=(options,), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()
