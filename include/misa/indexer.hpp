@@ -2,7 +2,7 @@
 /// \file
 /// The indexers: they select the positions of its context that each query attends to.
 ///
-///   score(t, s, J) = sum over j in J of w[t,j] * max(0, q[t,j] . k[s])
+///     score(t, s, J) = sum over j in J of w[t,j] * max(0, q[t,j] . k[s])
 ///
 /// DSA selects the top k by the score over all heads. MISA (arXiv 2605.07363) routes each query to
 /// a few heads and scores with those. Every indexer combines four optional stages: block filter,
@@ -46,7 +46,7 @@ struct IndexerConfig {
   int filter_blocks = 64;  ///< blocks that the filter keeps, the first and the last included
   int candidates = 0;      ///< m: positions re-ranked by all heads; 0: no re-rank
   int sketch = 0;  ///< bits an element, 2 or 4, of the sketch of e4m3 keys that the first scores
-                   ///< are computed from; needs a re-rank; not on CUDA backends; 0: none
+                   ///< are computed from; needs a re-rank; 0: none
   std::int64_t dense_work = 0;  ///< rows of at most this many heads x positions use DSA; 0: none
   bool ordered = false;         ///< whether the positions of a row ascend
   std::vector<std::int32_t>

@@ -37,19 +37,22 @@ typedef enum misa_status {
   MISA_OUT_OF_MEMORY = 6
 } misa_status;
 
-enum { MISA_F32 = 0, MISA_BF16 = 1, MISA_E4M3 = 2 }; /* a dtype */
+/** A dtype. */
+enum { MISA_F32 = 0, MISA_BF16 = 1, MISA_E4M3 = 2 };
 
-enum { MISA_SCALE_F32 = 0, MISA_SCALE_UE8M0 = 1 }; /* a scale format */
+/** A scale format. */
+enum { MISA_SCALE_F32 = 0, MISA_SCALE_UE8M0 = 1 };
 
-enum { /* a router */
-       MISA_ROUTER_ALL = 0,
-       MISA_ROUTER_POOLED = 1,
-       MISA_ROUTER_NONLINEARITY = 2,
-       MISA_ROUTER_DISPERSION = 3,
-       MISA_ROUTER_SELF = 4,
-       MISA_ROUTER_QNORM = 5,
-       MISA_ROUTER_WEIGHT = 6,
-       MISA_ROUTER_STATIC = 7
+/** A router. */
+enum {
+  MISA_ROUTER_ALL = 0,
+  MISA_ROUTER_POOLED = 1,
+  MISA_ROUTER_NONLINEARITY = 2,
+  MISA_ROUTER_DISPERSION = 3,
+  MISA_ROUTER_SELF = 4,
+  MISA_ROUTER_QNORM = 5,
+  MISA_ROUTER_WEIGHT = 6,
+  MISA_ROUTER_STATIC = 7
 };
 
 /** The message of this thread's last failed call; empty if none has failed. Valid until the

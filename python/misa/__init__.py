@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indexers for sparse attention: they select the positions that each query attends to.
+"""Indexers for sparse attention: they select the positions that each query attends to. ::
 
     score(t, s, J) = sum over j in J of w[t, j] * max(0, q[t, j] . k[s])
     result(t)      = the top k over s
@@ -30,7 +30,11 @@ from ._plan import Plan, top_k
 
 
 def backends() -> list[_core.BackendInfo]:
-    """Every backend of this build, available or not, in order of decreasing priority."""
+    """Every backend of this build, available or not, in order of decreasing priority.
+
+    Each has a ``name``, the instruction set ``isa`` that it runs, its ``requirement``, whether it
+    is ``available`` here, and a ``priority``: "auto" is the highest that is available.
+    """
     return _core.backends()
 
 

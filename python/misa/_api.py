@@ -349,7 +349,8 @@ class PageTail(NamedTuple):
 def page_tail(dim: int, page_size: int = PAGE_SIZE, sketch_bits: int = 0) -> PageTail:
     """The layout of a page that carries its derived data in its tail (docs/formats.md).
 
-    dim: D, 64 or 128; page_size: 32, 64 or 128.
+    dim: D, 64 or 128.
+    page_size: 32, 64 or 128.
     sketch_bits: of an element of its sketch, 2 or 4; 0 without one.
 
     Views of such a page are arrays with the page stride: with ``data`` uint8 [pages, page_stride],

@@ -59,7 +59,7 @@ class Config:
         many blocks are kept.
     candidates: m, positions that all heads re-rank; 0 for no re-rank.
     sketch: bits an element, 2 or 4, of the sketch of the keys from which scores are computed
-        before the re-rank; needs candidates and e4m3 keys, and no CUDA backend has it; 0 for none.
+        before the re-rank; needs candidates and e4m3 keys; 0 for none.
     dense_work: rows of at most this many heads x positions use DSA; 0 for none.
     ordered: whether the positions of a row ascend.
     static_heads: the heads of the router "static".

@@ -45,7 +45,9 @@ def fp8_mqa_logits(
 ) -> Array:
     """Scores of contiguous keys.
 
-    q: e4m3 [T, H, D]. kv: k e4m3 [L, D] and its scales float32 [L]. weights: float32 [T, H].
+    q: e4m3 [T, H, D].
+    kv: k e4m3 [L, D] and its scales float32 [L].
+    weights: float32 [T, H].
     cu_seq_len_k_start, cu_seq_len_k_end: int32 [T], the keys that a query sees.
     clean_logits: whether the logits of other keys are -inf; else they are unspecified (here as if
         seen).
@@ -88,11 +90,13 @@ def fp8_paged_mqa_logits(
 ) -> Array:
     """Scores of the keys of a paged cache.
 
-    q: e4m3 [B, next_n, H, D]. fused_kv_cache: uint8 [pages, 64, 1, D + 4], laid out as
-    docs/formats.md describes. weights: float32 [B * next_n, H]. context_lens: int32 [B]; row i of a
-    sequence sees the first context_len - next_n + 1 + i keys. block_table: int32 [B, max_pages].
-    schedule_metadata is ignored. clean_logits: whether the logits of other keys are -inf; else they
-    are unspecified (here 0).
+    q: e4m3 [B, next_n, H, D].
+    fused_kv_cache: uint8 [pages, 64, 1, D + 4], laid out as docs/formats.md describes.
+    weights: float32 [B * next_n, H].
+    context_lens: int32 [B]; row i of a sequence sees the first context_len - next_n + 1 + i keys.
+    block_table: int32 [B, max_pages].
+    schedule_metadata: ignored.
+    clean_logits: whether the logits of other keys are -inf; else they are unspecified (here 0).
 
     Returns float32 [B * next_n, max_context_len]. Raises ValueError for a wrong argument.
     """
@@ -119,7 +123,8 @@ def fp8_paged_mqa_logits(
 def get_paged_mqa_logits_metadata(context_lens: Array, block_kv: int, num_sms: int) -> Array:
     """The schedule: how the key splits of all sequences are distributed over multiprocessors.
 
-    context_lens: int32 [B]. block_kv: 64.
+    context_lens: int32 [B].
+    block_kv: 64.
 
     Returns int32 [num_sms + 1, 2]: multiprocessor i starts at split [i, 1] of sequence [i, 0] and
     ends where the next one starts. Raises ValueError for another page size or a wrong argument.

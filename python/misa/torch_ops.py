@@ -34,7 +34,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """indices, scores, heads and residual; one that is not requested or does not exist is an empty
 tensor of one dimension."""
 
-Tensors = Mapping[str, Tensor | None]
+Tensors = Mapping[str, "Tensor | None"]  # quoted: `make docs` has no Tensor to build a union from
 """The tensors of a call by name; None for an optional one that is not given."""
 
 

@@ -139,7 +139,7 @@ def capture(
     enabled or not.
 
     layers: numbers of layers that have an indexer; None is all of them. `{layer}` in `path` becomes
-    the layer's number and may be omitted if `layers` is one number.
+        the layer's number and may be omitted if `layers` is one number.
     rows: queries to write, spread evenly over those of the pass; None writes all.
 
     Raises ValueError for a wrong argument and for an indexer module with its own `forward`
