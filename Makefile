@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # One line a target over CMake presets; every target installs what it misses (Debian 12).
-.PHONY: demo test cuda wheel bench format check sanitize fuzz clean
+.PHONY: demo test cuda wheel bench docs format check sanitize fuzz clean
 
 TRACES := $(wildcard data/*.safetensors)
 
@@ -35,6 +35,11 @@ bench:
 	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench
 	@build/bench/bench/misa_bench --benchmark_counters_tabular=true
 	@python3 -c 'import torch' 2>/dev/null && python3 bench/torch_peer.py || echo 'torch is not installed: its peer was left out'
+
+# The documentation with the reference of C++, C and Python, in build/docs/html; a warning is an error.
+docs:
+	@scripts/install-deps.sh docs python
+	@scripts/docs.sh
 
 format:
 	@scripts/install-deps.sh check python
