@@ -256,6 +256,7 @@ nlohmann::ordered_json to_json(const Measured& measured, const Options& options)
   for (const Result& result : measured.results) {
     indexers.push_back({{"name", result.variant.name},
                         {"label", result.variant.label},
+                        {"settings", settings_of(result.variant.config)},
                         {"seconds_first_stage", to_json(result.first_stage)},
                         {"seconds_step", to_json(result.step)},
                         {"keys_x_heads", result.cost.dots},

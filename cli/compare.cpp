@@ -266,7 +266,9 @@ TraceResult compare_trace(const Context& context, const std::string& file,
                                  evaluator.recall_of(selected),
                                  evaluator.attention_of(selected),
                                  {},
-                                 mean_cost(variant.config, inputs)});
+                                 mean_cost(variant.config, inputs),
+                                 0,
+                                 variant.config});
     });
     progress.add(1);
   }

@@ -11,6 +11,7 @@
 #include "options.hpp"
 #include "report/template.hpp"
 #include "table.hpp"
+#include "variant.hpp"
 
 namespace misa::cli {
 namespace {
@@ -43,6 +44,7 @@ json to_json(const Sweeps& sweeps) {
 json to_json(const IndexerResult& result) {
   json out{{"name", result.name},
            {"label", result.label},
+           {"settings", settings_of(result.config)},
            {"recall", nullptr},
            {"attention", nullptr},
            {"seconds_per_query",
@@ -150,8 +152,9 @@ std::string to_text(const TraceResult& trace, int top_k) {
         "  nothing to compare. A smaller --top-k would tell them apart.\n",
         top_k);
   } else if (trace.long_rows < trace.shape.tokens) {
-    text += fmt::format("  {} of the queries see {} keys or fewer and count in the times only.\n",
-                        trace.shape.tokens - trace.long_rows, top_k);
+    text += fmt::format(
+        "  {} of {} queries see more than {} keys; the others count in the times only.\n",
+        trace.long_rows, trace.shape.tokens, top_k);
   }
   if (trace.attention_bound) {
     text += fmt::format("  Any {} positions hold {} of the attention at most.\n", top_k,
@@ -186,11 +189,11 @@ json to_json(const Comparison& comparison) {
 std::string to_text(const Comparison& comparison) {
   std::string text = fmt::format(
       "{} · {} ({}), {} · medians of {} runs\n"
-      "Recall is the share of DSA's top {} that an indexer selects too; ± is half the distance "
-      "between the quartiles.\n",
+      "Recall is the share of DSA's top {} that an indexer selects too, over the queries that see\n"
+      "more than {} keys; ± is half the distance between the quartiles.\n",
       comparison.processor, comparison.backend, comparison.isa,
       comparison.threads == 1 ? "1 thread" : fmt::format("{} threads", comparison.threads),
-      comparison.runs, comparison.top_k);
+      comparison.runs, comparison.top_k, comparison.top_k);
   for (const TraceResult& trace : comparison.traces) {
     text += '\n' + to_text(trace, comparison.top_k);
   }

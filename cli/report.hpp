@@ -30,6 +30,7 @@ struct IndexerResult {
   Timing query;  // seconds per query
   Cost cost;     // per query
   std::size_t workspace_bytes = 0;
+  IndexerConfig config;
 };
 
 struct Point {

@@ -28,6 +28,7 @@
 #include "safetensors.hpp"
 #include "streams.hpp"
 #include "trace.hpp"
+#include "variant.hpp"
 
 namespace misa::cli {
 namespace {
@@ -221,12 +222,11 @@ void report(const Options& options, const Context& context, const Plan& plan,
   print_json({{"in", options.input},
               {"out", options.output},
               {"indexer", options.indexer},
-              {"router", name_of(plan.config().router)},
+              {"settings", settings_of(plan.config())},
               {"queries", inputs.q.tokens},
               {"heads", inputs.q.heads},
               {"dim", inputs.q.dim},
               {"max_keys", plan.shape().max_keys},
-              {"top_k", options.top_k},
               {"backend", context.backend()},
               {"threads", context.threads()},
               {"seconds", seconds},

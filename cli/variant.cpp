@@ -101,6 +101,21 @@ Variant parse_variant(std::string_view text, int top_k) {
   return {std::string(text), label_of(name, config), config};
 }
 
+nlohmann::ordered_json settings_of(const IndexerConfig& config) {
+  return {{"top_k", config.top_k},
+          {"router", name_of(config.router)},
+          {"heads", config.heads},
+          {"block", config.block},
+          {"residual", config.residual},
+          {"filter_block", config.filter_block},
+          {"filter_blocks", config.filter_blocks},
+          {"candidates", config.candidates},
+          {"sketch", config.sketch},
+          {"dense_work", config.dense_work},
+          {"ordered", config.ordered},
+          {"static_heads", config.static_heads}};
+}
+
 const std::vector<std::string>& default_variants() {
   static const std::vector<std::string> variants{
       "dsa", "misa", "misa-dagger", "hisa", "misa-r", "misa-r:h=3:m=2k", "misa-r:h=3:m=4k", "auto"};

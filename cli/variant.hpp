@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -32,6 +33,9 @@ inline constexpr std::string_view kVariantHelp =
 
 // Throws Error for an unknown name, setting or value.
 Variant parse_variant(std::string_view text, int top_k);
+
+// Every setting of a configuration, under the names that it has in the Python package.
+nlohmann::ordered_json settings_of(const IndexerConfig& config);
 
 // Runs body and adds the variant's name to the message of its Error.
 template <class Body>

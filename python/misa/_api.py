@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -418,32 +419,41 @@ def compare(
 ) -> list[dict[str, Any]]:
     """How much of a baseline's selection each config finds; arrays of NumPy or PyTorch.
 
-    Arguments are as for :func:`select`. Returns a dict per config: its ``indexer``, ``heads`` and
-    ``candidates``; ``recall_mean`` and ``recall_min``, the share of the baseline's positions that
-    it selects, over the rows that are not empty (NaN if all are); with ``scores`` also
-    ``score_mass``, the sum over those rows of the baseline's scores at the positions found, as a
-    share of the sum of all its scores.
+    Arguments are as for :func:`select`. What is compared are the rows that see more than top_k
+    keys: in any other row every config selects everything. ``misa compare`` counts the same rows.
+
+    Returns a dict per config: its fields, by name; ``rows``, how many rows were compared;
+    ``recall_mean`` and ``recall_min``, the share of the baseline's positions that it selects; with
+    ``scores`` also ``score_mass``, the sum of the baseline's scores at the positions found, as a
+    share of the sum of all its scores. The shares are NaN if no row was compared.
+
+    Raises ValueError for a config with another top_k than the baseline's.
     """
+    for i, config in enumerate(configs):
+        if checked_config(config).top_k != checked_config(baseline).top_k:
+            raise ValueError(
+                f"configs[{i}].top_k: expected {baseline.top_k}, the baseline's, got {config.top_k}"
+            )
     call: dict[str, Any] = {"k_scale": k_scale, "backend": backend}
     wanted = select(q, w, k, ks, ke, config=baseline, scores=scores, **call)
     positions = _arrays.to_numpy("q", wanted.indices)
-    counts = (positions >= 0).sum(1)
-    rows = counts > 0
-    weights = np.where(positions >= 0, _arrays.to_numpy("q", wanted.scores), 0) if scores else None
+    # Out of range on a CUDA device, bounds are clamped.
+    first, last = (np.clip(_arrays.to_numpy("ks", x), 0, len(k)).astype(int) for x in (ks, ke))
+    rows = last - first > baseline.top_k
+    positions = positions[rows]
+    there = positions >= 0
+    weights = np.where(there, _arrays.to_numpy("q", wanted.scores)[rows], 0) if scores else None
     results = []
     for config in configs:
-        got = _arrays.to_numpy("q", select(q, w, k, ks, ke, config=config, **call).indices)
-        found = np.array(
-            [np.isin(p, g[g >= 0]) for p, g in zip(positions, got, strict=True)], bool
+        got = _arrays.to_numpy("q", select(q, w, k, ks, ke, config=config, **call).indices)[rows]
+        found = there & np.array(
+            [np.isin(p, g) for p, g in zip(positions, got, strict=True)], bool
         ).reshape(positions.shape)
-        recall = found[rows].sum(1) / counts[rows]
-        result = {
-            "indexer": config.indexer,
-            "heads": config.heads,
-            "candidates": config.candidates,
-            "recall_mean": float(recall.mean()) if rows.any() else float("nan"),
-            "recall_min": float(recall.min(initial=1)) if rows.any() else float("nan"),
-        }
+        recall = found.sum(1) / there.sum(1)
+        result = {field.name: getattr(config, field.name) for field in fields(Config)}
+        result["rows"] = len(recall)
+        result["recall_mean"] = float(recall.mean()) if len(recall) else float("nan")
+        result["recall_min"] = float(recall.min()) if len(recall) else float("nan")
         if weights is not None:
             total = weights.sum(dtype=np.float64)
             kept = weights[found].sum(dtype=np.float64)

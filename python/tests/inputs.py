@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +86,14 @@ def trace_inputs(path: Path, count: int) -> Inputs:
     ke = tensors.get("ke", (total - tokens + 1 + np.arange(tokens)).astype(np.int32))
     last = slice(tokens - count, tokens)
     return Inputs(q[last], tensors["w"][last], k, ks[last], ke[last], tensors.get("k_scale"))
+
+
+def program() -> str:
+    """The path of the program, which the package installs beside the interpreter."""
+    beside = Path(sys.executable).parent
+    found = shutil.which("misa", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    assert found is not None
+    return found
 
 
 def traces() -> Iterator[pytest.ParameterSet]:

@@ -578,23 +578,3 @@ def test_append_refuses() -> None:
     expect("scale_format: expected f32 or ue8m0", misa.append, cache=cache.data, k=keys,
            slots=slots, scale_format="e5m2")  # fmt: skip
     expect("dim: expected 64 or 128", misa.Cache, pages=1, dim=96)
-
-
-def test_compare() -> None:
-    inputs = random_inputs(PACK)
-    configs = [misa.Config("dsa", top_k=16), misa.Config("misa", top_k=16, heads=1)]
-    dense, routed = misa.compare(**inputs.arguments(), configs=configs,
-                                 baseline=misa.Config("dsa", top_k=16), scores=True)  # fmt: skip
-    assert dense["recall_mean"] == dense["recall_min"] == dense["score_mass"] == 1
-    assert routed["indexer"] == "misa" and routed["heads"] == 1
-    want = misa.select(**inputs.arguments(), config=configs[0], scores=True)
-    got = misa.select(**inputs.arguments(), config=configs[1])
-    shares, kept, total = [], 0.0, 0.0
-    for t in range(3):  # the last row is empty
-        found = np.isin(want.indices[t], got.indices[t])
-        shares.append(found.mean())
-        kept += want.scores[t][found].sum(dtype=np.float64)
-        total += want.scores[t].sum(dtype=np.float64)
-    assert routed["recall_mean"] == pytest.approx(np.mean(shares), rel=1e-12)
-    assert routed["recall_min"] == min(shares) < 1
-    assert routed["score_mass"] == pytest.approx(kept / total, rel=1e-6)  # float32 additions

@@ -110,7 +110,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
         lambda **a: misa.select_paged(**a, config=CONFIG),
         _select_paged((64 * (D + 4),)),
     ),
-    "compare": (lambda **a: misa.compare(**a, configs=[CONFIG]), _select()),
+    "compare": (lambda **a: misa.compare(**a, configs=[CONFIG], baseline=CONFIG), _select()),
     "Plan.run": (_run, _select()),
     "route_from_means": (lambda **a: misa.route_from_means(**a, heads=2), _means()),
     "keep_blocks_from_means": (

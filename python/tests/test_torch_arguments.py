@@ -163,7 +163,7 @@ def test_meta_elsewhere() -> None:
     del arguments["offsets"]
     meta = {name: tensor.to("meta") for name, tensor in arguments.items()}
     with pytest.raises(ValueError, match="^q: expected a CPU or CUDA tensor, got one on meta"):
-        misa.compare(**meta, configs=[CONFIG])
+        misa.compare(**meta, configs=[CONFIG], baseline=CONFIG)
     q, w, k, ks, ke, scale = arguments.values()
     call = {"q": q.to(torch.float8_e4m3fn), "weights": w, "cu_seq_len_k_start": ks,
             "cu_seq_len_k_end": ke}  # fmt: skip

@@ -190,9 +190,9 @@ TEST(SmokeProgram, TellsJson) {
   const json summary = json::parse(done({"select", folder / "in", "-o", folder / "out", "--json",
                                          "--indexer", "misa", "--heads", "2", "--threads", "1"}));
   EXPECT_EQ(summary.at("indexer"), "misa");
-  EXPECT_EQ(summary.at("router"), "pooled");
+  EXPECT_EQ(summary.at("settings").at("router"), "pooled");
   EXPECT_EQ(summary.at("queries"), 4);
-  EXPECT_EQ(summary.at("top_k"), 2048);
+  EXPECT_EQ(summary.at("settings").at("top_k"), 2048);
   EXPECT_EQ(summary.at("threads"), 1);
   EXPECT_EQ(summary.at("out_bytes"), std::filesystem::file_size(folder / "out"));
 

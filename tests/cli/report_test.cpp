@@ -30,14 +30,16 @@ Comparison sample() {
                             AttentionKept{0.94, 1},
                             {5e-4, 4e-4, 6e-4, 1e-5, 5},
                             {1048576, 4325376},
-                            2500000});
+                            2500000,
+                            IndexerConfig::dsa(1024)});
   trace.indexers.push_back({"misa",
                             "MISA 8",
                             Summary{0.785, 0.7, 0.5},
                             AttentionKept{0.47, 0.5},
                             {1e-4, 9e-5, 2e-4, 2.5e-6, 5},
                             {132096, 4333568},
-                            640});
+                            640,
+                            IndexerConfig::misa(1024)});
   trace.sweeps = {
       8,
       {{"pooled", std::vector<double>(64, 0.125)}},
@@ -80,6 +82,8 @@ TEST(ReportJson, HoldsEveryFigure) {
   const nlohmann::ordered_json& misa = trace.at("indexers").at(1);
   EXPECT_EQ(misa.at("name"), "misa");
   EXPECT_EQ(misa.at("label"), "MISA 8");
+  EXPECT_EQ(misa.at("settings").at("router"), "pooled");
+  EXPECT_EQ(misa.at("settings").at("heads"), 8);
   EXPECT_EQ(misa.at("recall"),
             (nlohmann::ordered_json{{"mean", 0.785}, {"q05", 0.7}, {"min", 0.5}}));
   EXPECT_EQ(misa.at("attention"), (nlohmann::ordered_json{{"kept", 0.47}, {"of_dsa", 0.5}}));
@@ -123,7 +127,7 @@ TEST(ReportText, SaysEveryFigure) {
        {"A processor · reference (double precision), 2 threads · medians of 5 runs",
         "share of DSA's top 1024", "16 384 keys · 64 heads × 128 · 96 queries · e4m3 keys",
         "78.5 %", "70.0 %", "50.0 %", "47.0 %", "100.0", "2.5", "5.0×", "132 096", "4.3 MB",
-        "6 of the queries see 1024 keys or fewer", "hold 96.0 %"}) {
+        "90 of 96 queries see more than 1024 keys", "hold 96.0 %"}) {
     EXPECT_THAT(text, HasSubstr(figure));
   }
 }

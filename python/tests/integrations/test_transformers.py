@@ -8,9 +8,7 @@ import functools
 import itertools
 import json
 import logging
-import os
 import pickle
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,6 +37,7 @@ from transformers import (  # noqa: E402
 )
 
 import misa  # noqa: E402
+from inputs import program  # noqa: E402
 from misa.integrations import transformers as integration  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -778,16 +777,13 @@ def test_compare_reads_a_capture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_program_reads_a_capture(tmp_path: Path, dtype: torch.dtype) -> None:
-    beside = Path(sys.executable).parent  # where the package installs it
-    program = shutil.which("misa", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
-    assert program is not None
     path, selected = tmp_path / "trace", tmp_path / "selected"
     model = build("deepseek").to(dtype)
     with integration.capture(model, path, layers=1):
         model(tokens_of("cpu", 2, 40))
-    subprocess.run([program, "inspect", path], check=True, capture_output=True)
+    subprocess.run([program(), "inspect", path], check=True, capture_output=True)
     subprocess.run(
-        [program, "select", path, "-o", selected, "--indexer", "dsa", "--top-k", str(TOP_K)],
+        [program(), "select", path, "-o", selected, "--indexer", "dsa", "--top-k", str(TOP_K)],
         check=True,
         capture_output=True,
     )
@@ -800,7 +796,7 @@ def test_program_reads_a_capture(tmp_path: Path, dtype: torch.dtype) -> None:
         *(each.where(each >= 0, hidden).sort(-1).values for each in (indices, expected))
     )
     compared = subprocess.run(
-        [program, "compare", path, "--top-k", str(TOP_K), "--runs", "1", "--json"],
+        [program(), "compare", path, "--top-k", str(TOP_K), "--runs", "1", "--json"],
         check=True,
         capture_output=True,
     )
