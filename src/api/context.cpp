@@ -62,6 +62,11 @@ const Backend& choose_backend(std::span<const Backend* const> from, std::string_
       }
     }
   }
+#if !MISA_HAVE_CUDA
+  if (name == "cuda" || name.starts_with("cuda-")) {
+    requirement = "a build with CUDA backends (MISA_BUILD_CUDA=ON), which this one is not";
+  }
+#endif
   if (!requirement.empty()) {
     throw Error(ErrorCode::unsupported,
                 fmt::format("{}: '{}' needs {}", argument, name, requirement));

@@ -210,5 +210,24 @@ TEST(ContextBackend, AnUnknownNameIsRefusedWithItsSource) {
   EXPECT_EQ(refusal("cpu"), "none");
 }
 
+// Whether the build or the machine lacks it, the message says what is needed.
+TEST(ContextBackend, CudaIsRefusedByWhatItNeeds) {
+  bool built = false;
+  for (const BackendInfo& info : backends()) {
+    if (info.name.starts_with("cuda")) {
+      built = true;
+      EXPECT_TRUE(info.available || refusal(info.name).starts_with("backend: '" + info.name +
+                                                                   "' needs " + info.requirement));
+    }
+  }
+  if (!built) {
+    for (const std::string name : {"cuda", "cuda-sm90", "cuda-generic"}) {
+      EXPECT_EQ(refusal(name), "backend: '" + name +
+                                   "' needs a build with CUDA backends (MISA_BUILD_CUDA=ON), "
+                                   "which this one is not");
+    }
+  }
+}
+
 }  // namespace
 }  // namespace misa::test
