@@ -397,7 +397,11 @@ class Cache:
     def select(
         self, q: Array, w: Array, block_table: Array, context_lens: Array, **options: Any
     ) -> Selected:
-        """:func:`select_paged` over this cache; the options are the same."""
+        """:func:`select_paged` over this cache; the options are the same, but for the cache's own
+        ``page_sums`` and ``largest_scales``."""
+        for name in ("page_sums", "largest_scales"):
+            if name in options:
+                raise ValueError(f"{name}: expected none, for the cache has its own, got one")
         return select_paged(
             q, w, self.data, block_table, context_lens, page_sums=self.page_sums,
             largest_scales=self.largest_scales, **options,

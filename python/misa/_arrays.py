@@ -66,7 +66,8 @@ def dtype_name(name: str, dtype: Any) -> str:
     if text in _DTYPES.values():
         return text
     if text not in _DTYPES:
-        raise ValueError(f"{name}: expected float32, bfloat16 or float8_e4m3fn, got {text}")
+        hint = "; float32 holds its values exactly" if text == "float16" else ""
+        raise ValueError(f"{name}: expected float32, bfloat16 or float8_e4m3fn, got {text}{hint}")
     return _DTYPES[text]
 
 

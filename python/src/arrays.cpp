@@ -11,6 +11,8 @@ namespace {
 
 constexpr nb::dlpack::dtype kBfloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16,
                                       1};
+constexpr nb::dlpack::dtype kFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16,
+                                     1};
 constexpr nb::dlpack::dtype kFloat8{
     static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float8_E4M3FN), 8, 1};
 
@@ -102,8 +104,10 @@ Any cast(std::string_view name, nb::handle object, std::optional<nb::dlpack::dty
   }
   require_place(name, array, place);
   const nb::dlpack::dtype got = array.dtype();
-  require(holds(got, dtype), "{}: expected {}, got {}", name, name_of(dtype),
-          nb::hasattr(object, "dtype") ? text_of(object.attr("dtype")) : name_of(got));
+  const bool takes_float32 = holds(nb::dtype<float>(), dtype);
+  require(holds(got, dtype), "{}: expected {}, got {}{}", name, name_of(dtype),
+          nb::hasattr(object, "dtype") ? text_of(object.attr("dtype")) : name_of(got),
+          takes_float32 && got == kFloat16 ? "; float32 holds its values exactly" : "");
   return array;
 }
 

@@ -215,6 +215,26 @@ def test_refuses_options(call: Callable, argument: dict) -> None:
         call(**argument)
 
 
+@pytest.mark.parametrize("argument", ["page_sums", "largest_scales"])
+def test_cache_has_its_own_derived_data(argument: str) -> None:
+    select, arguments = calls()["Cache.select"]
+    with pytest.raises(ValueError, match=f"^{argument}: expected none, .*, got one"):
+        select(**arguments, **{argument: calls()["select_paged"][1][argument]})
+
+
+def test_says_what_holds_float16() -> None:
+    hint = "got float16; float32 holds its values exactly$"
+    call, arguments = calls()["select"]
+    for argument in ("q", "w", "k", "k_scale"):
+        given = arguments[argument].astype(np.float32).astype(np.float16)
+        with pytest.raises(ValueError, match=f"^{argument}: expected .*float32.*, {hint}"):
+            call(**(arguments | {argument: given}))
+    with pytest.raises(ValueError, match=r"^ks: expected int32, got float16$"):
+        call(**(arguments | {"ks": arguments["ks"].astype(np.float16)}))
+    with pytest.raises(ValueError, match=f"^q_dtype: .*, {hint}"):
+        misa.Plan(CONFIG, **SHAPE, q_dtype=np.dtype(np.float16), k_dtype="f32")
+
+
 def test_refuses_other_frameworks() -> None:
     torch = pytest.importorskip("torch")
     entries = ("select", "select_paged", "route_from_means", "keep_blocks_from_means", "Plan.run")

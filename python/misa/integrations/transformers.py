@@ -66,10 +66,10 @@ def enable(
     model that is already enabled, the new choice replaces the old one. Returns the counters, which
     `usage` returns too. Hooks of accelerate may be added and removed before and after.
 
-    Raises ValueError for a model without a supported indexer, for a configuration that the number
-    or size of the model's heads does not allow, and for an indexer module with its own `forward`
-    attribute, which would bypass this library; RuntimeError for an unknown backend. The model is
-    not changed then.
+    Raises ValueError for a model without a supported indexer, for a top_k, for a configuration that
+    the number or size of the model's heads does not allow, and for an indexer module with its own
+    `forward` attribute, which would bypass this library; RuntimeError for an unknown backend. The
+    model is not changed then.
     """
     named = _indexers(model)
     modules = named.values()
@@ -77,6 +77,11 @@ def enable(
     if len(sizes) > 1:
         raise ValueError(f"model: expected indexers of one size, got (heads, size, top k) {sizes}")
     heads, dim, top_k = sizes.pop()
+    if "top_k" in overrides:
+        raise ValueError(
+            f"top_k: expected none, for it is the model's index_topk = {top_k}, got "
+            f"{overrides['top_k']}"
+        )
     state = Usage(
         config=misa.Config(indexer, top_k=top_k, **overrides),
         backend=backend,

@@ -605,6 +605,8 @@ def test_wrong_models_and_options() -> None:
     model = build("deepseek")
     with pytest.raises(ValueError, match="heads: expected 1 to H = 32, got 33"):
         integration.enable(model, heads=33)
+    with pytest.raises(ValueError, match=f"top_k: expected none, .* index_topk = {TOP_K}, got 3"):
+        integration.enable(model, "misa", top_k=3)
     with pytest.raises(RuntimeError, match="backend: expected .* got 'abacus'"):
         integration.enable(model, backend="abacus")
     with pytest.raises(ValueError, match="D = 64 or 128, got 32"):
