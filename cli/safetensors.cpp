@@ -210,6 +210,17 @@ void check_cover(const std::vector<TensorInfo>& tensors, std::uint64_t data_byte
   }
 }
 
+// Bytes as ASCII characters, or by their numbers.
+std::string printable(std::span<const std::byte> bytes) {
+  std::string text;
+  for (const std::byte byte : bytes) {
+    const auto c = std::to_integer<unsigned char>(byte);
+    text +=
+        c >= 0x20 && c < 0x7f ? std::string(1, static_cast<char>(c)) : fmt::format("\\x{:02x}", c);
+  }
+  return text;
+}
+
 int open_file(const std::string& path) {
   // O_NONBLOCK, so that opening a pipe does not wait; it is refused later.
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -279,6 +290,11 @@ void SafetensorsReader::read_header() {
   }
   const std::uint64_t most = std::min(kMaxHeaderBytes, file_bytes_ - kLengthBytes);
   if (length > most) {
+    std::array<std::byte, 1> first{};
+    read_at(kLengthBytes, std::span(first).first(std::min<std::size_t>(1, most)));
+    if (first[0] != std::byte{'{'}) {
+      fail("expected a safetensors file, got one that begins with '{}'", printable(raw));
+    }
     fail("header: expected {} bytes at most (file of {}), got a length of {}", most, file_bytes_,
          length);
   }

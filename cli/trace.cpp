@@ -47,8 +47,9 @@ DType value_type(const TensorInfo& tensor) {
   if (tensor.dtype == "BF16") {
     return DType::bf16;
   }
-  require(tensor.dtype == "F8_E4M3", "{}: expected F32, BF16 or F8_E4M3, got {}", tensor.name,
-          describe(tensor.dtype, tensor.shape));
+  require(tensor.dtype == "F8_E4M3", "{}: expected F32, BF16 or F8_E4M3, got {}{}", tensor.name,
+          describe(tensor.dtype, tensor.shape),
+          tensor.dtype == "F16" ? "; F32 holds its values exactly" : "");
   return DType::e4m3;
 }
 

@@ -124,6 +124,23 @@ TEST(SmokeSafetensors, RefusesHeadersThatAreTooLong) {
   EXPECT_THAT(error_of(folder / "f"), HasSubstr("expected 100000000 bytes at most"));
 }
 
+// Their first bytes are no length, and are not told as one.
+TEST(SmokeSafetensors, RefusesFilesOfOtherFormats) {
+  const Folder folder;
+  const std::string npy("\x93NUMPY\x01\0v\0{'descr': '<f4'}", 25);
+  const std::string zip("PK\x03\x04\x14\0\0\0\x08\0", 10);
+  const std::pair<std::string, std::string> files[] = {{npy, R"(\x93NUMPY\x01\x00)"},
+                                                       {zip, R"(PK\x03\x04\x14\x00\x00\x00)"},
+                                                       {"# A read me\n", "# A read"},
+                                                       {"8 bytes.", "8 bytes."}};
+  for (const auto& [bytes, begin] : files) {
+    write_bytes(folder / "f", bytes);
+    EXPECT_THAT(
+        error_of(folder / "f"),
+        EndsWith("f: expected a safetensors file, got one that begins with '" + begin + "'"));
+  }
+}
+
 TEST(SmokeSafetensors, RefusesHeadersThatAreNoJsonObject) {
   EXPECT_THAT(error_of_header(""), HasSubstr("header: expected a JSON object"));
   EXPECT_THAT(error_of_header("[]"), HasSubstr("header: expected a JSON object"));
