@@ -54,9 +54,6 @@ constexpr std::array<std::string_view, 2> kDims{"64", "128"};
 
 constexpr std::array<std::string_view, 3> kFormats{"text", "markdown", "csv"};
 
-// The names in safetensors files.
-constexpr std::array<std::string_view, 3> kDtypes{"F32", "BF16", "F8_E4M3"};
-
 DType dtype_by_name(std::string_view name) {
   return name == "F32" ? DType::f32 : name == "BF16" ? DType::bf16 : DType::e4m3;
 }
@@ -351,10 +348,7 @@ void run(const Options& options) {
         ErrorCode::invalid_argument,
         fmt::format("--queries: expected at most --keys = {}, got {}", least, options.queries));
   }
-  std::vector<Variant> variants;
-  for (const std::string& text : options.indexers) {
-    variants.push_back(parse_variant(text, options.top_k));
-  }
+  const std::vector<Variant> variants = parse_variants(options.indexers, options.top_k);
   const Context context = make_context(options.run);
   std::vector<Measured> all;
   std::optional<double> waited;
@@ -404,10 +398,7 @@ void add_bench(CLI::App& app) {
       ->transform(size_number(1, most))
       ->capture_default_str();
   size("--top-k", options->top_k, most, "Positions wanted a query");
-  command->add_option("--dtype", options->dtype, "Of queries and keys: F32, BF16 or F8_E4M3")
-      ->type_name("NAME")
-      ->check(one_of(kDtypes))
-      ->capture_default_str();
+  add_dtype_option(*command, options->dtype);
   command
       ->add_option("--indexers", options->indexers,
                    fmt::format("What to time, separated by commas: {}", kVariantHelp))
@@ -422,6 +413,9 @@ void add_bench(CLI::App& app) {
       ->check(one_of(kFormats))
       ->capture_default_str();
   add_json_option(*command, options->json);
+  command->footer(
+      "Example:\n"
+      "  misa bench --queries 1 --keys 131072 --dtype F8_E4M3 --indexers dsa,misa-r:h=3:m=4k");
   command->callback([options] { run(*options); });
 }
 

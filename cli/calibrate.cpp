@@ -147,6 +147,7 @@ void add_calibrate(CLI::App& app) {
       ->check(whole_number(1, kMaxHeads))
       ->capture_default_str();
   add_json_option(*command, options->json);
+  command->footer("Example:\n  misa calibrate data/trace_h64_layer3.safetensors --heads 8");
   command->callback([options] { run(*options); });
 }
 

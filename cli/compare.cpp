@@ -247,6 +247,7 @@ TraceResult compare_trace(const Context& context, const std::string& file,
     about(variant, [&] {
       require(variant.config.sketch == 0 || inputs.shape().k_dtype == DType::e4m3,
               "{}: expected F8_E4M3 keys for a sketch; --fp8 rounds others", file);
+      const Plan validated(context, variant.config, inputs.shape());
     });
   }
   const Evaluator evaluator(context, trace, options.top_k);
@@ -311,10 +312,7 @@ std::string isa_of(std::string_view backend) {
 }
 
 Comparison compare(const Options& options) {
-  std::vector<Variant> variants;
-  for (const std::string& text : options.indexers) {
-    variants.push_back(parse_variant(text, options.top_k));
-  }
+  const std::vector<Variant> variants = parse_variants(options.indexers, options.top_k);
   const Context context = make_context(options.run);
   Comparison comparison{std::string(version()),
                         processor(),
@@ -396,6 +394,10 @@ void add_compare(CLI::App& app) {
                     "a sketch needs such keys");
   add_run_options(*command, options->run);
   add_json_option(*command, options->json);
+  command->footer(
+      "Examples:\n"
+      "  misa compare data/trace_h64_layer3.safetensors --top-k 2048 --html report.html\n"
+      "  misa compare layer_*.safetensors --fp8 --indexers dsa,misa:h=16,misa-r:h=3:m=4k:sketch=2");
   command->callback([options] { run(*options); });
 }
 

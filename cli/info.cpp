@@ -57,7 +57,8 @@ void add_info(CLI::App& app) {
   command->footer(
       "MISA_BACKEND in the environment chooses the default backend. A report of a fault should "
       "hold\n"
-      "what `misa info --json` prints: the build, the machine, its devices.");
+      "what the example prints: the build, the machine, its devices.\n\n"
+      "Example:\n  misa info --json");
   command->callback([json] { run(*json); });
 }
 

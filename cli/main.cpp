@@ -4,7 +4,6 @@
 // a pipe without a reader) count as user errors, like a full disk. If stderr cannot be written, the
 // line is lost and the exit code stays.
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
@@ -15,13 +14,13 @@
 #include <sstream>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include "commands.hpp"
 #include "misa/context.hpp"
 #include "misa/error.hpp"
 #include "options.hpp"
 #include "streams.hpp"
+#include "usage.hpp"
 
 namespace {
 
@@ -38,16 +37,6 @@ int fail(int code, std::string_view message) noexcept {
   } catch (const std::exception&) {  // the message is lost, as when stderr is closed
   }
   return code;
-}
-
-std::string no_command(const CLI::App& app) {
-  std::vector<std::string> names;
-  for (const CLI::App* command : app.get_subcommands({})) {
-    names.push_back(command->get_name());
-  }
-  const std::vector<std::string> rest = app.remaining();
-  return fmt::format("command: expected {} or --help, got {}", fmt::join(names, ", "),
-                     rest.empty() ? "none" : "'" + rest.front() + "'");
 }
 
 int run(int argc, char** argv) {
@@ -71,6 +60,11 @@ int run(int argc, char** argv) {
   misa::cli::add_inspect(app);
   misa::cli::add_synth(app);
   misa::cli::add_info(app);
+  if (argc <= 1) {
+    misa::cli::write_out(app.help());
+    misa::cli::flush_out();
+    return 0;
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -78,10 +72,8 @@ int run(int argc, char** argv) {
       std::ostringstream text;  // help or the version
       app.exit(error, text, text);
       misa::cli::write_out(text.str());
-    } else if (app.get_subcommands().empty()) {
-      return fail(kUserError, no_command(app));
     } else {
-      return fail(kUserError, error.what());
+      return fail(kUserError, misa::cli::usage_error(app, error));
     }
   }
   misa::cli::flush_out();

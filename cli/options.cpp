@@ -5,12 +5,15 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cstdio>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "misa/types.hpp"
 #include "streams.hpp"
 
 namespace misa::cli {
@@ -62,6 +65,25 @@ Context make_context(const RunOptions& options) {
 
 void add_json_option(CLI::App& command, bool& json) {
   command.add_flag("--json", json, "Print JSON for programs in place of text for people");
+}
+
+void add_dtype_option(CLI::App& command, std::string& dtype) {
+  using Names = std::pair<std::string_view, DType>;
+  constexpr std::array<Names, 3> kNames{
+      {{"F32", DType::f32}, {"BF16", DType::bf16}, {"F8_E4M3", DType::e4m3}}};
+  const auto read = [=](std::string& text) -> std::string {
+    for (const auto& [name, value] : kNames) {
+      if (text == name || text == name_of(value)) {
+        text = name;
+        return {};
+      }
+    }
+    return fmt::format("expected F32, BF16 or F8_E4M3, got '{}'", text);
+  };
+  command.add_option("--dtype", dtype, "Of queries and keys: F32, BF16 or F8_E4M3")
+      ->type_name("NAME")
+      ->transform(CLI::Validator(read, ""))
+      ->capture_default_str();
 }
 
 CLI::Validator whole_number(std::int64_t least, std::int64_t most) {

@@ -24,6 +24,10 @@ Context make_context(const RunOptions& options);
 // --json
 void add_json_option(CLI::App& command, bool& json);
 
+// --dtype, of queries and keys: the name of safetensors files, F32, BF16 or F8_E4M3. The names that
+// the program prints for them, f32, bf16 and e4m3, are accepted too.
+void add_dtype_option(CLI::App& command, std::string& dtype);
+
 // Accepts whole numbers from least to most, which is the largest int by default.
 CLI::Validator whole_number(std::int64_t least, std::int64_t most);
 CLI::Validator whole_number(std::int64_t least);

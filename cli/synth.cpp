@@ -34,7 +34,6 @@ namespace {
 
 constexpr std::array<std::string_view, 2> kKinds{"random", "structured"};
 constexpr std::array<std::string_view, 2> kLayouts{"ragged", "paged"};
-constexpr std::array<std::string_view, 3> kDtypes{"F32", "BF16", "F8_E4M3"};
 
 struct Options {
   std::string output;
@@ -389,7 +388,7 @@ void add_synth(CLI::App& app) {
       ->required();
   word("--kind", options->kind, kKinds, "What the values are like");
   word("--layout", options->layout, kLayouts, "How keys are stored");
-  word("--dtype", options->dtype, kDtypes, "Type of queries and keys");
+  add_dtype_option(*command, options->dtype);
   number("--sequences", options->sequences, 1, kMost, "Sequences B");
   number("--queries", options->queries, 0, kMost, "Queries T of each sequence");
   number("--keys", options->keys, 0, kMost, "Keys L of each sequence");

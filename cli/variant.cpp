@@ -101,6 +101,15 @@ Variant parse_variant(std::string_view text, int top_k) {
   return {std::string(text), label_of(name, config), config};
 }
 
+std::vector<Variant> parse_variants(const std::vector<std::string>& texts, int top_k) {
+  std::vector<Variant> variants;
+  for (const std::string& text : texts) {
+    variants.push_back(parse_variant(text, top_k));
+    variants.back().given = texts != default_variants();
+  }
+  return variants;
+}
+
 nlohmann::ordered_json settings_of(const IndexerConfig& config) {
   return {{"top_k", config.top_k},
           {"router", name_of(config.router)},

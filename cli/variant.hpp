@@ -19,6 +19,7 @@ struct Variant {
   std::string name;   // as the user wrote it
   std::string label;  // as tables and plots show it, e.g. "MISA-R 3+1 m=2048"
   IndexerConfig config;
+  bool given = true;  // by the user, not one of the default_variants
 };
 
 // The grammar, for --help.
@@ -31,8 +32,9 @@ inline constexpr std::string_view kVariantHelp =
     "of "
     "at most WORK heads x keys is dsa's";
 
-// Throws Error for an unknown name, setting or value.
+// Throw Error for an unknown name, setting or value.
 Variant parse_variant(std::string_view text, int top_k);
+std::vector<Variant> parse_variants(const std::vector<std::string>& texts, int top_k);
 
 // Every setting of a configuration, under the names that it has in the Python package.
 nlohmann::ordered_json settings_of(const IndexerConfig& config);
@@ -43,7 +45,10 @@ void about(const Variant& variant, const Body& body) {
   try {
     body();
   } catch (const Error& error) {
-    throw Error(error.code(), fmt::format("--indexers {}: {}", variant.name, error.what()));
+    throw Error(error.code(), variant.given
+                                  ? fmt::format("--indexers {}: {}", variant.name, error.what())
+                                  : fmt::format("{} (by default; --indexers names others): {}",
+                                                variant.name, error.what()));
   }
 }
 

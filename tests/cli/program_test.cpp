@@ -299,8 +299,6 @@ TEST(SmokeProgram, RefusesWrongArguments) {
   const auto error = [&](const Arguments& more) {
     return refused(run_misa(Arguments{"select", folder / "in", "-o", folder / "out"} + more));
   };
-  EXPECT_THAT(refused(run_misa({})), HasSubstr("command: expected select, "));
-  EXPECT_THAT(refused(run_misa({"choose"})), EndsWith("got 'choose'"));
   EXPECT_THAT(refused(run_misa({"select"})), HasSubstr("IN is required"));
   EXPECT_THAT(refused(run_misa({"select", folder / "in"})), HasSubstr("--output is required"));
   EXPECT_THAT(error({"--fast"}), HasSubstr("--fast"));
@@ -442,6 +440,8 @@ std::vector<BadInput> bad_inputs() {
        "w: expected [T, H] = [3, 4], got F32 [2, 4]"},
       {"w_heads", ragged, put<Float>("w", "F32", {3, 5}),
        "w: expected [T, H] = [3, 4], got F32 [3, 5]"},
+      {"q_half", ragged, put<std::uint16_t>("q", "F16", {3, 4, 64}),
+       "q: expected F32, BF16 or F8_E4M3, got F16 [3, 4, 64]; F32 holds its values exactly"},
       {"k_dtype", ragged, put<Float>("k", "I32", {100, 64}),
        "k: expected F32, BF16 or F8_E4M3, got I32 [100, 64]"},
       {"k_dim", ragged, put<Float>("k", "F32", {50, 128}),
