@@ -415,7 +415,7 @@ void add_bench(CLI::App& app) {
   add_json_option(*command, options->json);
   command->footer(
       "Example:\n"
-      "  misa bench --queries 1 --keys 131072 --dtype F8_E4M3 --indexers dsa,misa-r:h=3:m=4k");
+      "  misa bench --queries 1 --keys 64K,128K --dtype F8_E4M3 --indexers dsa,misa-r:h=3:m=4k");
   command->callback([options] { run(*options); });
 }
 
