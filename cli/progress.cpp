@@ -11,10 +11,14 @@
 namespace misa::cli {
 
 Progress::Progress(std::string what, std::int64_t total)
-    : what_(std::move(what)), total_(total), terminal_(::isatty(STDERR_FILENO) == 1) {}
+    : what_(std::move(what)), total_(total), terminal_(::isatty(STDERR_FILENO) == 1) {
+  if (terminal_) {
+    write_err(fmt::format("{}   0 %", what_));
+  }
+}
 
 Progress::~Progress() {
-  if (terminal_ && drawn_ != start_) {
+  if (terminal_) {
     write_err("\r\x1b[K");  // back to the first column, and clear
   }
 }
