@@ -72,6 +72,7 @@ class Evaluator {
     }
   }
 
+  [[nodiscard]] const Selected& dense() const { return dense_; }
   [[nodiscard]] std::int64_t rows() const { return std::ssize(rows_); }
 
   [[nodiscard]] std::optional<Summary> recall_of(const Selected& selected) const {
@@ -185,24 +186,18 @@ Timing divided(const Timing& timing, double by) {
           timing.runs};
 }
 
-// The times of all variants, in turn, and what their workspaces take.
-struct VariantTimings {
-  Timings timings;  // seconds per query
-  std::vector<std::size_t> workspace_bytes;
-};
-
-VariantTimings time_variants(const Context& context, const std::vector<Variant>& variants,
-                             const StepInputs& inputs, int runs, Progress& progress) {
+// The times of all variants, in turn: seconds per query.
+Timings time_variants(const Context& context, const std::vector<Variant>& variants,
+                      const StepInputs& inputs, int runs, Progress& progress) {
   TimedSteps steps(context);
   for (const Variant& variant : variants) {
     about(variant, [&] { steps.add(variant.config, inputs); });
   }
-  VariantTimings result{measure(runs, steps.contenders(), [&] { progress.add(1); }), {}};
-  for (std::size_t i = 0; i < variants.size(); ++i) {
-    result.timings.of[i] = divided(result.timings.of[i], static_cast<double>(inputs.q.tokens));
-    result.workspace_bytes.push_back(steps.workspace_bytes(i));
+  Timings timings = measure(runs, steps.contenders(), [&] { progress.add(1); });
+  for (Timing& timing : timings.of) {
+    timing = divided(timing, static_cast<double>(inputs.q.tokens));
   }
-  return result;
+  return timings;
 }
 
 // Parts of the context for which the page has times beside those of the whole.
@@ -221,8 +216,7 @@ std::vector<Curve> time_by_keys(const Context& context, const StepInputs& inputs
   for (const std::int64_t divisor : kPrefixes) {
     if (const std::int64_t keys = longest / divisor; keys > 0) {
       const Prefix prefix(inputs, keys);
-      const Timings timings =
-          time_variants(context, variants, prefix.inputs(), runs, progress).timings;
+      const Timings timings = time_variants(context, variants, prefix.inputs(), runs, progress);
       result.waited = more_waiting(result.waited, timings.waited);
       for (std::size_t i = 0; i < variants.size(); ++i) {
         curves[i].points.push_back({static_cast<double>(keys), timings.of[i].median});
@@ -243,11 +237,12 @@ TraceResult compare_trace(const Context& context, const std::string& file,
     trace.round_to_e4m3();
   }
   const StepInputs& inputs = trace.inputs();
+  std::vector<std::size_t> workspace_bytes;
   for (const Variant& variant : variants) {
     about(variant, [&] {
       require(variant.config.sketch == 0 || inputs.shape().k_dtype == DType::e4m3,
               "{}: expected F8_E4M3 keys for a sketch; --fp8 rounds others", file);
-      const Plan validated(context, variant.config, inputs.shape());
+      workspace_bytes.push_back(Plan(context, variant.config, inputs.shape()).workspace_bytes());
     });
   }
   const Evaluator evaluator(context, trace, options.top_k);
@@ -261,23 +256,25 @@ TraceResult compare_trace(const Context& context, const std::string& file,
   result.attention_bound = evaluator.attention_bound();
   for (const Variant& variant : variants) {
     about(variant, [&] {
-      const Selected selected = select(context, variant.config, inputs);
+      const Selected selected =
+          variant.name == "dsa" ? evaluator.dense() : select(context, variant.config, inputs);
       result.indexers.push_back({variant.name,
                                  variant.label,
                                  evaluator.recall_of(selected),
                                  evaluator.attention_of(selected),
                                  {},
                                  mean_cost(variant.config, inputs),
-                                 0,
+                                 workspace_bytes[result.indexers.size()],
                                  variant.config});
     });
     progress.add(1);
   }
-  const VariantTimings timings = time_variants(context, variants, inputs, options.runs, progress);
-  result.waited = timings.timings.waited;
-  for (std::size_t i = 0; i < variants.size(); ++i) {
-    result.indexers[i].query = timings.timings.of[i];
-    result.indexers[i].workspace_bytes = timings.workspace_bytes[i];
+  if (options.runs > 0) {
+    const Timings timings = time_variants(context, variants, inputs, options.runs, progress);
+    result.waited = timings.waited;
+    for (std::size_t i = 0; i < variants.size(); ++i) {
+      result.indexers[i].query = timings.of[i];
+    }
   }
   if (!options.html.empty() && evaluator.rows() > 0) {
     const int heads = static_cast<int>(std::min(kHeadUseHeads, inputs.q.heads));
@@ -323,7 +320,9 @@ Comparison compare(const Options& options) {
                         options.top_k,
                         {},
                         {}};
-  const std::int64_t timed = options.html.empty() ? 1 : 1 + std::ssize(kPrefixes);
+  const std::int64_t timed = options.runs == 0      ? 0
+                             : options.html.empty() ? 1
+                                                    : 1 + std::ssize(kPrefixes);
   const std::int64_t runs = std::ssize(variants) * (1 + timed * (1 + std::int64_t{options.runs}));
   Progress progress("comparing", std::ssize(options.files) * runs);
   for (const std::string& file : options.files) {
@@ -334,6 +333,8 @@ Comparison compare(const Options& options) {
 }
 
 void run(const Options& options) {
+  require(options.runs > 0 || options.html.empty(),
+          "--runs: expected 1 or more with --html, whose plots need times, got 0");
   std::optional<OutputFile> page;  // opened first, so that a wrong path fails before the work
   if (!options.html.empty()) {
     require_no_overwrite(options.html, options.files);
@@ -380,9 +381,11 @@ void add_compare(CLI::App& app) {
       ->type_name("N")
       ->check(whole_number(1))
       ->capture_default_str();
-  command->add_option("--runs", options->runs, "Runs that a time is the median of")
+  command
+      ->add_option("--runs", options->runs,
+                   "Runs that a time is the median of; 0: recall, no times")
       ->type_name("N")
-      ->check(whole_number(1))
+      ->check(whole_number(0))
       ->capture_default_str();
   command
       ->add_option("--html", options->html,

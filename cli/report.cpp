@@ -47,14 +47,16 @@ json to_json(const IndexerResult& result) {
            {"settings", settings_of(result.config)},
            {"recall", nullptr},
            {"attention", nullptr},
-           {"seconds_per_query",
-            {{"median", result.query.median},
-             {"fastest", result.query.fastest},
-             {"slowest", result.query.slowest},
-             {"spread", result.query.spread}}},
+           {"seconds_per_query", nullptr},
            {"keys_x_heads", result.cost.dots},
            {"bytes_read", result.cost.bytes},
            {"workspace_bytes", result.workspace_bytes}};
+  if (result.query.runs > 0) {
+    out["seconds_per_query"] = {{"median", result.query.median},
+                                {"fastest", result.query.fastest},
+                                {"slowest", result.query.slowest},
+                                {"spread", result.query.spread}};
+  }
   if (result.recall) {
     out["recall"] = {
         {"mean", result.recall->mean}, {"q05", result.recall->low}, {"min", result.recall->min}};
@@ -113,10 +115,13 @@ Cells cells_of(const IndexerResult& result, const IndexerResult* dense, bool att
     add(result.attention.has_value(), kept.absolute);
     add(result.attention.has_value(), kept.of_dsa);
   }
-  cells.push_back(fmt::format("{:.1f}", 1e6 * result.query.median));
-  cells.push_back(fmt::format("{:.1f}", 1e6 * result.query.spread));
-  cells.push_back(
-      dense != nullptr ? fmt::format("{:.1f}×", dense->query.median / result.query.median) : "–");
+  const bool timed = result.query.runs > 0;
+  for (const double seconds : {result.query.median, result.query.spread}) {
+    cells.push_back(timed ? fmt::format("{:.1f}", 1e6 * seconds) : "–");
+  }
+  cells.push_back(timed && dense != nullptr
+                      ? fmt::format("{:.1f}×", dense->query.median / result.query.median)
+                      : "–");
   cells.push_back(grouped(result.cost.dots));
   cells.push_back(bytes(result.cost.bytes));
   cells.push_back(bytes(static_cast<double>(result.workspace_bytes)));
@@ -188,12 +193,13 @@ json to_json(const Comparison& comparison) {
 
 std::string to_text(const Comparison& comparison) {
   std::string text = fmt::format(
-      "{} · {} ({}), {} · medians of {} runs\n"
+      "{} · {} ({}), {} · {}\n"
       "Recall is the share of DSA's top {} that an indexer selects too, over the queries that see\n"
       "more than {} keys; ± is half the distance between the quartiles.\n",
       comparison.processor, comparison.backend, comparison.isa,
       comparison.threads == 1 ? "1 thread" : fmt::format("{} threads", comparison.threads),
-      comparison.runs, comparison.top_k, comparison.top_k);
+      comparison.runs > 0 ? fmt::format("medians of {} runs", comparison.runs) : "not timed",
+      comparison.top_k, comparison.top_k);
   for (const TraceResult& trace : comparison.traces) {
     text += '\n' + to_text(trace, comparison.top_k);
   }

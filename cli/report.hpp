@@ -27,7 +27,7 @@ struct IndexerResult {
   std::string label;
   std::optional<Summary> recall;  // of DSA's set; none if no row sees more than top_k keys
   std::optional<AttentionKept> attention;
-  Timing query;  // seconds per query
+  Timing query;  // seconds per query; no runs: not timed
   Cost cost;     // per query
   std::size_t workspace_bytes = 0;
   IndexerConfig config;

@@ -209,6 +209,29 @@ TEST_F(Commands, CompareWeighsTheAttentionThatTheFileCarries) {
   }
 }
 
+TEST_F(Commands, CompareWithoutRunsTellsRecallAlone) {
+  const std::string file = write_trace(false);
+  const auto compared = [&](const char* runs) {
+    return json::parse(run({"compare", file, "--top-k", kTopK, "--indexers", "dsa,misa:h=2",
+                            "--json", "--runs", runs}));
+  };
+  const json timed = compared("1");
+  const json untimed = compared("0");
+  for (const std::size_t i : {0, 1}) {
+    const json& indexer = untimed.at("traces").at(0).at("indexers").at(i);
+    const json& beside = timed.at("traces").at(0).at("indexers").at(i);
+    EXPECT_TRUE(indexer.at("seconds_per_query").is_null());
+    EXPECT_TRUE(beside.at("seconds_per_query").is_object());
+    for (const char* same : {"recall", "keys_x_heads", "workspace_bytes"}) {
+      EXPECT_EQ(indexer.at(same), beside.at(same)) << same;
+    }
+  }
+  EXPECT_THAT(run({"compare", file, "--top-k", kTopK, "--indexers", "dsa", "--runs", "0"}),
+              ::testing::ContainsRegex("not timed(.|\n)*"
+                                       "DSA +100.0 % +100.0 % +100.0 % +– +– +–"));
+  EXPECT_THROW(run({"compare", file, "--runs", "0", "--html", path("report.html")}), Error);
+}
+
 TEST_F(Commands, CompareWithoutAttentionSaysNothingOfIt) {
   const std::string file = write_trace(false);
   const json out = json::parse(
