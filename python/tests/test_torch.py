@@ -34,9 +34,10 @@ def tensor(array: np.ndarray | None, device: str = "cpu") -> torch.Tensor | None
     if array is None:
         return None
     name = array.dtype.name
-    if name in TORCH:
-        return torch.from_numpy(array.view(BITS[name]).copy()).view(TORCH[name]).to(device)
-    return torch.from_numpy(array.copy()).to(device)
+    bits = array.view(BITS[name]) if name in TORCH else array
+    # PyTorch's own memory is aligned to 64 bytes, as a workspace has to be.
+    own = torch.from_numpy(bits.copy()).clone()
+    return (own.view(TORCH[name]) if name in TORCH else own).to(device)
 
 
 def tensors(inputs: Inputs, device: str = "cpu") -> dict[str, torch.Tensor | None]:
