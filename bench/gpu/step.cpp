@@ -216,14 +216,15 @@ void run(const Options& options) {
   }
   for (const std::int64_t keys : options.keys) {
     const Data data(options, keys);
-    for (const auto& [name, label, config] : variants) {
+    for (const auto& variant : variants) {
+      const misa::IndexerConfig& config = variant.config;
       const Result result = time_step(config, options, data);
       if (options.json) {
         nlohmann::ordered_json stages = nlohmann::ordered_json::object();
         for (const StageTime& stage : result.stages) {
           stages[stage.name] = stage.median;
         }
-        list.push_back({{"indexer", name},
+        list.push_back({{"indexer", variant.name},
                         {"backend", result.backend},
                         {"queries", options.queries},
                         {"heads", options.heads},
@@ -239,7 +240,7 @@ void run(const Options& options) {
                         {"stages", stages},
                         {"seed", options.seed}});
       } else {
-        fmt::print("{:22} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", name, keys,
+        fmt::print("{:22} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", variant.name, keys,
                    config.heads, config.candidates, result.median, result.low, result.high,
                    result.tflops);
         for (const StageTime& stage : result.stages) {
