@@ -4,12 +4,14 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <chrono>
 #include <csignal>
+#include <cstddef>
 #include <functional>
 #include <string>
 #include <thread>
@@ -207,14 +209,22 @@ TEST(SmokeProgram, PrintsNothingIntoItsOutput) {
   }
 }
 
+// Waits until the folder holds more than `count` files. If the process ends before, the test fails
+// by how it ended.
+void wait_for_file(const Folder& folder, std::size_t count, pid_t child) {
+  siginfo_t ended{};
+  while (folder.names().size() <= count && ended.si_pid == 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    ::waitid(P_PID, static_cast<id_t>(child), &ended, WEXITED | WNOHANG | WNOWAIT);
+  }
+}
+
 // Starts a command that writes for a long time, and waits until its file exists.
 pid_t start_writing(const Folder& folder, Surroundings surroundings = {}) {
   const pid_t child = start_misa(
       {"synth", "-o", folder / "out", "--keys", "10000000", "--dim", "64", "--dtype", "F8_E4M3"},
       surroundings);
-  while (folder.names().empty()) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+  wait_for_file(folder, 0, child);
   return child;
 }
 
@@ -265,9 +275,7 @@ TEST(Program, LeavesNothingWhenSignalsComeTogether) {
   for (int i = 0; i < 10; ++i) {
     const pid_t child = start_misa(
         {"compare", files.in, "--html", files.out, "--runs", "2147483647", "--indexers", "dsa"});
-    while (files.folder.names().size() == before) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+    wait_for_file(files.folder, before, child);
     const std::array<int, 4> signals{SIGTERM, SIGINT, SIGTERM, SIGHUP};
     for (const int signal : signals) {
       ::kill(child, signal);
