@@ -186,16 +186,11 @@ Timing divided(const Timing& timing, double by) {
           timing.runs};
 }
 
-// The times of all variants, in turn: seconds per query.
-Timings time_variants(const Context& context, const std::vector<Variant>& variants,
-                      const StepInputs& inputs, int runs, Progress& progress) {
-  TimedSteps steps(context);
-  for (const Variant& variant : variants) {
-    about(variant, [&] { steps.add(variant.config, inputs); });
-  }
+// The times of steps of so many queries, in turn: seconds per query.
+Timings time_queries(TimedSteps& steps, std::int64_t queries, int runs, Progress& progress) {
   Timings timings = measure(runs, steps.contenders(), [&] { progress.add(1); });
   for (Timing& timing : timings.of) {
-    timing = divided(timing, static_cast<double>(inputs.q.tokens));
+    timing = divided(timing, static_cast<double>(queries));
   }
   return timings;
 }
@@ -216,7 +211,11 @@ std::vector<Curve> time_by_keys(const Context& context, const StepInputs& inputs
   for (const std::int64_t divisor : kPrefixes) {
     if (const std::int64_t keys = longest / divisor; keys > 0) {
       const Prefix prefix(inputs, keys);
-      const Timings timings = time_variants(context, variants, prefix.inputs(), runs, progress);
+      TimedSteps steps(context);
+      for (const Variant& variant : variants) {
+        about(variant, [&] { steps.add(variant.config, prefix.inputs()); });
+      }
+      const Timings timings = time_queries(steps, inputs.q.tokens, runs, progress);
       result.waited = more_waiting(result.waited, timings.waited);
       for (std::size_t i = 0; i < variants.size(); ++i) {
         curves[i].points.push_back({static_cast<double>(keys), timings.of[i].median});
@@ -237,12 +236,12 @@ TraceResult compare_trace(const Context& context, const std::string& file,
     trace.round_to_e4m3();
   }
   const StepInputs& inputs = trace.inputs();
-  std::vector<std::size_t> workspace_bytes;
+  TimedSteps steps(context);  // made first, so that a wrong config fails before the work
   for (const Variant& variant : variants) {
     about(variant, [&] {
       require(variant.config.sketch == 0 || inputs.shape().k_dtype == DType::e4m3,
               "{}: expected F8_E4M3 keys for a sketch; --fp8 rounds others", file);
-      workspace_bytes.push_back(Plan(context, variant.config, inputs.shape()).workspace_bytes());
+      steps.add(variant.config, inputs);
     });
   }
   const Evaluator evaluator(context, trace, options.top_k);
@@ -264,13 +263,13 @@ TraceResult compare_trace(const Context& context, const std::string& file,
                                  evaluator.attention_of(selected),
                                  {},
                                  mean_cost(variant.config, inputs),
-                                 workspace_bytes[result.indexers.size()],
+                                 steps.workspace_bytes(result.indexers.size()),
                                  variant.config});
     });
     progress.add(1);
   }
   if (options.runs > 0) {
-    const Timings timings = time_variants(context, variants, inputs, options.runs, progress);
+    const Timings timings = time_queries(steps, inputs.q.tokens, options.runs, progress);
     result.waited = timings.waited;
     for (std::size_t i = 0; i < variants.size(); ++i) {
       result.indexers[i].query = timings.of[i];

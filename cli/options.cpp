@@ -9,6 +9,7 @@
 #include <charconv>
 #include <cstdio>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +39,14 @@ std::size_t control_bytes(std::string_view text) {
       at(0) == 0xe2 && ((at(1) == 0x80 && within(at(2), 0xa8, 0xae)) ||
                         (at(1) == 0x81 && within(at(2), 0xa6, 0xa9)));
   return breaks_or_turns ? 3 : 0;
+}
+
+// The whole number that all of the text is, if it is one.
+std::optional<std::int64_t> whole(std::string_view text) {
+  std::int64_t value = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  return error == std::errc() && stop == end ? std::optional(value) : std::nullopt;
 }
 
 char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
@@ -89,10 +98,7 @@ void add_dtype_option(CLI::App& command, std::string& dtype) {
 CLI::Validator whole_number(std::int64_t least, std::int64_t most) {
   return CLI::Validator(
       [least, most](const std::string& text) -> std::string {
-        std::int64_t value = 0;
-        const char* end = text.data() + text.size();
-        const auto [stop, error] = std::from_chars(text.data(), end, value);
-        if (error == std::errc() && stop == end && value >= least && value <= most) {
+        if (const auto value = whole(text); value && *value >= least && *value <= most) {
           return {};
         }
         return fmt::format("expected a whole number from {} to {}, got '{}'", least, most, text);
@@ -108,15 +114,17 @@ CLI::Validator size_number(std::int64_t least, std::int64_t most) {
   return CLI::Validator(
       [least, most](std::string& text) -> std::string {
         constexpr std::string_view kSuffixes = "KMG";
-        const std::size_t suffix =
-            text.empty() ? kSuffixes.npos : kSuffixes.find(upper(text.back()));
-        std::int64_t value = 0;
-        const char* end = text.data() + text.size() - (suffix != kSuffixes.npos ? 1 : 0);
-        const auto [stop, error] = std::from_chars(text.data(), end, value);
-        const std::int64_t unit =
-            suffix != kSuffixes.npos ? std::int64_t{1} << (10 * (suffix + 1)) : 1;
-        if (error == std::errc() && stop == end && value <= most / unit && value * unit >= least) {
-          text = std::to_string(value * unit);
+        std::string_view number = text;
+        std::int64_t unit = 1;
+        if (const std::size_t suffix =
+                text.empty() ? kSuffixes.npos : kSuffixes.find(upper(text.back()));
+            suffix != kSuffixes.npos) {
+          number.remove_suffix(1);
+          unit <<= 10 * (suffix + 1);
+        }
+        const std::optional<std::int64_t> value = whole(number);
+        if (value && *value <= most / unit && *value >= least / unit && *value * unit >= least) {
+          text = std::to_string(*value * unit);
           return {};
         }
         return fmt::format(

@@ -67,6 +67,8 @@ json to_json(const IndexerResult& result) {
   return out;
 }
 
+json share_of(std::optional<double> share) { return share ? json(*share) : json(); }
+
 json to_json(const TraceResult& trace) {
   json indexers = json::array();
   for (const IndexerResult& result : trace.indexers) {
@@ -81,12 +83,10 @@ json to_json(const TraceResult& trace) {
           {"q_dtype", name_of(trace.shape.q_dtype)},
           {"k_dtype", name_of(trace.shape.k_dtype)},
           {"long_rows", trace.long_rows},
-          {"attention_bound", trace.attention_bound ? json(*trace.attention_bound) : json()},
+          {"attention_bound", share_of(trace.attention_bound)},
           {"indexers", std::move(indexers)},
           {"sweeps", trace.sweeps ? to_json(*trace.sweeps) : json()}};
 }
-
-json share_of(std::optional<double> share) { return share ? json(*share) : json(); }
 
 std::string percent(double share) { return fmt::format("{:.1f} %", 100 * share); }
 

@@ -53,6 +53,10 @@ class TimedSteps {
   // The inputs must live as long as this.
   void add(const IndexerConfig& config, const StepInputs& inputs);
 
+  [[nodiscard]] std::size_t workspace_bytes(std::size_t i) const {
+    return steps_[i].plan.workspace_bytes();
+  }
+
   // One for each step, in the order in which they were added; for as long as this lives.
   [[nodiscard]] std::vector<Contender> contenders();
 

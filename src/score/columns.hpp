@@ -14,6 +14,7 @@ struct RowLengths {
   std::int32_t keep;
 };
 
+// Writes them.
 template <class Source>
 void launch_row_lengths(const Source& keys, std::int64_t queries, const Columns& columns,
                         const RowLengths& lengths, void* stream);
