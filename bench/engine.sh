@@ -34,14 +34,14 @@ for variant in variants:
         found = json.loads(path.read_text())
         first = [f"{value:.0f}" for value in found["first"].values()]
         later = [
-            f"{v['token_ms']:.2f} ({v['indexer_us']:.0f}; {v['replay_us']:.0f})"
+            f"{v['token_ms']:.2f} ({v['device_ms']:.2f}; {v['indexer_us']:.0f})"
             for v in found["next"].values()
         ]
         rows.append((variant, first, later, found))
 if rows:
     lengths, batches = (list(rows[0][3][key]) for key in ("first", "next"))
     print("| indexer |", " | ".join(f"first token of {n}, ms" for n in lengths), "|",
-          " | ".join(f"token at B = {b}, ms (indexer, us a layer; host, us a replay)" for b in batches), "|")
+          " | ".join(f"token at B = {b}, ms (on the device; the indexer, us a layer)" for b in batches), "|")
     for variant, first, later, _ in rows:
         print(f"| {variant} |", " | ".join(first + later), "|")
 PY

@@ -7,13 +7,15 @@ indexer's share of it, on a few layers of random weights shaped as one rank of e
 
 VARIANT: one of VARIANTS. Writes FOLDER/bench-VARIANT.json. First tokens are those of distinct
 random prompts, computed whole. Decode has a context of 131,072 tokens for each sequence, of random
-bytes in pages of its own. Processes that measure in the same folder start together and then
-measure one after the other.
+bytes in pages of its own. Processes that measure in the same folder start together and then take
+turns. Of the turns' medians the least counts: with few layers the host takes longest, and other
+processes slow it at times.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import fcntl
 import functools
 import itertools
@@ -23,6 +25,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ import torch  # noqa: E402
 
 CONTEXT = 131072
 REPEATS = 2
+ROUNDS = 5
 BATCHED = 8192
 
 VARIANTS: dict[str, dict[str, str]] = {
@@ -139,6 +143,7 @@ class Steps:
         from vllm.v1.worker.gpu_worker import Worker
 
         self.begun: list[float] | None = None
+        self.profiled = False
         self.replays: list[float] = []
         self.profile: Any = None
         replay = torch.cuda.CUDAGraph.replay
@@ -164,7 +169,7 @@ class Steps:
             return
         step = len(self.begun)
         try:
-            if step == self.PROFILED.start:
+            if step == self.PROFILED.start and self.profiled:
                 activities = [torch.profiler.ProfilerActivity.CUDA]
                 self.profile = torch.profiler.profile(activities=activities)
                 torch.cuda.synchronize()
@@ -183,34 +188,60 @@ class Steps:
         return statistics.median(times[: len(self.MEASURED)]) * 1e3
 
 
-def next_tokens(llm: Any, batches: list[int], layers: int, steps: Steps) -> dict[int, Any]:
-    """Milliseconds for a token of every sequence, and the indexer's microseconds in a layer."""
+Event = tuple[str, float, float]
+
+
+def device_events(profile: Any) -> list[Event]:
+    """The name, start and end in microseconds of what ran on the device."""
+    cuda = torch.autograd.DeviceType.CUDA
+    events = (e for e in profile.events() if e.device_type == cuda)
+    return [(e.name, e.time_range.start, e.time_range.end) for e in events]
+
+
+def busy(events: Iterable[Event]) -> float:
+    """Microseconds in which at least one of the events ran. Kernels may start early and wait for
+    those before them (programmatic dependent launch), so that the sum of their times counts some of
+    it twice."""
+    total, until = 0.0, float("-inf")
+    for _, start, end in sorted(events, key=lambda e: e[1]):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def next_tokens(llm: Any, batch: int, steps: Steps, profiled: bool) -> dict[str, Any]:
+    """One turn: milliseconds for a token of every sequence, and on the host for each replay of a
+    graph."""
     import loaded
 
     loaded.ON = True
     prompt = serve.prompts((CONTEXT,), 1)[0]
-    found: dict[int, Any] = {}
-    for batch in batches:
-        steps.begun, steps.replays = [], []
-        # Steps before those that are measured admit the sequences.
-        serve.generate(llm, [prompt] * batch, steps.PROFILED.stop + 4)
-        result = {"token_ms": steps.token_ms()}
-        steps.begun = None
-        events = steps.profile.key_averages() if steps.profile is not None else []
-        kernels = {e.key: e.self_device_time_total for e in events}
-        each = len(steps.PROFILED) * layers
-        indexer = sum(t for name, t in kernels.items() if INDEXER.search(name))
-        result["indexer_us"] = indexer / each
-        # What starting a graph takes on the host.
-        result["replay_us"] = statistics.median(steps.replays or [0]) * 1e6
-        result["kernels_ms"] = sum(kernels.values()) / len(steps.PROFILED) / 1e3
-        found[batch] = result
-        print(f"-- {batch} sequences: {result}", flush=True)
-        for name, total in sorted(kernels.items(), key=lambda k: -k[1])[:10]:
-            marked = "*" if INDEXER.search(name) else " "
-            print(f"     {marked} {total / each:9.1f} us a layer  {name[:100]}")
-    loaded.ON = False
-    return found
+    steps.begun, steps.replays, steps.profile = [], [], None
+    steps.profiled = profiled
+    # Steps before those that are measured admit the sequences.
+    last = steps.PROFILED if profiled else steps.MEASURED
+    serve.generate(llm, [prompt] * batch, last.stop + 4)
+    turn = {"token_ms": steps.token_ms(), "replay_ms": statistics.median(steps.replays or [0])}
+    steps.begun, loaded.ON = None, False
+    return turn
+
+
+def on_the_device(steps: Steps, layers: int) -> dict[str, float]:
+    """What the profiled steps took on the device: all, and the indexer in a layer."""
+    if steps.profile is None:
+        return {}
+    events = device_events(steps.profile)
+    kernels: dict[str, float] = collections.defaultdict(float)
+    for name, start, end in events:
+        kernels[name] += end - start
+    each = len(steps.PROFILED) * layers
+    for name, total in sorted(kernels.items(), key=lambda k: -k[1])[:10]:
+        marked = "*" if INDEXER.search(name) else " "
+        print(f"     {marked} {total / each:9.1f} us a layer  {name[:100]}")
+    return {
+        "device_ms": busy(events) / len(steps.PROFILED) / 1e3,
+        "indexer_us": busy(e for e in events if INDEXER.search(e[0])) / each,
+    }
 
 
 def main() -> None:
@@ -229,10 +260,23 @@ def main() -> None:
     with (args.folder / "bench.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_SH)  # until all are up
         llm = engine(args.folder, args.layers, max(args.batches))
-        fcntl.flock(turn, fcntl.LOCK_EX)
         try:
-            result["next"] = next_tokens(llm, args.batches, args.layers, steps)
-            path.write_text(json.dumps(result, indent=1))
+            turns: dict[int, list[dict[str, float]]] = {batch: [] for batch in args.batches}
+            for i in range(ROUNDS):
+                fcntl.flock(turn, fcntl.LOCK_EX)
+                for batch in args.batches:
+                    turns[batch].append(next_tokens(llm, batch, steps, profiled=i == 0))
+                    if i == 0:
+                        result["next"][batch] = on_the_device(steps, args.layers)
+                    for name in turns[batch][0]:
+                        values = [one[name] for one in turns[batch]]
+                        result["next"][batch][name] = min(values)
+                        result["next"][batch][f"{name}_of_turns"] = values
+                    print(f"-- {batch} sequences: {result['next'][batch]}", flush=True)
+                path.write_text(json.dumps(result, indent=1))
+                fcntl.flock(turn, fcntl.LOCK_UN)
+                time.sleep(0.1)  # for the others to take their turns
+            fcntl.flock(turn, fcntl.LOCK_EX)
             result["first"] = first_tokens(llm, args.lengths)
         finally:
             if args.variant != "engine":

@@ -3,7 +3,10 @@
 # $out: their folder.
 site=${ENGINE_SITE:-$out/site}
 python=${PYTHON:-python3}
-[ ! -d "$site" ] || export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+# The last is what the .pth file of nvidia-cutlass-dsl adds, which is read in site-packages only.
+for folder in "$site" "$site/nvidia_cutlass_dsl/dsl_packages"; do
+  [ ! -d "$folder" ] || export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
+done
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export VLLM_CACHE_ROOT=$out/cache DG_JIT_CACHE_DIR=$out/cache/dg TRITON_CACHE_DIR=$out/cache/triton
 # DeepGEMM compiles with nvcc when it runs.

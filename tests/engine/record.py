@@ -52,8 +52,9 @@ class Recorder:
         self.compared = True  # whether the same positions as the engine's are expected
         self.config: Any = None
         self.steps = 0
-        # Seconds that calls took on the host, MISA's and vLLM's own, while they are measured.
-        self.times: tuple[list[float], list[float]] | None = None
+        # Seconds that calls took on the host while they are measured: MISA's operator, the
+        # selection within it, and vLLM's operator.
+        self.times: dict[str, list[float]] | None = None
         self._kept: dict[str, Kept] = {}
         self._buffers: dict[str, torch.Tensor] = {}
 
@@ -63,6 +64,7 @@ class Recorder:
 
         def replace(original: Callable, engine: Any, selector: Any, **options: Any) -> Callable:
             self.config = selector.config
+            selector.paged = self._clocked("selection", selector.paged)
             return self._wrapped(inner(original, engine, selector, **options), original, engine)
 
         plugin.replace = replace  # type: ignore[assignment]
@@ -115,12 +117,22 @@ class Recorder:
     def _timed(
         self, operator: Callable, original: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        assert self.times is not None
-        for function, times in zip((operator, original), self.times, strict=True):
+        result = self._clocked("misa", operator)(*args, **kwargs)
+        self._clocked("engine", original)(*args, **kwargs)
+        return result
+
+    def _clocked(self, name: str, function: Callable) -> Callable:
+        """`function`, whose times go under `name` while times are measured."""
+
+        @functools.wraps(function)
+        def clocked(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            times.append(time.perf_counter() - start)
-        return result
+            if self.times is not None:
+                self.times.setdefault(name, []).append(time.perf_counter() - start)
+            return result
+
+        return clocked
 
     def _record(self, call: dict[str, Any], layer: str, metadata: Any, original: Callable) -> None:
         capturing = torch.cuda.is_current_stream_capturing()

@@ -134,10 +134,12 @@ def serve_all(llm: Any, recorder: Any, mode: dict[str, Any], result: dict[str, A
     outs = generate(llm, [again], NEW)
     result["cached"] = [out.num_cached_tokens for out in outs]
     if mode.get("timed"):
-        recorder.times = ([], [])
+        recorder.times = {}
         generate(llm, prompts((100,) * SEQUENCES, seed=8), 550)
-        found = [round(statistics.median(times) * 1e6, 1) for times in recorder.times]
-        result["host_us"] = {"calls": len(recorder.times[0]), "misa": found[0], "engine": found[1]}
+        result["host_us"] = {
+            name: round(statistics.median(times) * 1e6, 1) for name, times in recorder.times.items()
+        }
+        result["host_us"]["calls"] = len(recorder.times["misa"])
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
