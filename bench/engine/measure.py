@@ -92,32 +92,6 @@ def engine(folder: Path, layers: int, batch: int) -> Any:
     )
 
 
-def derive_loaded_pages() -> None:
-    """Has the plugin make what decode derives from keys of the pages that are there from the start,
-    where it would leave decode to vLLM as a connector brings pages."""
-    from misa.integrations import vllm as plugin
-
-    inner = plugin._selector
-
-    def selector(chosen: Any, settings: Any, config: Any, platform: Any) -> Any:
-        connector, config.kv_transfer_config = config.kv_transfer_config, None
-        made = inner(chosen, settings, config, platform)
-        config.kv_transfer_config = connector
-        empty = made.derived
-
-        def derived(cache: torch.Tensor) -> Any:
-            arrays = empty(cache)
-            pages = torch.arange(cache.shape[0], dtype=torch.int32, device=cache.device)
-            others = {"largest_scales": arrays.largest_scales, "sketches": arrays.sketches}
-            plugin.misa.rebuild(cache, arrays.page_sums, pages, **others)
-            return arrays
-
-        made.derived = derived
-        return made
-
-    plugin._selector = selector
-
-
 def first_tokens(llm: Any, lengths: list[int]) -> dict[int, float]:
     """Milliseconds to the first token by the prompt's length, the least of some."""
     times: dict[int, float] = {}
@@ -256,7 +230,6 @@ def main() -> None:
     path = args.folder / f"bench-{args.variant}.json"
     result: dict[str, Any] = {"first": {}, "next": {}}
     steps = Steps()
-    derive_loaded_pages()
     with (args.folder / "bench.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_SH)  # until all are up
         llm = engine(args.folder, args.layers, max(args.batches))

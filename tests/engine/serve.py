@@ -36,6 +36,7 @@ import torch  # noqa: E402
 
 # indexer: MISA_* variables. graphs: vLLM's cudagraph_mode. drafts: tokens that a random draft
 # layer proposes. small: a cache that cannot hold all sequences, so that some are preempted.
+# offload: a cache that holds the first requests only, whose pages go to host memory and come back.
 # exact: whether the positions are the engine's, up to rounding. timed: host time is measured too.
 DSA = {"MISA_INDEXER": "dsa"}
 SKETCH = {
@@ -57,6 +58,13 @@ MODES: dict[str, dict[str, Any]] = {
     "glm-all-heads": {"indexer": {"MISA_INDEXER": "misa", "MISA_HEADS": "32"}, "kind": "glm"},
     "sketch": {"graphs": "FULL_AND_PIECEWISE", "indexer": SKETCH, "exact": False},
     "hisa": {"graphs": "FULL_AND_PIECEWISE", "indexer": {"MISA_INDEXER": "hisa"}, "exact": False},
+    "offload": {
+        "graphs": "FULL_AND_PIECEWISE",
+        "indexer": {"MISA_INDEXER": "hisa"},
+        "exact": False,
+        "offload": True,
+    },
+    "offload-sketch": {"indexer": SKETCH, "exact": False, "offload": True},
     "misa": {"indexer": {"MISA_INDEXER": "misa", "MISA_DECODE": "1"}, "exact": False},
 }
 
@@ -107,6 +115,8 @@ def engine(mode: dict[str, Any], folder: Path) -> Any:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": drafts}
     if mode.get("small"):
         options["num_gpu_blocks_override"] = 165
+    if mode.get("offload"):
+        options |= {"kv_offloading_size": 2, "num_gpu_blocks_override": 500}
     return LLM(**options)
 
 
@@ -129,10 +139,13 @@ def serve_all(llm: Any, recorder: Any, mode: dict[str, Any], result: dict[str, A
         return
     ids = prompts(LENGTHS, seed=0)
     outs = generate(llm, ids, NEW)
+    if mode.get("offload"):
+        generate(llm, prompts(LENGTHS, seed=6), NEW)  # takes the pages of the first ones
     # The prompt of 9000 tokens with what came after it, which are cached, and 700 more.
     again = ids[2] + list(outs[2].outputs[0].token_ids) + prompts((700,), seed=7)[0]
     outs = generate(llm, [again], NEW)
     result["cached"] = [out.num_cached_tokens for out in outs]
+    result["loaded"] = metric(llm, "vllm:external_prefix_cache_hits")
     if mode.get("timed"):
         recorder.times = {}
         generate(llm, prompts((100,) * SEQUENCES, seed=8), 550)
@@ -144,7 +157,14 @@ def serve_all(llm: Any, recorder: Any, mode: dict[str, Any], result: dict[str, A
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     mode = MODES[name]
-    result: dict[str, Any] = {"mode": name, "preempted": 0, "cached": [], "up": 0, "faults": []}
+    result: dict[str, Any] = {
+        "mode": name,
+        "preempted": 0,
+        "cached": [],
+        "loaded": 0,
+        "up": 0,
+        "faults": [],
+    }
     os.environ.update(mode.get("indexer", DSA), MISA_STRICT="1")
     from record import Recorder
 
@@ -197,6 +217,8 @@ def faults(result: dict[str, Any], mode: dict[str, Any]) -> list[str]:
         found.append("no sequence was preempted")
     if not mode.get("small") and not any(result["cached"]):
         found.append("no prefix was found in the cache")
+    if mode.get("offload") and not result["loaded"]:
+        found.append("no page came back from host memory")
     padded = "FULL" in mode.get("graphs", "") and not mode.get("drafts")
     if padded and not result["decode"]["padding"]:
         found.append("no row padded a batch")

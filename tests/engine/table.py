@@ -40,8 +40,9 @@ def main() -> int:
                 f"{tally['replayed']:>8}"
             )
         times = f"up in {result['up']} s, served in {result['served']} s"
-        more = f"padding {result['decode']['padding']}, cached {result['cached']}"
-        print(f"{'':<14} {times}, preempted {result['preempted']}, {more}, {result['counters']}")
+        more = f"cached {result['cached']}, loaded {result['loaded']}, {result['counters']}"
+        padding = result["decode"]["padding"]
+        print(f"{'':<14} {times}, preempted {result['preempted']}, padding {padding}, {more}")
         if "host_us" in result:
             print(f"{'':<14} host, us a call, median: {result['host_us']}")
         for fault in result["faults"]:

@@ -148,16 +148,22 @@ class Selector:
         return self.decode is not None and (self._sums or self._sketch > 0)
 
     def derived(self, cache: torch.Tensor) -> Derived:
-        """Memory for what is derived from the keys of `cache` [pages, 64, D + 4]; without keys."""
+        """What is derived from the bytes of `cache` [pages, 64, D + 4], in memory of its own."""
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros((cache.shape[0], *shape), dtype=dtype, device=cache.device)
 
-        return Derived(
+        made = Derived(
             zeros(torch.float32, 1, self._dim) if self._sums else None,
             zeros(torch.float32, 1) if self._sums else None,
             zeros(torch.uint8, self._sketch) if self._sketch else None,
         )
+        self.rebuild(made, cache, torch.arange(cache.shape[0], dtype=torch.int32))
+        return made
+
+    def rebuild(self, derived: Derived, cache: torch.Tensor, pages: torch.Tensor) -> None:
+        """From the bytes of `pages` int32, each given once, in host memory."""
+        misa.rebuild(cache, pages=pages.to(cache.device), **derived._asdict())
 
     def derive(self, derived: Derived, cache: torch.Tensor, slots: torch.Tensor) -> None:
         """For the keys that were written into `slots` int64; -1 is none."""

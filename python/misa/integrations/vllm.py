@@ -30,6 +30,7 @@ import misa
 from ._counters import Counters
 from ._environment import Settings, has, read_settings
 from ._selector import NOTHING, Bounds, Derived, Selector
+from ._vllm_loads import Loads
 from ._vllm_step import METADATA, PLAIN, UNREAD, Call, Decode, Step
 
 _MODULE = "vllm.model_executor.layers.sparse_attn_indexer"
@@ -124,7 +125,13 @@ def _install(config: Any) -> None:
     # Where vLLM may deal rows to sequences on the device, a replay is not like its capture.
     indexer = importlib.import_module(_METADATA_MODULE)
     fixed = not hasattr(indexer, "_supports_flattened_device_query_lens")
-    replacement = replace(original, engine, selector, strict=settings.strict, fixed=fixed)
+    loads = None
+    if selector.derives and getattr(config, "kv_transfer_config", None) is not None:
+        loads = Loads(max(config.cache_config.block_size // _PAGE, 1))
+        loads.install()
+    replacement = replace(
+        original, engine, selector, strict=settings.strict, fixed=fixed, loads=loads
+    )
     eager_break = getattr(engine, "eager_break_during_capture", None)
     if eager_break is not None:
         replacement = eager_break(replacement)
@@ -198,11 +205,13 @@ def _selector(chosen: misa.Config, settings: Settings, config: Any, platform: An
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
     if selector.derives and getattr(config, "kv_transfer_config", None) is not None:
-        problem = "pages that a KV connector brings have neither sums nor sketches"
-        if settings.strict:
-            raise ValueError(problem)
-        _counters.leave("decode", problem)
-        selector.decode = None
+        lacks = Loads.problem()
+        if lacks is not None:
+            problem = f"pages that a KV connector brings cannot be seen: {lacks}"
+            if settings.strict:
+                raise ValueError(problem)
+            _counters.leave("decode", problem)
+            selector.decode = None
     return selector
 
 
@@ -213,6 +222,7 @@ def replace(
     *,
     strict: bool = False,
     fixed: bool = False,
+    loads: Loads | None = None,
 ) -> Callable[..., Any]:
     """An operator that selects with `selector` if it can and calls `original` for all other work.
 
@@ -224,8 +234,11 @@ def replace(
         selector: the plans for the model.
         strict: whether a layer that MISA cannot serve is an error.
         fixed: whether all sequences of a captured decode have as many queries in every replay.
+        loads: what sees the pages that a KV connector brings.
     """
     operator = _Operator(original, engine, selector, strict, fixed)
+    if loads is not None:
+        loads.rebuild = operator.rebuild
 
     @functools.wraps(original)
     def sparse_attn_indexer(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -239,14 +252,18 @@ class _Strict(RuntimeError):
 
 
 class _Layer(NamedTuple):
-    """cache: where its key cache is, and how many pages it has.
+    """cache: its key cache.
     reason: why it is left to vLLM's operator, or None.
     derived: from its keys, for decode.
     """
 
-    cache: tuple[int, int]
+    cache: torch.Tensor
     reason: str | None
     derived: Derived
+
+    def has(self, cache: torch.Tensor) -> bool:
+        same_memory = cache.data_ptr() == self.cache.data_ptr()
+        return same_memory and cache.shape[0] == self.cache.shape[0]
 
 
 class _Operator:
@@ -344,7 +361,7 @@ class _Operator:
         """What is kept of a layer as long as it has the same cache."""
         cache = call.kv_cache
         layer = self._layers.get(name)
-        if layer is not None and layer.cache == (cache.data_ptr(), cache.shape[0]):
+        if layer is not None and layer.has(cache):
             return layer
         reason, derived = self._uncovered(call), NOTHING
         if reason is None and self._selector.derives and "decode" not in self._failed:
@@ -352,10 +369,20 @@ class _Operator:
                 reason = "a layer whose first step is captured into a CUDA graph"
             else:
                 derived = self._selector.derived(cache)
-        layer = _Layer((cache.data_ptr(), cache.shape[0]), reason, derived)
+        layer = _Layer(cache, reason, derived)
         self._layers[name] = layer
         self._counted = self._counted or name
         return layer
+
+    def rebuild(self, pages: list[int]) -> None:
+        """Makes again, in every layer, what is derived from the keys of some pages."""
+        try:
+            for cache, _, derived in self._layers.values():
+                if derived is not NOTHING:
+                    there = [page for page in pages if page < cache.shape[0]]
+                    self._selector.rebuild(derived, cache, torch.tensor(there, dtype=torch.int32))
+        except Exception as error:
+            self._failed["decode"] = _text(error)
 
     def _taken(
         self, call: Call, context: Any, layer: _Layer, step: Step, capturing: bool
