@@ -28,11 +28,11 @@
 #include "progress.hpp"
 #include "safetensors.hpp"
 #include "streams.hpp"
+#include "synthetic.hpp"
 
 namespace misa::cli {
 namespace {
 
-constexpr std::array<std::string_view, 2> kKinds{"random", "structured"};
 constexpr std::array<std::string_view, 2> kLayouts{"ragged", "paged"};
 
 struct Options {
@@ -47,120 +47,6 @@ struct Options {
   std::int64_t dim = 128;
   std::uint64_t seed = 1;
   bool json = false;
-};
-
-// Structured traces. Every key has nearly the same component along one direction. The queries of
-// the first half of the heads point along it, so that each head adds nearly the same to every
-// score. Those of the other heads point against it, so that their ReLU gives 0, except for one head
-// in kSeekers per query: it also points at needles, and its ReLU is positive for those alone.
-constexpr float kShared = 8;      // mean of that component, in standard deviations of the others
-constexpr float kSpread = 0.1F;   // its standard deviation
-constexpr float kAgainst = 0.5F;  // q . k is -4 on average, with a deviation of about 1
-constexpr float kNeedle = 8;      // raises q . k to +4 for a needle
-constexpr std::int64_t kNeedleKinds = 8;
-constexpr std::int64_t kKeysANeedle = 64;
-constexpr std::int64_t kSeekers = 8;
-
-// What random numbers are used for.
-enum class Stream : std::uint32_t { directions, queries, weights, keys, pages };
-
-// The generator of one row of one stream.
-std::mt19937_64 generator(std::uint64_t seed, Stream stream, std::int64_t row) {
-  const auto low = [](std::uint64_t value) { return static_cast<std::uint32_t>(value); };
-  const auto at = static_cast<std::uint64_t>(row);
-  std::seed_seq sequence{low(seed), low(seed >> 32), static_cast<std::uint32_t>(stream), low(at),
-                         low(at >> 32)};
-  return std::mt19937_64(sequence);
-}
-
-void fill_normal(std::span<float> values, std::mt19937_64& random, float deviation = 1) {
-  std::normal_distribution<float> normal(0, deviation);
-  std::generate(values.begin(), values.end(), [&] { return normal(random); });
-}
-
-void add(std::span<float> to, float factor, std::span<const float> values) {
-  for (std::size_t i = 0; i < to.size(); ++i) {
-    to[i] += factor * values[i];
-  }
-}
-
-// The values of a trace in fp32, row by row.
-class Source {
- public:
-  explicit Source(const Options& options)
-      : structured_(options.kind == "structured"),
-        heads_(options.heads),
-        dim_(options.dim),
-        seed_(options.seed) {
-    // Unit vectors: the keys' common direction, then one for each kind of needle.
-    auto random = generator(seed_, Stream::directions, 0);
-    for (std::int64_t i = 0; i <= kNeedleKinds; ++i) {
-      std::vector<float> direction(static_cast<std::size_t>(dim_));
-      fill_normal(direction, random);
-      const float norm = std::sqrt(
-          std::inner_product(direction.begin(), direction.end(), direction.begin(), 0.0F));
-      for (float& value : direction) {
-        value /= norm;
-      }
-      directions_.push_back(std::move(direction));
-    }
-  }
-
-  // q of one query, [H, D]
-  void query(std::int64_t t, std::span<float> out) const {
-    auto random = generator(seed_, Stream::queries, t);
-    if (!structured_) {
-      fill_normal(out, random);
-      return;
-    }
-    constexpr float kNoise = 0.1F;
-    fill_normal(out, random, kNoise);
-    const float norm = std::sqrt(static_cast<float>(dim_));  // that of a random query
-    for (std::int64_t j = 0; j < heads_; ++j) {
-      const auto head = out.subspan(static_cast<std::size_t>(j * dim_), dim_);
-      add(head, looks_along(j) ? norm : -norm * kAgainst, directions_[0]);
-      if (seeks(t, j)) {
-        add(head, norm, directions_[1 + t % kNeedleKinds]);
-      }
-    }
-  }
-
-  // w of one query, [H], with H^-1/2 D^-1/2 folded in
-  void weights(std::int64_t t, std::span<float> out) const {
-    auto random = generator(seed_, Stream::weights, t);
-    fill_normal(out, random, 1 / std::sqrt(static_cast<float>(heads_ * dim_)));
-    for (std::int64_t j = 0; structured_ && j < heads_; ++j) {
-      if (seeks(t, j)) {
-        out[j] = std::abs(out[j]);
-      }
-    }
-  }
-
-  // One key, [D]; s counts over all sequences.
-  void key(std::int64_t s, std::span<float> out) const {
-    auto random = generator(seed_, Stream::keys, s);
-    fill_normal(out, random);
-    if (structured_) {
-      const float along = std::inner_product(out.begin(), out.end(), directions_[0].begin(), 0.0F);
-      add(out, kShared + (kSpread - 1) * along, directions_[0]);
-      std::uniform_int_distribution<std::int64_t> any(0, kKeysANeedle * kNeedleKinds - 1);
-      if (const std::int64_t kind = any(random); kind < kNeedleKinds) {
-        add(out, kNeedle, directions_[1 + kind]);
-      }
-    }
-  }
-
- private:
-  [[nodiscard]] bool looks_along(std::int64_t j) const { return j < heads_ / 2; }
-  [[nodiscard]] bool seeks(std::int64_t t, std::int64_t j) const {
-    return !looks_along(j) && (t + j) % kSeekers == 0;
-  }
-
-  bool structured_;
-  std::int64_t heads_;
-  std::int64_t dim_;
-  std::uint64_t seed_;
-  std::vector<std::vector<float>> directions_;
 };
 
 void encode(std::span<const float> values, std::string_view dtype, std::vector<std::byte>& out) {
@@ -190,7 +76,8 @@ class Synthesis {
  public:
   explicit Synthesis(const Options& options)
       : options_(options),
-        source_(options),
+        source_(
+            make_synthetic(options.kind, {options.keys, options.heads, options.dim, options.seed})),
         pages_((options.keys + kPageSize - 1) / kPageSize),
         file_(options.output, tensors(options, pages_),
               {{"source", "misa synth"}, {"kind", options.kind}}),
@@ -237,10 +124,10 @@ class Synthesis {
     std::vector<float> w(static_cast<std::size_t>(options_.heads));
     std::vector<std::byte> encoded;
     for (std::int64_t t = 0; t < options_.sequences * options_.queries; ++t) {
-      source_.query(t, q);
+      source_->query(t, q);
       encode(q, options_.dtype, encoded);
       file_.append("q", encoded);
-      source_.weights(t, w);
+      source_->weights(t, w);
       file_.append("w", std::as_bytes(std::span(w)));
       progress_.add(1);
     }
@@ -250,7 +137,7 @@ class Synthesis {
     std::vector<float> key(static_cast<std::size_t>(options_.dim));
     std::vector<std::byte> encoded(key.size());
     for (std::int64_t s = 0; s < options_.sequences * options_.keys; ++s) {
-      source_.key(s, key);
+      source_->key(s, key);
       if (options_.dtype == "F8_E4M3") {
         const float scale = quantize_to(key, encoded.data());
         file_.append("k_scale", std::as_bytes(std::span(&scale, 1)));
@@ -279,7 +166,7 @@ class Synthesis {
     const std::int64_t count = options_.sequences * pages_;
     std::vector<std::int32_t> logical(static_cast<std::size_t>(count));  // of each physical page
     std::iota(logical.begin(), logical.end(), 0);
-    auto random = generator(options_.seed, Stream::pages, 0);
+    auto random = synthetic_numbers(options_.seed, SyntheticUse::pages, 0);
     std::shuffle(logical.begin(), logical.end(), random);
     std::vector<std::int32_t> table(logical.size());
     std::vector<std::byte> page;
@@ -291,7 +178,7 @@ class Synthesis {
       const std::int64_t filled = std::min<std::int64_t>(kPageSize, options_.keys - first);
       page.assign(static_cast<std::size_t>(cache_bytes(1, options_.dim)), std::byte{0});
       for (std::int64_t i = 0; i < filled; ++i) {
-        source_.key(sequence * options_.keys + first + i, key);
+        source_->key(sequence * options_.keys + first + i, key);
         const float scale = quantize_to(key, &page[i * options_.dim]);
         std::memcpy(&page[kPageSize * options_.dim + 4 * i], &scale, sizeof scale);
       }
@@ -310,7 +197,7 @@ class Synthesis {
   }
 
   const Options& options_;
-  Source source_;
+  std::unique_ptr<const Synthetic> source_;
   std::int64_t pages_;  // per sequence
   SafetensorsWriter file_;
   Progress progress_;
@@ -347,12 +234,20 @@ L - T + 1 + i keys. Memory does not grow with the file. The same options give th
 both layouts hold the same keys.
 
 Kinds:
-  random       normal entries in q, w and k
-  structured   needles (a key in 64, of 8 kinds) among keys that share a direction. Half of the heads
-               look along it: their energy is high, but nearly the same for every key. The others
-               are silent, but for an eighth of them, others for each query, which fire on needles
-               of one kind. Routing by energy (misa) misses the needles, by nonlinearity (misa-r)
-               finds them.
+  random        normal entries in q, w and k
+  structured    needles (a key in 64, of 8 kinds) among keys that share a direction. Half of the
+                heads look along it: their energy is high, but nearly the same for every key. The
+                others are silent, but for an eighth of them, others for each query, which fire on
+                needles of one kind. Routing by energy (misa) misses the needles, by nonlinearity
+                (misa-r) finds them.
+  concentrated  8 heads a query, others for each, weigh 32 times as much as the rest, in pairs with
+                opposite queries, of which no linear row says anything. misa routes all 8; misa-r
+                routes fewer and loses what the others say.
+  passages      passages of 256 keys on a topic each, of which a query asks for one. A quarter of
+                the heads see whether a passage is on the topic; the others, in pairs with opposite
+                queries, say which of its keys count, and take all of them to say so. A filter of
+                blocks, then all heads on what it keeps (hisa), wins; a few heads lose, unless they
+                are re-ranked.
 
 Layouts:
   ragged   q [B*T,H,D], w [B*T,H], k [B*L,D], ks and ke [B*T], with F8_E4M3 also k_scale [B*L]
@@ -386,7 +281,7 @@ void add_synth(CLI::App& app) {
   command->add_option("-o,--output", options->output, "The trace, a safetensors file")
       ->type_name("OUT")
       ->required();
-  word("--kind", options->kind, kKinds, "What the values are like");
+  word("--kind", options->kind, kSyntheticKinds, "What the values are like");
   word("--layout", options->layout, kLayouts, "How keys are stored");
   add_dtype_option(*command, options->dtype);
   number("--sequences", options->sequences, 1, kMost, "Sequences B");

@@ -260,26 +260,40 @@ TEST(SmokeProgram, SynthIsAFunctionOfItsOptions) {
   EXPECT_THAT(values_of<std::int32_t>(tensors.at("ke")), ElementsAre(68, 69, 70, 138, 139, 140));
 }
 
-// Holds what --help says about structured traces.
-TEST(Program, StructuredTracesHideNeedlesFromEnergy) {
+// How many of the positions that dsa selects an indexer selects too, as a share.
+double share_of_dense(const std::string& kind, const std::string& indexer, int top_k) {
   const Folder folder;
-  done({"synth", "-o", folder / "in", "--kind", "structured", "--queries", "16", "--keys", "4096"});
-  const auto rows = [&](const std::string& indexer) {
-    done({"select", folder / "in", "-o", folder / "out", "--top-k", "8", "--indexer", indexer});
+  done({"synth", "-o", folder / "in", "--kind", kind, "--queries", "8", "--keys", "16384"});
+  const auto rows = [&](const std::string& name) {
+    done({"select", folder / "in", "-o", folder / "out", "--top-k", std::to_string(top_k),
+          "--indexer", name});
     return values_of<std::int32_t>(read_tensors(folder / "out").at("indices"));
   };
   const std::vector<std::int32_t> dense = rows("dsa");
-  const auto found = [&](const std::string& indexer) {
-    const std::vector<std::int32_t> indices = rows(indexer);
-    int count = 0;
-    for (std::size_t i = 0; i < dense.size(); ++i) {
-      const auto* row = &indices[i / 8 * 8];
-      count += std::find(row, row + 8, dense[i]) != row + 8 ? 1 : 0;
-    }
-    return count;
-  };
-  EXPECT_LT(found("misa"), 16 * 8 / 2);
-  EXPECT_GT(found("misa-r"), 16 * 8 / 2);
+  const std::vector<std::int32_t> indices = rows(indexer);
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < dense.size(); ++i) {
+    const auto* row = &indices[i / top_k * top_k];
+    found += std::find(row, row + top_k, dense[i]) != row + top_k ? 1 : 0;
+  }
+  return static_cast<double>(found) / static_cast<double>(dense.size());
+}
+
+// What --help says about the kinds of synthetic traces.
+TEST(Program, StructuredTracesHideNeedlesFromEnergy) {
+  EXPECT_LT(share_of_dense("structured", "misa", 8), 0.5);
+  EXPECT_GT(share_of_dense("structured", "misa-r", 8), 0.5);
+}
+
+TEST(Program, ConcentratedTracesHideLoudHeadsFromALinearRow) {
+  EXPECT_GT(share_of_dense("concentrated", "misa", 1024), 0.9);
+  EXPECT_LT(share_of_dense("concentrated", "misa-r", 1024), 0.85);
+}
+
+TEST(Program, PassagesAskForAFilterOfBlocks) {
+  EXPECT_GT(share_of_dense("passages", "hisa", 1024), 0.99);
+  EXPECT_LT(share_of_dense("passages", "misa", 1024), 0.8);
+  EXPECT_LT(share_of_dense("passages", "misa-r", 1024), 0.9);
 }
 
 TEST(SmokeProgram, HelpSaysWhatThereIs) {
