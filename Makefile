@@ -32,9 +32,9 @@ wheel:
 
 bench:
 	@scripts/install-deps.sh bench
-	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench
+	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench misa_program
 	@build/bench/bench/misa_bench --benchmark_counters_tabular=true
-	@python3 -c 'import torch' 2>/dev/null && python3 bench/torch_peer.py || echo 'torch is not installed: its peer was left out'
+	@python3 -c 'import torch' 2>/dev/null && python3 bench/cpu_peers.py --misa build/bench/cli/misa || echo 'torch is not installed: the peers were left out'
 
 # The documentation with the reference of C++, C and Python, in build/docs/html; a warning is an error.
 docs:
