@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection over keys that are sharded across the ranks of a torch.distributed group.
 
-Every rank has a part of the keys and all queries. Each receives the keys of the others, selects for
-its share of the queries as one rank with all keys would, and the selections are exchanged. The
-result on every rank is that of one rank, bit for bit, whatever the config.
+Every rank has a part of the keys and all queries. The work is split in one of two ways:
+
+- By queries: each rank receives the keys of the others and selects for its share of the queries.
+  The selections are exchanged.
+- By keys, for few queries and configs that score with all heads: each rank selects from its own
+  keys for all queries. What it selected is exchanged with its scores, and the best of all ranks are
+  the selection.
+
+The result on every rank is that of one rank, bit for bit, whatever the config.
 
 The sizes of what is exchanged follow from shapes, so that the host need not wait for a device.
 """
@@ -11,9 +17,10 @@ The sizes of what is exchanged follow from shapes, so that the host need not wai
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,12 +36,25 @@ from ._call import (
     empty_selected,
     select_into,
 )
+from ._peers import Attempt, Peers
 from .torch_ops import require_one_device, require_tensors
 
-T = TypeVar("T")
+Execution = tuple[misa.Config, str, int, int]
+"""The last arguments of `select_into`."""
 
 _UNITS = (64, 16, 4, 1)  # keys that may be moved as one
 _ALIGNED = 4  # outputs begin on multiples of so many words
+
+# The work is split by keys where selections have at most this part of the bytes of keys. Those who
+# receive selections have to select once more.
+_PART_OF_KEYS = 1 / 4
+
+# An entry is an int64 of two halves: the upper one orders the score, NaN below every number; the
+# lower one is the position with every bit inverted, so that of equal scores the lower position is
+# the larger entry.
+_MOST = 2**31 - 1
+_PADDING = -(2**63)  # below every entry; its position is -1
+_LOST = _MOST << 32  # above every entry; its position is -1, its score NaN
 
 
 class Shards:
@@ -60,6 +80,8 @@ class Shards:
         self.padded = max(self.lengths)  # the keys that each rank sends
         self.unit = 1  # keys that stay together
         self.rows: torch.Tensor | None = None  # which unit of what was sent is each of the result
+        self.positions: torch.Tensor | None = None  # int32; None: the keys follow each other
+        self.ascending = True  # whether the positions of each rank do
         if positions is not None:
             self._place(positions, total)
 
@@ -76,6 +98,9 @@ class Shards:
             return
         if not torch.equal(positions.sort().values, in_order):
             raise ValueError(f"positions: expected each of 0 to {total - 1} once")
+        self.positions = positions.int()
+        parts = positions.split(self.lengths)
+        self.ascending = all(bool((part.diff() > 0).all()) for part in parts)
         self.padded = _multiple(self.padded, _UNITS[0])
         ends = accumulate(self.lengths)
         for rank, (length, end) in enumerate(zip(self.lengths, ends, strict=True)):
@@ -141,9 +166,9 @@ def select(
     or shards to be wrong on every rank; a rank on which it is wrong alone leaves the others to the
     timeout of the group.
     """
-    peers = _Peers(group)
+    peers = Peers(group)
     backend, threads, workspace_cap = checked_execution(backend, threads, workspace_cap)
-    attempt = _Attempt()
+    attempt = Attempt()
     if shards is None:
         attempt(lambda: _check_shared(q, config, None, peers.size))
         attempt(lambda: _check_own(q, w, k_local, ks, ke, k_scale, None, None))
@@ -154,103 +179,38 @@ def select(
         _check_shared(q, config, shards, peers.size)
         length = shards.lengths[peers.rank]
         attempt(lambda: _check_own(q, w, k_local, ks, ke, k_scale, shards, length))
-    words = attempt(lambda: _words(k_local, k_scale))
-    if words is None:
-        words = _no_words(q, k_local, k_scale, length)
-    k_words, *scales = (peers.all_keys(array, shards) for array in words)
-
-    # Queries are dealt one by one, so that causal rows make equal shares.
-    mine = slice(peers.rank, None, peers.size)
-    share = -(-len(q) // peers.size)
-    out = _Out(q, share, config, scores, heads, residual)
-
-    def select_mine() -> None:
-        ks_mine, ke_mine = ks[mine].contiguous(), ke[mine].contiguous()
-        into = out.selected(len(ks_mine))
-        k = k_words.view(k_local.dtype)
-        scale = scales[0].view(torch.float32)[:, 0] if scales else None
-        select_into(
-            into, q[mine], w[mine], k, ks_mine, ke_mine, scale, None, config, backend, threads,
-            workspace_cap,
-        )  # fmt: skip
-
-    attempt(select_mine)
-    out.finish(failed=attempt.error is not None)
-    every = peers.gather(out.words)
+    split: _ByKeys | _ByQueries
+    if _splits_keys(q, config, shards, heads, residual):
+        split = _ByKeys(peers, shards, q, config, scores)
+    else:
+        split = _ByQueries(peers, shards, q, config, scores, heads, residual)
+    arrays = q, w, k_local, ks, ke, k_scale
+    split.select(attempt, arrays, (config, backend, threads, workspace_cap))
+    (every,) = peers.gather(split.sent)
     if check and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         attempt.raise_together(peers, q.device, any(every[:, -1].tolist()))
     elif attempt.error is not None:
         raise attempt.error
-    return out.merged(every, len(q))
+    return split.merged(every)
 
 
-class _Peers:
-    """The ranks of a group and what they send each other. What is on a CUDA device is sent on its
-    current stream."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group or dist.group.WORLD
-        self.rank = dist.get_rank(self.group)
-        self.size = dist.get_world_size(self.group)
-
-    def gather(self, local: torch.Tensor) -> torch.Tensor:
-        """The tensors of all ranks, of equal shapes and contiguous, as [ranks, …]."""
-        every = local.new_empty(self.size, *local.shape)
-        if local.numel() > 0:
-            dist.all_gather_into_tensor(every.flatten(0, 1), local, group=self.group)
-        return every
-
-    def all_keys(self, local: torch.Tensor, shards: Shards) -> torch.Tensor:
-        """From an array of this rank's keys [L_rank, words] that of all keys, in order of position,
-        [L, words]."""
-        words = local.shape[1]
-        if len(local) < shards.padded:
-            local, given = local.new_empty(shards.padded, words), local
-            local[: len(given)] = given
-        every = self.gather(local)
-        if shards.rows is not None:
-            units = every.view(-1, shards.unit * words)[shards.rows]
-            return units.view(-1, words)[: sum(shards.lengths)]
-        if min(shards.lengths) == shards.padded:
-            return every.flatten(0, 1)
-        parts = zip(every, shards.lengths, strict=True)
-        return torch.cat([part[:length] for part, length in parts])
-
-    def objects(self, mine: Any, device: torch.device) -> list[Any]:
-        """An object of every rank."""
-        every: list[Any] = [None] * self.size
-        with torch.cuda.device(device if device.type == "cuda" else -1):
-            dist.all_gather_object(every, mine, group=self.group)
-        return every
-
-
-class _Attempt:
-    """Steps of one rank. Once one has failed, the later ones are left out, but the rank goes on to
-    join the collectives, so that no rank waits for it."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def __call__(self, step: Callable[[], T]) -> T | None:
-        if self.error is None:
-            try:
-                return step()
-            except Exception as error:
-                self.error = error
-        return None
-
-    def raise_together(self, peers: _Peers, device: torch.device, failed: bool) -> None:
-        """Raises on every rank if one has failed, which all of them know."""
-        if not failed:
-            return
-        errors = peers.objects(self.error and repr(self.error), device)
-        if self.error is not None:
-            raise self.error
-        raise RuntimeError("; ".join(f"rank {i}: {e}" for i, e in enumerate(errors) if e))
+def _splits_keys(
+    q: torch.Tensor, config: misa.Config, shards: Shards, heads: bool, residual: bool
+) -> bool:
+    """Whether the work is split by keys: a function of what is the same on every rank."""
+    tokens, model_heads, dim = q.shape
+    routed = config.router != "all"
+    every_head = config.heads == model_heads if routed else config.sketch == 0
+    if not every_head or config.filter_block != 0 or not shards.ascending:
+        return False
+    if heads and routed or residual and config.residual:
+        return False
+    selections = tokens * config.top_k * torch.int64.itemsize
+    return selections <= _PART_OF_KEYS * shards.padded * dim * q.element_size()
 
 
 def _agreed_shards(
-    peers: _Peers, attempt: _Attempt, arrays: Sequence[torch.Tensor | None], options: tuple
+    peers: Peers, attempt: Attempt, arrays: Sequence[torch.Tensor | None], options: tuple
 ) -> Shards:
     """Shards that follow each other, after a look at what must be the same on every rank. The
     arrays are q, the keys and their scales. What it raises, it raises on every rank."""
@@ -263,7 +223,7 @@ def _agreed_shards(
     # Through the host, if the group can, so that no device is waited for.
     by_host = "cpu" in str(dist.get_backend_config(peers.group))
     local = torch.tensor(header, device="cpu" if by_host else device)
-    checksums, lengths = peers.gather(local).T.tolist()
+    checksums, lengths = peers.gather(local)[0].T.tolist()
     attempt.raise_together(peers, device, min(checksums) < 0)
     others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
     if others:
@@ -274,50 +234,165 @@ def _agreed_shards(
     return Shards(lengths)
 
 
-class _Out:
-    """The selections of a rank for its share of the queries, which are sent as one array: words of
-    4 bytes of every requested output, one after the other, then some that are 0 if all went well.
-    """
+@lru_cache(maxsize=256)
+def _layout(
+    config: misa.Config, heads: int, dim: int, share: int, *wanted: bool
+) -> tuple[list[tuple[torch.dtype, int, int] | None], int]:
+    """Of each requested output of so many queries, one after the other in words of 4 bytes: dtype,
+    width, and where it begins; and where the last one ends."""
+    outputs: list[tuple[torch.dtype, int, int] | None] = []
+    end = 0
+    for form in empty_selected(torch.empty(1, heads, dim), config, *wanted):
+        outputs.append(None if form is None else (form.dtype, form.shape[1], end))
+        if form is not None:
+            end = _multiple(end + share * form.shape[1], _ALIGNED)
+    return outputs, end
 
-    def __init__(self, q: torch.Tensor, share: int, config: misa.Config, *wanted: bool) -> None:
-        self.share = share
-        self.forms = empty_selected(q[:1], config, *wanted)  # the widths and dtypes
-        sizes = (0 if form is None else share * form.shape[1] for form in self.forms)
-        self.begins = list(accumulate((_multiple(size, _ALIGNED) for size in sizes), initial=0))
-        count = self.begins[-1] + _ALIGNED
-        self.words = torch.empty(count, dtype=torch.int32, device=q.device)
 
-    def selected(self, tokens: int) -> misa.Selected:
-        """Where this rank writes the selections for so many queries."""
-        views = self._views(self.words[None], tokens)
-        return misa.Selected(*(view if view is None else view.flatten(0, 1) for view in views))
+class _ByQueries:
+    """Each rank selects for its share of the queries. These are dealt one by one, so that causal
+    rows make equal shares.
 
-    def finish(self, failed: bool) -> None:
-        """Says whether all went well."""
-        if failed:
-            self.words.fill_(-1)
+    What is sent: words of 4 bytes of every requested output, one after the other, then some that
+    are 0 if all went well."""
+
+    def __init__(
+        self, peers: Peers, shards: Shards, q: torch.Tensor, config: misa.Config, *wanted: bool
+    ) -> None:
+        self.peers, self.shards = peers, shards
+        self.tokens, heads, dim = q.shape
+        self.share = -(-self.tokens // peers.size)
+        self.outputs, count = _layout(config, heads, dim, self.share, *wanted)
+        self.sent = torch.empty(count + _ALIGNED, dtype=torch.int32, device=q.device)
+
+    def select(self, attempt: Attempt, arrays: Sequence[Any], execution: Execution) -> None:
+        """`arrays` are those of a rank; the rest is that of `select_into`."""
+        q, w, k, ks, ke, scale = arrays
+        words = attempt(lambda: _words(k, scale))
+        if words is None:
+            words = _no_words(q, k, scale, self.shards.lengths[self.peers.rank])
+        k_words, *scale_words = _all_keys(self.peers, self.shards, words)
+        mine = slice(self.peers.rank, None, self.peers.size)
+
+        def select_mine() -> None:
+            spans = torch.stack((ks[mine], ke[mine]))
+            views = self._views(self.sent[None], spans.shape[1])
+            into = misa.Selected(*(view if view is None else view.flatten(0, 1) for view in views))
+            all_scale = scale_words[0].view(torch.float32)[:, 0] if scale_words else None
+            select_into(
+                into, q[mine], w[mine], k_words.view(k.dtype), spans[0], spans[1], all_scale, None,
+                *execution,
+            )  # fmt: skip
+
+        attempt(select_mine)
+        if attempt.error is None:
+            self.sent[-_ALIGNED:].zero_()
         else:
-            self.words[-_ALIGNED:].zero_()
+            self.sent.fill_(-1)
 
-    def merged(self, every: torch.Tensor, tokens: int) -> misa.Selected:
-        """From the words of every rank, [ranks, words], the selections for all queries."""
+    def merged(self, every: torch.Tensor) -> misa.Selected:
+        """From what every rank sent, [ranks, words], the selections for all queries."""
 
         def in_order(view: torch.Tensor) -> torch.Tensor:
-            return view.clone(memory_format=torch.contiguous_format).flatten(0, 1)[:tokens]
+            contiguous = view.clone(memory_format=torch.contiguous_format)
+            return contiguous.flatten(0, 1)[: self.tokens]
 
         views = self._views(every, self.share)
         return misa.Selected(*(view if view is None else in_order(view) for view in views))
 
     def _views(self, words: torch.Tensor, rows: int) -> Iterator[torch.Tensor | None]:
         """Each output in words [ranks, words], as [rows, ranks, width], in order of the queries."""
-        for form, begin in zip(self.forms, self.begins, strict=False):
-            if form is None:
+        ranks, count = words.shape
+        for output in self.outputs:
+            if output is None:
                 yield None
                 continue
-            ranks, count = words.shape
-            width = form.shape[1]
-            shape, strides = (rows, ranks, width), (width, count, 1)
-            yield words.view(form.dtype).as_strided(shape, strides, begin)
+            dtype, width, begin = output
+            yield words.view(dtype).as_strided((rows, ranks, width), (width, count, 1), begin)
+
+
+class _ByKeys:
+    """Each rank selects from its own keys for all queries, and the best of all ranks are selected.
+    What is selected of all keys is selected of those of its rank too.
+
+    What is sent: an entry for each selected position of each query, then one that is 0 if all went
+    well."""
+
+    def __init__(
+        self, peers: Peers, shards: Shards, q: torch.Tensor, config: misa.Config, scores: bool
+    ) -> None:
+        self.peers, self.shards, self.config, self.scores = peers, shards, config, scores
+        self.shape = len(q), config.top_k
+        self.sent = torch.empty(len(q) * config.top_k + 1, dtype=torch.int64, device=q.device)
+
+    def select(self, attempt: Attempt, arrays: Sequence[Any], execution: Execution) -> None:
+        """`arrays` are those of a rank; the rest is that of `select_into`."""
+        attempt(lambda: self._select_own(execution, *arrays))
+        if attempt.error is None:
+            self.sent[-1:].zero_()
+        else:
+            self.sent.fill_(_LOST)
+
+    def _select_own(
+        self,
+        execution: Execution,
+        q: torch.Tensor,
+        w: torch.Tensor,
+        k: torch.Tensor,
+        ks: torch.Tensor,
+        ke: torch.Tensor,
+        k_scale: torch.Tensor | None,
+    ) -> None:
+        total, rank = sum(self.shards.lengths), self.peers.rank
+        if not q.is_cuda:
+            _require_spans(ks, ke, total)
+        start, length = sum(self.shards.lengths[:rank]), self.shards.lengths[rank]
+        positions = self.shards.positions
+        ends = torch.stack((ks, ke))
+        if positions is None:
+            ends -= start
+            before = ends[0].clamp(-start, 0)  # minus the keys that queries see on ranks before
+            ends.clamp_(0, length)
+        else:
+            first = ks.clamp(0, total)
+            ends = torch.searchsorted(positions[start : start + length], ends, out_int32=True)
+        indices = torch.empty(self.shape, dtype=torch.int32, device=q.device)
+        scores = torch.empty(self.shape, dtype=torch.float32, device=q.device)
+        into = misa.Selected(indices, scores)
+        select_into(into, q, w, k, ends[0], ends[1], k_scale, None, *execution)
+
+        entries = self.sent[:-1].view(self.shape)
+        low, high = _halves(entries)
+        if positions is None:
+            torch.sub((before - 1)[:, None], indices, out=low)
+        else:
+            # An index of -1 reads some position, since there are positions.
+            own = positions[indices + (ends[0] + start)[:, None]]
+            torch.sub((first - 1)[:, None], own, out=low)
+        bits = scores.view(torch.int32)
+        torch.bitwise_xor(bits, (bits >> 31) & _MOST, out=high)
+        high.masked_fill_(scores.isnan(), -_MOST - 1)
+        entries.masked_fill_(indices < 0, _PADDING)
+
+    def merged(self, every: torch.Tensor) -> misa.Selected:
+        """From what every rank sent, [ranks, entries], the selections for all queries."""
+        tokens, top_k = self.shape
+        entries = every[:, :-1].view(-1, tokens, top_k).transpose(0, 1).flatten(1)
+        best = entries.topk(top_k, dim=1, sorted=False).values
+        if self.config.ordered:
+            best = best.gather(1, (_halves(best)[0] ^ _MOST).argsort(dim=1))
+        low, high = _halves(best)
+        scores = None
+        if self.scores:
+            scores = (high ^ ((high >> 31) & _MOST)).view(torch.float32)
+            scores.nan_to_num_(torch.nan, torch.inf, -torch.inf)  # every NaN the same
+            scores.masked_fill_(best == _PADDING, -torch.inf)
+        return misa.Selected(~low, scores)
+
+
+def _halves(entries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The lower and the upper halves of entries [T, n], as int32 [T, n]."""
+    return entries.view(torch.int32).view(*entries.shape, 2).unbind(2)
 
 
 def _check_shared(q: torch.Tensor, config: misa.Config, shards: Shards | None, ranks: int) -> None:
@@ -368,6 +443,15 @@ def _check_own(
             )
 
 
+def _require_spans(ks: torch.Tensor, ke: torch.Tensor, total: int) -> None:
+    """Refuses in host memory what devices clamp."""
+    for name, ends in (("ks", ks), ("ke", ke)):
+        wrong = ((ends < 0) | (ends > total)).nonzero()
+        if len(wrong) > 0:
+            t = int(wrong[0])
+            raise ValueError(f"{name}[{t}]: expected 0 to L = {total}, got {int(ends[t])}")
+
+
 def _words(k: torch.Tensor, k_scale: torch.Tensor | None) -> list[torch.Tensor]:
     """The keys as words [L_rank, words], and their scales, if any, as [L_rank, 1]."""
     words = [k.contiguous().view(torch.int32)]
@@ -383,6 +467,29 @@ def _no_words(
     element = like.element_size() if k_scale is None else 1
     widths = [q.shape[2] * element // 4] + ([] if k_scale is None else [1])
     return [torch.zeros(length, width, dtype=torch.int32, device=q.device) for width in widths]
+
+
+def _all_keys(peers: Peers, shards: Shards, words: list[torch.Tensor]) -> list[torch.Tensor]:
+    """From arrays of this rank's keys [L_rank, words] those of all keys, in order of position,
+    [L, words]."""
+
+    def padded(local: torch.Tensor) -> torch.Tensor:
+        if len(local) == shards.padded:
+            return local
+        sent = local.new_empty(shards.padded, local.shape[1])
+        sent[: len(local)] = local
+        return sent
+
+    def in_order(every: torch.Tensor) -> torch.Tensor:
+        if shards.rows is not None:
+            units = every.view(-1, shards.unit * every.shape[2])[shards.rows]
+            return units.view(-1, every.shape[2])[: sum(shards.lengths)]
+        if min(shards.lengths) == shards.padded:
+            return every.flatten(0, 1)
+        parts = zip(every, shards.lengths, strict=True)
+        return torch.cat([part[:length] for part, length in parts])
+
+    return [in_order(every) for every in peers.gather(*map(padded, words))]
 
 
 def _multiple(count: int, of: int) -> int:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ SECONDS = 240  # a rank that has not ended by then hangs
 
 CONFIGS = {
     "dsa": misa.Config("dsa", top_k=96),
+    "dsa-ordered": misa.Config("dsa", top_k=96, ordered=True),
     "misa": misa.Config("misa", top_k=96, heads=3, block=128),
     "misa-all": misa.Config("misa", top_k=96, heads=HEADS, block=128),
     "misa-dagger": misa.Config("misa-dagger", top_k=96, heads=2, block=64, candidates=200),
@@ -49,6 +51,8 @@ CONFIGS = {
     "auto": misa.Config("auto", top_k=64, dense_work=HEADS * 130),
     "wide": misa.Config("dsa", top_k=3000),
 }  # fmt: skip
+
+SCORED_BY_ALL_HEADS = ("dsa", "dsa-ordered", "misa-all", "misa-r-all", "wide")
 
 
 class Arrays(NamedTuple):
@@ -89,6 +93,12 @@ def arrays(dtype: torch.dtype, kind: str, keys: int = 1500) -> Arrays:
     if kind == "not finite":
         k[17, 3], k[keys // 2 + 20, 0], k[keys - 2, 5] = torch.nan, torch.inf, -torch.inf
         w[3, 2], q[9, 1, 1] = torch.nan, torch.inf
+    if kind == "few numbers":
+        # Rows with fewer numbers than top_k, infinite ones among them: NaN is selected too.
+        k[torch.arange(keys) % 9 > 0] = torch.nan
+        k[::27, 1] = torch.inf
+    if kind == "one score":
+        w.zero_()
     scale = None
     if dtype == torch.float8_e4m3fn:
         scale = torch.rand(keys, generator=generator) + 0.5
@@ -110,6 +120,8 @@ CASES = {
         ("not finite", torch.float8_e4m3fn),
     )
 }
+CASES["dsa few numbers"] = arrays(torch.bfloat16, "few numbers"), CONFIGS["dsa"]
+CASES["dsa one score"] = arrays(torch.float8_e4m3fn, "one score"), CONFIGS["dsa"]
 CASES["sketch"] = (
     arrays(torch.float8_e4m3fn, "normal"),
     misa.Config("misa-r", top_k=96, heads=2, candidates=200, sketch=2),
@@ -126,7 +138,7 @@ CASES["no queries"] = (
 )  # fmt: skip
 
 Layout = Callable[[int, int], list[torch.Tensor]]
-"""From the numbers of keys and ranks, the positions of each rank's keys, ascending."""
+"""From the numbers of keys and ranks, the positions of each rank's keys."""
 
 
 def lengths(*wanted: int) -> Layout:
@@ -161,13 +173,21 @@ def ends_of_stripes(keys: int, ranks: int) -> list[torch.Tensor]:
     return [first, *[first[:0]] * (ranks - 2), last]
 
 
+def descending(keys: int, ranks: int) -> list[torch.Tensor]:
+    """Keys of a rank that do not ascend."""
+    return [part.flip(0) for part in torch.arange(keys).tensor_split(ranks)]
+
+
 # By the number of ranks.
 LAYOUTS: dict[int, dict[str, Layout]] = {
     1: {"one": lengths()},
-    2: {"uneven": lengths(701), "empty": lengths(0), "stripes of a key": stripes(1)},
+    2: {
+        "uneven": lengths(701), "empty": lengths(0), "stripes of a key": stripes(1),
+        "descending": descending,
+    },
     3: {"empty": lengths(0, 1499), "zigzag": zigzag, "stripes": ends_of_stripes},
     4: {"even": lengths(375, 375, 375), "empty": lengths(640, 0, 77), "stripes": stripes(48)},
-}
+}  # fmt: skip
 
 
 def shard(case: Arrays, layout: Layout, ranks: int, rank: int) -> dict[str, Any]:
@@ -191,6 +211,15 @@ def join(store: Path, ranks: int, rank: int) -> None:
     )
 
 
+@contextmanager
+def split_by(what: str) -> Iterator[None]:
+    """Splits the work by keys wherever that is possible, or nowhere."""
+    own = misa.distributed._PART_OF_KEYS
+    misa.distributed._PART_OF_KEYS = {"keys": 1e9, "queries": -1}[what]
+    yield
+    misa.distributed._PART_OF_KEYS = own
+
+
 def run_cases(store: Path, ranks: int, rank: int) -> None:
     """Every case on one rank; results go to a file beside `store`."""
     join(store, ranks, rank)
@@ -199,10 +228,18 @@ def run_cases(store: Path, ranks: int, rank: int) -> None:
     for which, layout in LAYOUTS[ranks].items():
         for name, (case, config) in CASES.items():
             given = shard(case, layout, ranks, rank) | {"config": config} | wanted
-            results[name, which] = misa.distributed.select(**given)._asdict()
-            if given["shards"].rows is None:
+            shards = given["shards"]
+            with split_by("queries"):
+                results[name, which] = misa.distributed.select(**given)._asdict()
+            if shards.rows is None:
                 given["shards"] = None
                 results[name, f"{which}, agreed on"] = misa.distributed.select(**given)._asdict()
+            if name.split()[0] in SCORED_BY_ALL_HEADS:
+                given |= {"shards": shards, "heads": False, "residual": False}
+                with split_by("keys"):
+                    by_keys = misa.distributed._splits_keys(case.q, config, shards, False, False)
+                    assert by_keys == (which != "descending")
+                    results[name, f"{which}, keys"] = misa.distributed.select(**given)._asdict()
     torch.save(results, f"{store}.{rank}")
     torch.distributed.destroy_process_group()
 
@@ -258,8 +295,9 @@ def test_equals_one_rank(tmp_path: Path, ranks: int, expected: dict[str, misa.Se
             for field, value in other[name, layout].items():
                 assert same(value, mine[field]), f"{what}: {field} on another rank"
         found, one, (_, config) = misa.Selected(**mine), expected[name], CASES[name]
-        assert same(found.heads, one.heads), what
-        assert same(found.residual, one.residual), what
+        if not layout.endswith("keys"):
+            assert same(found.heads, one.heads), what
+            assert same(found.residual, one.residual), what
         for mine_, ones in zip(by_position(found), by_position(one), strict=True):
             assert torch.equal(mine_, ones), what
         if config.ordered:
@@ -291,10 +329,16 @@ class Unlucky(RuntimeError):
 
 
 def run_broken(store: Path, ranks: int, rank: int) -> None:
-    """Errors on the last rank alone, and errors that every rank sees; a correct call ends each."""
     join(store, ranks, rank)
+    break_on_ranks(ranks, rank, misa.Config("misa-r", top_k=96, heads=2, ordered=True))
+    with split_by("keys"):
+        break_on_ranks(ranks, rank, misa.Config("dsa", top_k=96, ordered=True))
+    torch.distributed.destroy_process_group()
+
+
+def break_on_ranks(ranks: int, rank: int, config: misa.Config) -> None:
+    """Errors on the last rank alone, and errors that every rank sees; a correct call ends each."""
     case, _ = CASES[f"misa-r normal {torch.float32}"]
-    config = misa.Config("misa-r", top_k=96, heads=2, ordered=True)
     known = shard(case, lengths(*[500] * (ranks - 1)), ranks, rank) | {"config": config}
     agreed = known | {"shards": None}
     last = rank == ranks - 1
@@ -321,7 +365,8 @@ def run_broken(store: Path, ranks: int, rank: int) -> None:
             misa.distributed.select_into = unlucky
         with pytest.raises(Unlucky if last else RuntimeError, match=f"^$|rank {ranks - 1}: Unlu"):
             misa.distributed.select(**good)
-        # Without a check, this rank alone raises, and nothing is selected for its queries.
+        # Without a check, this rank alone raises, and nothing is selected for its queries, or for
+        # any that its keys might be selected for.
         unchecked = {"check": False, "scores": True}
         if last:
             with pytest.raises(Unlucky):
@@ -329,6 +374,7 @@ def run_broken(store: Path, ranks: int, rank: int) -> None:
         else:
             found = misa.distributed.select(**good, **unchecked)
             theirs = torch.arange(len(expected)) % ranks == ranks - 1
+            theirs |= torch.tensor(config.router == "all")
             assert torch.equal(found.indices[~theirs], expected[~theirs])
             assert (found.indices[theirs] == -1).all()
             assert found.scores[theirs].isnan().all()
@@ -336,15 +382,16 @@ def run_broken(store: Path, ranks: int, rank: int) -> None:
         assert torch.equal(misa.distributed.select(**good, check=False).indices, expected)
 
     # What every rank sees.
-    for change in ({"config": misa.Config("dsa")}, {"q": case.q[:-1]}, {"q": case.q.bfloat16()}):
+    for change in ({"config": misa.Config("hisa")}, {"q": case.q[:-1]}, {"q": case.q.bfloat16()}):
         given = agreed | (change if last else {})
         if "q" in change and last:
             given |= {name: given[name][: len(change["q"])] for name in ("w", "ks", "ke")}
         with pytest.raises(ValueError, match=rf"config.*the same.*on ranks \[{ranks - 1}\]"):
             misa.distributed.select(**given)
-    given = known | {"ke": case.ke.clone().fill_(1501)}
-    with pytest.raises(ValueError, match=r"ke\[0\]: expected .*1500, got 1501"):
-        misa.distributed.select(**given)
+    for name, end in (("ke", 1501), ("ks", -1)):
+        given = known | {name: torch.full_like(case.ke, end)}
+        with pytest.raises(ValueError, match=rf"{name}\[0\]: expected .*1500, got {end}"):
+            misa.distributed.select(**given)
     for change, message in (
         ({"shards": misa.distributed.Shards([1500])}, f"shards: expected those of {ranks} ranks"),
         ({"shards": misa.distributed.Shards([0] * (ranks - 1) + [1500])}, "k_local: expected"),
@@ -353,7 +400,6 @@ def run_broken(store: Path, ranks: int, rank: int) -> None:
         with pytest.raises(ValueError, match=message):
             misa.distributed.select(**known | change)
     assert torch.equal(misa.distributed.select(**known).indices, expected)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -402,15 +448,31 @@ def run_on_devices(store: Path, ranks: int, rank: int) -> None:
             checks = [found, misa.distributed.select(**given)]
             if given["shards"].rows is None:
                 checks.append(misa.distributed.select(**given | {"shards": None}))
+            what = f"{name}, {which}"
             for found in checks:
-                what = f"{name}, {which}"
                 assert same(found.heads, one.heads), what
                 assert same(found.residual, one.residual), what
+            if name.split()[0] in SCORED_BY_ALL_HEADS:
+                given |= {"heads": False, "residual": False}
+                for way in "keys", "queries":
+                    with split_by(way):
+                        torch.cuda.set_sync_debug_mode("error")
+                        checks.append(misa.distributed.select(**given, check=False))
+                        torch.cuda.set_sync_debug_mode("default")
+            for found in checks:
                 for mine, ones in zip(by_position(found), by_position(one), strict=True):
                     assert torch.equal(mine, ones), what
 
-    case, config = CASES[f"misa-r-dagger normal {torch.float8_e4m3fn}"]
+    case, _ = CASES[f"misa-r-dagger normal {torch.float8_e4m3fn}"]
     there = Arrays(*(each if each is None else each.cuda() for each in case))
+    for config in CONFIGS["misa-r-dagger"], CONFIGS["dsa-ordered"]:
+        with split_by("keys"):
+            capture_and_break(there, ranks, rank, config)
+    torch.distributed.destroy_process_group()
+
+
+def capture_and_break(there: Arrays, ranks: int, rank: int, config: misa.Config) -> None:
+    """A captured call, and a rank that fails."""
     one = misa.select(**there._asdict(), config=config).indices
     given = shard(there, lengths(701), ranks, rank) | {"config": config}
     graph = torch.cuda.CUDAGraph()
@@ -432,7 +494,6 @@ def run_on_devices(store: Path, ranks: int, rank: int) -> None:
         misa.distributed.select_into = own
         found = misa.distributed.select(**given | {"shards": shards})
         assert torch.equal(found.indices, one)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(
@@ -461,6 +522,35 @@ def test_equals_one_device(tmp_path: Path) -> None:
 def test_wrong_shards(lengths: list[int], positions: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         misa.distributed.Shards(lengths, positions)
+
+
+@pytest.mark.parametrize(
+    ("by_keys", "tokens", "config", "outputs", "layout"),
+    [(True, 128, misa.Config("dsa"), (), lengths(1 << 17)),
+     (False, 129, misa.Config("dsa"), (), lengths(1 << 17)),
+     (True, 128, misa.Config("dsa"), (), lengths(1 << 18)),
+     (True, 128, misa.Config("dsa"), (), zigzag),
+     (False, 1, misa.Config("dsa"), (), descending),
+     (True, 1, misa.Config("dsa"), ("heads", "residual"), stripes(1)),
+     (True, 1, misa.Config("misa", heads=64), (), stripes(1)),
+     (False, 1, misa.Config("misa", heads=64), ("heads",), stripes(1)),
+     (False, 1, misa.Config("misa-r", heads=64), ("residual",), stripes(1)),
+     (False, 1, misa.Config("misa"), (), stripes(1)),
+     (False, 1, misa.Config("misa-r", heads=0), (), stripes(1)),
+     (False, 1, misa.Config("dsa", candidates=4096, sketch=2), (), stripes(1)),
+     (False, 1, misa.Config("hisa"), (), stripes(1)),
+     (False, 1, misa.Config("hisa", router="pooled", heads=64), (), stripes(1))],
+)  # fmt: skip
+def test_how_the_work_is_split(
+    by_keys: bool, tokens: int, config: misa.Config, outputs: tuple[str, ...], layout: Layout
+) -> None:
+    """By keys where that is exact and few bytes are selected: 128 rows of 2048 positions, 8 bytes
+    each, are a quarter of 2^17 keys of 64 bytes."""
+    parts = layout(1 << 18, 2)
+    shards = misa.distributed.Shards([len(part) for part in parts], torch.cat(parts).int())
+    q = torch.empty(tokens, 64, 64, dtype=torch.float8_e4m3fn)
+    wanted = ["heads" in outputs, "residual" in outputs]
+    assert misa.distributed._splits_keys(q, config, shards, *wanted) == by_keys
 
 
 @pytest.mark.parametrize(
