@@ -4,6 +4,7 @@
 on one of them: prefill of T queries behind a context, L keys in all, e4m3, 64 heads of 128
 dimensions. Prints a Markdown table of ms a call:
 
+- split: whether the work is split by keys or by queries.
 - one GPU: misa.select with all keys.
 - N GPUs: with shards and without check, calls that follow each other, as an engine's layers do;
   and how many times as fast that is as one GPU.
@@ -121,7 +122,8 @@ def row(given, shards, rank, config, host_group):
     cells = [one, many, one / many, host, times(checked, host_group)[0]]
     if shards.positions is None:
         cells.append(times(agreed, host_group)[0])
-    return [*(f"{cell:.2f}" for cell in cells), "-"][:6]
+    by_keys = misa.distributed.splits_keys(q, config, shards.known)
+    return ["keys" if by_keys else "queries", *(f"{cell:.2f}" for cell in cells), "-"][:7]
 
 
 def run(rank, options):
@@ -139,8 +141,8 @@ def run(rank, options):
         if rank == 0:
             print("|", " | ".join(map(str, cells)), "|", flush=True)
 
-    head = ("T", "L", "keys", "indexer", "one GPU", f"{options.ranks} GPUs", "times as fast",
-            "host", "checked", "agreed")  # fmt: skip
+    head = ("T", "L", "keys", "indexer", "split", "one GPU", f"{options.ranks} GPUs",
+            "times as fast", "host", "checked", "agreed")  # fmt: skip
     show(*head)
     show(*["---"] * len(head))
     for tokens, length in itertools.product(options.tokens, options.keys):

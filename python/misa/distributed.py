@@ -39,8 +39,7 @@ from ._call import (
 from ._peers import Attempt, Peers
 from .torch_ops import require_one_device, require_tensors
 
-Execution = tuple[misa.Config, str, int, int]
-"""The last arguments of `select_into`."""
+_Execution = tuple[misa.Config, str, int, int]  # the last arguments of `select_into`
 
 _UNITS = (64, 16, 4, 1)  # keys that may be moved as one
 _ALIGNED = 4  # outputs begin on multiples of so many words
@@ -117,6 +116,33 @@ class Shards:
                 return
 
 
+def splits_keys(
+    q: torch.Tensor,
+    config: misa.Config,
+    shards: Shards,
+    *,
+    heads: bool = False,
+    residual: bool = False,
+) -> bool:
+    """Whether :func:`select` splits the work by keys, with these of its arguments: a function of
+    what is the same on every rank, of q its shape and dtype.
+
+    It does if every row is scored by all heads without a block filter or a sketch, neither heads
+    nor residual rows are returned, the keys of each rank are in order of position, and the selected
+    positions, 8 bytes each, are at most a quarter of the bytes of the keys of the longest shard,
+    taken to have the dtype of q.
+    """
+    tokens, model_heads, dim = q.shape
+    routed = config.router != "all"
+    every_head = config.heads == model_heads if routed else config.sketch == 0
+    if not every_head or config.filter_block != 0 or not shards.ascending:
+        return False
+    if heads and routed or residual and config.residual:
+        return False
+    selections = tokens * config.top_k * torch.int64.itemsize
+    return selections <= _PART_OF_KEYS * shards.padded * dim * q.element_size()
+
+
 @torch.no_grad()
 def select(
     q: torch.Tensor,
@@ -151,7 +177,8 @@ def select(
         other, and the ranks begin by agreeing on the numbers of keys, for which the host waits.
     check: whether to raise on every rank if one fails; on CUDA tensors the host then waits for the
         selection. Without it, and in the capture of a CUDA graph, a rank that fails raises alone,
-        and on the others the rows of its share of the queries are -1, their scores NaN.
+        and on the others its rows are -1, their scores NaN: those of its share of the queries, or
+        all of them if the work is split by keys.
 
     On CUDA tensors the call runs on PyTorch's current stream. With shards and without check it does
     not wait for it, and may be captured into a CUDA graph, after one that was not, since NCCL
@@ -180,7 +207,7 @@ def select(
         length = shards.lengths[peers.rank]
         attempt(lambda: _check_own(q, w, k_local, ks, ke, k_scale, shards, length))
     split: _ByKeys | _ByQueries
-    if _splits_keys(q, config, shards, heads, residual):
+    if splits_keys(q, config, shards, heads=heads, residual=residual):
         split = _ByKeys(peers, shards, q, config, scores)
     else:
         split = _ByQueries(peers, shards, q, config, scores, heads, residual)
@@ -192,21 +219,6 @@ def select(
     elif attempt.error is not None:
         raise attempt.error
     return split.merged(every)
-
-
-def _splits_keys(
-    q: torch.Tensor, config: misa.Config, shards: Shards, heads: bool, residual: bool
-) -> bool:
-    """Whether the work is split by keys: a function of what is the same on every rank."""
-    tokens, model_heads, dim = q.shape
-    routed = config.router != "all"
-    every_head = config.heads == model_heads if routed else config.sketch == 0
-    if not every_head or config.filter_block != 0 or not shards.ascending:
-        return False
-    if heads and routed or residual and config.residual:
-        return False
-    selections = tokens * config.top_k * torch.int64.itemsize
-    return selections <= _PART_OF_KEYS * shards.padded * dim * q.element_size()
 
 
 def _agreed_shards(
@@ -265,7 +277,7 @@ class _ByQueries:
         self.outputs, count = _layout(config, heads, dim, self.share, *wanted)
         self.sent = torch.empty(count + _ALIGNED, dtype=torch.int32, device=q.device)
 
-    def select(self, attempt: Attempt, arrays: Sequence[Any], execution: Execution) -> None:
+    def select(self, attempt: Attempt, arrays: Sequence[Any], execution: _Execution) -> None:
         """`arrays` are those of a rank; the rest is that of `select_into`."""
         q, w, k, ks, ke, scale = arrays
         words = attempt(lambda: _words(k, scale))
@@ -325,7 +337,7 @@ class _ByKeys:
         self.shape = len(q), config.top_k
         self.sent = torch.empty(len(q) * config.top_k + 1, dtype=torch.int64, device=q.device)
 
-    def select(self, attempt: Attempt, arrays: Sequence[Any], execution: Execution) -> None:
+    def select(self, attempt: Attempt, arrays: Sequence[Any], execution: _Execution) -> None:
         """`arrays` are those of a rank; the rest is that of `select_into`."""
         attempt(lambda: self._select_own(execution, *arrays))
         if attempt.error is None:
@@ -335,7 +347,7 @@ class _ByKeys:
 
     def _select_own(
         self,
-        execution: Execution,
+        execution: _Execution,
         q: torch.Tensor,
         w: torch.Tensor,
         k: torch.Tensor,

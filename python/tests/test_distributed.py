@@ -237,7 +237,7 @@ def run_cases(store: Path, ranks: int, rank: int) -> None:
             if name.split()[0] in SCORED_BY_ALL_HEADS:
                 given |= {"shards": shards, "heads": False, "residual": False}
                 with split_by("keys"):
-                    by_keys = misa.distributed._splits_keys(case.q, config, shards, False, False)
+                    by_keys = misa.distributed.splits_keys(case.q, config, shards)
                     assert by_keys == (which != "descending")
                     results[name, f"{which}, keys"] = misa.distributed.select(**given)._asdict()
     torch.save(results, f"{store}.{rank}")
@@ -549,8 +549,8 @@ def test_how_the_work_is_split(
     parts = layout(1 << 18, 2)
     shards = misa.distributed.Shards([len(part) for part in parts], torch.cat(parts).int())
     q = torch.empty(tokens, 64, 64, dtype=torch.float8_e4m3fn)
-    wanted = ["heads" in outputs, "residual" in outputs]
-    assert misa.distributed._splits_keys(q, config, shards, *wanted) == by_keys
+    wanted = dict.fromkeys(outputs, True)
+    assert misa.distributed.splits_keys(q, config, shards, **wanted) == by_keys
 
 
 @pytest.mark.parametrize(
