@@ -22,8 +22,8 @@ class Peers:
         self.size = self.group.size()
 
     def gather(self, *local: torch.Tensor) -> list[torch.Tensor]:
-        """For each of these tensors those of all ranks, of equal shapes and contiguous, as
-        [ranks, …]. One collective, since the host takes as long to start each."""
+        """For each of these tensors, of one dtype, those of all ranks, of equal shapes and
+        contiguous, as [ranks, …]. One collective, since the host takes as long to start each."""
         every = [mine.new_empty(self.size, *mine.shape) for mine in local]
         sent = [(into, mine) for into, mine in zip(every, local, strict=True) if mine.numel() > 0]
         outputs, inputs = [into.flatten(0, 1) for into, _ in sent], [mine for _, mine in sent]

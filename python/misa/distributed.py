@@ -98,8 +98,8 @@ class Shards:
         if not torch.equal(positions.sort().values, in_order):
             raise ValueError(f"positions: expected each of 0 to {total - 1} once")
         self.positions = positions.int()
-        parts = positions.split(self.lengths)
-        self.ascending = all(bool((part.diff() > 0).all()) for part in parts)
+        steps = [part.diff() for part in positions.split(self.lengths)]
+        self.ascending = bool((torch.cat(steps) > 0).all())
         self.padded = _multiple(self.padded, _UNITS[0])
         ends = accumulate(self.lengths)
         for rank, (length, end) in enumerate(zip(self.lengths, ends, strict=True)):
@@ -290,10 +290,9 @@ class _ByQueries:
             spans = torch.stack((ks[mine], ke[mine]))
             views = self._views(self.sent[None], spans.shape[1])
             into = misa.Selected(*(view if view is None else view.flatten(0, 1) for view in views))
-            all_scale = scale_words[0].view(torch.float32)[:, 0] if scale_words else None
             select_into(
-                into, q[mine], w[mine], k_words.view(k.dtype), spans[0], spans[1], all_scale, None,
-                *execution,
+                into, q[mine], w[mine], k_words.view(k.dtype), spans[0], spans[1],
+                scale_words[0].view(torch.float32)[:, 0] if scale_words else None, None, *execution,
             )  # fmt: skip
 
         attempt(select_mine)
@@ -389,7 +388,7 @@ class _ByKeys:
     def merged(self, every: torch.Tensor) -> misa.Selected:
         """From what every rank sent, [ranks, entries], the selections for all queries."""
         tokens, top_k = self.shape
-        entries = every[:, :-1].view(-1, tokens, top_k).transpose(0, 1).flatten(1)
+        entries = every[:, :-1].view(len(every), tokens, top_k).transpose(0, 1).flatten(1)
         best = entries.topk(top_k, dim=1, sorted=False).values
         if self.config.ordered:
             best = best.gather(1, (_halves(best)[0] ^ _MOST).argsort(dim=1))
@@ -465,7 +464,7 @@ def _require_spans(ks: torch.Tensor, ke: torch.Tensor, total: int) -> None:
 
 
 def _words(k: torch.Tensor, k_scale: torch.Tensor | None) -> list[torch.Tensor]:
-    """The keys as words [L_rank, words], and their scales, if any, as [L_rank, 1]."""
+    """The keys as words of 4 bytes [L_rank, words], and their scales, if any, as [L_rank, 1]."""
     words = [k.contiguous().view(torch.int32)]
     return words if k_scale is None else [*words, k_scale.contiguous()[:, None].view(torch.int32)]
 

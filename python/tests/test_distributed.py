@@ -131,11 +131,10 @@ CASES["no keys"] = (
            *torch.zeros(2, len(spans(1500)[0]), dtype=torch.int32), None),
     CONFIGS["misa-r"],
 )  # fmt: skip
-CASES["no queries"] = (
-    Arrays(*(each[:0] if i != 2 else each for i, each in
-             enumerate(arrays(torch.float32, "normal")[:5])), None),
-    CONFIGS["misa"],
-)  # fmt: skip
+NO_QUERIES = Arrays(*(each[:0] if i != 2 else each for i, each in
+                      enumerate(arrays(torch.float32, "normal")[:5])), None)  # fmt: skip
+CASES["no queries"] = NO_QUERIES, CONFIGS["misa"]
+CASES["dsa no queries"] = NO_QUERIES, CONFIGS["dsa-ordered"]
 
 Layout = Callable[[int, int], list[torch.Tensor]]
 """From the numbers of keys and ranks, the positions of each rank's keys."""
