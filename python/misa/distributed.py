@@ -359,13 +359,13 @@ class _ByKeys:
             _require_spans(ks, ke, total)
         start, length = sum(self.shards.lengths[:rank]), self.shards.lengths[rank]
         positions = self.shards.positions
-        ends = torch.stack((ks, ke))
+        ends = torch.stack((ks, ke)).clamp_(0, total)
         if positions is None:
             ends -= start
-            before = ends[0].clamp(-start, 0)  # minus the keys that queries see on ranks before
+            before = ends[0].clamp_max(0)  # minus the keys that queries see on ranks before
             ends.clamp_(0, length)
         else:
-            first = ks.clamp(0, total)
+            first = ends[0]
             ends = torch.searchsorted(positions[start : start + length], ends, out_int32=True)
         indices = torch.empty(self.shape, dtype=torch.int32, device=q.device)
         scores = torch.empty(self.shape, dtype=torch.float32, device=q.device)

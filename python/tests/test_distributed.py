@@ -471,7 +471,15 @@ def run_on_devices(store: Path, ranks: int, rank: int) -> None:
 
 
 def capture_and_break(there: Arrays, ranks: int, rank: int, config: misa.Config) -> None:
-    """A captured call, and a rank that fails."""
+    """Ends out of range, a captured call, and a rank that fails."""
+    beyond = there._replace(
+        ks=torch.full_like(there.ks, -(2**31)), ke=torch.full_like(there.ke, 2**31 - 1)
+    )
+    one = misa.select(**beyond._asdict(), config=config).indices
+    for layout in LAYOUTS[ranks].values():
+        given = shard(beyond, layout, ranks, rank) | {"config": config}
+        assert torch.equal(misa.distributed.select(**given).indices, one)
+
     one = misa.select(**there._asdict(), config=config).indices
     given = shard(there, lengths(701), ranks, rank) | {"config": config}
     graph = torch.cuda.CUDAGraph()
