@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distils an indexer for every layer of a frozen language model from its dense attention.
+
+    python -m lab.distill FOLDER --text FILE... [--minutes 8]
+
+The loss of a layer is the divergence KL(p || softmax(scores)) of a row's attention p, averaged
+over heads, from what the indexer's scores say, on rows sampled from each window of text. Layers do
+not depend on each other. Stops after --minutes, or at --steps; run again, it goes on. Adam's
+moments are not kept, so it warms up again. FOLDER gets the indexers in files of at most 16 MiB, the
+state, and a log of losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import base, text
+from .indexer import Shape, load, save, scores, state_of
+
+LOGGED = 20  # steps between entries of the log
+
+
+class Settings(NamedTuple):
+    """What a run must have in common with the one that it goes on with."""
+
+    heads: int
+    rank: int
+    length: int  # of a window, tokens
+    rows: int  # of a window that ask
+    steps: int
+    rate: float
+    warm_up: int
+    seed: int
+
+
+def divergence(target: torch.Tensor, found: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The mean over rows of KL(target || softmax(found)); both [rows, L], of which a row sees its
+    own position and those before it."""
+    later = torch.arange(found.shape[1], device=rows.device) > rows[:, None]
+    logs = found.masked_fill(later, float("-inf")).log_softmax(-1).masked_fill(later, 0)
+    return (torch.special.xlogy(target, target) - target * logs).sum(-1).mean()
+
+
+def rate_at(settings: Settings, step: int, since_start: int) -> float:
+    """A cosine over all steps to a tenth, and a warm-up after every start."""
+    cosine = 0.55 + 0.45 * math.cos(math.pi * step / settings.steps)
+    return settings.rate * cosine * min(1, (since_start + 1) / settings.warm_up)
+
+
+def run(
+    model: Any,
+    windows: text.Windows,
+    folder: Path,
+    settings: Settings,
+    *,
+    seconds: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains until `settings.steps` or for `seconds`; returns the state.
+
+    Raises ValueError if the folder holds a run with other settings.
+    """
+    device = next(model.parameters()).device
+    shape = Shape(len(model.model.layers), model.config.hidden_size, settings.heads, settings.rank)
+    state = state_of(folder)
+    asked = {**settings._asdict(), **shape._asdict()}
+    if state.setdefault("settings", asked) != asked:
+        raise ValueError(f"{folder}: expected the settings {state['settings']}, got {asked}")
+    torch.manual_seed(settings.seed)
+    indexers = load(folder, shape).to(device)
+    optimizer = torch.optim.AdamW(indexers.parameters(), weight_decay=0.01, betas=(0.9, 0.95))
+    state.setdefault("log", [])
+    first = state.setdefault("step", 0)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    start, losses = time.monotonic(), torch.zeros(shape.layers, device=device)
+    for step in range(first, settings.steps):
+        if time.monotonic() - start > seconds:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(settings, step, step - first)
+        ids = windows[step].to(device)
+        chosen = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        rows = torch.randperm(settings.length, generator=chosen)[: settings.rows]
+        rows = rows.sort().values.to(device)
+
+        def see(i: int, module: Any, hidden: Any, cos: Any, sin: Any, rows: Any = rows) -> None:
+            target = base.attention(module, hidden, cos, sin, rows)
+            with torch.enable_grad(), autocast:
+                found = scores(*indexers[i](hidden.detach(), cos, sin, rows))
+                loss = divergence(target, found, rows)
+            loss.backward()
+            losses[i] += loss.detach()
+
+        with torch.no_grad(), base.watched(model, see):
+            model.model(ids[None], use_cache=False)
+        torch.nn.utils.clip_grad_norm_(indexers.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] = step + 1
+        if (step + 1) % LOGGED == 0 or step + 1 == settings.steps:
+            count = (step + 1) % LOGGED or LOGGED
+            layers = (losses / count).tolist()
+            losses.zero_()
+            mean = sum(layers) / len(layers)
+            if not math.isfinite(mean):
+                raise RuntimeError(f"step {step}: the loss is {mean}")
+            state["log"].append({"step": step + 1, "kl": mean, "layers": layers})
+            took = time.monotonic() - start
+            left = took / (step + 1 - first) * (settings.steps - step - 1)
+            say(f"step {step + 1} of {settings.steps}, KL {mean:.4f}, {left / 60:.1f} min left")
+    save(folder, indexers, state)
+    return state
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.distill", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", nargs="+", required=True, help=".txt, .jsonl, also .xz, folders")
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--length", type=int, default=8192, help="of a window, tokens")
+    parser.add_argument("--rows", type=int, default=128, help="of a window that ask")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--warm-up", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    options = vars(parser.parse_args())
+    folder, minutes = options.pop("folder"), options.pop("minutes")
+    paths = options.pop("text")
+    settings = Settings(**options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    start = time.monotonic()
+    model, tokenizer = base.smollm2(settings.length, device, dtype)
+    windows = text.Windows(
+        text.tokens_of(paths, tokenizer, held_out=False), settings.length, settings.seed
+    )
+    left = minutes * 60 - (time.monotonic() - start)
+    state = run(model, windows, folder, settings, seconds=left)
+    print(json.dumps({"step": state["step"], "steps": settings.steps}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

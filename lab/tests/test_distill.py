@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation on a tiny random model: what is learned, kept, resumed and written."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import misa  # noqa: E402
+from lab import base, distill, indexer, text, traces  # noqa: E402
+
+LENGTH, VOCABULARY = 96, 40
+SETTINGS = distill.Settings(
+    heads=8, rank=64, length=LENGTH, rows=48, steps=60, rate=1e-2, warm_up=5, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    made = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    for layer in made.model.layers:  # attention that prefers some tokens to others
+        layer.self_attn.q_proj.weight.mul_(5)
+        layer.self_attn.k_proj.weight.mul_(5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def windows():
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2000).astype(np.int32)
+    return text.Windows([tokens], LENGTH, 0)
+
+
+def test_attention_is_the_models(model, windows):
+    rows = torch.tensor([0, 5, LENGTH - 1])
+    model.set_attn_implementation("eager")
+    whole = model.model(windows[0][None], output_attentions=True).attentions
+    found = []
+    with base.watched(
+        model, lambda i, module, *seen: found.append(base.attention(module, *seen, rows))
+    ):
+        model.model(windows[0][None])
+    for mine, theirs in zip(found, whole, strict=True):
+        torch.testing.assert_close(mine, theirs[0].mean(0)[rows])
+
+
+def test_divergence_by_hand():
+    target = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    found = torch.tensor([[3.0, 9.0], [0.0, math.log(3.0)]])
+    rows = torch.tensor([0, 1])
+    assert distill.divergence(target, found, rows) == pytest.approx(0, abs=1e-6)
+    even = distill.divergence(target[1:], torch.zeros(1, 2), rows[1:])
+    expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert even == pytest.approx(expected, rel=1e-5)
+
+
+def test_indexers_learn_and_go_on(model, windows, tmp_path):
+    said: list[str] = []
+    whole = distill.run(model, windows, tmp_path / "whole", SETTINGS, say=said.append)
+    assert whole["step"] == SETTINGS.steps and len(said) == 3
+    assert whole["log"][-1]["kl"] < 0.8 * whole["log"][0]["kl"]
+    # In two pieces: the second one goes on from the first one's file.
+    stopped = distill.run(model, windows, tmp_path / "two", SETTINGS, seconds=0)
+    assert stopped["step"] == 0
+    again = distill.run(model, windows, tmp_path / "two", SETTINGS)
+    assert again["step"] == SETTINGS.steps
+    # From weights that were rounded to bfloat16 when they were kept.
+    assert again["log"][-1]["kl"] == pytest.approx(whole["log"][-1]["kl"], rel=0.1)
+    assert distill.run(model, windows, tmp_path / "two", SETTINGS)["log"] == again["log"]
+    with pytest.raises(ValueError, match="expected the settings"):
+        distill.run(model, windows, tmp_path / "two", SETTINGS._replace(heads=4))
+
+
+def test_files_are_small_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexer, "FILE_BYTES", (1 << 16) + 20_000)
+    shape = indexer.Shape(layers=3, width=32, heads=4, rank=8)
+    made = torch.nn.ModuleList(indexer.Indexer(shape) for _ in range(3))
+    indexer.save(tmp_path, made, {"step": 7})
+    assert len(list(tmp_path.glob("indexers-*"))) > 1 and not list(tmp_path.glob("*.part"))
+    loaded = indexer.load(tmp_path, shape)
+    assert indexer.state_of(tmp_path) == {"step": 7}
+    for (name, a), b in zip(made.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b), name
+
+
+def test_traces_are_compared(model, windows, tmp_path):
+    distill.run(model, windows, tmp_path, SETTINGS._replace(steps=2))
+    indexers = indexer.load(tmp_path, indexer.Shape(2, 128, 8, 64))
+    paths = traces.write(model, indexers, windows[1], tmp_path / "out", [1], "a test")
+    from safetensors.torch import load_file
+
+    (path,) = paths
+    found = load_file(path)
+    assert found["attn_last32"].float().sum(1) == pytest.approx(torch.ones(32), abs=0.02)
+    q, w, k = (found[name] for name in ("q", "w", "k"))
+    expected = indexer.scores(q.float(), w, k.float())
+    selected = misa.select(q, w, k, found["ks"], found["ke"], config=misa.Config("dsa", top_k=8))
+    for row, (indices, end) in enumerate(zip(selected.indices, found["ke"].tolist(), strict=True)):
+        best = expected[row, :end].topk(8)
+        worst = expected[row, indices.long()].min()
+        assert worst >= best.values[-1] - 1e-4 * best.values.abs().max()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz", ".txt", ".txt.xz"])
+def test_documents(tmp_path, suffix):
+    import lzma
+
+    name = tmp_path / f"a{suffix}"
+    opened = lzma.open if suffix.endswith(".xz") else open
+    with opened(name, "wt") as file:
+        if ".jsonl" in suffix:
+            file.write(json.dumps({"text": "one", "title": "t"}) + "\n" + json.dumps({"text": "x"}))
+        else:
+            file.write("one")
+    found = list(text.documents([tmp_path]))
+    assert found[0].text == "one" and len(found) == (2 if ".jsonl" in suffix else 1)
+    with pytest.raises(ValueError, match=r"expected \.txt or \.jsonl"):
+        list(text.documents(["a.pdf"]))
+
+
+def test_windows_depend_on_their_number_alone():
+    texts = [np.arange(50, dtype=np.int32), np.arange(100, 103, dtype=np.int32)]
+    windows = text.Windows(texts, 10, seed=1)
+    assert torch.equal(windows[3], text.Windows(texts, 10, seed=1)[3])
+    assert any(not torch.equal(windows[i], windows[0]) for i in range(1, 5))
+    with pytest.raises(ValueError, match="expected 60 tokens or more, got 53"):
+        text.Windows(texts, 60, seed=1)
+
+
+def test_the_split_is_by_title():
+    titles = [f"book {i}" for i in range(400)]
+    share = sum(map(text.is_held_out, titles)) / len(titles)
+    assert 0.02 < share < 0.15

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to train and evaluate on: any files, split by document."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+# Of 16 documents this many are held out from training.
+HELD_OUT, OF = 1, 16
+
+
+class Document(NamedTuple):
+    title: str
+    text: str
+
+
+def documents(paths: Sequence[str | Path]) -> Iterator[Document]:
+    """Every .txt file is one document, every line of a .jsonl file another, with the fields `text`
+    and, if any, `title`; both may be compressed (.xz). Folders are searched for them.
+
+    Raises ValueError for a file of another kind, or without text.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if kind(p))
+            yield from documents(inside)
+            continue
+        opened = lzma.open if path.suffix == ".xz" else open
+        if kind(path) == ".txt":
+            with opened(path, "rt", encoding="utf-8") as file:
+                yield Document(path.name, file.read())
+        elif kind(path) == ".jsonl":
+            with opened(path, "rt", encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    entry = json.loads(line)
+                    if not isinstance(entry.get("text"), str):
+                        raise ValueError(f"{path}, line {number}: expected a field text")
+                    yield Document(str(entry.get("title", f"{path.name}:{number}")), entry["text"])
+        else:
+            raise ValueError(f"{path}: expected .txt or .jsonl, also with .xz, or a folder")
+
+
+def kind(path: Path) -> str:
+    """.txt, .jsonl or nothing."""
+    name = path.name.removesuffix(".xz")
+    return next((k for k in (".txt", ".jsonl") if name.endswith(k)), "")
+
+
+def is_held_out(title: str) -> bool:
+    """By the title alone, so that the split is the same in every run and for every set of files."""
+    return zlib.crc32(title.encode()) % OF < HELD_OUT
+
+
+class Windows:
+    """Stretches of tokens, each a function of the seed and its number alone."""
+
+    def __init__(self, texts: Sequence[np.ndarray], length: int, seed: int) -> None:
+        """texts: the tokens of each document; those shorter than `length` are put together, in
+        order, until they are not."""
+        joined: list[np.ndarray] = []
+        for tokens in texts:
+            if joined and len(joined[-1]) < length:
+                joined[-1] = np.concatenate([joined[-1], tokens])
+            else:
+                joined.append(tokens)
+        self._texts = [tokens for tokens in joined if len(tokens) >= length]
+        if not self._texts:
+            total = sum(len(tokens) for tokens in texts)
+            raise ValueError(f"text: expected {length} tokens or more, got {total}")
+        self._length = length
+        self._seed = seed
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        """Window `number`, int64 [length]; every place of the text is as likely."""
+        choice = random.Random(f"{self._seed} {number}")
+        places = [len(tokens) - self._length + 1 for tokens in self._texts]
+        (tokens,) = choice.choices(self._texts, weights=places)
+        first = choice.randrange(len(tokens) - self._length + 1)
+        return torch.from_numpy(tokens[first : first + self._length].astype(np.int64))
+
+
+def tokens_of(paths: Sequence[str | Path], tokenizer: Any, held_out: bool) -> list[np.ndarray]:
+    """The tokens of the documents of one side of the split."""
+    return [
+        np.asarray(tokenizer(document.text)["input_ids"], dtype=np.int32)
+        for document in documents(paths)
+        if is_held_out(document.title) == held_out
+    ]
