@@ -155,7 +155,7 @@ void score_dense(benchmark::State& state, std::int64_t heads, std::int64_t keys,
   q.token_stride = heads * kDim;
   RaggedKeys k = in.keys();
   k.token_stride = kDim;
-  const Problem problem{config, q, {in.w.data(), kQueries, heads, heads}, k, {}};
+  const Problem problem{config, q, {in.w.data(), kQueries, heads, heads}, source_of(k), {}};
   const cpu::Operand operand =
       kernels->native_bf16 && dtype != DType::f32 ? cpu::Operand::bf16 : cpu::Operand::f32;
   const std::size_t row = size_of(operand) * kDim;
