@@ -5,6 +5,7 @@
 #
 #   spdx     every source names its licence
 #   floors   folders include what CONTRIBUTING.md permits, and its grid of stages matches the tree
+#   report   tables and plots of the pages are what bench/results says
 #   names    no identifier that the code has left for the field's terms
 #   format   clang-format and ruff's formatter have nothing to change
 #   python   ruff's linter
@@ -25,9 +26,9 @@ tracked() {
   fi
 }
 
-# The files that can contain comments, without documents and the template of reports.
+# The files that can contain comments, without documents, plots and the template of reports.
 sources() {
-  tracked ':!*.md' ':!*.html' ':!*.json' ':!*.safetensors' ':!*/py.typed' ':!LICENSE' \
+  tracked ':!*.md' ':!*.html' ':!*.svg' ':!*.json' ':!*.safetensors' ':!*/py.typed' ':!LICENSE' \
     ':!.gitignore' ':!tests/fuzz/corpus' ':!tests/golden/*.txt'
 }
 
@@ -44,6 +45,11 @@ spdx() {
 
 floors() {
   scripts/floors.py
+}
+
+report() {
+  scripts/venv.sh
+  build/venv/bin/python scripts/report.py
 }
 
 names() {
@@ -76,8 +82,8 @@ tidy() {
 }
 
 case "$step" in
-  all) for each in spdx floors names format python types tidy; do echo "check: $each"; "$each"; done ;;
-  spdx | floors | names | format | python | types | tidy) "$step" ;;
+  all) for each in spdx floors report names format python types tidy; do echo "check: $each"; "$each"; done ;;
+  spdx | floors | report | names | format | python | types | tidy) "$step" ;;
   sources) sources ;;
-  *) echo "check.sh: expected spdx, floors, names, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
+  *) echo "check.sh: expected spdx, floors, report, names, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
 esac

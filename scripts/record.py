@@ -22,8 +22,18 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What a commit may lack and yet be measured as it stands.
-NO_SOURCES = (":!bench/results", ":!docs", ":!*.md")
+# What is measured.
+SOURCES = (
+    "CMakeLists.txt",
+    "bench",
+    "cli",
+    "cmake",
+    "data",
+    "include",
+    "python",
+    "src",
+    ":!bench/results",
+)
 
 
 def output_of(*command: str) -> str:
@@ -40,7 +50,7 @@ def commit() -> str:
     head = os.environ.get("MISA_COMMIT") or output_of("git", "rev-parse", "HEAD").strip()
     if not head:
         sys.exit("record.py: git names no commit: expected it in MISA_COMMIT")
-    return head + "+" * bool(output_of("git", "status", "--porcelain", "-uno", "--", *NO_SOURCES))
+    return head + "+" * bool(output_of("git", "status", "--porcelain", "-uno", "--", *SOURCES))
 
 
 def machine() -> dict[str, str | int]:

@@ -19,7 +19,7 @@ inline constexpr int kGroupSize = 64;
 /// Largest number of indexer heads that a call accepts.
 inline constexpr int kMaxHeads = 256;
 
-/// Default upper limit of a plan's workspace, in bytes. docs/performance.md tells what a smaller
+/// Default upper limit of a plan's workspace, in bytes. docs/kernels/step.md tells what a smaller
 /// limit costs.
 inline constexpr std::size_t kDefaultWorkspaceCap = std::size_t{512} << 20;
 

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of bench/results by what they are of."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+class Record(NamedTuple):
+    name: str
+    commit: str
+    date: str
+    machine: dict[str, Any]
+    command: str
+    results: Any
+    transcribed: bool = False
+    note: str = ""
+
+
+class Figure(NamedTuple):
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+USED: set[str] = set()
+
+
+@functools.cache
+def _load(name: str) -> Record | None:
+    path = RESULTS / f"{name}.json"
+    return Record(name, **json.loads(path.read_text())) if path.exists() else None
+
+
+def record(name: str) -> Record:
+    found = _load(name)
+    if found is None:
+        raise SystemExit(f"report.py: a table needs bench/results/{name}.json")
+    USED.add(name)
+    return found
+
+
+def exists(name: str) -> bool:
+    return _load(name) is not None
+
+
+def matching(name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The entries of a list of results that have these values."""
+    entries = record(name).results
+    return [e for e in entries if all(e.get(key) == value for key, value in wanted.items())]
+
+
+def us(name: str, **wanted: Any) -> Figure | None:
+    """Microseconds of a step; the median of several entries, which are rounds."""
+    entries = [e for e in matching(name, **wanted) if "us" in e]
+    if not entries:
+        return None
+    lows, highs = ([e[key] for e in entries if key in e] for key in ("us_low", "us_high"))
+    return Figure(
+        statistics.median(e["us"] for e in entries),
+        min(lows, default=None),
+        max(highs, default=None),
+    )
+
+
+def step(indexer: str, keys: int, heads: int = 64) -> Figure | None:
+    """A prefill step of 2048 queries: not right after dense ones, if that was measured."""
+    for name in (f"gpu-sparse-{heads}", f"gpu-steps-{heads}"):
+        found = us(name, indexer=indexer, keys=keys)
+        if found:
+            return found
+    return None
+
+
+def rate(indexer: str, keys: int, heads: int = 64) -> float | None:
+    """TFLOP/s of the same step."""
+    for name in (f"gpu-sparse-{heads}", f"gpu-steps-{heads}"):
+        for entry in matching(name, indexer=indexer, keys=keys):
+            if "tflops" in entry:
+                return entry["tflops"]
+    return None
+
+
+def peers(keys: int, heads: int = 64) -> dict[str, float]:
+    """Microseconds of DeepGEMM's logits and of selectors, by name."""
+    shapes = record("gpu-peers").results["shapes"]
+    shape = next(s for s in shapes if (s["keys"], s["heads"]) == (keys, heads))
+    return {"logits": shape["logits_us"], **shape["selectors_us"]}
+
+
+def decode_peers(batch: int, context: int = 131072) -> dict[str, Any]:
+    for name in ("gpu-decode-peers", "gpu-decode-peers-short"):
+        for shape in record(name).results["shapes"]:
+            if (shape["batch"], shape["context"]) == (batch, context):
+                return shape
+    raise SystemExit(f"report.py: no peers for B = {batch}, L = {context}")
+
+
+def decode(indexer: str, batch: int) -> Figure | None:
+    """A decode step at 128K: from the runs with peers, or else from those without."""
+    shape = decode_peers(batch)
+    if indexer in shape["misa_us"]:
+        return Figure(shape["misa_us"][indexer])
+    for name in ("gpu-decode", "gpu-decode-sketch"):
+        found = us(name, indexer=indexer, batch=batch, context=131072)
+        if found:
+            return found
+    return None
+
+
+def recall(indexer: str) -> float:
+    """Mean recall in per cent on the trace that README.md names."""
+    for name in ("recall", "recall-fp8"):
+        for found in record(name).results["traces"][0]["indexers"]:
+            if found["name"] == indexer:
+                return 100 * found["recall"]["mean"]
+    raise SystemExit(f"report.py: no recall of {indexer}")
+
+
+def cpu_ms(indexer: str, dtype: str = "e4m3", keys: int = 65536) -> Figure | None:
+    """Milliseconds of a whole step on the CPU."""
+    for context in record(f"cpu-steps-{dtype}").results["contexts"]:
+        for found in context["indexers"]:
+            if (context["keys"], found["name"]) == (keys, indexer):
+                time = found["seconds_step"]
+                half = time.get("spread")
+                return Figure(
+                    1e3 * time["median"],
+                    None if half is None else 1e3 * (time["median"] - half),
+                    None if half is None else 1e3 * (time["median"] + half),
+                )
+    return None
+
+
+def stage_ms(stage: str, name: str = "cpu-stages") -> float:
+    """Milliseconds of a stage or peer of misa_bench."""
+    for found in record(name).results["benchmarks"]:
+        if found["run_name"].startswith(stage + "/") and found["aggregate_name"] == "median":
+            return found["real_time"]
+    raise SystemExit(f"report.py: no {stage} in {name}.json")
+
+
+def gpu() -> str:
+    devices = record("gpu-decode-peers").machine["devices"]
+    return devices.split(" x ", 1)[1]
+
+
+def cpu() -> str:
+    machine = record("cpu-steps-e4m3").machine
+    return f"{machine['threads']} threads of an {machine['processor']}"

@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of README.md and docs/performance.md, a function each: text from bench/results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import report_data as data
+from report_data import Figure
+
+M4096 = "misa-r:h=3:m=2k"
+SKETCH = "misa-r:h=3:m=4k:sketch=2"
+SKETCH_LONG = "misa-r:h=3:m=8k:sketch=2"
+SKETCH_4 = "dsa:m=2k:sketch=4"
+LABELS = {
+    "dsa": "DSA",
+    "misa": "MISA 8",
+    "misa-dagger": "MISA† 8, m = 8192",
+    "hisa": "HISA 64 × 128",
+    "misa-r": "MISA-R 7 + 1",
+    M4096: "MISA-R 3 + 1, m = 4096",
+    SKETCH: "MISA-R 3 + 1 on the 2-bit sketch, m = 8192",
+    SKETCH_LONG: "the same, m = 16,384",
+    SKETCH_4: "all heads on the 4-bit sketch, m = 4096",
+    "auto": "`auto`",
+}
+STEPS = ("dsa", "misa", "misa-dagger", "hisa", "misa-r", M4096)
+BATCHES = (1, 4, 16, 64)
+TOP_K = "logits + misa.top_k"
+TORCH = "logits + torch.topk"
+K64, K128 = 65536, 131072
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    cells = [list(head)]
+    cells += [["---"] * len(cells[0]), *map(list, rows)]
+    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in row)}|" for row in cells)
+
+
+def read() -> set[str]:
+    """The results that tables have read."""
+    return data.USED
+
+
+def number(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def shown(figure: Figure | float | None) -> str:
+    if figure is None:
+        return ""
+    if isinstance(figure, float | int):
+        return number(figure)
+    if figure.low is None or figure.high is None:
+        return number(figure.value)
+    return f"{number(figure.value)} ± {number((figure.high - figure.low) / 2)}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.1f} ×" if ratio >= 3 else f"{ratio:.2f} ×"
+
+
+def keys_of(count: int) -> str:
+    return f"{count >> 20}M" if count >= 1 << 20 else f"{count >> 10}K"
+
+
+def value(figure: Figure | None) -> float:
+    if figure is None:
+        raise SystemExit("report.py: a target has no figure")
+    return figure.value
+
+
+def dense(keys: int, heads: int = 64) -> float:
+    """Microseconds of the peers' dense step: the logits, then the fastest selector."""
+    peers = data.peers(keys, heads)
+    return peers["logits"] + min(us for name, us in peers.items() if name != "logits")
+
+
+def indexers() -> str:
+    what = {
+        "dsa": ("DSA", "64 heads", 132),
+        "misa": ("MISA", "8 heads, routed by block means", 140),
+        "misa-dagger": ("MISA† (m = 8192)", "8 heads, then 64 on the candidates", 140),
+        "hisa": ("HISA", "64 heads on 64 blocks of 128", 140),
+        "misa-r": ("MISA-R", "7 heads + 1 linear row", 132),
+        M4096: ("MISA-R (m = 4096)", "3 heads + 1 linear row, then 64 on the candidates", 132),
+        SKETCH: ("MISA-R (m = 8192), 2-bit sketch", "the same, the rows on a sketch", 166),
+    }
+    rows = []
+    for name, (label, scores, cache) in what.items():
+        on_cpu, on_gpu = data.cpu_ms(name), data.step(name, K64)
+        rows.append(
+            [label, scores, f"{data.recall(name):.1f} %",
+             f"{on_cpu.value / 256 * 1e3:.0f}" if on_cpu else "",
+             f"{on_gpu.value / 2048:.2f}" if on_gpu else "",
+             f"{value(data.decode(name, 64)):.0f}", str(cache)]
+        )  # fmt: skip
+    peer = "DeepGEMM's logits + "
+    every = ["64 heads", "100 %", ""]
+    decode = data.decode_peers(64)["steps_us"]
+    rows.append([f"{peer}FlashInfer's top-k", *every, f"{dense(K64) / 2048:.2f}", "", "132"])
+    rows.append([f"{peer}this library's top-k", *every, "", f"{decode[TOP_K]:.0f}", "132"])
+    rows.append([f"{peer}`torch.topk`", *every, "", f"{decode[TORCH]:.0f}", "132"])
+    name = data.gpu().removeprefix("NVIDIA ")
+    head = ["indexer", "what scores a token", "recall of DSA's set", "CPU µs per query"]
+    head += [f"{name} µs per query", f"{name} µs per decode step", "cache bytes per token"]
+    return table(head, rows)
+
+
+def indexers_machines() -> str:
+    floor = 64 * K128 * 132 / data.record("gpu-floors").results["copy_tbps"] * 1e-6
+    return (
+        "Recall: mean over the rows of `data/trace_h64_layer3.safetensors`, a small trained\n"
+        "model's indexer with a context of 16K, top 2048 (`misa compare FILE --top-k 2048`; the\n"
+        "sketch's with `--fp8`). Recall depends on the model: measure yours.\n"
+        "Time: a whole step at 64 heads × 128, e4m3, 65,536 keys, top 2048, on "
+        f"{data.cpu()}\nand on one {data.gpu()} (2048 queries a call). A decode step has 64 "
+        "sequences of 131,072 tokens, a query\neach, in pages with sums: reading 132 bytes of "
+        f"every token at the rate of a copy takes {floor:.0f} µs."
+    )
+
+
+def picture() -> str:
+    return (
+        "![Recall against time: each indexer's recall of DSA's set, and the time of a decode step\n"
+        "and of a prefill step on the GPU and of a step on the CPU, with the dense step of other\n"
+        "libraries](docs/plots/recall-time.svg)"
+    )
+
+
+def recall_time() -> str:
+    return picture().replace("docs/plots", "plots")
+
+
+def decode_plot() -> str:
+    return (
+        "![Time of a decode step by the number of sequences, for each indexer, the peers and the\n"
+        "floor](plots/decode.svg)"
+    )
+
+
+def decode() -> str:
+    shapes = {batch: data.decode_peers(batch) for batch in BATCHES}
+    copy = data.record("gpu-floors").results["copy_tbps"]
+    last = shapes[64]["steps_us"][TOP_K]
+
+    def row(label: str, cells: list[Figure | float | None], ratio: bool = True) -> list[str]:
+        end = cells[-1]
+        us = end.value if isinstance(end, Figure) else end
+        return [label, *map(shown, cells), times(last / us) if ratio and us else ""]
+
+    rows = [
+        row("read keys and scales once", [b * K128 * 132 / copy * 1e-6 for b in BATCHES], False)
+    ]
+    for name in (*STEPS, SKETCH, SKETCH_LONG, SKETCH_4):
+        rows.append(row(LABELS[name], [data.decode(name, batch) for batch in BATCHES]))
+    rows.append(row("DeepGEMM's logits alone", [s["logits_us"] for s in shapes.values()], False))
+    for name, label in ((TORCH, "`torch.topk`"), (TOP_K, "`misa.top_k`")):
+        steps = [s["steps_us"][name] for s in shapes.values()]
+        rows.append(row(f"DeepGEMM's logits, then {label}", steps))
+    head = ("µs a step", *(f"B = {b}" for b in BATCHES), "speed, B = 64")
+    return table(head, rows)
+
+
+def decode_shapes() -> str:
+    shapes = {
+        "L = 8K, B = 64": (64, 8192, 1),
+        "L = 8K, B = 256": (256, 8192, 1),
+        "L = 128K, B = 64, four queries a sequence": (64, K128, 4),
+        "L = 1M, B = 1": (1, 1 << 20, 1),
+    }
+    rows = []
+    for label, (batch, context, next_n) in shapes.items():
+        cells = [
+            data.us("gpu-decode-shapes", indexer=i, batch=batch, context=context, next_n=next_n)
+            for i in ("dsa", "misa", SKETCH)
+        ]
+        peer = data.decode_peers(batch, context)["steps_us"][TOP_K] if context == 8192 else None
+        rows.append([label, *map(shown, cells), shown(peer)])
+    head = ("µs a step", "DSA", "MISA 8", "2-bit sketch, m = 8192", "logits, then `misa.top_k`")
+    return table(head, rows)
+
+
+def prefill_plot() -> str:
+    return (
+        "![Time of a prefill step at 64K and 128K keys, for each indexer and the peers, with the\n"
+        "floor of each](plots/prefill.svg)"
+    )
+
+
+def prefill_of(heads: int) -> str:
+    floor = data.record("gpu-floors").results["products_tflops"]
+    rows = []
+    for name in STEPS:
+        cells = [LABELS[name]]
+        for keys in (K64, K128):
+            step = data.step(name, keys, heads)
+            if step is None:
+                break
+            rate = data.rate(name, keys, heads)
+            share = f"{100 * rate / floor:.0f} %" if rate else ""
+            cells += [shown(step), times(dense(keys, heads) / step.value), share]
+        else:
+            rows.append(cells)
+    for name in data.peers(K64, heads):
+        if name == "logits":
+            continue
+        cells = [
+            f"DeepGEMM's logits, then {'`torch.topk`' if 'torch' in name else name + chr(39) + 's'}"
+        ]
+        for keys in (K64, K128):
+            peers = data.peers(keys, heads)
+            us = peers["logits"] + peers[name]
+            cells += [shown(us), times(dense(keys, heads) / us), ""]
+        rows.append(cells)
+    head = [f"{heads} heads"]
+    for keys in (K64, K128):
+        head += [f"L = {keys_of(keys)}, µs", "speed", "of the floor"]
+    return table(head, rows)
+
+
+def contexts_plot() -> str:
+    return "![Time of a prefill step from 2K to 1M keys](plots/contexts.svg)"
+
+
+def contexts() -> str:
+    short = (2048, 4096, 8192, 16384, 32768, K64)
+    rows = [
+        [LABELS[name], *(shown(data.us("gpu-short", indexer=name, keys=k)) for k in short)]
+        for name in ("dsa", "misa", "auto")
+    ]
+    return table(("µs a step", *map(keys_of, short)), rows)
+
+
+def long_contexts() -> str:
+    long = (1 << 18, 1 << 19, 1 << 20)
+    rows = [
+        [LABELS[name], *(shown(data.us("gpu-long", indexer=name, keys=k)) for k in long)]
+        for name in ("misa", M4096, "misa-dagger")
+    ]
+    return table(("µs a step", *map(keys_of, long)), rows)
+
+
+def queries() -> str:
+    counts = sorted({entry["queries"] for entry in data.record("gpu-queries").results})
+    rows = [
+        [keys_of(keys), *(shown(data.us("gpu-queries", queries=t, keys=keys)) for t in counts)]
+        for keys in (4096, K64, K128)
+    ]
+    return table(("MISA 8, µs", *(f"T = {t}" for t in counts)), rows)
+
+
+def selector() -> str:
+    copy = data.record("gpu-floors").results["copy_tbps"]
+    rows = []
+    for entry in data.record("gpu-select").results:
+        name = entry["name"]
+        if not name.startswith("top_k ") or name.endswith("scores"):
+            continue
+        rows_by_keys, k = name.removeprefix("top_k ").split(", k ")
+        peers: dict[str, float] = {}
+        for keys in (K64, K128):
+            if (rows_by_keys, k) == (f"2048 x {keys}", "2048"):
+                peers = data.peers(keys)
+        rows.append(
+            [rows_by_keys.replace("x", "×"), k, shown(entry["us"]),
+             f"{100 * entry['bytes'] / copy * 1e-6 / entry['us']:.0f} %",
+             shown(peers.get("FlashInfer")), shown(peers.get("torch.topk"))]
+        )  # fmt: skip
+    head = ("rows × scores", "k", "`misa::cuda::top_k`, µs", "of a copy's rate", "FlashInfer, µs",
+            "`torch.topk`, µs")  # fmt: skip
+    return table(head, rows)
+
+
+def engine() -> str:
+    if not data.exists("engine"):
+        return (
+            "Not measured with this schema yet; [vLLM](integrations/vllm.md#measure) has figures."
+        )
+    results = data.record("engine").results
+    any_variant = next(iter(results.values()))
+    head = ["indexer", *(f"first token of {int(n):,}, ms" for n in any_variant["first"])]
+    for batch in any_variant["next"]:
+        head += [f"a token at B = {batch}, ms", "indexer, µs a layer"]
+    rows = []
+    for name, found in results.items():
+        cells = [f"`{name}`", *(shown(float(ms)) for ms in found["first"].values())]
+        for each in found["next"].values():
+            cells += [f"{each['token_ms']:.2f}", f"{each['indexer_us']:.0f}"]
+        rows.append(cells)
+    return table(head, rows)
+
+
+def context_parallel() -> str:
+    rows = []
+    names = ("gpu-context-parallel", "gpu-context-parallel-layouts")
+    entries = [entry for name in names for entry in data.record(name).results]
+    for e in entries:
+        rows.append(
+            [f"{e['tokens']:,}", keys_of(e["keys"]), e["layout"], e["indexer"],
+             f"{e['one_ms']:.2f}", f"{e['many_ms']:.2f}", times(e["one_ms"] / e["many_ms"])]
+        )  # fmt: skip
+    head = ("T", "L", "keys", "indexer", "one GPU, ms", f"{entries[0]['ranks']} GPUs, ms", "speed")
+    return table(head, rows)
+
+
+def cpu() -> str:
+    rows = []
+    for name in STEPS:
+        cells = [LABELS[name]]
+        for dtype in ("bf16", "e4m3"):
+            step, full = data.cpu_ms(name, dtype), data.cpu_ms("dsa", dtype)
+            cells += [shown(step), times(value(full) / value(step))]
+        rows.append(cells)
+    return table(("a step", "bf16, ms", "speed", "e4m3, ms", "speed"), rows)
+
+
+def cpu_peers() -> str:
+    torch = data.record("cpu-torch").results["ms"]
+    ours = {name: value(data.cpu_ms(name, "bf16")) for name in ("dsa", "misa")}
+    onednn, scores = "peer/onednn_matmul_bf16", "score/dense/bf16"
+    one = "cpu-stages-1"
+    pairs = [
+        ("products of 64 heads, one thread", "oneDNN, bf16", data.stage_ms(onednn, one),
+         "scores of DSA", data.stage_ms(scores, one)),
+        ("the same, all threads", "oneDNN, bf16", data.stage_ms(onednn),
+         "scores of DSA", data.stage_ms(scores)),
+        ("a dense step", "PyTorch", torch["dense step"], "DSA", ours["dsa"]),
+        ("a step of 8 heads", "PyTorch, heads given", torch["8 heads, scores"] + torch["topk"],
+         "MISA 8", ours["misa"]),
+        ("a row of 65,536", "`std::nth_element`", data.stage_ms("peer/nth_element"),
+         "selection", data.stage_ms("select/2048")),
+    ]  # fmt: skip
+    rows = [
+        [what, peer, number(theirs) if theirs >= 1 else f"{theirs:.3f}", mine,
+         number(ms) if ms >= 1 else f"{ms:.3f}", times(theirs / ms)]
+        for what, peer, theirs, mine, ms in pairs
+    ]  # fmt: skip
+    return table(("", "peer", "ms", "MISA", "ms", "speed"), rows)
+
+
+def at_most(what: str, bound: float, us: float) -> list[str]:
+    verdict = "met" if us <= bound else "**missed**"
+    return [f"{what} ≤ {bound:,.0f} µs", f"{number(us)} µs", verdict]
+
+
+def at_least(what: str, bound: float, ratio: float) -> list[str]:
+    return [what, times(ratio), "met" if ratio >= bound else "**missed**"]
+
+
+def targets() -> str:
+    rows = []
+
+    def faster(name: str, keys: int, bound: float, heads: int = 64) -> None:
+        what = (
+            f"{LABELS[name]} of {heads} heads, {keys_of(keys)}: ≥ {bound:g} × the peers' dense step"
+        )
+        rows.append(at_least(what, bound, dense(keys, heads) / value(data.step(name, keys, heads))))
+
+    for keys, bound, us in ((K64, 8, 320), (K128, 8, 620)):
+        faster("misa", keys, bound)
+        rows.append(at_most(f"the same, {keys_of(keys)}:", us, value(data.step("misa", keys))))
+    faster("misa", K64, 4.5, 32)
+    for name, bounds in ((M4096, (5, 7)), ("misa-dagger", (3, 4)), ("hisa", (3, 5))):
+        for keys, bound in zip((K64, K128), bounds, strict=True):
+            faster(name, keys, bound)
+    slowest = max(value(data.step("misa-r", k)) / value(data.step("misa", k)) for k in (K64, K128))
+    verdict = "met" if slowest <= 1.1 else "**missed**"
+    rows.append(["MISA-R 7 + 1: ≤ 1.1 × MISA's time, 64K and 128K", times(slowest), verdict])
+    logits = data.peers(K64)["logits"] / value(data.step("dsa", K64))
+    rows.append(at_least("DSA, 64K: ≥ 1.25 × the peer's logits alone", 1.25, logits))
+    least = min(
+        value(data.us("gpu-short", indexer="dsa", keys=k))
+        / value(data.us("gpu-short", indexer="auto", keys=k))
+        for k in (2048, 4096, 8192, 16384)
+    )
+    rows.append(at_least("`auto`, 2K to 16K: ≥ 0.98 × DSA", 0.98, least))
+    rows.append(at_most("selector, 2048 × 64K:", 250, selected("top_k 2048 x 65536, k 2048")))
+
+    decode = [("DSA", "dsa", (22, 34, 92, 300))]
+    for label, name, bounds in decode:
+        for batch, bound in zip(BATCHES, bounds, strict=True):
+            rows.append(
+                at_most(f"decode, B = {batch}: {label}", bound, value(data.decode(name, batch)))
+            )
+    for label, name, bound in (("MISA", "misa", 325), ("HISA", "hisa", 60),
+                               ("2-bit sketch, m = 8192", SKETCH, 135),
+                               ("2-bit sketch, m = 16,384", SKETCH_LONG, 160),
+                               ("4-bit sketch, all heads, m = 4096", SKETCH_4, 240)):  # fmt: skip
+        rows.append(at_most(f"decode, B = 64: {label}", bound, value(data.decode(name, 64))))
+    for batch in (64, 256):
+        ours = value(data.us("gpu-decode-shapes", indexer="dsa", batch=batch, context=8192))
+        ratio = ours / data.decode_peers(batch, 8192)["steps_us"][TOP_K]
+        verdict = "met" if ratio <= 0.9 else "**missed**"
+        what = f"decode, B = {batch}, 8K: DSA ≤ 0.9 × logits with `misa.top_k`"
+        rows.append([what, times(ratio), verdict])
+    for name, bound in (("dsa", 60), (SKETCH, 40)):
+        us = value(data.us("gpu-decode-shapes", indexer=name, batch=1, context=1 << 20))
+        rows.append(at_most(f"decode, B = 1, 1M: {LABELS[name]}", bound, us))
+    four = {n: value(data.us("gpu-decode-shapes", indexer=n, next_n=4)) for n in ("dsa", "misa")}
+    rows.append(at_most("decode, four queries a sequence: DSA", 560, four["dsa"]))
+    ratio = four["misa"] / value(data.decode("misa", 64))
+    verdict = "met" if ratio <= 1.1 else "**missed**"
+    rows.append(["decode, four queries a sequence: MISA ≤ 1.1 × one", times(ratio), verdict])
+    rows.append(at_most("selection alone, 64 × 128K:", 22, selected("top_k 64 x 131072, k 2048")))
+
+    onednn, one = "peer/onednn_matmul_bf16", "cpu-stages-1"
+    ratio = data.stage_ms(onednn, one) / data.stage_ms("score/dense/bf16", one)
+    rows.append(at_least("CPU: dense scores ≥ 0.7 × oneDNN's rate, one thread", 0.7, ratio))
+    for name, bound in (("misa", 5), ("misa-r", 5), (M4096, 4)):
+        for dtype in ("bf16", "e4m3"):
+            ratio = value(data.cpu_ms("dsa", dtype)) / value(data.cpu_ms(name, dtype))
+            rows.append(at_least(f"CPU, {dtype}: {LABELS[name]} ≥ {bound} × DSA", bound, ratio))
+    return table(("target", "reached", ""), rows)
+
+
+def selected(name: str) -> float:
+    return next(e["us"] for e in data.record("gpu-select").results if e["name"] == name)
+
+
+def floors() -> str:
+    gpu, cpu = data.record("gpu-floors").results, data.record("cpu-floors").results
+    rate, copy = gpu["products_tflops"], gpu["copy_tbps"]
+    product = 2048 * K64 * 256 / rate * 1e-6  # µs of a row of every query
+    rows = [
+        ["products of e4m3 alone", f"{rate:,.0f} TFLOP/s",
+         f"64 rows a query at 64K: {64 * product:,.0f} µs; 8 rows {8 * product:.0f}; "
+         f"4 rows {4 * product:.0f}"],
+        ["a copy in device memory, bytes read and written", f"{copy:.1f} TB/s",
+         f"keys and scales of 64 sequences of 128K: {64 * K128 * 132 / copy * 1e-6:.0f} µs"],
+        ["CPU: products of bf16 alone, one thread", f"{cpu['gflops_one_thread']:.0f} GFLOP/s", ""],
+        ["CPU: the same, all threads", f"{cpu['gflops']:.0f} GFLOP/s",
+         f"64 rows of 256 queries at 64K: {64 * 256 * K64 * 256 / cpu['gflops'] * 1e-6:,.0f} ms"],
+    ]  # fmt: skip
+    return table(("bare loop", "rate", "so"), rows)
+
+
+def sources() -> str:
+    rows = []
+    for name in sorted({path.stem for path in data.RESULTS.glob("*.json")}):
+        found = data.record(name)
+        machine = found.machine.get("devices") or (
+            f"{found.machine['processor']}, {found.machine['threads']} threads"
+        )
+        command = found.command.replace("|", "\\|")
+        state = "transcribed" if found.transcribed else ""
+        rows.append([f"`{name}`", machine, found.date[:10], f"`{found.commit[:7]}`",
+                     f"`{command}`", state])  # fmt: skip
+    return table(("result", "machine", "date", "commit", "command", ""), rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "picture": picture,
+    "indexers": indexers,
+    "indexers-machines": indexers_machines,
+    "recall-time": recall_time,
+    "decode-plot": decode_plot,
+    "decode": decode,
+    "decode-shapes": decode_shapes,
+    "prefill-plot": prefill_plot,
+    "prefill-64": lambda: prefill_of(64),
+    "prefill-32": lambda: prefill_of(32),
+    "contexts-plot": contexts_plot,
+    "contexts": contexts,
+    "long-contexts": long_contexts,
+    "queries": queries,
+    "selector": selector,
+    "engine": engine,
+    "context-parallel": context_parallel,
+    "cpu": cpu,
+    "cpu-peers": cpu_peers,
+    "targets": targets,
+    "floors": floors,
+    "sources": sources,
+}
+
+
+def block(name: str) -> str:
+    if name not in BLOCKS:
+        raise SystemExit(f"report.py: no table {name}: expected one of {', '.join(BLOCKS)}")
+    return BLOCKS[name]()
