@@ -103,11 +103,17 @@ def decode_peers(batch: int, context: int = 131072) -> dict[str, Any]:
     raise SystemExit(f"report.py: no peers for B = {batch}, L = {context}")
 
 
+def of_rounds(median: float, shape: dict[str, Any], name: str) -> Figure:
+    """A median of peers.py with the least and the greatest round, if it told them."""
+    rounds = shape.get("rounds_us", {}).get(name, [])
+    return Figure(median, min(rounds, default=None), max(rounds, default=None))
+
+
 def decode(indexer: str, batch: int) -> Figure | None:
     """A decode step at 128K: from the runs with peers, or else from those without."""
     shape = decode_peers(batch)
     if indexer in shape["misa_us"]:
-        return Figure(shape["misa_us"][indexer])
+        return of_rounds(shape["misa_us"][indexer], shape, f"misa {indexer}")
     for name in ("gpu-decode", "gpu-decode-sketch"):
         found = us(name, indexer=indexer, batch=batch, context=131072)
         if found:

@@ -157,7 +157,7 @@ def decode() -> str:
         rows.append(row(LABELS[name], [data.decode(name, batch) for batch in BATCHES]))
     rows.append(row("DeepGEMM's logits alone", [s["logits_us"] for s in shapes.values()], False))
     for name, label in ((TORCH, "`torch.topk`"), (TOP_K, "`misa.top_k`")):
-        steps = [s["steps_us"][name] for s in shapes.values()]
+        steps = [data.of_rounds(s["steps_us"][name], s, name) for s in shapes.values()]
         rows.append(row(f"DeepGEMM's logits, then {label}", steps))
     head = ("µs a step", *(f"B = {b}" for b in BATCHES), "speed, B = 64")
     return table(head, rows)

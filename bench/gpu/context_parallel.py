@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times misa.distributed.select on the GPUs of this machine, one process each, against misa.select
 on one of them: prefill of T queries behind a context, L keys in all, e4m3, 64 heads of 128
-dimensions. Prints a Markdown table of ms a call:
+dimensions. Prints a Markdown table of ms a call, or JSON:
 
 - split: whether the work is split by keys or by queries.
 - one GPU: misa.select with all keys.
@@ -14,6 +14,7 @@ dimensions. Prints a Markdown table of ms a call:
 
 import argparse
 import itertools
+import json
 import statistics
 import time
 from functools import partial
@@ -73,8 +74,8 @@ def arrays(tokens, length):
 
 
 def times(call, host_group):
-    """Median ms a call of calls that are waited for, of such as follow each other, and what the
-    host takes for one of these."""
+    """Ms a call of calls that are waited for, of such as follow each other, and what the host takes
+    for one of these, each of some rounds."""
 
     def started():
         torch.cuda.synchronize()
@@ -99,11 +100,11 @@ def times(call, host_group):
         followed.append(since(start) / CALLS)
         if i == 0:
             waited, followed, host = [], [], []
-    return tuple(statistics.median(each) for each in (waited, followed, host))
+    return waited, followed, host
 
 
-def row(given, shards, rank, config, host_group):
-    """The times of an indexer; `given` are the arrays of :func:`arrays`."""
+def measured(given, shards, rank, config, host_group):
+    """Ms a call by what was called, in rounds; `given` are the arrays of :func:`arrays`."""
     q, w, k, ks, ke, scale = given
     start = sum(shards.lengths[:rank])
     mine = slice(start, start + shards.lengths[rank])
@@ -119,11 +120,20 @@ def row(given, shards, rank, config, host_group):
         raise SystemExit(f"{config}: the selection is not that of one rank")
     _, one, _ = times(alone, host_group)
     _, many, host = times(partial(checked, check=False), host_group)
-    cells = [one, many, one / many, host, times(checked, host_group)[0]]
+    found = {"one": one, "many": many, "host": host, "checked": times(checked, host_group)[0]}
     if shards.positions is None:
-        cells.append(times(agreed, host_group)[0])
-    by_keys = misa.distributed.splits_keys(q, config, shards.known)
-    return ["keys" if by_keys else "queries", *(f"{cell:.2f}" for cell in cells), "-"][:7]
+        found["agreed"] = times(agreed, host_group)[0]
+    return found
+
+
+def cells_of(entry):
+    """A row of the Markdown table."""
+    one, many = entry["one_ms"], entry["many_ms"]
+    numbers = [one, many, one / many, entry["host_ms"], entry["checked_ms"]]
+    if "agreed_ms" in entry:
+        numbers.append(entry["agreed_ms"])
+    what = (entry["tokens"], f"{entry['keys'] >> 10}K", entry["layout"], entry["indexer"])
+    return [*what, entry["split"], *[*(f"{number:.2f}" for number in numbers), "-"][:6]]
 
 
 def run(rank, options):
@@ -138,20 +148,28 @@ def run(rank, options):
     host_group = dist.new_group(backend="gloo")
 
     def show(*cells):
-        if rank == 0:
+        if rank == 0 and not options.json:
             print("|", " | ".join(map(str, cells)), "|", flush=True)
 
     head = ("T", "L", "keys", "indexer", "split", "one GPU", f"{options.ranks} GPUs",
             "times as fast", "host", "checked", "agreed")  # fmt: skip
     show(*head)
     show(*["---"] * len(head))
+    entries = []
     for tokens, length in itertools.product(options.tokens, options.keys):
         given = arrays(tokens, length)
         for layout in options.layouts:
             shards = dealt(layout, length, options.ranks)
             for name, config in INDEXERS.items():
-                cells = row(given, shards, rank, config, host_group)
-                show(tokens, f"{length >> 10}K", layout, name, *cells)
+                by_keys = misa.distributed.splits_keys(given[0], config, shards.known)
+                entry = {"tokens": tokens, "keys": length, "layout": layout, "indexer": name,
+                         "ranks": options.ranks, "split": "keys" if by_keys else "queries"}  # fmt: skip
+                rounds = measured(given, shards, rank, config, host_group)
+                entry.update({f"{key}_ms": statistics.median(ms) for key, ms in rounds.items()})
+                entries.append({**entry, "rounds_ms": rounds})
+                show(*cells_of(entry))
+    if rank == 0 and options.json:
+        print(json.dumps(entries, indent=2))
     dist.destroy_process_group()
 
 
@@ -163,6 +181,7 @@ def main():
     parser.add_argument(
         "--layouts", nargs="+", default=["even"], help="even, uneven, zigzag, stripes of N"
     )
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--port", type=int, default=29511)
     options = parser.parse_args()
     torch.multiprocessing.spawn(run, args=(options,), nprocs=options.ranks)

@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the dense step of others on the shapes of misa_bench_step: DeepGEMM's FP8 MQA logits (the
 package sgl-deep-gemm), then the faster of torch.topk and, where flashinfer-python is installed,
-FlashInfer's top-k. Medians of 20 runs between CUDA events, after 5 that are not counted.
+FlashInfer's top-k. Medians of 20 runs between CUDA events, after 5 that are not counted; all of
+them in turn for --rounds rounds, of whose medians the median is printed and, as JSON, all are.
 
 With --decode, on those of misa_bench_decode: DeepGEMM's paged logits and a top-k, also misa.top_k
 where it is installed, measured as misa_bench_decode measures (its head says how). The schedule of
 the logits, which an engine makes once for all layers, is left out of a step. With --misa PROGRAM,
-that is misa_bench_decode, both are run in turn for --rounds rounds, and the medians of the rounds
-printed side by side."""
+that is misa_bench_decode, both are run in turn and printed side by side."""
 
 import argparse
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -51,7 +52,17 @@ def microseconds(run):
     return statistics.median(1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
-def step(queries, heads, keys, top_k):
+def versions():
+    found = {}
+    for name in ("torch", "sgl-deep-gemm", "flashinfer-python", "misa"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def step(queries, heads, keys, options):
     """Microseconds of the logits and of each selector, for the last queries of a context."""
     device = "cuda"
     q = torch.randn(queries, heads, DIM, device=device).to(torch.float8_e4m3fn)
@@ -66,13 +77,38 @@ def step(queries, heads, keys, top_k):
 
     # Columns that a query does not see are not written; selectors are given the lengths.
     scores = torch.nan_to_num(logits(), nan=float("-inf"))
-    selectors = {"torch.topk": lambda: torch.topk(scores, top_k, dim=-1, sorted=False)}
+    selectors = {"torch.topk": lambda: torch.topk(scores, options.top_k, dim=-1, sorted=False)}
     if flashinfer is not None:
         selectors["FlashInfer"] = lambda: flashinfer.top_k_ragged_transform(
-            scores, starts, ends, top_k
+            scores, starts, ends, options.top_k
         )
 
-    return microseconds(logits), {name: microseconds(run) for name, run in selectors.items()}
+    rounds = {name: [] for name in ("logits alone", *selectors)}
+    for _ in range(options.rounds):
+        for name, run in {"logits alone": logits, **selectors}.items():
+            rounds[name].append(microseconds(run))
+    medians = {name: median(us) for name, us in rounds.items()}
+    alone = medians.pop("logits alone")
+    return {
+        "queries": queries,
+        "heads": heads,
+        "keys": keys,
+        "top_k": options.top_k,
+        "rounds": options.rounds,
+        "logits_us": alone,
+        "selectors_us": medians,
+        "dense_us": alone + min(medians.values()),
+        "rounds_us": rounds,
+    }
+
+
+def print_step(result):
+    selectors = result["selectors_us"]
+    each = ", ".join(f"{name} {us:.1f} us" for name, us in selectors.items())
+    print(
+        "{heads} heads, {keys} keys: logits {logits_us:.1f} us, ".format(**result)
+        + f"{each}, with {min(selectors, key=selectors.get)} {result['dense_us']:.1f} us"
+    )
 
 
 class LeftOut(Exception):
@@ -239,11 +275,13 @@ def decode_shape(batch, context, next_n, heads, options):
         schedules.append(schedule)
         for name, us in steps.items():
             peers.setdefault(name, []).append(us)
+    medians = {name: median(us) for name, us in peers.items()}
     result["schedule_us"] = median(schedules)
-    result["logits_us"] = median(peers.pop("logits alone", []))
-    result["steps_us"] = {name: median(us) for name, us in peers.items()}
-    result["dense_us"] = min(result["steps_us"].values(), default=None)
+    result["logits_us"] = medians.pop("logits alone", None)
+    result["steps_us"] = medians
+    result["dense_us"] = min(medians.values(), default=None)
     result["misa_us"] = {name: median(us) for name, us in ours.items()}
+    result["rounds_us"] = {**peers, **{f"misa {name}": us for name, us in ours.items()}}
     return result
 
 
@@ -263,17 +301,6 @@ def print_decode(result):
         print(f"  {name:28} left out: {reason}")
 
 
-def decode(options):
-    shapes = itertools.product(options.batch, options.context, options.next_n, options.heads)
-    results = []
-    for shape in shapes:
-        results.append(decode_shape(*shape, options))
-        if not options.json:
-            print_decode(results[-1])
-    if options.json:
-        print(json.dumps(results, indent=2))
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -282,6 +309,7 @@ def main():
     parser.add_argument("--heads", type=int, nargs="+", default=[64])
     parser.add_argument("--keys", type=int, nargs="+", default=[65536])
     parser.add_argument("--top-k", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--decode", action="store_true")
     of_decode = parser.add_argument_group("with --decode")
@@ -292,36 +320,20 @@ def main():
     of_decode.add_argument("--table", type=int, default=1 << 20, help="tokens of a row")
     of_decode.add_argument("--misa", metavar="PROGRAM", help="misa_bench_decode")
     of_decode.add_argument("--indexers", nargs="+", default=["dsa", "misa"], help="of --misa")
-    of_decode.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if options.decode:
-        decode(options)
-        return
+        shapes = itertools.product(options.batch, options.context, options.next_n, options.heads)
+        measure, show = decode_shape, print_decode
+    else:
+        shapes = itertools.product([options.queries], options.heads, options.keys)
+        measure, show = step, print_step
     results = []
-    for heads in options.heads:
-        for keys in options.keys:
-            logits, selectors = step(options.queries, heads, keys, options.top_k)
-            fastest = min(selectors, key=selectors.get)
-            dense = logits + selectors[fastest]
-            results.append(
-                {
-                    "queries": options.queries,
-                    "heads": heads,
-                    "keys": keys,
-                    "top_k": options.top_k,
-                    "logits_us": logits,
-                    "selectors_us": selectors,
-                    "dense_us": dense,
-                }
-            )
-            if not options.json:
-                each = ", ".join(f"{name} {us:.1f} us" for name, us in selectors.items())
-                print(
-                    f"{heads} heads, {keys} keys: logits {logits:.1f} us, {each}, "
-                    f"with {fastest} {dense:.1f} us"
-                )
+    for shape in shapes:
+        results.append(measure(*shape, options))
+        if not options.json:
+            show(results[-1])
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps({"versions": versions(), "shapes": results}, indent=2))
 
 
 if __name__ == "__main__":
