@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # One line a target over CMake presets; every target installs what it misses (Debian 12).
-.PHONY: demo test cuda wheel bench docs format check sanitize fuzz clean
+.PHONY: demo test cuda wheel bench bench-short report docs format check sanitize fuzz clean
 
 TRACES := $(wildcard data/*.safetensors)
 
@@ -35,6 +35,21 @@ bench:
 	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench misa_program
 	@build/bench/bench/misa_bench --benchmark_counters_tabular=true
 	@python3 -c 'import torch' 2>/dev/null && python3 bench/cpu_peers.py --misa build/bench/cli/misa || echo 'torch is not installed: the peers were left out'
+
+# A short benchmark, and which ratios have moved since the last results; it fails for none of them.
+bench-short:
+	@scripts/install-deps.sh bench
+	@cmake --preset bench >/dev/null && cmake --build --preset bench
+	@build/bench/bench/misa_bench --benchmark_filter=select --benchmark_min_time=0.05
+	@scripts/moved.py build/bench/cli/misa
+
+# Writes bench/results of the CPU, with the peers that are installed, and renders the pages from them;
+# for figures to publish, on a machine that does nothing else.
+report:
+	@scripts/install-deps.sh bench check python
+	@cmake --preset bench >/dev/null && cmake --build --preset bench
+	@scripts/report-cpu.sh
+	@scripts/venv.sh && build/venv/bin/python scripts/report.py --write
 
 # The documentation with the reference of C++, C and Python, in build/docs/html; a warning is an error.
 docs:

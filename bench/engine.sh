@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Measures indexers in vLLM on a machine with one Hopper GPU and prints a table. The engines start
-# together, hold up to 25 GiB of the GPU each, and measure one after the other.
+# Measures indexers in vLLM on a machine with one Hopper GPU, prints a table and writes
+# bench/results/engine.json. The engines start together, hold up to 25 GiB of the GPU each, and
+# measure one after the other.
 #   bench/engine.sh [VARIANT...]      those of bench/engine/measure.py
-# What each kernel took is in ENGINE_OUT/bench-VARIANT.log. The environment, ENGINE_OUT and ENGINE_SITE are those of tests/engine.sh; BENCH_OPTIONS are those of
-# bench/engine/measure.py.
+# What each kernel took is in ENGINE_OUT/bench-VARIANT.log. The environment, ENGINE_OUT and
+# ENGINE_SITE are those of tests/engine.sh; BENCH_OPTIONS are those of bench/engine/measure.py.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${ENGINE_OUT:-$here/../build/engine}
@@ -44,4 +45,13 @@ if rows:
           " | ".join(f"token at B = {b}, ms (on the device; the indexer, us a layer)" for b in batches), "|")
     for variant, first, later, _ in rows:
         print(f"| {variant} |", " | ".join(first + later), "|")
+PY
+"$python" "$here/../scripts/record.py" engine --as "bench/engine.sh ${variants[*]}" \
+  "$python" - "$out" "${variants[@]}" <<'PY'
+import importlib.metadata, json, pathlib, sys
+
+folder, *variants = sys.argv[1:]
+paths = {variant: pathlib.Path(folder) / f"bench-{variant}.json" for variant in variants}
+found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+print(json.dumps({"vllm": importlib.metadata.version("vllm"), "variants": found}))
 PY

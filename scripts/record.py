@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program that prints JSON, and keeps what it printed with where and when it ran.
 
-  scripts/record.py NAME COMMAND [ARGUMENT...]    writes bench/results/NAME.json
+  scripts/record.py NAME [--as TEXT] COMMAND [ARGUMENT...]    writes bench/results/NAME.json
+
+TEXT is what is kept as the command, by default the command itself without this machine's folders.
 
 bench/results/README.md says what such a file holds. MISA_RESULTS names another folder,
 MISA_COMMIT the commit where git does not know it. If the command fails, nothing is written.
@@ -20,6 +22,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # What is measured.
@@ -75,19 +78,32 @@ def shown(argument: str) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT / "data") else path.name
 
 
+def without_host(results: Any) -> Any:
+    """What was printed, less the name of the host, which Google Benchmark prints too."""
+    if isinstance(results, dict) and isinstance(results.get("context"), dict):
+        results["context"].pop("host_name", None)
+    return results
+
+
 def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     name, *command = sys.argv[1:]
+    text = ""
+    if command[0] == "--as":
+        _, text, *command = command
     folder = Path(os.environ.get("MISA_RESULTS", ROOT / "bench" / "results"))
     now = datetime.datetime.now(datetime.timezone.utc)
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    try:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"record.py: {name} was not written: {error}")
     record = {
         "commit": commit(),
         "date": now.isoformat(timespec="seconds"),
         "machine": machine(),
-        "command": shlex.join(map(shown, command)),
-        "results": json.loads(printed),
+        "command": text or shlex.join(map(shown, command)),
+        "results": without_host(json.loads(done.stdout, parse_constant=lambda _: None)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

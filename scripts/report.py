@@ -86,7 +86,8 @@ def main() -> int:
                 faults.append(
                     f"{path.name}: is not what the results say: scripts/report.py --write"
                 )
-    for unread in sorted({path.stem for path in RESULTS.glob("*.json")} - report_tables.read()):
+    read = report_tables.read() | {"cpu-short"}  # which scripts/moved.py compares with
+    for unread in sorted({path.stem for path in RESULTS.glob("*.json")} - read):
         faults.append(f"{unread}.json: no table reads it")
     for fault in faults:
         print(f"report.py: {fault}", file=sys.stderr)

@@ -34,13 +34,14 @@ USED: set[str] = set()
 
 
 @functools.cache
-def _load(name: str) -> Record | None:
+def load(name: str) -> Record | None:
+    """A file of bench/results, if there is one."""
     path = RESULTS / f"{name}.json"
     return Record(name, **json.loads(path.read_text())) if path.exists() else None
 
 
 def record(name: str) -> Record:
-    found = _load(name)
+    found = load(name)
     if found is None:
         raise SystemExit(f"report.py: a table needs bench/results/{name}.json")
     USED.add(name)
@@ -48,7 +49,7 @@ def record(name: str) -> Record:
 
 
 def exists(name: str) -> bool:
-    return _load(name) is not None
+    return load(name) is not None
 
 
 def matching(name: str, **wanted: Any) -> list[dict[str, Any]]:

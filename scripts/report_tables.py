@@ -163,21 +163,27 @@ def decode() -> str:
     return table(head, rows)
 
 
+def decode_at(indexer: str, batch: int, context: int) -> Figure | None:
+    """A decode step of the short and the long context."""
+    if context == 8192:
+        shape = data.decode_peers(batch, context)
+        us = shape["misa_us"].get(indexer)
+        return None if us is None else data.of_rounds(us, shape, f"misa {indexer}")
+    return data.us("gpu-decode-1m", indexer=indexer, batch=batch, context=context)
+
+
 def decode_shapes() -> str:
-    shapes = {
-        "L = 8K, B = 64": (64, 8192, 1),
-        "L = 8K, B = 256": (256, 8192, 1),
-        "L = 128K, B = 64, four queries a sequence": (64, K128, 4),
-        "L = 1M, B = 1": (1, 1 << 20, 1),
-    }
+    names = ("dsa", "misa", SKETCH)
     rows = []
-    for label, (batch, context, next_n) in shapes.items():
-        cells = [
-            data.us("gpu-decode-shapes", indexer=i, batch=batch, context=context, next_n=next_n)
-            for i in ("dsa", "misa", SKETCH)
-        ]
-        peer = data.decode_peers(batch, context)["steps_us"][TOP_K] if context == 8192 else None
-        rows.append([label, *map(shown, cells), shown(peer)])
+    for batch in (64, 256):
+        shape = data.decode_peers(batch, 8192)
+        peer = data.of_rounds(shape["steps_us"][TOP_K], shape, TOP_K)
+        cells = [decode_at(name, batch, 8192) for name in names]
+        rows.append([f"L = 8K, B = {batch}", *map(shown, cells), shown(peer)])
+    cells = [data.us("gpu-decode-next-4", indexer=name, next_n=4) for name in names]
+    rows.append(["L = 128K, B = 64, four queries a sequence", *map(shown, cells), ""])
+    cells = [decode_at(name, 1, 1 << 20) for name in names]
+    rows.append(["L = 1M, B = 1", *map(shown, cells), ""])
     head = ("µs a step", "DSA", "MISA 8", "2-bit sketch, m = 8192", "logits, then `misa.top_k`")
     return table(head, rows)
 
@@ -275,20 +281,18 @@ def selector() -> str:
 
 def engine() -> str:
     if not data.exists("engine"):
-        return (
-            "Not measured with this schema yet; [vLLM](integrations/vllm.md#measure) has figures."
-        )
-    results = data.record("engine").results
-    any_variant = next(iter(results.values()))
-    head = ["indexer", *(f"first token of {int(n):,}, ms" for n in any_variant["first"])]
-    for batch in any_variant["next"]:
-        head += [f"a token at B = {batch}, ms", "indexer, µs a layer"]
+        return "Its figures stand with the [integration](integrations/vllm.md#measure)."
+    variants = data.record("engine").results["variants"]
+    one = next(iter(variants.values()))
+    head = ["indexer", *(f"first token of {int(n):,}, ms" for n in one["first"])]
+    head += [f"a token at B = {batch} on the device, ms" for batch in one["next"]]
+    head.append("of it the indexer in a layer, µs")
     rows = []
-    for name, found in results.items():
-        cells = [f"`{name}`", *(shown(float(ms)) for ms in found["first"].values())]
-        for each in found["next"].values():
-            cells += [f"{each['token_ms']:.2f}", f"{each['indexer_us']:.0f}"]
-        rows.append(cells)
+    for name, found in variants.items():
+        steps = found["next"].values()
+        cells = [f"{ms:.0f}" for ms in found["first"].values()]
+        cells += [f"{step['device_ms']:.2f}" for step in steps]
+        rows.append([f"`{name}`", *cells, ", ".join(f"{step['indexer_us']:.0f}" for step in steps)])
     return table(head, rows)
 
 
@@ -390,15 +394,15 @@ def targets() -> str:
                                ("4-bit sketch, all heads, m = 4096", SKETCH_4, 240)):  # fmt: skip
         rows.append(at_most(f"decode, B = 64: {label}", bound, value(data.decode(name, 64))))
     for batch in (64, 256):
-        ours = value(data.us("gpu-decode-shapes", indexer="dsa", batch=batch, context=8192))
+        ours = value(decode_at("dsa", batch, 8192))
         ratio = ours / data.decode_peers(batch, 8192)["steps_us"][TOP_K]
         verdict = "met" if ratio <= 0.9 else "**missed**"
         what = f"decode, B = {batch}, 8K: DSA ≤ 0.9 × logits with `misa.top_k`"
         rows.append([what, times(ratio), verdict])
     for name, bound in (("dsa", 60), (SKETCH, 40)):
-        us = value(data.us("gpu-decode-shapes", indexer=name, batch=1, context=1 << 20))
+        us = value(decode_at(name, 1, 1 << 20))
         rows.append(at_most(f"decode, B = 1, 1M: {LABELS[name]}", bound, us))
-    four = {n: value(data.us("gpu-decode-shapes", indexer=n, next_n=4)) for n in ("dsa", "misa")}
+    four = {n: value(data.us("gpu-decode-next-4", indexer=n, next_n=4)) for n in ("dsa", "misa")}
     rows.append(at_most("decode, four queries a sequence: DSA", 560, four["dsa"]))
     ratio = four["misa"] / value(data.decode("misa", 64))
     verdict = "met" if ratio <= 1.1 else "**missed**"
@@ -423,10 +427,16 @@ def floors() -> str:
     gpu, cpu = data.record("gpu-floors").results, data.record("cpu-floors").results
     rate, copy = gpu["products_tflops"], gpu["copy_tbps"]
     product = 2048 * K64 * 256 / rate * 1e-6  # µs of a row of every query
+    cycles = {name: gpu[f"{name}_cycles"] for name in ("products", "scores", "gated")}
     rows = [
         ["products of e4m3 alone", f"{rate:,.0f} TFLOP/s",
          f"64 rows a query at 64K: {64 * product:,.0f} µs; 8 rows {8 * product:.0f}; "
          f"4 rows {4 * product:.0f}"],
+        ["the same, 64 keys × 128 rows on an SM", f"{cycles['products']:.0f} cycles", ""],
+        ["with weighted ReLU sums", f"{cycles['scores']:.0f} cycles",
+         f"{times(cycles['scores'] / cycles['products'])} the products"],
+        ["and with the gate, which no score passes", f"{cycles['gated']:.0f} cycles",
+         f"{times(cycles['gated'] / cycles['products'])} the products"],
         ["a copy in device memory, bytes read and written", f"{copy:.1f} TB/s",
          f"keys and scales of 64 sequences of 128K: {64 * K128 * 132 / copy * 1e-6:.0f} µs"],
         ["CPU: products of bf16 alone, one thread", f"{cpu['gflops_one_thread']:.0f} GFLOP/s", ""],
@@ -439,7 +449,7 @@ def floors() -> str:
 def sources() -> str:
     rows = []
     for name in sorted({path.stem for path in data.RESULTS.glob("*.json")}):
-        found = data.record(name)
+        found = data.load(name)
         machine = found.machine.get("devices") or (
             f"{found.machine['processor']}, {found.machine['threads']} threads"
         )

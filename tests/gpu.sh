@@ -3,7 +3,8 @@
 # Builds, tests, sanitises and benchmarks the CUDA backends on a machine with a device.
 #   tests/gpu.sh                          builds in build/cuda and runs all stages
 #   tests/gpu.sh FOLDER [STAGE...]        runs the programs found under FOLDER without building;
-#                                         stages: test sanitize bench (default: all three)
+#                                         stages: test sanitize bench (default: all three), and
+#                                         report, which writes bench/results
 # Libraries that the machine lacks are looked for in FOLDER/lib.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -40,8 +41,19 @@ run() {
   record "$name" "${wrapper[@]}" "${program:-$2 is not built}" "${@:3}"
 }
 
-# The same in the background, with its output printed when it ends. At most three run at once: a
-# dozen at once take longer than one after the other.
+# kept NAME PROGRAM ARGUMENTS...: what the program prints goes to bench/results/NAME.json.
+kept() {
+  local program
+  if [[ $2 == *.py ]]; then
+    record "$1" python3 scripts/record.py "$1" python3 "bench/gpu/$2" "${@:3}"
+  else
+    program=$(find "$folder" -type f -name "$2" -perm -u+x | head -n 1)
+    record "$1" python3 scripts/record.py "$1" "${program:-$2 is not built}" "${@:3}"
+  fi
+}
+
+# The same as run, in the background, with its output printed when it ends. At most three run at
+# once: a dozen at once take longer than one after the other.
 run_parallel() {
   local log="$scratch/${1//\//-}.log"
   while [ "$(jobs -rp | wc -l)" -ge 3 ]; do
@@ -108,8 +120,46 @@ for stage in "${stages[@]}"; do
         echo "the peers were left out: ${reason##*$'\n'}"
       fi
       ;;
+    report)
+      kept gpu-floors misa_micro_gpu
+      kept gpu-select misa_bench_gpu --json
+      for heads in 64 32; do
+        kept "gpu-steps-$heads" misa_bench_step --json --stages --heads "$heads" \
+          --keys 65536 131072 --indexers dsa misa misa-dagger misa-r hisa
+        # The chip clocks lower after dense steps, so sparse steps are measured again without them.
+        kept "gpu-sparse-$heads" misa_bench_step --json --stages --heads "$heads" \
+          --keys 65536 131072 --indexers misa misa-r misa-r:h=3:m=2k misa-dagger hisa
+      done
+      kept gpu-short misa_bench_step --json --keys 2048 4096 8192 16384 32768 65536 \
+        --indexers dsa misa auto
+      kept gpu-long misa_bench_step --json --keys 262144 524288 1048576 \
+        --indexers misa misa-r:h=3:m=2k misa-dagger
+      kept gpu-queries misa_bench_step --json --queries 1 64 256 700 1088 1500 \
+        --keys 4096 65536 131072 --indexers misa
+      kept gpu-decode-next-4 misa_bench_decode --json --batch 64 --context 131072 --next-n 4 \
+        --indexers dsa misa
+      kept gpu-decode-1m misa_bench_decode --json --batch 1 --context 1048576 \
+        --indexers dsa misa misa-r:h=3:m=4k:sketch=2
+      if reason=$(python3 -c 'import deep_gemm, torch' 2>&1); then
+        decode=$(find "$folder" -type f -name misa_bench_decode | head -n 1)
+        kept gpu-peers peers.py --json --heads 64 32 --keys 65536 131072
+        # Pages have room for a sketch of 4 bits.
+        kept gpu-decode-peers peers.py --json --decode --batch 1 4 16 64 --context 131072 \
+          --page-stride 13440 --misa "$decode" --indexers dsa misa misa-dagger hisa misa-r \
+          misa-r:h=3:m=2k misa-r:h=3:m=4k:sketch=2 misa-r:h=3:m=8k:sketch=2 dsa:m=2k:sketch=4
+        kept gpu-decode-peers-short peers.py --json --decode --batch 64 256 --context 8192 \
+          --misa "$decode" --indexers dsa misa
+      else
+        echo "the peers were left out: ${reason##*$'\n'}"
+      fi
+      if [ "$(nvidia-smi --list-gpus | wc -l)" -gt 1 ]; then
+        kept gpu-context-parallel context_parallel.py --json
+        kept gpu-context-parallel-layouts context_parallel.py --json --tokens 2048 \
+          --keys 1048576 --layouts uneven 'stripes of 64' 'stripes of 1'
+      fi
+      ;;
     *)
-      echo "gpu.sh: expected test, sanitize or bench, got '$stage'" >&2
+      echo "gpu.sh: expected test, sanitize, bench or report, got '$stage'" >&2
       exit 2
       ;;
   esac

@@ -77,7 +77,7 @@ class Report {
     const double floor = bytes / bytes_per_us_ / time.us;
     if (json_) {
       fmt::print(
-          "{}\n  {{\"name\": \"{}\", \"us\": {:.2f}, \"us_p10\": {:.2f}, \"us_p90\": {:.2f}, "
+          "{}\n  {{\"name\": \"{}\", \"us\": {:.2f}, \"us_low\": {:.2f}, \"us_high\": {:.2f}, "
           "\"bytes\": {:.0f}, \"of_floor\": {:.3f}}}",
           first_ ? "" : ",", name, time.us, time.low, time.high, bytes, floor);
     } else {

@@ -38,7 +38,7 @@ struct Options {
   std::string backend = "auto";
   std::vector<std::string> indexers{"dsa", "misa"};  // names that parse_variant accepts
   std::vector<std::int64_t> keys{65536};
-  std::int64_t queries = 2048;
+  std::vector<std::int64_t> queries{2048};
   std::int64_t heads = 64;
   int top_k = 2048;
   std::size_t workspace = misa::kDefaultWorkspaceCap;
@@ -58,7 +58,7 @@ struct Data {
   std::vector<std::int32_t> starts;
   std::vector<std::int32_t> ends;
 
-  Data(const Options& options, std::int64_t keys) {
+  Data(const Options& options, std::int64_t queries, std::int64_t keys) {
     std::mt19937_64 random(options.seed);
     std::normal_distribution<float> normal;
     std::vector<float> row(kDim);
@@ -67,15 +67,15 @@ struct Data {
       out.resize(out.size() + kDim);
       return misa::quantize(row, misa::ScaleFormat::f32, std::span(out).last(kDim));
     };
-    for (std::int64_t i = 0; i < options.queries * options.heads; ++i) {
+    for (std::int64_t i = 0; i < queries * options.heads; ++i) {
       w.push_back(quantised(q) * normal(random));
     }
     for (std::int64_t i = 0; i < keys; ++i) {
       scale.push_back(quantised(k));
     }
-    for (std::int64_t t = 0; t < options.queries; ++t) {
+    for (std::int64_t t = 0; t < queries; ++t) {
       starts.push_back(0);
-      ends.push_back(static_cast<std::int32_t>(keys - options.queries + t + 1));
+      ends.push_back(static_cast<std::int32_t>(keys - queries + t + 1));
     }
   }
 };
@@ -175,8 +175,8 @@ std::vector<StageTime> stage_times(const std::function<void()>& enqueue) {
 
 Result time_step(const misa::IndexerConfig& config, const Options& options, const Data& data) {
   const auto keys = static_cast<std::int64_t>(data.scale.size());
-  const misa::Shape shape{options.queries,   options.heads,    kDim, keys,
-                          misa::DType::e4m3, misa::DType::e4m3};
+  const auto queries = static_cast<std::int64_t>(data.starts.size());
+  const misa::Shape shape{queries, options.heads, kDim, keys, misa::DType::e4m3, misa::DType::e4m3};
   const misa::cuda::Plan plan(config, shape, {keys, options.workspace, options.backend});
   const Device<std::uint8_t> q(data.q);
   const Device<float> w(data.w);
@@ -184,11 +184,11 @@ Result time_step(const misa::IndexerConfig& config, const Options& options, cons
   const Device<float> scale(data.scale);
   const Device<std::int32_t> starts(data.starts);
   const Device<std::int32_t> ends(data.ends);
-  const Device<std::int32_t> indices(static_cast<std::size_t>(options.queries * config.top_k));
+  const Device<std::int32_t> indices(static_cast<std::size_t>(queries * config.top_k));
   const Device<std::byte> workspace(plan.workspace_bytes());
   const auto enqueue = [&] {
-    plan.run({q.data(), misa::DType::e4m3, options.queries, options.heads, kDim},
-             {w.data(), options.queries, options.heads},
+    plan.run({q.data(), misa::DType::e4m3, queries, options.heads, kDim},
+             {w.data(), queries, options.heads},
              {k.data(), misa::DType::e4m3, keys, kDim, 0, scale.data(), starts.span(), ends.span()},
              {indices.span(), {}, {}, {}}, workspace.span(), nullptr);
   };
@@ -209,43 +209,47 @@ void run(const Options& options) {
       misa::bench::variants_of(options.indexers, options.top_k);
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   if (!options.json) {
-    fmt::print(
-        "{} queries, {} heads, top {}, seed {}\n{:22} {:>8} {:>6} {:>7} {:>10} {:>20} {:>9}\n",
-        options.queries, options.heads, options.top_k, options.seed, "indexer", "keys", "routed",
-        "re-rank", "us", "10 % - 90 %", "TFLOP/s");
+    fmt::print("{} heads, top {}, seed {}\n{:22} {:>7} {:>8} {:>6} {:>7} {:>10} {:>20} {:>9}\n",
+               options.heads, options.top_k, options.seed, "indexer", "queries", "keys", "routed",
+               "re-rank", "us", "10 % - 90 %", "TFLOP/s");
   }
-  for (const std::int64_t keys : options.keys) {
-    const Data data(options, keys);
-    for (const auto& variant : variants) {
-      const misa::IndexerConfig& config = variant.config;
-      const Result result = time_step(config, options, data);
-      if (options.json) {
-        nlohmann::ordered_json stages = nlohmann::ordered_json::object();
-        for (const StageTime& stage : result.stages) {
-          stages[stage.name] = stage.median;
-        }
-        list.push_back({{"indexer", variant.name},
-                        {"backend", result.backend},
-                        {"queries", options.queries},
-                        {"heads", options.heads},
-                        {"keys", keys},
-                        {"top_k", config.top_k},
-                        {"routed", config.heads},
-                        {"candidates", config.candidates},
-                        {"us", result.median},
-                        {"us_low", result.low},
-                        {"us_high", result.high},
-                        {"tflops", result.tflops},
-                        {"workspace", result.workspace},
-                        {"stages", stages},
-                        {"seed", options.seed}});
-      } else {
-        fmt::print("{:22} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", variant.name, keys,
-                   config.heads, config.candidates, result.median, result.low, result.high,
-                   result.tflops);
-        for (const StageTime& stage : result.stages) {
-          fmt::print("  {:22} {:30.1f}\n", stage.name, stage.median);
-        }
+  const auto add = [&](const misa::cli::Variant& variant, std::int64_t queries, std::int64_t keys,
+                       const Result& result) {
+    const misa::IndexerConfig& config = variant.config;
+    if (options.json) {
+      nlohmann::ordered_json stages = nlohmann::ordered_json::object();
+      for (const StageTime& stage : result.stages) {
+        stages[stage.name] = stage.median;
+      }
+      list.push_back({{"indexer", variant.name},
+                      {"backend", result.backend},
+                      {"queries", queries},
+                      {"heads", options.heads},
+                      {"keys", keys},
+                      {"top_k", config.top_k},
+                      {"routed", config.heads},
+                      {"candidates", config.candidates},
+                      {"us", result.median},
+                      {"us_low", result.low},
+                      {"us_high", result.high},
+                      {"tflops", result.tflops},
+                      {"workspace", result.workspace},
+                      {"stages", stages},
+                      {"seed", options.seed}});
+    } else {
+      fmt::print("{:22} {:7} {:8} {:6} {:7} {:10.1f} {:9.1f} -{:9.1f} {:9.1f}\n", variant.name,
+                 queries, keys, config.heads, config.candidates, result.median, result.low,
+                 result.high, result.tflops);
+      for (const StageTime& stage : result.stages) {
+        fmt::print("  {:22} {:38.1f}\n", stage.name, stage.median);
+      }
+    }
+  };
+  for (const std::int64_t queries : options.queries) {
+    for (const std::int64_t keys : options.keys) {
+      const Data data(options, queries, keys);
+      for (const misa::cli::Variant& variant : variants) {
+        add(variant, queries, keys, time_step(variant.config, options, data));
       }
     }
   }
