@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures again what bench/results/cpu-short.json holds, steps of a short context, and prints which
-of their ratios have moved. Ratios, since machines differ; it fails for none of them.
+"""Measures again what bench/results/cpu-short.json holds, steps of a short context, and prints
+which of their ratios have moved. Ratios, since machines differ; it fails for none of them.
 
   scripts/moved.py PROGRAM    the misa program
 """

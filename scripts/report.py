@@ -6,8 +6,8 @@
   scripts/report.py --write    writes them
 
 A table stands between <!-- results: NAME --> and <!-- end -->; NAME is a function of
-report_tables.py. Outside of these the two pages name no measured figure: a number with a unit of
-time, rate or ratio is a fault. Plots are those of report_plots.py, in docs/plots.
+report_tables.py. Outside of these the two pages have no table and no measured figure: a number
+with a unit of time, rate or ratio is a fault. Plots are those of report_plots.py, in docs/plots.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def faults_of_page(name: str, text: str) -> list[str]:
     if rendered(text) != text:
         faults.append(f"{name}: a table is not what the results say: scripts/report.py --write")
     prose = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)", "", BLOCK.sub("", text), flags=re.DOTALL)
+    if row := re.search(r"^\|.*", prose, re.MULTILINE):
+        faults.append(f"{name}: a table without a source: {row[0][:60]}")
     for figure in FIGURE.finditer(prose):
         faults.append(f"{name}: {figure[0]!r} stands outside of the tables, without a source")
     return faults

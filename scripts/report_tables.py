@@ -133,6 +133,33 @@ def recall_time() -> str:
     return picture().replace("docs/plots", "plots")
 
 
+def summary() -> str:
+    steps = data.decode_peers(64)["steps_us"]
+    decoded = {name: value(data.decode(name, 64)) for name in ("dsa", "hisa", SKETCH)}
+    speed = {n: times(dense(K64) / value(data.step(n, K64))) for n in ("dsa", "misa", M4096)}
+    floors = data.record("gpu-floors").results
+    share = {n: 100 * (data.rate(n, K64) or 0) / floors["products_tflops"] for n in ("dsa", "misa")}
+    read = 64 * K128 * 132 / floors["copy_tbps"] * 1e-6
+    verdicts = [row[-1] for row in target_rows()]
+    return "\n".join(
+        [
+            f"- **Decode**, 64 sequences of 128K tokens: DSA takes {decoded['dsa']:.0f} µs, where "
+            f"DeepGEMM's logits take {steps[TOP_K]:.0f} with\n  this library's top-k and "
+            f"{steps[TORCH]:.0f} with `torch.topk`. HISA (recall {data.recall('hisa'):.1f} %) is "
+            f"{times(steps[TOP_K] / decoded['hisa'])} as fast as the former,\n  MISA-R on the "
+            f"2-bit sketch ({data.recall(SKETCH):.1f} %) {times(steps[TOP_K] / decoded[SKETCH])}.",
+            "- **Prefill**, 64K keys, against DeepGEMM's logits with FlashInfer's top-k: DSA "
+            f"{speed['dsa']}, MISA-R with m = 4096\n  ({data.recall(M4096):.1f} %) {speed[M4096]}, "
+            f"MISA ({data.recall('misa'):.1f} %) {speed['misa']}.",
+            f"- **Floors**: that prefill reaches {share['dsa']:.0f} % of the rate of products "
+            f"alone with DSA, {share['misa']:.0f} % with MISA; that decode step\n  of DSA "
+            f"{100 * read / decoded['dsa']:.0f} % of the rate of a copy.",
+            f"- **Missed** are {len(verdicts) - verdicts.count('met')} of {len(verdicts)} "
+            "[targets](#targets), most of them of decode.",
+        ]
+    )
+
+
 def decode_plot() -> str:
     return (
         "![Time of a decode step by the number of sequences, for each indexer, the peers and the\n"
@@ -297,16 +324,16 @@ def engine() -> str:
 
 
 def context_parallel() -> str:
-    rows = []
     names = ("gpu-context-parallel", "gpu-context-parallel-layouts")
     entries = [entry for name in names for entry in data.record(name).results]
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
     for e in entries:
-        rows.append(
-            [f"{e['tokens']:,}", keys_of(e["keys"]), e["layout"], e["indexer"],
-             f"{e['one_ms']:.2f}", f"{e['many_ms']:.2f}", times(e["one_ms"] / e["many_ms"])]
-        )  # fmt: skip
-    head = ("T", "L", "keys", "indexer", "one GPU, ms", f"{entries[0]['ranks']} GPUs, ms", "speed")
-    return table(head, rows)
+        shape = (f"{e['tokens']:,}", keys_of(e["keys"]), e["layout"])
+        one, many = e["one_ms"], e["many_ms"]
+        rows.setdefault(shape, {})[e["indexer"]] = f"{one:.2f} / {many:.2f}, {times(one / many)}"
+    indexers = list(dict.fromkeys(entry["indexer"] for entry in entries))
+    head = ["T", "L", f"keys of {entries[0]['ranks']} GPUs", *indexers]
+    return table(head, ([*shape, *map(row.get, indexers)] for shape, row in rows.items()))
 
 
 def cpu() -> str:
@@ -317,7 +344,7 @@ def cpu() -> str:
             step, full = data.cpu_ms(name, dtype), data.cpu_ms("dsa", dtype)
             cells += [shown(step), times(value(full) / value(step))]
         rows.append(cells)
-    return table(("a step", "bf16, ms", "speed", "e4m3, ms", "speed"), rows)
+    return table(("a step", "bf16, ms", "against DSA", "e4m3, ms", "against DSA"), rows)
 
 
 def cpu_peers() -> str:
@@ -353,7 +380,7 @@ def at_least(what: str, bound: float, ratio: float) -> list[str]:
     return [what, times(ratio), "met" if ratio >= bound else "**missed**"]
 
 
-def targets() -> str:
+def target_rows() -> list[list[str]]:
     rows = []
 
     def faster(name: str, keys: int, bound: float, heads: int = 64) -> None:
@@ -416,7 +443,11 @@ def targets() -> str:
         for dtype in ("bf16", "e4m3"):
             ratio = value(data.cpu_ms("dsa", dtype)) / value(data.cpu_ms(name, dtype))
             rows.append(at_least(f"CPU, {dtype}: {LABELS[name]} ≥ {bound} × DSA", bound, ratio))
-    return table(("target", "reached", ""), rows)
+    return rows
+
+
+def targets() -> str:
+    return table(("target", "reached", ""), target_rows())
 
 
 def selected(name: str) -> float:
@@ -465,6 +496,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "indexers": indexers,
     "indexers-machines": indexers_machines,
     "recall-time": recall_time,
+    "summary": summary,
     "decode-plot": decode_plot,
     "decode": decode,
     "decode-shapes": decode_shapes,

@@ -39,6 +39,13 @@ def test_a_figure_without_a_source_is_a_fault(report, figure) -> None:
     assert figure in fault
 
 
+def test_a_table_without_a_source_is_a_fault(report) -> None:
+    [fault] = report.faults_of_page(
+        "page", "Some text:\n\n| indexer | 128K |\n|---|---|\n| DSA | 355 |\n"
+    )
+    assert "indexer" in fault
+
+
 @pytest.mark.parametrize("name", ["64 × 128 keys", "`--fp8 10 %`", "B = 64", "2048 of a million"])
 def test_a_name_is_no_figure(report, name) -> None:
     assert report.faults_of_page("page", f"With {name} it is another.") == []
