@@ -146,6 +146,17 @@ def cpu_ms(indexer: str, dtype: str = "e4m3", keys: int = 65536) -> Figure | Non
     return None
 
 
+def cpu_peers() -> dict[str, Figure]:
+    """Milliseconds of a query of the dense step of others, and of indexers in turn with them."""
+    results = record("cpu-peers").results
+    found = {}
+    for name, seconds in results["seconds"].items():
+        ms = [1e3 * s / results["queries"] for s in seconds]
+        low, high = (min(ms), max(ms)) if len(ms) > 1 else (None, None)
+        found[name] = Figure(statistics.median(ms), low, high)
+    return found
+
+
 def stage_ms(stage: str, name: str = "cpu-stages") -> float:
     """Milliseconds of a stage or peer of misa_bench."""
     for found in record(name).results["benchmarks"]:

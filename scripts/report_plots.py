@@ -92,7 +92,10 @@ def recall_time() -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
     decode = data.decode_peers(64)["steps_us"]
-    torch = data.record("cpu-torch").results["ms"]["dense step"]
+    turns = data.cpu_peers()
+    names = {"torch": ("h", "PyTorch"), "ggml": (">", "llama.cpp (ggml)")}
+    on_cpu = {name: mark for name, mark in names.items() if name in turns}
+    others = [(turns[name].value, marker) for name, (marker, _) in on_cpu.items()]
     gpu = data.gpu().removeprefix("NVIDIA ")
     panels = [
         (left, f"decode on one {gpu}, µs a step", "64 sequences of 128K tokens",
@@ -103,7 +106,7 @@ def recall_time() -> Figure:
          [(dense(K64) / 2048, "p")], [0.2, 0.5, 1]),
         (right, "on the CPU, ms a query", "of a context of 64K",
          {n: (value(data.cpu_ms(n)) or 0) / 256 for n in STEPS},
-         [(torch / 256, "h")], [0.5, 1, 2, 5, 10]),
+         others, [0.5, 1, 2, 5, 10]),
     ]  # fmt: skip
     for axes, title, below, ours, peers, ticks in panels:
         for name, time in ours.items():
@@ -126,7 +129,7 @@ def recall_time() -> Figure:
         matplotlib.lines.Line2D([], [], linestyle="", marker=marker, markersize=9,
                                 markerfacecolor="none", markeredgecolor=INK, label=f"peer: {label}")
         for marker, label in (("d", PEERS[TOP_K]), ("*", PEERS[TORCH]),
-                              ("p", "DeepGEMM's logits + FlashInfer's top-k"), ("h", "PyTorch"))
+                              ("p", "DeepGEMM's logits + FlashInfer's top-k"), *on_cpu.values())
     ]  # fmt: skip
     figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=10)
     return figure

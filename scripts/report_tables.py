@@ -348,8 +348,6 @@ def cpu() -> str:
 
 
 def cpu_peers() -> str:
-    torch = data.record("cpu-torch").results["ms"]
-    ours = {name: value(data.cpu_ms(name, "bf16")) for name in ("dsa", "misa")}
     onednn, scores = "peer/onednn_matmul_bf16", "score/dense/bf16"
     one = "cpu-stages-1"
     pairs = [
@@ -357,12 +355,16 @@ def cpu_peers() -> str:
          "scores of DSA", data.stage_ms(scores, one)),
         ("the same, all threads", "oneDNN, bf16", data.stage_ms(onednn),
          "scores of DSA", data.stage_ms(scores)),
-        ("a dense step", "PyTorch", torch["dense step"], "DSA", ours["dsa"]),
-        ("a step of 8 heads", "PyTorch, heads given", torch["8 heads, scores"] + torch["topk"],
-         "MISA 8", ours["misa"]),
         ("a row of 65,536", "`std::nth_element`", data.stage_ms("peer/nth_element"),
          "selection", data.stage_ms("select/2048")),
     ]  # fmt: skip
+    turns = data.cpu_peers()
+    names = {"torch": "PyTorch", "ggml": "llama.cpp (ggml)"}
+    pairs += [
+        ("a dense step, a query", label, turns[name].value, "DSA", turns["DSA"].value)
+        for name, label in names.items()
+        if name in turns
+    ]
     rows = [
         [what, peer, number(theirs) if theirs >= 1 else f"{theirs:.3f}", mine,
          number(ms) if ms >= 1 else f"{ms:.3f}", times(theirs / ms)]
