@@ -42,9 +42,10 @@ def read() -> set[str]:
     return data.USED
 
 
-def number(value: float) -> str:
-    """Three digits, or all of a whole number."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def number(value: float, like: float | None = None) -> str:
+    """Three digits or all of a whole number; with as many decimals as `like` would have."""
+    size = value if like is None else like
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
 
 def shown(figure: Figure | float | None) -> str:
@@ -54,7 +55,7 @@ def shown(figure: Figure | float | None) -> str:
         return number(figure)
     if figure.low is None or figure.high is None:
         return number(figure.value)
-    return f"{number(figure.value)} ± {number((figure.high - figure.low) / 2)}"
+    return f"{number(figure.value)} ± {number((figure.high - figure.low) / 2, figure.value)}"
 
 
 def times(ratio: float) -> str:
