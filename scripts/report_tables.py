@@ -331,10 +331,14 @@ def context_parallel() -> str:
     for e in entries:
         shape = (f"{e['tokens']:,}", keys_of(e["keys"]), e["layout"])
         one, many = e["one_ms"], e["many_ms"]
-        rows.setdefault(shape, {})[e["indexer"]] = f"{one:.2f} / {many:.2f}, {times(one / many)}"
+        cell = f"{one:.2f} / {many:.2f}, {times(one / many)}"
+        by_keys = " by keys" if e["split"] == "keys" else ""
+        rows.setdefault(shape, {})[e["indexer"]] = cell + by_keys
     indexers = list(dict.fromkeys(entry["indexer"] for entry in entries))
     head = ["T", "L", f"keys of {entries[0]['ranks']} GPUs", *indexers]
-    return table(head, ([*shape, *map(row.get, indexers)] for shape, row in rows.items()))
+    return table(
+        head, ([*shape, *(row.get(name, "") for name in indexers)] for shape, row in rows.items())
+    )
 
 
 def cpu() -> str:

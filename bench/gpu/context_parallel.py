@@ -162,8 +162,9 @@ def run(rank, options):
             shards = dealt(layout, length, options.ranks)
             for name, config in INDEXERS.items():
                 by_keys = misa.distributed.splits_keys(given[0], config, shards.known)
+                split = "keys" if by_keys else "queries"
                 entry = {"tokens": tokens, "keys": length, "layout": layout, "indexer": name,
-                         "ranks": options.ranks, "split": "keys" if by_keys else "queries"}  # fmt: skip
+                         "ranks": options.ranks, "split": split}  # fmt: skip
                 rounds = measured(given, shards, rank, config, host_group)
                 entry.update({f"{key}_ms": statistics.median(ms) for key, ms in rounds.items()})
                 entries.append({**entry, "rounds_ms": rounds})
