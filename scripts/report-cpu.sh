@@ -17,7 +17,9 @@ for dtype in BF16 F8_E4M3; do
   scripts/record.py "cpu-steps-${name,,}" $misa bench --json --keys 64K --dtype $dtype \
     --indexers $indexers
 done
-scripts/record.py cpu-floors build/bench/bench/misa_micro_cpu
+if [ -x build/bench/bench/misa_micro_cpu ]; then  # of x86-64 alone
+  scripts/record.py cpu-floors build/bench/bench/misa_micro_cpu
+fi
 scripts/record.py cpu-stages "${bench[@]}" '--benchmark_filter=peer|score|select'
 scripts/record.py cpu-stages-1 taskset -c 0 "${bench[@]}" \
   '--benchmark_filter=peer/onednn|score/dense/bf16'

@@ -5,6 +5,7 @@
 #   tests/gpu.sh FOLDER [STAGE...]        runs the programs found under FOLDER without building;
 #                                         stages: test sanitize bench (default: all three), and
 #                                         report, which writes bench/results
+#                                         (scripts/record.py has its variables)
 # Libraries that the machine lacks are looked for in FOLDER/lib.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
