@@ -25,6 +25,8 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
 import misa
 
+from ._attention import attentions, dense_attention, on_call
+
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
@@ -140,8 +142,10 @@ def capture(
     """Records the inputs of indexers in the first forward pass inside the block, a file per layer.
 
     The safetensors files hold `q`, `w`, `k`, `ks` and `ke` as described in docs/formats.md, with
-    the sequences of a batch concatenated, and are written when the block ends. The model may be
-    enabled or not.
+    the sequences of a batch concatenated, and are written when the block ends. Files of 32 queries
+    or more also hold `attn_last32`, from which `misa compare` tells the attention that a selection
+    keeps; indexers outside of DeepSeek-V3.2's and GLM-5's own attention modules have none. The
+    model may be enabled or not.
 
     layers: numbers of layers that have an indexer; None is all of them. `{layer}` in `path` becomes
         the layer's number and may be omitted if `layers` is one number.
@@ -161,41 +165,71 @@ def capture(
     if rows is not None and rows < 1:
         raise ValueError(f"rows: expected 1 or more, got {rows}")
 
-    traces: dict[int, _Operands] = {}
+    traces: dict[int, dict[str, torch.Tensor]] = {}  # in host memory, without rows not written
 
-    def record(module: Any, *args: Any) -> None:
+    def record(module: Any, _: torch.Tensor, *args: Any) -> None:
         if module.layer_idx not in traces:
-            traces[module.layer_idx] = _seen(module, *args)
+            seen = _seen(module, *args)
+            kept = _spread(len(seen.q), rows).to(seen.q.device)
+            tensors = {"q": seen.q, "w": seen.w, "ks": seen.ks, "ke": seen.ke}
+            traces[module.layer_idx] = {name: x[kept].cpu() for name, x in tensors.items()}
+            traces[module.layer_idx]["k"] = seen.k.cpu()
+
+    def record_attention(module: Any, call: dict[str, Any]) -> None:
+        trace = traces.get(module.layer_idx, {})
+        if trace and "attn_last32" not in trace and len(trace["q"]) >= _ATTENTION_ROWS:
+            last = _spread(call["hidden_states"].shape[:2].numel(), rows)[-_ATTENTION_ROWS:]
+            trace["attn_last32"] = _attention_rows(module, last, len(trace["k"]), call)
 
     watched = {name: module for name, module in named.items() if module.layer_idx in wanted}
-    _intercept(watched)
-    for module in watched.values():
-        module.recorders = (*module.recorders, record)
+    around = attentions(model)
+    hooks = [on_call(around[layer], record_attention) for layer in wanted if layer in around]
     try:
-        yield
+        with _recording(watched, record):
+            yield
     finally:
-        for module in watched.values():
-            module.recorders = tuple(r for r in module.recorders if r is not record)
-        _release(watched.values())
+        for hook in hooks:
+            hook.remove()
     if not traces:
         raise RuntimeError("capture: expected a forward pass inside the block, got none")
     for layer, trace in traces.items():
-        tensors = {"q": trace.q, "w": trace.w, "ks": trace.ks, "ke": trace.ke}
-        if rows is not None and rows < len(trace.q):
-            kept = torch.linspace(0, len(trace.q) - 1, rows, dtype=torch.float64).round().long()
-            tensors = {name: x[kept.to(x.device)] for name, x in tensors.items()}
-        tensors["k"] = trace.k
         save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            {name: tensor.contiguous() for name, tensor in trace.items()},
             str(path).replace("{layer}", str(layer)),
             metadata={"model": type(model).__name__, "layer": str(layer)},
         )
+
+
+_ATTENTION_ROWS = 32  # of attn_last32
+
+
+def _spread(count: int, rows: int | None) -> torch.Tensor:
+    """int64: `rows` of the numbers below `count`, spread evenly; all if rows is None or more."""
+    if rows is None or rows >= count:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, rows, dtype=torch.float64).round().long()
+
+
+def _attention_rows(
+    module: Any, queries: torch.Tensor, total: int, call: dict[str, Any]
+) -> torch.Tensor:
+    """bfloat16 [Q, total]: dense attention of `queries` of a flattened batch to all its keys."""
+    batch, length = call["hidden_states"].shape[:2]
+    keys = total // batch
+    result = torch.zeros(len(queries), total, dtype=torch.bfloat16)
+    for sequence in (queries // length).unique().tolist():
+        mine = queries // length == sequence
+        rows = (queries[mine] % length).to(call["hidden_states"].device)
+        part = dense_attention(module, sequence, rows, call)
+        result[mine, sequence * keys : (sequence + 1) * keys] = part.cpu().bfloat16()
+    return result
 
 
 class _Intercepting:
     """Mixin with the forward pass of an indexer that this library replaces or records."""
 
     usage: Usage | None = None
+    #: Called with the module, the positions that it selected and the arguments of its `forward`.
     recorders: tuple[Callable[..., None], ...] = ()
 
     # Not compiled, because the mask is checked and calls are counted on the host.
@@ -220,7 +254,7 @@ class _Intercepting:
         forward = _own_class(self).forward if usage is None else _select
         positions = forward(self, *inputs)
         for record in vars(self).get("recorders", ()):
-            record(self, *inputs)
+            record(self, positions, *inputs)
         return positions
 
     def extra_repr(self) -> str:
@@ -279,6 +313,20 @@ def _release(modules: Iterable[Any]) -> None:
             own = _own_class(module)
             if type(module) is _intercepting(own):  # otherwise someone has derived a class from it
                 _change_class(module, own)
+
+
+@contextmanager
+def _recording(modules: dict[str, Any], record: Callable[..., None]) -> Iterator[None]:
+    """Has the named indexers call `record`, as one of their recorders, inside the block."""
+    _intercept(modules)
+    for module in modules.values():
+        module.recorders = (*module.recorders, record)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.recorders = tuple(r for r in module.recorders if r is not record)
+        _release(modules.values())
 
 
 def _innermost(module: torch.nn.Module) -> Any:

@@ -625,8 +625,12 @@ def test_hidden_keys_between_visible_ones() -> None:
 
 
 def traced(path: Path) -> dict[str, torch.Tensor]:
+    """The arguments of misa.select in a trace."""
     trace = load_file(path)
+    attention = trace.pop("attn_last32", None)
     assert set(trace) == {"q", "w", "k", "ks", "ke"}
+    if attention is not None:
+        assert attention.dtype == torch.bfloat16 and attention.shape == (32, len(trace["k"]))
     return trace
 
 
@@ -727,6 +731,53 @@ def test_capture_sees_what_hooks_hand_over(tmp_path: Path) -> None:
     assert torch.equal(hooked["k"], plain["k"])
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_capture_of_attention(
+    model: torch.nn.Module, device: str, tmp_path: Path, cached: bool
+) -> None:
+    """Where the indexer selects all keys, a layer's attention is the dense one."""
+    tokens = tokens_of(device, 2, 40)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    model.set_attn_implementation("eager")
+    for each in indexers_of(model):
+        each.index_topk = 64
+    new = tokens[:, 10:] if cached else tokens
+    cache = model(tokens[:, :10], attention_mask=mask[:, :10], use_cache=True).cache
+    with integration.capture(model, tmp_path / "trace{layer}", rows=50):
+        out = model(
+            new, attention_mask=mask, cache=cache if cached else None, output_attentions=True
+        )
+    length = new.shape[1]
+    kept = torch.linspace(0, 2 * length - 1, 50, dtype=torch.float64).round().long()[-32:]
+    assert set((kept // length).tolist()) == {0, 1}
+    for each in indexers_of(model):
+        rows = load_file(tmp_path / f"trace{each.layer_idx}")["attn_last32"].float()
+        own = out.attentions[each.layer_idx].mean(1).cpu()
+        expected = torch.zeros_like(rows)
+        for row, query in enumerate(kept.tolist()):
+            sequence, t = divmod(query, length)
+            if not mask[sequence, t - length]:
+                continue  # padding sees no key
+            expected[row, sequence * 40 : (sequence + 1) * 40] = own[sequence, t]
+        torch.testing.assert_close(rows, expected, rtol=2**-8, atol=1e-5)
+
+
+@torch.no_grad()
+def test_capture_without_attention(tmp_path: Path) -> None:
+    model, tokens = build("deepseek"), tokens_of("cpu", 1, 40)
+    with integration.capture(model, tmp_path / "few", layers=0, rows=31):
+        model(tokens)
+    assert "attn_last32" not in load_file(tmp_path / "few")
+    for module in model.modules():
+        if isinstance(module, integration.deepseek.DeepseekV32Attention):
+            module.__class__ = type("Other", (torch.nn.Module,), dict(vars(module.__class__)))
+    with integration.capture(model, tmp_path / "other", layers=0):
+        model(tokens)
+    assert "attn_last32" not in load_file(tmp_path / "other")
+
+
 @torch.no_grad()
 def test_captures_and_selections_overlap(tmp_path: Path) -> None:
     model, tokens = build("glm"), tokens_of("cpu", 1, 40)
@@ -790,7 +841,7 @@ def test_program_reads_a_capture(tmp_path: Path, dtype: torch.dtype) -> None:
         capture_output=True,
     )
     expected = misa.select(
-        **load_file(path), config=misa.Config("dsa", top_k=TOP_K, ordered=True)
+        **traced(path), config=misa.Config("dsa", top_k=TOP_K, ordered=True)
     ).indices
     indices = load_file(selected)["indices"]
     hidden = torch.iinfo(torch.int32).max
@@ -802,4 +853,6 @@ def test_program_reads_a_capture(tmp_path: Path, dtype: torch.dtype) -> None:
         check=True,
         capture_output=True,
     )
-    assert json.loads(compared.stdout)
+    (trace,) = json.loads(compared.stdout)["traces"]
+    dense = next(each for each in trace["indexers"] if each["name"] == "dsa")
+    assert 0 < dense["attention"]["kept"] <= trace["attention_bound"] < 1
