@@ -13,6 +13,14 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 _ATTENTIONS = (deepseek.DeepseekV32Attention, glm.GlmMoeDsaAttention)
 # Bytes of scores that are in memory at once; heads are taken in groups of as many as fit.
 _GROUP_BYTES = 1 << 28
+TRACED_ROWS = 32  # of attn_last32
+
+
+def spread(count: int, rows: int | None) -> torch.Tensor:
+    """int64: `rows` of the numbers below `count`, spread evenly; all if rows is None or more."""
+    if rows is None or rows >= count:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, rows, dtype=torch.float64).round().long()
 
 
 def attentions(model: torch.nn.Module) -> dict[int, Any]:
@@ -77,3 +85,18 @@ def dense_attention(
         scores = (some_q @ some_k.transpose(1, 2)).float() * module.scaling
         total += scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num().sum(0)
     return total / heads
+
+
+def traced_attention(
+    module: Any, queries: torch.Tensor, total: int, call: dict[str, Any]
+) -> torch.Tensor:
+    """bfloat16 [Q, total]: dense attention of `queries` of a flattened batch to all its keys."""
+    batch, length = call["hidden_states"].shape[:2]
+    keys = total // batch
+    result = torch.zeros(len(queries), total, dtype=torch.bfloat16)
+    for sequence in (queries // length).unique().tolist():
+        mine = queries // length == sequence
+        rows = (queries[mine] % length).to(call["hidden_states"].device)
+        part = dense_attention(module, sequence, rows, call)
+        result[mine, sequence * keys : (sequence + 1) * keys] = part.cpu().bfloat16()
+    return result

@@ -25,7 +25,7 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
 import misa
 
-from ._attention import attentions, dense_attention, on_call
+from ._attention import TRACED_ROWS, attentions, on_call, spread, traced_attention
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -74,34 +74,15 @@ def enable(
     model is not changed then.
     """
     named = _indexers(model)
-    modules = named.values()
-    sizes = {(module.n_heads, module.head_dim, module.index_topk) for module in modules}
-    if len(sizes) > 1:
-        raise ValueError(f"model: expected indexers of one size, got (heads, size, top k) {sizes}")
-    heads, dim, top_k = sizes.pop()
+    _, _, top_k = _size(named)
     if "top_k" in overrides:
         raise ValueError(
             f"top_k: expected none, for it is the model's index_topk = {top_k}, got "
             f"{overrides['top_k']}"
         )
-    state = Usage(
-        config=misa.Config(indexer, top_k=top_k, **overrides),
-        backend=backend,
-        layers=tuple(module.layer_idx for module in modules),
-    )
-    none = torch.zeros(0, dtype=torch.int32)
-    misa.select(  # without queries, the call only validates
-        torch.zeros(0, heads, dim),
-        torch.zeros(0, heads),
-        torch.zeros(0, dim),
-        none,
-        none,
-        config=state.config,
-        backend=backend,
-    )
-    _intercept(named)
-    for module in modules:
-        module.usage = state
+    config = misa.Config(indexer, top_k=top_k, **overrides)
+    _check(named, config, backend)
+    state = _select_with(named, config, backend)
     _log.info(
         "%s selects with %s on %d layers, backend %s",
         type(model).__name__,
@@ -109,6 +90,39 @@ def enable(
         len(state.layers),
         backend,
     )
+    return state
+
+
+def _size(named: dict[str, Any]) -> tuple[int, int, int]:
+    """Heads, their size and top_k of all the named indexers."""
+    sizes = {(module.n_heads, module.head_dim, module.index_topk) for module in named.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"model: expected indexers of one size, got (heads, size, top k) {sizes}")
+    return sizes.pop()
+
+
+def _check(named: dict[str, Any], config: misa.Config, backend: str) -> None:
+    """Raises what `enable` does for a configuration that the named indexers cannot have."""
+    heads, dim, _ = _size(named)
+    none = torch.zeros(0, dtype=torch.int32)
+    misa.select(  # without queries, the call only validates
+        torch.zeros(0, heads, dim),
+        torch.zeros(0, heads),
+        torch.zeros(0, dim),
+        none,
+        none,
+        config=config,
+        backend=backend,
+    )
+
+
+def _select_with(named: dict[str, Any], config: misa.Config, backend: str) -> Usage:
+    """Makes the named indexers select with `config`, which _check has passed."""
+    layers = tuple(module.layer_idx for module in named.values())
+    state = Usage(config=config, backend=backend, layers=layers)
+    _intercept(named)
+    for module in named.values():
+        module.usage = state
     return state
 
 
@@ -170,16 +184,16 @@ def capture(
     def record(module: Any, _: torch.Tensor, *args: Any) -> None:
         if module.layer_idx not in traces:
             seen = _seen(module, *args)
-            kept = _spread(len(seen.q), rows).to(seen.q.device)
+            kept = spread(len(seen.q), rows).to(seen.q.device)
             tensors = {"q": seen.q, "w": seen.w, "ks": seen.ks, "ke": seen.ke}
             traces[module.layer_idx] = {name: x[kept].cpu() for name, x in tensors.items()}
             traces[module.layer_idx]["k"] = seen.k.cpu()
 
     def record_attention(module: Any, call: dict[str, Any]) -> None:
         trace = traces.get(module.layer_idx, {})
-        if trace and "attn_last32" not in trace and len(trace["q"]) >= _ATTENTION_ROWS:
-            last = _spread(call["hidden_states"].shape[:2].numel(), rows)[-_ATTENTION_ROWS:]
-            trace["attn_last32"] = _attention_rows(module, last, len(trace["k"]), call)
+        if trace and "attn_last32" not in trace and len(trace["q"]) >= TRACED_ROWS:
+            last = spread(call["hidden_states"].shape[:2].numel(), rows)[-TRACED_ROWS:]
+            trace["attn_last32"] = traced_attention(module, last, len(trace["k"]), call)
 
     watched = {name: module for name, module in named.items() if module.layer_idx in wanted}
     around = attentions(model)
@@ -200,29 +214,65 @@ def capture(
         )
 
 
-_ATTENTION_ROWS = 32  # of attn_last32
+def evaluate(
+    model: torch.nn.Module,
+    texts: Sequence[str | torch.Tensor | Sequence[int]],
+    indexers: Sequence[str | misa.Config] = ("misa", "hisa", "misa-r", "misa-r:h=3:m=2k"),
+    *,
+    tokenizer: Callable[..., Any] | None = None,
+    path: str | Path | None = None,
+    chunk: int = 256,
+    backend: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """What other indexers cost on a model and texts, against the model's own indexers.
 
+    Each text is prefilled in chunks with a cache, once with the model's own indexers and once with
+    each of `indexers`. Positions that see no more than index_topk keys are not counted, since every
+    indexer selects all there. In the first pass each indexer also selects, in every layer, from
+    what the own indexer sees: recall of the own set, the attention that the selection keeps, and
+    time. The others give the Kullback-Leibler divergence of the next token, agreement of the
+    likeliest one, and loss. Time is that of scoring and selection by `misa.select`, beside its DSA.
 
-def _spread(count: int, rows: int | None) -> torch.Tensor:
-    """int64: `rows` of the numbers below `count`, spread evenly; all if rows is None or more."""
-    if rows is None or rows >= count:
-        return torch.arange(count)
-    return torch.linspace(0, count - 1, rows, dtype=torch.float64).round().long()
+    model: one that gives logits, not enabled; on any device, or spread by accelerate.
+    texts: strings, or token ids int [T]; T is index_topk + 2 or more.
+    indexers: configurations with the model's top_k, or in the notation of `misa compare`, such as
+        misa-r:h=3:m=2k.
+    tokenizer: of the model; needed for strings.
+    path: a JSON file, FILE.json, with a page beside it, FILE.html. Both are replaced after each
+        pass. A call with the same arguments goes on after the passes that are in the file. None
+        keeps nothing.
+    chunk: tokens a forward pass.
+    backend: that of `misa.select`.
+    progress: whether to show a bar on stderr.
 
+    Returns what the file holds: `indexers`, a dict each with `config`, `output` (`kl`, `kl_max`,
+    `top1`, `own_loss` and `loss`, also `by_keys`, the number of keys seen), `recall`,
+    `attention_kept` and `less_time`, `layers` and a `verdict`; `dsa`, the same of this library's
+    DSA, without an output; `layers`, `settings` and the `sums` of each text. What is not known is
+    None: recall and time of layers that share another's selection, and the attention of modules
+    that are not DeepSeek-V3.2's or GLM-5's own.
 
-def _attention_rows(
-    module: Any, queries: torch.Tensor, total: int, call: dict[str, Any]
-) -> torch.Tensor:
-    """bfloat16 [Q, total]: dense attention of `queries` of a flattened batch to all its keys."""
-    batch, length = call["hidden_states"].shape[:2]
-    keys = total // batch
-    result = torch.zeros(len(queries), total, dtype=torch.bfloat16)
-    for sequence in (queries // length).unique().tolist():
-        mine = queries // length == sequence
-        rows = (queries[mine] % length).to(call["hidden_states"].device)
-        part = dense_attention(module, sequence, rows, call)
-        result[mine, sequence * keys : (sequence + 1) * keys] = part.cpu().bfloat16()
-    return result
+    Memory beside the model and its cache of one text: T rows of the last hidden state, in host
+    memory; of one layer at a time the own indexer's scores (three times 4 * chunk * heads * T
+    bytes), the keys and values of all attention heads (as in any forward pass of these models),
+    and 256 MiB of attention; of one chunk two arrays of logits.
+
+    Raises ValueError for a wrong argument, and for a file at `path` whose settings are others;
+    RuntimeError for an unknown backend and for logits that are not finite.
+    """
+    from . import _evaluate  # which imports this module
+
+    return _evaluate.evaluate(
+        model,
+        texts,
+        indexers,
+        tokenizer=tokenizer,
+        path=path,
+        chunk=chunk,
+        backend=backend,
+        progress=progress,
+    )
 
 
 class _Intercepting:

@@ -26,30 +26,23 @@ from accelerate.hooks import (  # noqa: E402
     add_hook_to_module,
     remove_hook_from_module,
 )
-from safetensors.torch import load_file  # noqa: E402
-from transformers import (  # noqa: E402
-    DeepseekV32Config,
-    DeepseekV32ForCausalLM,
-    GlmMoeDsaConfig,
-    GlmMoeDsaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
+from models import (  # noqa: E402
+    ARCHITECTURES,
+    DIM,
+    HEADS,
+    TOP_K,
+    build,
+    indexers_of,
+    tokens_of,
 )
+from safetensors.torch import load_file  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import misa  # noqa: E402
 from inputs import program  # noqa: E402
 from misa.integrations import transformers as integration  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-ARCHITECTURES = {
-    "deepseek": (DeepseekV32ForCausalLM, DeepseekV32Config, {}),
-    "glm": (
-        GlmMoeDsaForCausalLM,
-        GlmMoeDsaConfig,
-        {"indexer_types": ["full", "shared", "full"]},
-    ),
-}
-HEADS, DIM, TOP_K, VOCABULARY = 32, 64, 16, 97
 # Logits of equal selections differ by single precision's rounding, carried through three layers.
 # test_one_head_changes_logits shows that another selection moves them by more than ten times this.
 LOGIT_TOLERANCE = 1e-3
@@ -65,54 +58,9 @@ def model(request: pytest.FixtureRequest, device: str) -> torch.nn.Module:
     return build(request.param, device)
 
 
-def build(architecture: str, device: str = "cpu", **changes: Any) -> torch.nn.Module:
-    model_class, config_class, own = ARCHITECTURES[architecture]
-    torch.manual_seed(7)
-    config = config_class(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "moe_intermediate_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 2,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 32,
-            "qk_rope_head_dim": 16,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-            "index_n_heads": HEADS,
-            "index_head_dim": DIM,
-            "index_topk": TOP_K,
-            # Wide enough for attention to depend on what is selected.
-            "initializer_range": 0.2,
-            "eos_token_id": None,
-            "bos_token_id": None,
-            **own,
-            **changes,
-        }
-    )
-    return model_class(config).to(device).eval()
-
-
-def tokens_of(device: str, batch: int, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(11)
-    return torch.randint(0, VOCABULARY, (batch, length), generator=generator).to(device)
-
-
 def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = LOGIT_TOLERANCE * expected.abs().max().item()
     torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
-
-
-def indexers_of(model: torch.nn.Module) -> list[Any]:
-    return [each for name, each in model.named_modules() if name.endswith("self_attn.indexer")]
 
 
 def devices_of(device: str) -> dict[str, Any]:
