@@ -95,12 +95,12 @@ def _configs(
 
 
 def _tokens(
-    model: Any, texts: Sequence[Any], tokenizer: Callable[..., Any] | None, least: int
+    texts: Sequence[Any], tokenizer: Callable[..., Any] | None, top_k: int, vocabulary: int
 ) -> list[torch.Tensor]:
-    """int64 [T] of each text, of at least `least` tokens."""
+    """int64 [T] of each text; raises for texts of which no position would count."""
     if isinstance(texts, (str, torch.Tensor)) or not len(texts):
         raise ValueError(f"texts: expected a list of one or more, got {texts!r}")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    least = top_k + 2
     result = []
     for i, text in enumerate(texts):
         name = f"texts[{i}]"
@@ -120,7 +120,7 @@ def _tokens(
             )
         if len(tokens) < least:
             raise ValueError(
-                f"{name}: expected {least} tokens or more, for up to index_topk = {least - 2} keys "
+                f"{name}: expected {least} tokens or more, for up to index_topk = {top_k} keys "
                 f"every indexer selects all, got {len(tokens)}"
             )
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
@@ -161,21 +161,25 @@ def _config_of(config: misa.Config) -> dict[str, Any]:
     }
 
 
+def checked_path(path: str | Path) -> Path:
+    """A path that a _File can have."""
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"path: expected a name that ends with .json, got '{path}'")
+    if not path.parent.is_dir():
+        raise ValueError(f"path: expected a folder that exists, got '{path.parent}'")
+    return path
+
+
 class _File:
     """What is done, in a JSON file that is replaced as a whole after each pass, if there is one."""
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else checked_path(path)
         # As it is read back: keys are strings, tuples are lists.
         self.settings = json.loads(json.dumps(settings))
         self.texts: list[dict[str, Any]] = [{} for _ in settings["texts"]]
-        if self.path is None:
-            return
-        if self.path.suffix != ".json":
-            raise ValueError(f"path: expected a name that ends with .json, got '{path}'")
-        if not self.path.parent.is_dir():
-            raise ValueError(f"path: expected a folder that exists, got '{self.path.parent}'")
-        if self.path.exists():
+        if self.path is not None and self.path.exists():
             self._read(self.path)
 
     def _read(self, path: Path) -> None:
@@ -329,6 +333,7 @@ class _Evaluation:
             if first >= end:
                 return
             own = self.head(hidden[start // self.chunk][None].to(logits.device))[0]
+            own = own.to(logits.device)  # spread over devices, the head's is another
             targets = tokens[start + first + 1 : start + end + 1].to(logits.device)
             figures = compare_logits(own[first:end], logits[first:end], targets)
             keys = torch.arange(start + first + 1, start + end + 1, device=logits.device)
@@ -438,7 +443,8 @@ def evaluate(
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk: expected 1 or more, got {chunk!r}")
     configs = _configs(named, indexers, backend)
-    tokens = _tokens(model, texts, tokenizer, configs[0].top_k + 2)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    tokens = _tokens(texts, tokenizer, configs[0].top_k, vocabulary)
     evaluation = _Evaluation(model, named, configs, chunk, backend)
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     file = _File(
@@ -489,7 +495,8 @@ def evaluate(
                 if layers is not None:
                     after = processor_seconds()
                     text["layers"] = layers
-                    text["waited"] = [max(b - a, 0) for a, b in zip(before, after, strict=True)]
+                    if evaluation.device.type == "cpu":
+                        text["waited"] = [max(b - a, 0) for a, b in zip(before, after, strict=True)]
                     file.save()
                 for index in missing[i]:
                     label = page.label(configs[index])

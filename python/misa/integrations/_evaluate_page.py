@@ -17,6 +17,17 @@ _LEAST_LOST = 1e-4
 _BUSY = 0.1  # share of the time that a process waits for a processor
 
 
+def busy(result: dict[str, Any]) -> str:
+    """What to say of a machine that did other work meanwhile; empty where it did not."""
+    waited = result["waited_for_processor"]
+    if waited < _BUSY:
+        return ""
+    return (
+        f"The machine was busy: this program waited for a processor {_percent(waited)} of the "
+        "time, so times are too long and vary."
+    )
+
+
 def label(config: misa.Config) -> str:
     """An indexer as people write it, such as "MISA-R 3 + 1, m = 4096"."""
     given = asdict(config)
@@ -73,7 +84,8 @@ p, li { max-width: 44rem; } p { margin: .5rem 0; } .note, footer { color: var(--
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; } caption { text-align: left; color: var(--soft); }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th { font-weight: 600; vertical-align: bottom; } th:first-child { text-align: left;
+td, tbody th { white-space: nowrap; } th { font-weight: 600; vertical-align: bottom; }
+th:first-child { text-align: left;
   position: sticky; left: 0; background: var(--back); }
 .heat td { background: color-mix(in srgb, var(--lost) calc(var(--x, 0) * 1%), transparent); }
 footer { margin-top: 2.5rem; font-size: .9rem; overflow-wrap: anywhere; }
@@ -114,9 +126,9 @@ def _summary(results: list[dict[str, Any]]) -> str:
         row = [escape(each["config"]["label"]) if "config" in each else "DSA, all heads"]
         if time and "config" in each:
             low, high = time["quartiles"]
-            row.append(f"{time['times']:.2f} × ({low:.2f} to {high:.2f})")
+            row += [f"{time['times']:.2f} ×", f"{low:.2f} to {high:.2f}"]
         else:
-            row.append("1 ×" if time else "–")
+            row += ["1 ×" if time else "–", "–"]
         if out:
             row += [f"{max(out['kl'], 0):.3g}", f"{max(out['kl_max'], 0):.3g}"]
             row += [_percent(out["top1"]), f"{out['own_loss']:.4f}"]
@@ -127,11 +139,12 @@ def _summary(results: list[dict[str, Any]]) -> str:
     head = (
         "indexer",
         "less time",
+        "of a layer",
         "KL",
         "largest KL",
         "same top token",
         "own loss",
-        "loss",
+        "more loss",
         "recall",
         "worst recall",
         "attention kept",
@@ -198,15 +211,13 @@ def render(result: dict[str, Any]) -> str:
     settings, layers = result["settings"], result["layers"]
     every = [result["dsa"], *result["indexers"]]
     parts = [f"<h1>{escape(settings['model'])} with other indexers</h1>"]
-    parts += [f'<p class="verdict">{escape(each["verdict"])}</p>' for each in result["indexers"]]
+    for each in result["indexers"]:
+        sentence = escape(each["verdict"]).replace(" %", "&nbsp;%")
+        parts.append(f'<p class="verdict">{sentence}</p>')
     if not result["complete"]:
         parts.append("<p>Not complete: these are the figures of the passes that are done.</p>")
-    if result["waited_for_processor"] >= _BUSY:
-        parts.append(
-            "<p>The machine was busy: this program waited for a processor "
-            f"{_percent(result['waited_for_processor'])} of the time, so times are too long and "
-            "vary.</p>"
-        )
+    if warning := busy(result):
+        parts.append(f"<p>{warning}</p>")
     attention = any(each["attention_kept"] for each in every)
     if layers and not attention:
         parts.append(
@@ -217,7 +228,7 @@ def render(result: dict[str, Any]) -> str:
         "<p class=note>Counted are positions that see more than "
         f"{settings['top_k']:,} keys; before, every indexer selects all. KL and loss are in nats, "
         "KL from the model with its own indexers. Less time: than this library's DSA with all "
-        "heads, over all layers, with the quartiles of a layer. Recall: of the own indexer's set. "
+        "heads, over all layers, and the quartiles of a layer. Recall: of the own indexer's set. "
         "Attention kept: of what the own indexer's set holds of the layer's dense attention.</p>"
     )
     parts.append(_summary(every))

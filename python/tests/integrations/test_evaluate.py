@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
@@ -18,11 +19,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.24")
 
+import accelerate  # noqa: E402
 from models import ARCHITECTURES, TOP_K, VOCABULARY, build, indexers_of, tokens_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
+from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
 import misa  # noqa: E402
 from misa.integrations import _evaluate as passes  # noqa: E402
+from misa.integrations import _evaluate_command as command  # noqa: E402
 from misa.integrations import _evaluate_measures as measures  # noqa: E402
 from misa.integrations import _evaluate_page as page  # noqa: E402
 from misa.integrations import transformers as integration  # noqa: E402
@@ -312,6 +319,21 @@ def test_shared_layers() -> None:
     assert result["sums"][0]["layers"]["1"]["attention_rows"] == 16
 
 
+@torch.no_grad()
+def test_dispatched_model(model: torch.nn.Module, tmp_path: Path) -> None:
+    """The last layer's weights are on the disk."""
+    whole = evaluate(model, [text_of(40)], [ONE], chunk=16)
+    first = {"cuda": 0}.get(model.device.type, model.device.type)
+    parts = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), first
+    )
+    layers = {"model.layers.0": first, "model.layers.1": first, "model.layers.2": "disk"}
+    accelerate.dispatch_model(model, {**parts, **layers}, main_device=first, offload_dir=tmp_path)
+    spread = evaluate(model, [text_of(40)], [ONE], chunk=16)
+    assert spread["settings"]["weights"] is None
+    assert without_times(spread)["sums"] == without_times(whole)["sums"]
+
+
 class Table(HTMLParser):
     """The rows of the tables of a page, and the names of its elements and attributes."""
 
@@ -393,7 +415,7 @@ def test_page_is_one_file(tmp_path: Path) -> None:
     model.config._name_or_path = "<b>name</b>"
     result = evaluate(model, [text_of(40)], [ONE], path=tmp_path / "e.json")
     text = (tmp_path / "e.html").read_text()
-    assert escape(result["indexers"][0]["verdict"]) in text
+    assert escape(result["indexers"][0]["verdict"]) in text.replace("&nbsp;", " ")
     assert "&lt;b&gt;name" in text and "<b>" not in text
     assert "http" not in text
     assert not Table(text).names & {"script", "link", "img", "src", "href", "iframe"}
@@ -541,3 +563,61 @@ def test_strings_modes_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert without_times(strings) == without_times(ids)
     bar = capsys.readouterr().err
     assert "text 1 of 1, own indexers" in bar and "2/2" in bar
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a model, a tokenizer of words, and two texts."""
+    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"?": VOCABULARY - 1}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    build("glm").save_pretrained(tmp_path / "model")
+    for name, length in (("long", 60), ("short", 17)):
+        text = " ".join(f"w{token}" for token in text_of(length).tolist())
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = saved / "e.json"
+    arguments = [str(saved / "model"), str(saved / "long"), "--indexers", "misa:h=1,misa-r:h=3"]
+    arguments += ["--tokens", "50", "--chunk", "20", "-o", str(output), "--device-map", "cpu"]
+    assert command.main([*arguments, "--quiet"]) == 0
+    sentences = capsys.readouterr().out.splitlines()
+    result = json.loads(output.read_text())
+    assert sentences == [
+        *(each["verdict"] for each in result["indexers"]),
+        f"{output}, {saved / 'e.html'}",
+    ]
+    assert result["settings"]["texts"][0]["tokens"] == 50 and result["settings"]["chunk"] == 20
+    expected = evaluate(build("glm"), [text_of(50)], ["misa:h=1", "misa-r:h=3"], chunk=20)
+    assert without_times(expected)["sums"] == without_times(result)["sums"]
+    with mock.patch.object(passes._Evaluation, "_run", side_effect=KeyboardInterrupt):
+        output.unlink()
+        assert command.main(arguments) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_command_errors(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = saved / "model", saved / "long"
+    (saved / "bytes").write_bytes(b"\xff\xfe")
+    (saved / "llama").mkdir()
+    LlamaConfig().save_pretrained(saved / "llama")
+    for arguments, message in (
+        ([saved / "llama", text], "MODEL: expected one with indexers, .* got .*llama"),
+        ([model, text, "--indexers", "dsa,abacus"], "--indexers: .*abacus"),
+        ([model, text, "--indexers", "misa:h=99"], r"indexers\[0\]: heads: expected 1 to H = 32"),
+        ([model, saved / "short"], "short: expected 18 tokens or more, .* got 17"),
+        ([model, saved / "none"], "none"),
+        ([model, saved / "bytes"], "bytes: expected text in UTF-8"),
+        ([model, text, "--tokens", "0"], "--tokens: expected 1 or more, got 0"),
+        ([model, text, "-o", saved / "e.txt"], "path: expected a name that ends with .json"),
+    ):
+        assert command.main([str(each) for each in arguments]) == 2
+        assert re.search(f"^misa-evaluate: .*{message}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_command_is_installed() -> None:
+    scripts = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    assert f'misa-evaluate = "{command.__name__}:{command.main.__name__}"' in scripts
