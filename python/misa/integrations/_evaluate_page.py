@@ -76,11 +76,11 @@ _STYLE = """
   --lost: #d9480f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d;
   --back: #0d1117; --lost: #ff7b38; } }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 74rem; color: var(--ink);
   background: var(--back); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
 p, li { max-width: 44rem; } p { margin: .5rem 0; } .note, footer { color: var(--soft); }
-.verdict { font-size: 1.1rem; font-weight: 600; }
+.verdict { font-size: 1.1rem; font-weight: 600; max-width: none; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; } caption { text-align: left; color: var(--soft); }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }

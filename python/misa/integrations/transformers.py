@@ -254,7 +254,7 @@ def evaluate(
     that are not DeepSeek-V3.2's or GLM-5's own.
 
     Memory beside the model and its cache of one text: T rows of the last hidden state, in host
-    memory; of one layer at a time the own indexer's scores (three times 4 * chunk * heads * T
+    memory; of one layer at a time the own indexer's scores (twice 4 * chunk * heads * T
     bytes), the keys and values of all attention heads (as in any forward pass of these models),
     and 256 MiB of attention; of one chunk two arrays of logits.
 
