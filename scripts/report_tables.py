@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable
 
 import report_data as data
@@ -307,21 +308,48 @@ def selector() -> str:
     return table(head, rows)
 
 
+# Variants of bench/engine.sh, and the bytes a token and layer that are kept beside the cache.
+ENGINE = {
+    "engine": ("vLLM's own", ""),
+    "dsa": ("`dsa`", "0"),
+    "misa-r": ("`misa-r`, 3 heads", "0"),
+    "misa-r-m": ("`misa-r`, 3 heads, 4096 re-ranked", "0"),
+    "sketch": ("the same on a 2-bit sketch", "34"),
+    "hisa": ("`hisa`", "8"),
+}
+
+
 def engine() -> str:
-    if not data.exists("engine"):
-        return "Its figures stand with the [integration](integrations/vllm.md#measure)."
     variants = data.record("engine").results["variants"]
     one = next(iter(variants.values()))
     head = ["indexer", *(f"first token of {int(n):,}, ms" for n in one["first"])]
-    head += [f"a token at B = {batch} on the device, ms" for batch in one["next"]]
-    head.append("of it the indexer in a layer, µs")
+    head += [f"a step of decode at B = {batch} on the device, ms" for batch in one["next"]]
+    head += ["of it the indexer in a layer, µs", "more memory, bytes a token and layer"]
     rows = []
-    for name, found in variants.items():
+    for name, (label, memory) in ENGINE.items():
+        if name not in variants:
+            continue
+        found = variants[name]
         steps = found["next"].values()
         cells = [f"{ms:.0f}" for ms in found["first"].values()]
         cells += [f"{step['device_ms']:.2f}" for step in steps]
-        rows.append([f"`{name}`", *cells, ", ".join(f"{step['indexer_us']:.0f}" for step in steps)])
+        indexer = ", ".join(f"{step['indexer_us']:.0f}" for step in steps)
+        rows.append([label, *cells, indexer, memory])
     return table(head, rows)
+
+
+def engine_tokens() -> str:
+    variants = data.record("engine").results["variants"].values()
+    in_turn = [v["next"] for v in variants if "token_ms_of_turns" in v["next"]["1"]]
+    spans = []
+    for batch in in_turn[0]:
+        times = [found[batch]["token_ms"] for found in in_turn]
+        spans.append(f"{min(times):.1f} to {max(times):.1f} ms at B = {batch}")
+    text = (
+        "With two layers the host takes longer than the device: a token of each sequence took "
+        f"{', '.join(spans)}, with vLLM's own indexer as with the others."
+    )
+    return textwrap.fill(text, 105)
 
 
 def context_parallel() -> str:
@@ -516,6 +544,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "queries": queries,
     "selector": selector,
     "engine": engine,
+    "engine-tokens": engine_tokens,
     "context-parallel": context_parallel,
     "cpu": cpu,
     "cpu-peers": cpu_peers,
