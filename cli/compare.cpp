@@ -54,12 +54,44 @@ struct AttentionRow {
   std::vector<float> weights;
 };
 
+// The part that one trace has in the progress of all.
+class TraceProgress {
+ public:
+  static constexpr std::int64_t kWhole = 1'000'000;
+
+  TraceProgress(Progress& all, std::int64_t passes, std::int64_t queries)
+      : all_(all), queries_(queries), total_(std::max<std::int64_t>(1, passes * queries)) {}
+
+  // So many queries of a pass are done.
+  void add(std::int64_t queries) {
+    const std::int64_t before = kWhole * done_ / total_;
+    done_ += queries;
+    all_.add(kWhole * done_ / total_ - before);
+  }
+  void add_pass() { add(queries_); }
+
+ private:
+  Progress& all_;
+  std::int64_t queries_;
+  std::int64_t total_;
+  std::int64_t done_ = 0;
+};
+
+// The positions [T, top_k] that a configuration selects.
+using Positions = std::vector<std::int32_t>;
+
+Positions select_all(const Context& context, const IndexerConfig& config, const StepInputs& inputs,
+                     TraceProgress& progress) {
+  return select_in_parts(context, config, inputs, [&](std::int64_t n) { progress.add(n); });
+}
+
 // Compares selections on one trace with DSA's selection and with the attention recorded in the
 // file, over the rows that see more than top_k keys.
 class Evaluator {
  public:
-  Evaluator(const Context& context, const Trace& trace, int top_k)
-      : top_k_(top_k), dense_(select(context, IndexerConfig::dsa(top_k), trace.inputs())) {
+  Evaluator(const Context& context, const Trace& trace, int top_k, TraceProgress& progress)
+      : top_k_(top_k),
+        dense_(select_all(context, IndexerConfig::dsa(top_k), trace.inputs(), progress)) {
     for (std::int64_t t = 0; t < trace.inputs().q.tokens; ++t) {
       if (trace.inputs().visible(t) > top_k) {
         rows_.push_back(t);
@@ -72,10 +104,10 @@ class Evaluator {
     }
   }
 
-  [[nodiscard]] const Selected& dense() const { return dense_; }
+  [[nodiscard]] const Positions& dense() const { return dense_; }
   [[nodiscard]] std::int64_t rows() const { return std::ssize(rows_); }
 
-  [[nodiscard]] std::optional<Summary> recall_of(const Selected& selected) const {
+  [[nodiscard]] std::optional<Summary> recall_of(const Positions& selected) const {
     if (rows_.empty()) {
       return std::nullopt;
     }
@@ -86,7 +118,7 @@ class Evaluator {
     return summarize(shares);
   }
 
-  [[nodiscard]] std::optional<AttentionKept> attention_of(const Selected& selected) const {
+  [[nodiscard]] std::optional<AttentionKept> attention_of(const Positions& selected) const {
     if (attention_.empty()) {
       return std::nullopt;
     }
@@ -107,13 +139,12 @@ class Evaluator {
   }
 
  private:
-  static std::span<const std::int32_t> row(const Selected& selected, std::int64_t t) {
-    return std::span(selected.indices)
-        .subspan(static_cast<std::size_t>(t * selected.top_k),
-                 static_cast<std::size_t>(selected.top_k));
+  [[nodiscard]] std::span<const std::int32_t> row(const Positions& selected, std::int64_t t) const {
+    return std::span(selected).subspan(static_cast<std::size_t>(t * top_k_),
+                                       static_cast<std::size_t>(top_k_));
   }
 
-  [[nodiscard]] double mass(const Selected& selected) const {
+  [[nodiscard]] double mass(const Positions& selected) const {
     std::vector<double> shares;
     for (const AttentionRow& attention : attention_) {
       shares.push_back(attention_mass(row(selected, attention.t), attention.weights));
@@ -122,7 +153,7 @@ class Evaluator {
   }
 
   int top_k_;
-  Selected dense_;
+  Positions dense_;
   std::vector<std::int64_t> rows_;
   std::vector<AttentionRow> attention_;
 };
@@ -140,11 +171,11 @@ std::vector<int> head_counts(std::int64_t heads) {
 // Mean recall for each number of heads h: MISA, and MISA-R, which also runs with h = 0. Needs rows
 // that see more than top_k keys.
 std::vector<Curve> recall_by_heads(const Context& context, const StepInputs& inputs,
-                                   const Evaluator& evaluator, int top_k) {
+                                   const Evaluator& evaluator, int top_k, TraceProgress& progress) {
   Curve misa{"MISA", {}};
   Curve misa_r{"MISA-R", {}};
   const auto add = [&](Curve& curve, const IndexerConfig& config) {
-    const Selected selected = select(context, config, inputs);
+    const Positions selected = select_all(context, config, inputs, progress);
     curve.points.push_back(
         {static_cast<double>(config.heads), evaluator.recall_of(selected)->mean});
   };
@@ -156,27 +187,32 @@ std::vector<Curve> recall_by_heads(const Context& context, const StepInputs& inp
   return {misa, misa_r};
 }
 
+constexpr std::array kRouters{Router::pooled, Router::nonlinearity, Router::dispersion,
+                              Router::self,   Router::qnorm,        Router::weight};
+
 // How often each router chooses each head, over the rows that see any key.
 std::vector<HeadUse> head_use(const Context& context, const StepInputs& inputs, int heads,
-                              int top_k) {
+                              int top_k, TraceProgress& progress) {
+  double rows = 0;
+  for (std::int64_t t = 0; t < inputs.q.tokens; ++t) {
+    rows += inputs.visible(t) > 0 ? 1 : 0;
+  }
   std::vector<HeadUse> use;
-  for (const Router router : {Router::pooled, Router::nonlinearity, Router::dispersion,
-                              Router::self, Router::qnorm, Router::weight}) {
+  for (const Router router : kRouters) {
     IndexerConfig config = IndexerConfig::dsa(top_k);
     config.router = router;
     config.heads = heads;
     const Selected selected = select(context, config, inputs, {.heads = true});
     std::vector<double> share(static_cast<std::size_t>(inputs.q.heads));
-    double rows = 0;
-    for (std::int64_t t = 0; t < inputs.q.tokens; ++t) {
-      rows += inputs.visible(t) > 0 ? 1 : 0;
-    }
     for (const std::int32_t head : selected.heads) {
       if (head >= 0) {
-        share[static_cast<std::size_t>(head)] += 1 / rows;
+        share[static_cast<std::size_t>(head)] += 1;
       }
     }
+    std::transform(share.begin(), share.end(), share.begin(),
+                   [rows](double count) { return count / rows; });
     use.push_back({std::string(name_of(router)), std::move(share)});
+    progress.add_pass();
   }
   return use;
 }
@@ -187,8 +223,8 @@ Timing divided(const Timing& timing, double by) {
 }
 
 // The times of steps of so many queries, in turn: seconds per query.
-Timings time_queries(TimedSteps& steps, std::int64_t queries, int runs, Progress& progress) {
-  Timings timings = measure(runs, steps.contenders(), [&] { progress.add(1); });
+Timings time_queries(TimedSteps& steps, std::int64_t queries, int runs, TraceProgress& progress) {
+  Timings timings = measure(runs, steps.contenders(), [&] { progress.add_pass(); });
   for (Timing& timing : timings.of) {
     timing = divided(timing, static_cast<double>(queries));
   }
@@ -202,7 +238,7 @@ constexpr std::array<std::int64_t, 3> kPrefixes{8, 4, 2};
 // table's times are taken.
 std::vector<Curve> time_by_keys(const Context& context, const StepInputs& inputs,
                                 const std::vector<Variant>& variants, int runs, TraceResult& result,
-                                Progress& progress) {
+                                TraceProgress& progress) {
   const std::int64_t longest = inputs.shape().max_keys;
   std::vector<Curve> curves;
   for (const Variant& variant : variants) {
@@ -228,9 +264,19 @@ std::vector<Curve> time_by_keys(const Context& context, const StepInputs& inputs
   return curves;
 }
 
+// How many times all queries of a trace are selected for, at most.
+std::int64_t passes(std::int64_t variants, std::int64_t heads, const Options& options) {
+  const std::int64_t timed = options.runs > 0 ? variants * (1 + std::int64_t{options.runs}) : 0;
+  const std::int64_t plain = 1 + variants + timed;
+  return options.html.empty()
+             ? plain
+             : plain + std::ssize(kRouters) + 1 + 2 * std::ssize(head_counts(heads)) +
+                   std::ssize(kPrefixes) * timed;
+}
+
 TraceResult compare_trace(const Context& context, const std::string& file,
                           const std::vector<Variant>& variants, const Options& options,
-                          Progress& progress) {
+                          Progress& all) {
   Trace trace(file);
   if (options.fp8) {
     trace.round_to_e4m3();
@@ -244,7 +290,9 @@ TraceResult compare_trace(const Context& context, const std::string& file,
       steps.add(variant.config, inputs);
     });
   }
-  const Evaluator evaluator(context, trace, options.top_k);
+  TraceProgress progress(all, passes(std::ssize(variants), inputs.q.heads, options),
+                         inputs.q.tokens);
+  const Evaluator evaluator(context, trace, options.top_k, progress);
   TraceResult result;
   result.file = file;
   if (const auto model = trace.metadata().find("model"); model != trace.metadata().end()) {
@@ -255,8 +303,9 @@ TraceResult compare_trace(const Context& context, const std::string& file,
   result.attention_bound = evaluator.attention_bound();
   for (const Variant& variant : variants) {
     about(variant, [&] {
-      const Selected selected =
-          variant.name == "dsa" ? evaluator.dense() : select(context, variant.config, inputs);
+      const Positions selected = variant.name == "dsa"
+                                     ? evaluator.dense()
+                                     : select_all(context, variant.config, inputs, progress);
       result.indexers.push_back({variant.name,
                                  variant.label,
                                  evaluator.recall_of(selected),
@@ -266,7 +315,6 @@ TraceResult compare_trace(const Context& context, const std::string& file,
                                  steps.workspace_bytes(result.indexers.size()),
                                  variant.config});
     });
-    progress.add(1);
   }
   if (options.runs > 0) {
     const Timings timings = time_queries(steps, inputs.q.tokens, options.runs, progress);
@@ -278,11 +326,13 @@ TraceResult compare_trace(const Context& context, const std::string& file,
   if (!options.html.empty() && evaluator.rows() > 0) {
     const int heads = static_cast<int>(std::min(kHeadUseHeads, inputs.q.heads));
     result.sweeps = {heads,
-                     head_use(context, inputs, heads, options.top_k),
-                     recall_by_heads(context, inputs, evaluator, options.top_k),
+                     head_use(context, inputs, heads, options.top_k, progress),
+                     recall_by_heads(context, inputs, evaluator, options.top_k, progress),
                      {}};
-    result.sweeps->time_by_keys =
-        time_by_keys(context, inputs, variants, options.runs, result, progress);
+    if (options.runs > 0) {
+      result.sweeps->time_by_keys =
+          time_by_keys(context, inputs, variants, options.runs, result, progress);
+    }
   }
   return result;
 }
@@ -319,11 +369,7 @@ Comparison compare(const Options& options) {
                         options.top_k,
                         {},
                         {}};
-  const std::int64_t timed = options.runs == 0      ? 0
-                             : options.html.empty() ? 1
-                                                    : 1 + std::ssize(kPrefixes);
-  const std::int64_t runs = std::ssize(variants) * (1 + timed * (1 + std::int64_t{options.runs}));
-  Progress progress("comparing", std::ssize(options.files) * runs);
+  Progress progress("comparing", std::ssize(options.files) * TraceProgress::kWhole);
   for (const std::string& file : options.files) {
     comparison.traces.push_back(compare_trace(context, file, variants, options, progress));
     comparison.waited = more_waiting(comparison.waited, comparison.traces.back().waited);
@@ -332,8 +378,6 @@ Comparison compare(const Options& options) {
 }
 
 void run(const Options& options) {
-  require(options.runs > 0 || options.html.empty(),
-          "--runs: expected 1 or more with --html, whose plots need times, got 0");
   std::optional<OutputFile> page;  // opened first, so that a wrong path fails before the work
   if (!options.html.empty()) {
     require_no_overwrite(options.html, options.files);

@@ -5,6 +5,36 @@
 #include <span>
 
 namespace misa::cli {
+namespace {
+
+// Queries of a part for each thread, so that all threads have enough to do until its end.
+constexpr std::int64_t kPartPerThread = 32;
+
+// `count` queries from query `first` on, whole sequences if the keys are paged. They refer to the
+// tensors of all.
+StepInputs part_of(const StepInputs& all, std::int64_t first, std::int64_t count) {
+  StepInputs part = all;
+  const std::int64_t heads = all.q.heads;
+  part.q.tokens = count;
+  part.q.data = static_cast<const std::byte*>(all.q.data) +
+                static_cast<std::int64_t>(size_of(all.q.dtype)) * first * heads * all.q.dim;
+  part.w.tokens = count;
+  part.w.data = all.w.data + first * heads;
+  const auto cut = [](std::span<const std::int32_t>& rows, std::int64_t begin, std::int64_t size) {
+    rows = rows.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(size));
+  };
+  if (auto* ragged = std::get_if<RaggedKeys>(&part.k)) {
+    cut(ragged->starts, first, count);
+    cut(ragged->ends, first, count);
+  } else {
+    auto& paged = std::get<PagedKeys>(part.k);
+    paged.block_table += first / paged.next_n * paged.max_pages;
+    cut(paged.context_lens, first / paged.next_n, count / paged.next_n);
+  }
+  return part;
+}
+
+}  // namespace
 
 std::int64_t StepInputs::visible(std::int64_t t) const {
   std::int64_t n = 0;
@@ -48,6 +78,24 @@ Selected select(const Context& context, const IndexerConfig& config, const StepI
   return std::visit(
       [&](const auto& k) { return misa::select(context, config, inputs.q, inputs.w, k, want); },
       inputs.k);
+}
+
+std::vector<std::int32_t> select_in_parts(const Context& context, const IndexerConfig& config,
+                                          const StepInputs& inputs,
+                                          const std::function<void(std::int64_t)>& after_each) {
+  const auto* paged = std::get_if<PagedKeys>(&inputs.k);
+  const std::int64_t whole = paged != nullptr ? paged->next_n : 1;
+  const std::int64_t wanted = kPartPerThread * context.threads();
+  const std::int64_t size = (wanted + whole - 1) / whole * whole;
+  std::vector<std::int32_t> indices;
+  indices.reserve(static_cast<std::size_t>(inputs.q.tokens * config.top_k));
+  for (std::int64_t first = 0; first < inputs.q.tokens; first += size) {
+    const std::int64_t count = std::min(size, inputs.q.tokens - first);
+    const Selected selected = select(context, config, part_of(inputs, first, count));
+    indices.insert(indices.end(), selected.indices.begin(), selected.indices.end());
+    after_each(count);
+  }
+  return indices;
 }
 
 void TimedSteps::add(const IndexerConfig& config, const StepInputs& inputs) {

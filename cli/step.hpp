@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <variant>
 #include <vector>
@@ -41,6 +42,12 @@ class Prefix {
 
 Selected select(const Context& context, const IndexerConfig& config, const StepInputs& inputs,
                 Want want = {});
+
+// The same positions, selected a part of the queries at a time. Calls after_each(n) after n more
+// queries, so that whoever waits for many queries of long contexts sees how far they are.
+std::vector<std::int32_t> select_in_parts(const Context& context, const IndexerConfig& config,
+                                          const StepInputs& inputs,
+                                          const std::function<void(std::int64_t)>& after_each);
 
 // Steps to be timed against each other. Their plans are made once, as a server does, and they share
 // memory for a workspace and for results.

@@ -269,12 +269,18 @@ void Trace::round_to_e4m3() {
 
 std::string Trace::layer() const {
   constexpr std::string_view kWord = "layer";
+  if (const auto given = metadata_.find(std::string(kWord)); given != metadata_.end()) {
+    return given->second;
+  }
   std::string name = std::filesystem::path(path_).stem();
   const std::size_t word = name.rfind(kWord);
   if (word == std::string::npos) {
     return name;
   }
-  const std::size_t begin = word + kWord.size();
+  const std::size_t after = word + kWord.size();
+  const bool parted =
+      after < name.size() && std::string_view("_-.").find(name[after]) != std::string_view::npos;
+  const std::size_t begin = after + (parted ? 1 : 0);
   const std::size_t end = std::min(name.find_first_not_of("0123456789", begin), name.size());
   return end > begin ? name.substr(begin, end - begin) : name;
 }

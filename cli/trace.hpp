@@ -23,8 +23,8 @@ class Trace {
   Trace& operator=(const Trace&) = delete;
 
   [[nodiscard]] const std::string& path() const { return path_; }
-  // The number after "layer" in the file name, e.g. 3 for trace_layer3.safetensors; the file name
-  // without its suffix if there is none.
+  // What the file's metadata say under "layer"; without them the number after "layer" in its name,
+  // e.g. 3 for trace_layer3.safetensors or layer_3.safetensors; else the name without its suffix.
   [[nodiscard]] std::string layer() const;
   [[nodiscard]] const Metadata& metadata() const { return metadata_; }
 

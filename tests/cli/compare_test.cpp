@@ -90,8 +90,8 @@ class Commands : public ::testing::Test {
     if (attention) {
       tensors.push_back(info("attn_last32", "BF16", {32, kKeys}, bytes(weights).size()));
     }
-    const std::string file = path("trace_layer5.safetensors");
-    SafetensorsWriter writer(file, tensors, {{"model", "made up"}});
+    const std::string file = path("trace.safetensors");
+    SafetensorsWriter writer(file, tensors, {{"model", "made up"}, {"layer", "5"}});
     writer.append("q", bytes(q));
     writer.append("w", bytes(w));
     writer.append("k", bytes(k));
@@ -229,7 +229,17 @@ TEST_F(Commands, CompareWithoutRunsTellsRecallAlone) {
   EXPECT_THAT(run({"compare", file, "--top-k", kTopK, "--indexers", "dsa", "--runs", "0"}),
               ::testing::ContainsRegex("not timed(.|\n)*"
                                        "DSA +100.0 % +100.0 % +100.0 % +– +– +–"));
-  EXPECT_THROW(run({"compare", file, "--runs", "0", "--html", path("report.html")}), Error);
+}
+
+TEST_F(Commands, CompareWithoutRunsMakesAPageWithoutTimes) {
+  const std::string page = path("report.html");
+  const json out = json::parse(run({"compare", write_trace(false), "--top-k", kTopK, "--runs", "0",
+                                    "--indexers", "dsa,misa", "--html", page, "--json"}));
+  const json& trace = out.at("traces").at(0);
+  EXPECT_TRUE(trace.at("indexers").at(0).at("seconds_per_query").is_null());
+  EXPECT_EQ(trace.at("sweeps").at("recall_by_heads").size(), 2);
+  EXPECT_TRUE(trace.at("sweeps").at("time_by_keys").empty());
+  EXPECT_THAT(content(page), HasSubstr(R"("time_by_keys":[])"));
 }
 
 TEST_F(Commands, CompareWithoutAttentionSaysNothingOfIt) {

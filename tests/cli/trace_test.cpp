@@ -115,7 +115,7 @@ TEST(SmokeTrace, AttentionIsOfWhatTheQuerySees) {
   EXPECT_THAT(trace.attention(32), ElementsAre(61, 62, 63));
 }
 
-TEST(SmokeTrace, TakesTheLayerFromItsName) {
+TEST(SmokeTrace, TakesTheLayerFromItsMetadataOrName) {
   const Folder folder;
   const auto layer = [&](std::string_view name) {
     write_tensors(folder / name, ragged_input());
@@ -123,6 +123,9 @@ TEST(SmokeTrace, TakesTheLayerFromItsName) {
   };
   EXPECT_EQ(layer("trace_h64_layer13.safetensors"), "13");
   EXPECT_EQ(layer("layer7_books.safetensors"), "7");
+  EXPECT_EQ(layer("layer_10.safetensors"), "10");
+  EXPECT_EQ(layer("layer.2.safetensors"), "2");
+  EXPECT_EQ(layer("layer__2.safetensors"), "layer__2");
   EXPECT_EQ(layer("my_layers.safetensors"), "my_layers");
   EXPECT_EQ(layer("books.safetensors"), "books");
 }
