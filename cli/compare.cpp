@@ -7,7 +7,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <fstream>
 #include <memory>
 #include <optional>
 #include <span>
@@ -21,9 +20,11 @@
 #include "options.hpp"
 #include "output_file.hpp"
 #include "progress.hpp"
+#include "provenance.hpp"
 #include "report.hpp"
 #include "step.hpp"
 #include "streams.hpp"
+#include "summary.hpp"
 #include "timing.hpp"
 #include "trace.hpp"
 #include "variant.hpp"
@@ -295,6 +296,8 @@ TraceResult compare_trace(const Context& context, const std::string& file,
   const Evaluator evaluator(context, trace, options.top_k, progress);
   TraceResult result;
   result.file = file;
+  result.sha256 = sha256_of(file);
+  result.layer = trace.layer();
   if (const auto model = trace.metadata().find("model"); model != trace.metadata().end()) {
     result.model = model->second;
   }
@@ -337,15 +340,11 @@ TraceResult compare_trace(const Context& context, const std::string& file,
   return result;
 }
 
-// The processor's name from /proc/cpuinfo.
-std::string processor() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.starts_with("model name")) {
-      return line.substr(std::min(line.find(": ") + 2, line.size()));
-    }
-  }
-  return "unknown processor";
+// What facts() says under this name.
+std::string fact(const std::vector<Fact>& facts, std::string_view name) {
+  const auto at =
+      std::find_if(facts.begin(), facts.end(), [&](const Fact& f) { return f.name == name; });
+  return at == facts.end() ? std::string() : at->value;
 }
 
 std::string isa_of(std::string_view backend) {
@@ -360,20 +359,23 @@ std::string isa_of(std::string_view backend) {
 Comparison compare(const Options& options) {
   const std::vector<Variant> variants = parse_variants(options.indexers, options.top_k);
   const Context context = make_context(options.run);
-  Comparison comparison{std::string(version()),
-                        processor(),
-                        context.backend(),
-                        isa_of(context.backend()),
-                        context.threads(),
-                        options.runs,
-                        options.top_k,
-                        {},
-                        {}};
+  Comparison comparison;
+  comparison.version = version();
+  comparison.date = utc_now();
+  comparison.command = command_line();
+  comparison.facts = facts();
+  comparison.processor = fact(comparison.facts, "processor");
+  comparison.backend = context.backend();
+  comparison.isa = isa_of(context.backend());
+  comparison.threads = context.threads();
+  comparison.runs = options.runs;
+  comparison.top_k = options.top_k;
   Progress progress("comparing", std::ssize(options.files) * TraceProgress::kWhole);
   for (const std::string& file : options.files) {
     comparison.traces.push_back(compare_trace(context, file, variants, options, progress));
     comparison.waited = more_waiting(comparison.waited, comparison.traces.back().waited);
   }
+  name_traces(comparison.traces);
   return comparison;
 }
 

@@ -2,14 +2,17 @@
 #include "report.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <iterator>
+#include <sstream>
 #include <string_view>
+#include <utility>
 
 #include "options.hpp"
 #include "report/template.hpp"
+#include "summary.hpp"
 #include "table.hpp"
 #include "variant.hpp"
 
@@ -41,6 +44,10 @@ json to_json(const Sweeps& sweeps) {
           {"time_by_keys", points_of(sweeps.time_by_keys)}};
 }
 
+json to_json(const AttentionKept& attention) {
+  return {{"kept", attention.absolute}, {"of_dsa", attention.of_dsa}};
+}
+
 json to_json(const IndexerResult& result) {
   json out{{"name", result.name},
            {"label", result.label},
@@ -62,12 +69,12 @@ json to_json(const IndexerResult& result) {
         {"mean", result.recall->mean}, {"q05", result.recall->low}, {"min", result.recall->min}};
   }
   if (result.attention) {
-    out["attention"] = {{"kept", result.attention->absolute}, {"of_dsa", result.attention->of_dsa}};
+    out["attention"] = to_json(*result.attention);
   }
   return out;
 }
 
-json share_of(std::optional<double> share) { return share ? json(*share) : json(); }
+json or_null(std::optional<double> value) { return value ? json(*value) : json(); }
 
 json to_json(const TraceResult& trace) {
   json indexers = json::array();
@@ -75,6 +82,8 @@ json to_json(const TraceResult& trace) {
     indexers.push_back(to_json(result));
   }
   return {{"file", trace.file},
+          {"sha256", trace.sha256},
+          {"name", trace.name},
           {"model", trace.model},
           {"queries", trace.shape.tokens},
           {"heads", trace.shape.heads},
@@ -83,9 +92,29 @@ json to_json(const TraceResult& trace) {
           {"q_dtype", name_of(trace.shape.q_dtype)},
           {"k_dtype", name_of(trace.shape.k_dtype)},
           {"long_rows", trace.long_rows},
-          {"attention_bound", share_of(trace.attention_bound)},
+          {"attention_bound", or_null(trace.attention_bound)},
           {"indexers", std::move(indexers)},
           {"sweeps", trace.sweeps ? to_json(*trace.sweeps) : json()}};
+}
+
+json to_json(const Overall& indexer) {
+  json out{{"label", indexer.label},
+           {"recall", or_null(indexer.recall)},
+           {"worst", nullptr},
+           {"attention", nullptr},
+           {"seconds_per_query", or_null(indexer.seconds)},
+           {"spread", or_null(indexer.spread)},
+           {"speed", or_null(indexer.speed)},
+           {"keys_x_heads", indexer.cost.dots},
+           {"bytes_read", indexer.cost.bytes},
+           {"workspace_bytes", indexer.workspace_bytes}};
+  if (indexer.worst) {
+    out["worst"] = {{"trace", indexer.worst->trace}, {"recall", indexer.worst->recall}};
+  }
+  if (indexer.attention) {
+    out["attention"] = to_json(*indexer.attention);
+  }
+  return out;
 }
 
 std::string percent(double share) { return fmt::format("{:.1f} %", 100 * share); }
@@ -128,6 +157,21 @@ Cells cells_of(const IndexerResult& result, const IndexerResult* dense, bool att
   return cells;
 }
 
+// What to know of queries that see few keys.
+std::string note_on_rows(const TraceResult& trace, int top_k) {
+  if (trace.long_rows == 0) {
+    return fmt::format(
+        "  No query sees more than {} keys: every indexer selects everything, and there is\n"
+        "  nothing to compare. A smaller --top-k would tell them apart.\n",
+        top_k);
+  }
+  return trace.long_rows == trace.shape.tokens ? std::string()
+                                               : fmt::format(
+                                                     "  {} of {} queries see more than {} keys; "
+                                                     "the others count in the times only.\n",
+                                                     trace.long_rows, trace.shape.tokens, top_k);
+}
+
 std::string to_text(const TraceResult& trace, int top_k) {
   const bool attention =
       std::any_of(trace.indexers.begin(), trace.indexers.end(),
@@ -146,21 +190,11 @@ std::string to_text(const TraceResult& trace, int top_k) {
   for (const IndexerResult& result : trace.indexers) {
     rows.push_back(cells_of(result, dense != trace.indexers.end() ? &*dense : nullptr, attention));
   }
-  std::string text =
-      fmt::format("{} · {} keys · {} heads × {} · {} queries · {} keys\n\n{}",
-                  one_line(std::filesystem::path(trace.file).stem().string()),
-                  grouped(static_cast<double>(trace.shape.max_keys)), trace.shape.heads,
-                  trace.shape.dim, trace.shape.tokens, name_of(trace.shape.k_dtype), aligned(rows));
-  if (trace.long_rows == 0) {
-    text += fmt::format(
-        "  No query sees more than {} keys: every indexer selects everything, and there is\n"
-        "  nothing to compare. A smaller --top-k would tell them apart.\n",
-        top_k);
-  } else if (trace.long_rows < trace.shape.tokens) {
-    text += fmt::format(
-        "  {} of {} queries see more than {} keys; the others count in the times only.\n",
-        trace.long_rows, trace.shape.tokens, top_k);
-  }
+  std::string text = fmt::format(
+      "{} · {} keys · {} heads × {} · {} queries · {} keys\n\n{}", one_line(spoken(trace.name)),
+      grouped(static_cast<double>(trace.shape.max_keys)), trace.shape.heads, trace.shape.dim,
+      trace.shape.tokens, name_of(trace.shape.k_dtype), aligned(rows));
+  text += note_on_rows(trace, top_k);
   if (trace.attention_bound) {
     text += fmt::format("  Any {} positions hold {} of the attention at most.\n", top_k,
                         percent(*trace.attention_bound));
@@ -171,6 +205,123 @@ std::string to_text(const TraceResult& trace, int top_k) {
   return text;
 }
 
+// Words of a label in lines of about eight characters, for the head of a narrow column.
+Cells lines_of(const std::string& label) {
+  constexpr std::size_t kWidth = 8;
+  Cells lines;
+  std::istringstream words(label);
+  for (std::string word; words >> word;) {
+    if (!lines.empty() && lines.back().size() + 1 + word.size() <= kWidth) {
+      lines.back() += ' ' + word;
+    } else {
+      lines.push_back(word);
+    }
+  }
+  return lines;
+}
+
+// "7" or "3 to 7", grouped.
+std::string range_of(const std::vector<TraceResult>& traces, std::int64_t Shape::*size) {
+  const auto [least, most] = std::minmax_element(
+      traces.begin(), traces.end(),
+      [size](const TraceResult& a, const TraceResult& b) { return a.shape.*size < b.shape.*size; });
+  const auto text = [size](const TraceResult& t) {
+    return grouped(static_cast<double>(t.shape.*size));
+  };
+  return least->shape.*size == most->shape.*size ? text(*least)
+                                                 : text(*least) + " to " + text(*most);
+}
+
+// The different texts of all traces, separated by commas.
+template <class Text>
+std::string distinct(const std::vector<TraceResult>& traces, const Text& text_of) {
+  std::vector<std::string> texts;
+  for (const TraceResult& trace : traces) {
+    if (std::string text = text_of(trace);
+        !text.empty() && std::find(texts.begin(), texts.end(), text) == texts.end()) {
+      texts.push_back(std::move(text));
+    }
+  }
+  return fmt::format("{}", fmt::join(texts, ", "));
+}
+
+// One table of all traces: a row each, a column an indexer, with what holds of all below.
+std::string to_text(const std::vector<TraceResult>& traces, int top_k) {
+  const std::vector<Overall> indexers = overall(traces);
+  std::vector<Cells> heads;
+  std::size_t height = 0;
+  for (const Overall& indexer : indexers) {
+    heads.push_back(lines_of(indexer.label));
+    height = std::max(height, heads.back().size());
+  }
+  std::vector<Cells> rows;
+  for (std::size_t line = 0; line < height; ++line) {
+    rows.push_back({line + 1 == height ? "recall" : ""});
+    for (const Cells& head : heads) {
+      const std::size_t skipped = height - head.size();
+      rows.back().push_back(line < skipped ? "" : head[line - skipped]);
+    }
+  }
+  const auto add = [&](std::string name, const auto& results, const auto& cell) {
+    rows.push_back({std::move(name)});
+    for (const auto& result : results) {
+      const std::optional<std::string> text = cell(result);
+      rows.back().push_back(text.value_or("–"));
+    }
+  };
+  using Cell = std::optional<std::string>;
+  for (const TraceResult& trace : traces) {
+    add(one_line(spoken(trace.name)), trace.indexers,
+        [](const IndexerResult& r) { return r.recall ? Cell(percent(r.recall->mean)) : Cell(); });
+  }
+  rows.emplace_back(rows.front().size());
+  const auto add_overall = [&](const char* name, const auto& cell) { add(name, indexers, cell); };
+  add_overall("mean",
+              [](const Overall& i) { return i.recall ? Cell(percent(*i.recall)) : Cell(); });
+  add_overall("worst",
+              [](const Overall& i) { return i.worst ? Cell(percent(i.worst->recall)) : Cell(); });
+  if (std::any_of(indexers.begin(), indexers.end(),
+                  [](const Overall& i) { return i.attention.has_value(); })) {
+    add_overall("attention kept", [](const Overall& i) {
+      return i.attention ? Cell(percent(i.attention->absolute)) : Cell();
+    });
+    add_overall("  of DSA's", [](const Overall& i) {
+      return i.attention ? Cell(percent(i.attention->of_dsa)) : Cell();
+    });
+  }
+  const auto micros = [](std::optional<double> seconds) {
+    return seconds ? Cell(fmt::format("{:.1f}", 1e6 * *seconds)) : Cell();
+  };
+  add_overall("µs a query", [&](const Overall& i) { return micros(i.seconds); });
+  add_overall("  ±", [&](const Overall& i) { return micros(i.spread); });
+  add_overall("speed vs DSA", [](const Overall& i) {
+    return i.speed ? Cell(fmt::format("{:.1f}×", *i.speed)) : Cell();
+  });
+  add_overall("keys × heads a query", [](const Overall& i) { return Cell(grouped(i.cost.dots)); });
+  add_overall("bytes read a query", [](const Overall& i) { return Cell(bytes(i.cost.bytes)); });
+  add_overall("workspace",
+              [](const Overall& i) { return Cell(bytes(static_cast<double>(i.workspace_bytes))); });
+
+  std::string text = fmt::format(
+      "{} traces · {} keys · {} heads × {} · {} queries · {} keys\n\n{}", traces.size(),
+      range_of(traces, &Shape::max_keys), range_of(traces, &Shape::heads),
+      range_of(traces, &Shape::dim), range_of(traces, &Shape::tokens),
+      distinct(traces, [](const TraceResult& t) { return std::string(name_of(t.shape.k_dtype)); }),
+      aligned(rows));
+  TraceResult all;
+  for (const TraceResult& trace : traces) {
+    all.long_rows += trace.long_rows;
+    all.shape.tokens += trace.shape.tokens;
+  }
+  text += note_on_rows(all, top_k);
+  if (const std::string models =
+          distinct(traces, [](const TraceResult& t) { return one_line(t.model); });
+      !models.empty()) {
+    text += fmt::format("  Model: {}.\n", models);
+  }
+  return text + "  --json has each trace's minima, attention and times.\n";
+}
+
 }  // namespace
 
 json to_json(const Comparison& comparison) {
@@ -178,16 +329,31 @@ json to_json(const Comparison& comparison) {
   for (const TraceResult& trace : comparison.traces) {
     traces.push_back(to_json(trace));
   }
+  json facts = json::object();
+  for (const Fact& fact : comparison.facts) {
+    facts[fact.name] = fact.value;
+  }
+  const std::vector<Overall> indexers = overall(comparison.traces);
+  json summary = json::array();
+  for (const Overall& indexer : indexers) {
+    summary.push_back(to_json(indexer));
+  }
   const std::string warning = busy_warning(comparison.waited);
+  const std::string sentence = verdict(indexers);
   return {{"version", comparison.version},
+          {"date", comparison.date},
+          {"command", comparison.command},
+          {"facts", std::move(facts)},
           {"processor", comparison.processor},
           {"backend", comparison.backend},
           {"isa", comparison.isa},
           {"threads", comparison.threads},
           {"runs", comparison.runs},
           {"top_k", comparison.top_k},
-          {"waited_for_processor", share_of(comparison.waited)},
+          {"waited_for_processor", or_null(comparison.waited)},
           {"warning", warning.empty() ? json() : json(warning)},
+          {"verdict", sentence.empty() ? json() : json(sentence)},
+          {"summary", std::move(summary)},
           {"traces", std::move(traces)}};
 }
 
@@ -200,15 +366,20 @@ std::string to_text(const Comparison& comparison) {
       comparison.threads == 1 ? "1 thread" : fmt::format("{} threads", comparison.threads),
       comparison.runs > 0 ? fmt::format("medians of {} runs", comparison.runs) : "not timed",
       comparison.top_k, comparison.top_k);
-  for (const TraceResult& trace : comparison.traces) {
-    text += '\n' + to_text(trace, comparison.top_k);
+  const std::vector<TraceResult>& traces = comparison.traces;
+  text += '\n' + (traces.size() == 1 ? to_text(traces.front(), comparison.top_k)
+                                     : to_text(by_name(traces), comparison.top_k));
+  if (const std::string sentence = verdict(overall(traces)); !sentence.empty()) {
+    text += fmt::format("\n{}\n", one_line(sentence));
   }
   return text;
 }
 
 std::string to_html(const Comparison& comparison) {
+  Comparison sorted = comparison;
+  sorted.traces = by_name(std::move(sorted.traces));
   // Names of files need not be UTF-8.
-  std::string data = to_json(comparison).dump(-1, ' ', false, json::error_handler_t::replace);
+  std::string data = to_json(sorted).dump(-1, ' ', false, json::error_handler_t::replace);
   // In a script element "<" may begin the end tag or a comment, even inside a string.
   for (std::size_t at = data.find('<'); at != std::string::npos; at = data.find('<', at)) {
     data.replace(at, 1, "\\u003c");

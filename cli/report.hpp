@@ -11,6 +11,7 @@
 
 #include "core/recipe.hpp"
 #include "metrics.hpp"
+#include "misa/context.hpp"
 #include "timing.hpp"
 
 namespace misa::cli {
@@ -49,7 +50,7 @@ struct HeadUse {
   std::vector<double> share;
 };
 
-// What only the HTML page shows.
+// What only the HTML page shows. There are no times without runs.
 struct Sweeps {
   int head_use_heads = 0;  // h of head_use
   std::vector<HeadUse> head_use;
@@ -59,7 +60,10 @@ struct Sweeps {
 
 struct TraceResult {
   std::string file;
-  std::string model;  // from the file's metadata; may be empty
+  std::string sha256;  // of the file
+  std::string layer;   // Trace::layer()
+  std::string name;    // what tables and plots call it: name_traces()
+  std::string model;   // from the file's metadata; may be empty
   Shape shape;
   std::int64_t long_rows = 0;             // rows of n > top_k; the others select everything
   std::optional<double> attention_bound;  // the most attention that top_k positions can hold
@@ -70,6 +74,9 @@ struct TraceResult {
 
 struct Comparison {
   std::string version;
+  std::string date;     // utc_now()
+  std::string command;  // command_line()
+  std::vector<Fact> facts;
   std::string processor;
   std::string backend;
   std::string isa;
@@ -82,7 +89,7 @@ struct Comparison {
 
 nlohmann::ordered_json to_json(const Comparison& comparison);
 
-// One table per trace, for a terminal.
+// For a terminal: the table of one trace, or one table of all traces, a row each.
 std::string to_text(const Comparison& comparison);
 
 // An HTML page that needs no other file.

@@ -22,6 +22,7 @@
 #include "commands.hpp"
 #include "misa/error.hpp"
 #include "misa/types.hpp"
+#include "provenance.hpp"
 #include "safetensors.hpp"
 
 namespace misa::cli {
@@ -140,7 +141,8 @@ std::string content(const std::string& file) {
 TEST_F(Commands, CompareJsonHasItsSchema) {
   const std::string file = write_trace(true);
   const json out = json::parse(run({"compare", file, "--top-k", kTopK, "--runs", "2", "--json"}));
-  for (const char* text : {"version", "processor", "backend", "isa"}) {
+  for (const char* text :
+       {"version", "date", "command", "processor", "backend", "isa", "verdict"}) {
     EXPECT_TRUE(out.at(text).is_string()) << text;
   }
   EXPECT_GE(out.at("threads"), 1);
@@ -149,6 +151,10 @@ TEST_F(Commands, CompareJsonHasItsSchema) {
   ASSERT_EQ(out.at("traces").size(), 1);
   const json& trace = out.at("traces").at(0);
   EXPECT_EQ(trace.at("file"), file);
+  EXPECT_EQ(trace.at("sha256"), sha256_of(file));
+  EXPECT_EQ(trace.at("name"), "5");
+  EXPECT_EQ(out.at("facts").at("processor"), out.at("processor"));
+  EXPECT_EQ(out.at("summary").size(), trace.at("indexers").size());
   EXPECT_EQ(trace.at("model"), "made up");
   EXPECT_EQ(trace.at("queries"), kQueries);
   EXPECT_EQ(trace.at("heads"), kHeads);

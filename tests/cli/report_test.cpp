@@ -45,7 +45,20 @@ Comparison sample() {
       {{"pooled", std::vector<double>(64, 0.125)}},
       {{"MISA", {{1, 0.5}, {64, 1}}}},
       {{"DSA", {{8192, 2.5e-4}, {16384, 5e-4}}}, {"MISA 8", {{8192, 5e-5}, {16384, 1e-4}}}}};
-  return {"0.1.0", "A processor", "reference", "double precision", 2, 5, 1024, 0.25, {trace}};
+  trace.sha256 = std::string(64, 'a');
+  trace.name = "layer</script>";
+  return {"0.1.0",
+          "2026-11-30T12:00:00Z",
+          "misa compare layers/*",
+          {{"system", "Linux"}},
+          "A processor",
+          "reference",
+          "double precision",
+          2,
+          5,
+          1024,
+          0.25,
+          {trace}};
 }
 
 Comparison of_short_rows() {
@@ -64,6 +77,20 @@ Comparison of_short_rows() {
 TEST(ReportJson, HoldsEveryFigure) {
   const nlohmann::ordered_json json = to_json(sample());
   EXPECT_EQ(json.at("version"), "0.1.0");
+  EXPECT_EQ(json.at("date"), "2026-11-30T12:00:00Z");
+  EXPECT_EQ(json.at("command"), "misa compare layers/*");
+  EXPECT_EQ(json.at("facts"), (nlohmann::ordered_json{{"system", "Linux"}}));
+  EXPECT_EQ(json.at("verdict"),
+            "MISA 8: 5.0 × less indexer time than DSA, layer</script> keeps 78.5 % of DSA's set, "
+            "the most of these indexers.");
+  const nlohmann::ordered_json& summary = json.at("summary").at(1);
+  EXPECT_EQ(summary.at("label"), "MISA 8");
+  EXPECT_EQ(summary.at("recall"), 0.785);
+  EXPECT_EQ(summary.at("worst"),
+            (nlohmann::ordered_json{{"trace", "layer</script>"}, {"recall", 0.785}}));
+  EXPECT_EQ(summary.at("attention").at("of_dsa"), 0.5);
+  EXPECT_EQ(summary.at("seconds_per_query"), 1e-4);
+  EXPECT_EQ(summary.at("speed"), 5e-4 / 1e-4);
   EXPECT_EQ(json.at("processor"), "A processor");
   EXPECT_EQ(json.at("backend"), "reference");
   EXPECT_EQ(json.at("isa"), "double precision");
@@ -71,6 +98,8 @@ TEST(ReportJson, HoldsEveryFigure) {
   EXPECT_EQ(json.at("runs"), 5);
   EXPECT_EQ(json.at("top_k"), 1024);
   const nlohmann::ordered_json& trace = json.at("traces").at(0);
+  EXPECT_EQ(trace.at("sha256"), std::string(64, 'a'));
+  EXPECT_EQ(trace.at("name"), "layer</script>");
   EXPECT_EQ(trace.at("queries"), 96);
   EXPECT_EQ(trace.at("heads"), 64);
   EXPECT_EQ(trace.at("dim"), 128);
@@ -105,6 +134,8 @@ TEST(ReportJson, HoldsEveryFigure) {
 TEST(ReportJson, IsNullWhereThereIsNothingToCompare) {
   const nlohmann::ordered_json json = to_json(of_short_rows());
   const nlohmann::ordered_json& trace = json.at("traces").at(0);
+  EXPECT_TRUE(json.at("verdict").is_null());
+  EXPECT_TRUE(json.at("summary").at(1).at("worst").is_null());
   EXPECT_TRUE(trace.at("sweeps").is_null());
   EXPECT_TRUE(trace.at("attention_bound").is_null());
   EXPECT_TRUE(trace.at("indexers").at(0).at("recall").is_null());
@@ -132,13 +163,58 @@ TEST(ReportText, SaysEveryFigure) {
   }
 }
 
+// 12 layers, of which the first has the number 11 and the last 0.
+Comparison of_layers() {
+  Comparison comparison = sample();
+  const TraceResult trace = comparison.traces.front();
+  comparison.traces.clear();
+  for (int layer = 11; layer >= 0; --layer) {
+    comparison.traces.push_back(trace);
+    comparison.traces.back().name = std::to_string(layer);
+    comparison.traces.back().indexers[1].recall->mean = 0.95 - 0.01 * layer;
+  }
+  return comparison;
+}
+
+TEST(ReportText, HasARowALayer) {
+  const std::string text = to_text(of_layers());
+  EXPECT_THAT(text, HasSubstr("12 traces · 16 384 keys · 64 heads × 128 · 96 queries · e4m3 keys"));
+  EXPECT_THAT(text, HasSubstr("recall                       DSA    MISA 8\n"
+                              "  layer 0                  100.0 %    95.0 %\n"
+                              "  layer 1                  100.0 %    94.0 %\n"));
+  EXPECT_THAT(text, HasSubstr("  layer 10                 100.0 %    85.0 %\n"
+                              "  layer 11                 100.0 %    84.0 %\n"
+                              "\n"
+                              "  mean                     100.0 %    89.5 %\n"
+                              "  worst                    100.0 %    84.0 %\n"
+                              "  attention kept            94.0 %    47.0 %\n"
+                              "    of DSA's               100.0 %    50.0 %\n"
+                              "  µs a query                 500.0     100.0\n"
+                              "    ±                         10.0       2.5\n"
+                              "  speed vs DSA                1.0×      5.0×\n"));
+  EXPECT_THAT(text, HasSubstr("1080 of 1152 queries see more than 1024 keys"));
+  EXPECT_THAT(text, HasSubstr("\nMISA 8: 5.0 × less indexer time than DSA, worst layer 11 keeps "
+                              "84.0 % of DSA's set"));
+}
+
+TEST(ReportText, HasNoRecallWhereAllRowsOfAllLayersAreShort) {
+  Comparison comparison = of_short_rows();
+  comparison.traces.push_back(comparison.traces.front());
+  const std::string text = to_text(comparison);
+  EXPECT_THAT(text, HasSubstr("No query sees more than 1024 keys"));
+  EXPECT_THAT(text, ::testing::ContainsRegex("worst +– +–\n"));
+}
+
 TEST(ReportText, SaysThatAllRowsAreShort) {
   const std::string text = to_text(of_short_rows());
   EXPECT_THAT(text, HasSubstr("No query sees more than 1024 keys"));
   EXPECT_THAT(text, Not(HasSubstr("78.5")));
 }
 
-TEST(ReportText, EndsNoLineWithBlanks) { EXPECT_THAT(to_text(sample()), Not(HasSubstr(" \n"))); }
+TEST(ReportText, EndsNoLineWithBlanks) {
+  EXPECT_THAT(to_text(sample()), Not(HasSubstr(" \n")));
+  EXPECT_THAT(to_text(of_layers()), Not(HasSubstr(" \n")));
+}
 
 // The content of the script element that holds the data.
 std::string_view data_of(std::string_view page) {
@@ -151,6 +227,13 @@ std::string_view data_of(std::string_view page) {
 
 TEST(ReportPage, HoldsTheComparisonWhateverFilesAreCalled) {
   EXPECT_EQ(nlohmann::ordered_json::parse(data_of(to_html(sample()))), to_json(sample()));
+}
+
+TEST(ReportPage, HasLayersByNumber) {
+  const nlohmann::ordered_json data = nlohmann::ordered_json::parse(data_of(to_html(of_layers())));
+  for (std::size_t i = 0; i < 12; ++i) {
+    EXPECT_EQ(data.at("traces").at(i).at("name"), std::to_string(i));
+  }
 }
 
 TEST(ReportPage, HoldsNamesThatAreNoUtf8) {
