@@ -10,11 +10,13 @@ demo:
 	@mkdir -p build/demo
 	@build/release/cli/misa compare $(TRACES) --html build/demo/report.html
 
-# The C++ tests, then the package's in an environment of its own, with PyTorch where it is found or
-# PYTHON_EXTRAS=test,torch,transformers asks for it.
+# The C++ tests, those of the program's HTML page in a headless browser, then the package's in an
+# environment of its own, with PyTorch where it is found or PYTHON_EXTRAS=test,torch,transformers asks
+# for it.
 test:
-	@scripts/install-deps.sh python
+	@scripts/install-deps.sh page python
 	@cmake --preset release >/dev/null && cmake --build --preset release && ctest --preset release
+	@scripts/test-page.sh
 	@scripts/test-python.sh $(PYTHON_EXTRAS)
 
 # The CUDA backends, their tests and benchmarks, and the test that needs no device; tests/gpu.sh runs

@@ -5,6 +5,7 @@
 #   scripts/install-deps.sh bench      and Google Benchmark and oneDNN
 #   scripts/install-deps.sh check      and the formatter, the linter, clang and its sanitizer runtimes
 #   scripts/install-deps.sh docs       and Doxygen
+#   scripts/install-deps.sh page       and a browser to test the HTML page in, 200 MB to fetch
 #   scripts/install-deps.sh python     and what builds the Python package
 #   scripts/install-deps.sh wheel      and what unpacks the Debian 13 that wheels are checked in
 set -euo pipefail
@@ -19,9 +20,10 @@ for group in "$@"; do
     bench) packages+=(libbenchmark-dev libdnnl-dev ocl-icd-opencl-dev) ;;
     check) packages+=(clang clang-format clang-tidy libclang-rt-dev) ;;
     docs) packages+=(doxygen) ;;
+    page) packages+=(chromium fonts-dejavu-core) ;;
     python) packages+=(python3-dev python3-venv) ;;
     wheel) packages+=(mmdebstrap) ;;
-    *) echo "install-deps.sh: expected bench, check, docs, python or wheel, got '$group'" >&2; exit 2 ;;
+    *) echo "install-deps.sh: expected bench, check, docs, page, python or wheel, got '$group'" >&2; exit 2 ;;
   esac
 done
 
