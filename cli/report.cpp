@@ -364,7 +364,9 @@ std::string to_text(const Comparison& comparison) {
       "more than {} keys; ± is half the distance between the quartiles.\n",
       comparison.processor, comparison.backend, comparison.isa,
       comparison.threads == 1 ? "1 thread" : fmt::format("{} threads", comparison.threads),
-      comparison.runs > 0 ? fmt::format("medians of {} runs", comparison.runs) : "not timed",
+      comparison.runs == 0   ? "not timed"
+      : comparison.runs == 1 ? "one run"
+                             : fmt::format("medians of {} runs", comparison.runs),
       comparison.top_k, comparison.top_k);
   const std::vector<TraceResult>& traces = comparison.traces;
   text += '\n' + (traces.size() == 1 ? to_text(traces.front(), comparison.top_k)

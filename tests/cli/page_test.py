@@ -251,6 +251,10 @@ def test_the_keyboard_reaches_every_tooltip(browser, pages) -> None:
             continue
         assert focus not in reached, "a plot takes more than one press of Tab"
         reached.add(focus)
+        # Still so when what had to be scrolled into view has been drawn.
+        page.evaluate("""() => new Promise(done => requestAnimationFrame(() =>
+          requestAnimationFrame(done)))""")
+        assert tip.is_visible()
         texts = groups[focus].locator("[data-tip]").evaluate_all("a => a.map(m => m.dataset.tip)")
         seen = [tip.inner_text()]
         for _ in texts[1:40]:
@@ -260,9 +264,6 @@ def test_the_keyboard_reaches_every_tooltip(browser, pages) -> None:
         assert seen == texts[:40]
         page.keyboard.press("End")
         assert tip.inner_text() == texts[-1]
-        # Also after what was scrolled to has been drawn.
-        page.evaluate("() => new Promise(r => requestAnimationFrame(() => setTimeout(r)))")
-        assert tip.is_visible()
         box = tip.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 1280 and box["y"] >= 0
         page.keyboard.press("Escape")
