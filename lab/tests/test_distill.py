@@ -10,39 +10,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tiny import LENGTH  # noqa: E402
+
 import misa  # noqa: E402
 from lab import base, distill, indexer, text, traces  # noqa: E402
 
-LENGTH, VOCABULARY = 96, 40
 SETTINGS = distill.Settings(
     heads=8, rank=64, length=LENGTH, rows=48, steps=60, rate=1e-2, warm_up=5, seed=3
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    made = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    for layer in made.model.layers:  # attention that prefers some tokens to others
-        layer.self_attn.q_proj.weight.mul_(5)
-        layer.self_attn.k_proj.weight.mul_(5)
-    return made
-
-
-@pytest.fixture(scope="module")
-def windows():
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2000).astype(np.int32)
-    return text.Windows([tokens], LENGTH, 0)
 
 
 def test_attention_is_the_models(model, windows):

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good distilled indexers are, before anything is claimed with them.
+
+    python -m lab.quality FOLDER --text FILE... [--length 8192] [--top-k 512 2048] [--windows 8]
+
+Of the dense attention of held-out text, averaged over heads, the share that k positions keep in
+each layer: the best ones (no selection keeps more), those that the indexer selects, the last ones,
+and random ones. Each is a mean over sampled rows that see more than k keys, with a 95 % interval by
+bootstrap over windows. Prints a table, and writes FOLDER/quality-LENGTH.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import base, text
+from .indexer import Shape, load, replace, scores, state_of
+
+CHOICES = ("best", "indexer", "recent", "random")
+RESAMPLES = 1000
+
+
+def kept(
+    attention: torch.Tensor, found: torch.Tensor, rows: torch.Tensor, top_k: int, seed: int
+) -> dict[str, float]:
+    """The mean share of attention, both [rows, L], that top_k positions of each choice keep. Rows
+    see more than top_k positions, their own among them."""
+    later = torch.arange(attention.shape[1], device=rows.device) > rows[:, None]
+    random = torch.rand(attention.shape, generator=torch.Generator().manual_seed(seed))
+    recent = torch.arange(attention.shape[1], device=rows.device, dtype=torch.float32)
+    orders = {
+        "best": attention,
+        "indexer": found.float(),
+        "recent": recent.expand_as(attention),
+        "random": random.to(rows.device),
+    }
+    shares = {}
+    for name, order in orders.items():
+        chosen = order.masked_fill(later, float("-inf")).topk(top_k, dim=1).indices
+        shares[name] = float(attention.gather(1, chosen).sum(1).mean())
+    return shares
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The mean, and the 2.5 and 97.5 percentiles of means of values drawn again and again."""
+    data = np.asarray(values)
+    picks = np.random.default_rng(0).integers(0, len(data), (RESAMPLES, len(data)))
+    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
+    return float(data.mean()), float(low), float(high)
+
+
+@torch.no_grad()
+def measure(
+    model: Any, indexers: Any, windows: list[torch.Tensor], top_ks: list[int], rows: int
+) -> list[dict[str, Any]]:
+    """An entry for each layer and k: the choices' shares as [mean, low, high]."""
+    device = next(model.parameters()).device
+    shares: dict[tuple[int, int], list[dict[str, float]]] = {}
+    for number, ids in enumerate(windows):
+        chosen = torch.Generator().manual_seed(number)
+        first = max(top_ks)
+        asking = first + torch.randperm(len(ids) - first, generator=chosen)[:rows]
+        asking = asking.sort().values.to(device)
+
+        def see(i: int, module: Any, hidden: Any, cos: Any, sin: Any, rows: Any = asking) -> None:
+            attention = base.attention(module, hidden, cos, sin, rows)
+            found = scores(*indexers[i](hidden.float(), cos.float(), sin.float(), rows))
+            for top_k in top_ks:
+                share = kept(attention, found, rows, top_k, seed=i)
+                shares.setdefault((i, top_k), []).append(share)
+
+        with base.watched(model, see):
+            model.model(ids[None].to(device), use_cache=False)
+    return [
+        {
+            "layer": layer,
+            "top_k": top_k,
+            **{name: interval([share[name] for share in found]) for name in CHOICES},
+        }
+        for (layer, top_k), found in sorted(shares.items())
+    ]
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    lines = [f"{'layer':>5} {'k':>6} " + " ".join(f"{name:>9}" for name in CHOICES)]
+    for entry in entries:
+        cells = " ".join(f"{100 * entry[name][0]:>8.1f}%" for name in CHOICES)
+        lines.append(f"{entry['layer']:>5} {entry['top_k']:>6} {cells}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.quality", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, help="of lab.distill")
+    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--top-k", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=64, help="of a window that ask")
+    options = parser.parse_args()
+    state = state_of(options.folder)
+    if not state:
+        parser.error(f"{options.folder}: expected a folder of lab.distill, with a state.json")
+    if max(options.top_k) >= options.length:
+        parser.error(f"--top-k: expected less than --length, got {max(options.top_k)}")
+    shape = Shape(*(state["settings"][name] for name in Shape._fields))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = base.smollm2(options.length, device, dtype)
+    held_out = text.tokens_of(options.text, tokenizer, held_out=True)
+    windows = text.Windows(held_out, options.length, seed=1)
+    chosen = [windows[i] for i in range(options.windows)]
+    indexers = load(options.folder, shape).to(device)
+    entries = measure(model, indexers, chosen, options.top_k, options.rows)
+    settings = {"length": options.length, "windows": options.windows, "rows": options.rows}
+    found = {"step": state["step"], **settings, "layers": entries}
+    path = options.folder / f"quality-{options.length}.json"
+    replace(path, lambda beside: beside.write_text(json.dumps(found, indent=1)))
+    print(table(entries))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

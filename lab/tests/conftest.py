@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random model and text."""
+
+import pytest
+from tiny import LENGTH, VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    made = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    for layer in made.model.layers:  # attention that prefers some tokens to others
+        layer.self_attn.q_proj.weight.mul_(5)
+        layer.self_attn.k_proj.weight.mul_(5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def windows():
+    import numpy as np
+
+    from lab import text
+
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2000).astype(np.int32)
+    return text.Windows([tokens], LENGTH, 0)
