@@ -28,16 +28,28 @@ download() {
 
 download "$name==$version" -r "$here/$engine.txt"
 
-# Attention of other generations, servers, and kernels for formats that no test uses.
-unzip -q "$wheels/$name-$version"-*.whl -d "$work/site" -x \
-  'vllm/vllm_flash_attn/_vllm_fa2*' 'vllm/vllm-rs' 'vllm/third_party/fmha_sm100/*' \
-  'vllm/_qutlass_C*' 'vllm/_deepselect_C*' 'vllm/_flashkda_C*' 'vllm/benchmarks/*' \
-  'vllm/third_party/deep_gemm/_C.cpython-31[0134]*' 'vllm/entrypoints/serve/instrumentator/static/*' \
-  2>"$work/unzip" || grep -qv 'not matched' "$work/unzip"
-find "$work/site" -name '*.so' -exec python3 "$here/prune.py" 90 {} +
+# Attention of other generations, servers, and kernels and headers that no test uses. `pruned` holds
+# libraries with GPU code.
+case $name in
+  vllm)
+    pruned=vllm
+    left_out='vllm/vllm_flash_attn/_vllm_fa2* vllm/vllm-rs vllm/third_party/fmha_sm100
+      vllm/_qutlass_C* vllm/_deepselect_C* vllm/_flashkda_C* vllm/benchmarks
+      vllm/third_party/deep_gemm/_C.cpython-31[0134]* vllm/entrypoints/serve/instrumentator/static'
+    ;;
+  sglang)
+    pruned=sgl_kernel
+    left_out='sgl_kernel/flash_ops* sgl_kernel/sm100 sglang/multimodal_gen sglang/test
+      sglang/srt/server/_core* sglang/srt/grpc/_core* sglang/benchmark flashinfer/data'
+    ;;
+esac
+unzip -q "$wheels/$name-$version"-*.whl -d "$work/site"
 sed 's/[=<>].*//; /^#/d; s/-/_/g' "$here/$engine.txt" | while read -r package; do
   find "$wheels" -maxdepth 1 -iname "$package-*.whl" -exec unzip -q -o {} -d "$work/site" \;
 done
+# shellcheck disable=SC2086  # patterns
+(cd "$work/site" && rm -rf $left_out)
+find "$work/site/$pruned" -name '*.so' -exec python3 "$here/prune.py" 90 {} +
 rm -rf "$work"/site/*.data "$work"/site/bin
 find "$work/site" \( -name __pycache__ -o -name tests \) -type d -prune -exec rm -rf {} +
 
