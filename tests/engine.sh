@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Serves small random models with vLLM on a machine with one Hopper GPU, the indexer replaced by
-# MISA's, and judges what was selected: prefill and decode, with and without CUDA graphs.
+# Serves small random models with vLLM or SGLang, whichever the environment has, on a machine with
+# one Hopper GPU, the indexer replaced by MISA's, and judges what was selected: prefill and decode,
+# with and without CUDA graphs.
 #   tests/engine.sh [MODE...]          in the environment of $PYTHON (python3), which has misa and one
 #                                      of the engines of tests/engine/*.txt; default: all modes
 #   tests/engine.sh pack ENGINE OUT    packs what a machine without a network lacks: see
@@ -37,19 +38,30 @@ with tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz") as packed:
     ;;
 esac
 
-"$python" -c '
-import misa, torch, vllm
-print(f"vLLM {vllm.__version__}, torch {torch.__version__}, misa {misa.__version__}, "
-      f"{misa.backends()[0]}, {torch.cuda.get_device_name()}")' 2>"$out/versions.log" ||
+engine=$("$python" -c '
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import misa, torch
+
+engine = "vllm" if find_spec("vllm") else "sglang"
+print(f"{engine} {version(engine)}, torch {torch.__version__}, misa {misa.__version__}, "
+      f"{misa.backends()[0]}, {torch.cuda.get_device_name()}")' 2>"$out/versions.log") ||
   { cat "$out/versions.log"; exit 2; }
+echo "$engine"
+case $engine in
+  vllm*) server=serve ;;
+  *) server=serve_sglang ;;
+esac
 
 modes=("$@")
 [ ${#modes[@]} -gt 0 ] ||
-  mapfile -t modes < <(cd "$here/engine" && "$python" -c 'import serve; print(*serve.MODES, sep="\n")')
+  mapfile -t modes < <(cd "$here/engine" &&
+    "$python" -c "import $server; print(*$server.MODES, sep='\n')")
 
 serve() {
   rm -f "$out/$1.json"
-  timeout "${ENGINE_LIMIT:-300}" "$python" "$here/engine/serve.py" "$1" "$out" >"$out/$1.log" 2>&1
+  timeout "${ENGINE_LIMIT:-300}" "$python" "$here/engine/$server.py" "$1" "$out" >"$out/$1.log" 2>&1
   local status=$?
   grep -E '^-- ' "$out/$1.log"
   [ -f "$out/$1.json" ] || {

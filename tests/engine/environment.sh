@@ -9,7 +9,9 @@ for folder in "$site" "$site/nvidia_cutlass_dsl/dsl_packages"; do
 done
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export VLLM_CACHE_ROOT=$out/cache DG_JIT_CACHE_DIR=$out/cache/dg TRITON_CACHE_DIR=$out/cache/triton
-# DeepGEMM compiles with nvcc when it runs.
+export SGLANG_DG_CACHE_DIR=$out/cache/dg TVM_FFI_CACHE_DIR=$out/cache/tvm-ffi
+export FLASHINFER_WORKSPACE_BASE=$out/cache
+# DeepGEMM and SGLang's kernels are compiled with nvcc when they run.
 if [ -z "${CUDA_HOME:-}" ] && nvcc=$(command -v nvcc); then
   CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
   export CUDA_HOME

@@ -40,7 +40,7 @@ case $name in
   sglang)
     pruned=sgl_kernel
     left_out='sgl_kernel/flash_ops* sgl_kernel/sm100 sglang/multimodal_gen sglang/test
-      sglang/srt/server/_core* sglang/srt/grpc/_core* sglang/benchmark flashinfer/data'
+      sglang/srt/server/_core* sglang/srt/grpc/_core* sglang/benchmark flashinfer/data/cutlass/python'
     ;;
 esac
 unzip -q "$wheels/$name-$version"-*.whl -d "$work/site"

@@ -28,13 +28,15 @@ class Kept:
     """A layer's last decode rows, in memory that captured kernels write."""
 
     @torch.inference_mode(False)  # so that it can be written between steps
-    def __init__(self, rows: int, call: dict[str, Any], table: torch.Tensor) -> None:
-        q, device = call["q_quant"], call["q_quant"].device
-        top_k = call["topk_tokens"]
-        self.cache = call["kv_cache"]
+    def __init__(
+        self, rows: int, q: torch.Tensor, cache: torch.Tensor, top_k: int, pages: int
+    ) -> None:
+        """rows: the most of a step; q [T, H, D]; pages: those of the longest sequence."""
+        device = q.device
+        self.cache = cache
         self.q = torch.zeros((rows, *q.shape[1:]), dtype=torch.uint8, device=device)
         self.w = torch.zeros((rows, q.shape[1]), device=device)
-        self.table = torch.zeros((rows, table.shape[1]), dtype=torch.int32, device=device)
+        self.table = torch.zeros((rows, pages), dtype=torch.int32, device=device)
         self.seen = torch.zeros(rows, dtype=torch.int32, device=device)
         self.got = torch.zeros((rows, top_k), dtype=torch.int32, device=device)
         self.engine = torch.zeros((rows, top_k), dtype=torch.int32, device=device)
@@ -160,7 +162,8 @@ class Recorder:
         sequences, next_n = lengths.shape
         table = decode.block_table[:sequences]
         if layer not in self._kept:
-            self._kept[layer] = Kept(self.rows, call, table)
+            q, cache = call["q_quant"], call["kv_cache"]
+            self._kept[layer] = Kept(self.rows, q, cache, call["topk_tokens"], table.shape[1])
         kept = self._kept[layer]
         kept.cache = call["kv_cache"]
         if decode.requires_padding or sequences * next_n != rows:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what serve.py found: a line a mode. Exits with 1 unless all passed.
+"""Prints what serve.py or serve_sglang.py found: a line a mode. Exits with 1 unless all passed.
 
 table.py FOLDER MODE...
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 HEAD = (
     f"{'mode':<14} {'work':<8} {'rows':>6} {'judged':>6} {'long':>5} {'overlap':>8} {'least':>7} "
-    f"{'vLLM/exact':>10} {'misa/exact':>10} {'bound':>6} {'replayed':>8}"
+    f"{'own/exact':>10} {'misa/exact':>10} {'bound':>6} {'replayed':>8}"
 )
 
 

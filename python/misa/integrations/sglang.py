@@ -41,6 +41,8 @@ _METADATA = (
     "get_dsa_extend_len_cpu",
     "get_seqlens_expanded",
     "get_page_table_64",
+    "attn_metadata",
+    "topk_transform_method",
     "force_unfused_topk",
 )
 _POOL = ("get_index_k_scale_buffer",)
@@ -332,7 +334,7 @@ def _uncovered(indexer: Any, batch: Any, q: torch.Tensor, pool: Any) -> str | No
     """Why this call must be left to SGLang's method, or None."""
     if q.dtype != torch.float8_e4m3fn:
         return f"queries in {q.dtype}"
-    page = getattr(pool, "index_page_size", None) or pool.page_size
+    page = getattr(pool, "index_page_size", None) or getattr(pool, "page_size", None)
     if page != _PAGE:
         return f"index pages of {page} tokens"
     if getattr(pool, "index_kpool", 1) != 1:

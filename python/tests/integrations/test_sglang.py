@@ -70,6 +70,7 @@ class OlderMetadata:
     """SGLang 0.5.17's DSAIndexerMetadata, as far as the plugin reads it."""
 
     force_unfused_topk = False
+    attn_metadata = topk_transform_method = None
 
     def __init__(self, attention, method: str, unfused: bool) -> None:
         self.attn_metadata = attention
@@ -379,6 +380,7 @@ def page_name(world: World) -> str:
     ("spoil", "reason"),
     [
         (lambda world: setattr(world.pool, page_name(world), 16), "index pages of 16 tokens"),
+        (lambda world: delattr(world.pool, page_name(world)), "index pages of None tokens"),
         (lambda world: setattr(world.pool, "index_kpool", 4), "pooled index keys"),
         (lambda world: setattr(world.indexer, "num_local_tokens", 8), "always selected"),
     ],
