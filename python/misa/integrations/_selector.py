@@ -147,6 +147,16 @@ class Selector:
         """Whether decode reads what is derived from the keys."""
         return self.decode is not None and (self._sums or self._sketch > 0)
 
+    @property
+    def key_bytes(self) -> int:
+        """Of a key in a cache, with its scale."""
+        return self._dim + 4
+
+    @property
+    def derived_bytes(self) -> int:
+        """Of what is derived from a page."""
+        return (4 * self._dim + 4 if self._sums else 0) + self._sketch
+
     def derived(self, cache: torch.Tensor) -> Derived:
         """What is derived from the bytes of `cache` [pages, 64, D + 4], in memory of its own."""
 

@@ -31,6 +31,7 @@ from ._counters import Counters
 from ._environment import Settings, has, read_settings
 from ._selector import NOTHING, Bounds, Derived, Selector
 from ._vllm_loads import Loads
+from ._vllm_memory import reserve
 from ._vllm_step import METADATA, PLAIN, UNREAD, Call, Decode, Step
 
 _MODULE = "vllm.model_executor.layers.sparse_attn_indexer"
@@ -126,6 +127,8 @@ def _install(config: Any) -> None:
     indexer = importlib.import_module(_METADATA_MODULE)
     fixed = not hasattr(indexer, "_supports_flattened_device_query_lens")
     loads = None
+    if selector.derives:
+        reserve(selector.key_bytes, selector.derived_bytes)
     if selector.derives and getattr(config, "kv_transfer_config", None) is not None:
         loads = Loads(max(config.cache_config.block_size // _PAGE, 1))
         loads.install()

@@ -28,6 +28,7 @@ from misa.integrations import vllm as plugin  # noqa: E402
 from misa.integrations._environment import Settings  # noqa: E402
 from misa.integrations._selector import Bounds, Selector, _powers  # noqa: E402
 from misa.integrations._vllm_loads import Loads  # noqa: E402
+from misa.integrations._vllm_memory import left, reserve  # noqa: E402
 
 TOP_K = 64
 COLUMNS = TOP_K + 16  # of the buffer, which may be wider than top_k
@@ -880,6 +881,42 @@ def test_what_is_derived_needs_to_see_what_a_connector_brings(modules, loading, 
     settings = dataclasses.replace(settings, strict=True)
     with pytest.raises(ValueError, match="KV connector"):
         plugin._selector(arguments[0], settings, *arguments[2:])
+
+
+def spec(block_size, page_size_bytes):
+    return SimpleNamespace(block_size=block_size, page_size_bytes=page_size_bytes)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_room_is_left_for_what_is_derived(block_size):
+    """What is left holds as many pages as fit with what is derived from them."""
+    mla, index, derived = block_size * 1152, block_size * 132, 516
+    specs = {"a": spec(block_size, mla), "b": spec(block_size, index), "c": spec(block_size, mla)}
+    available = 10**9
+    rest = left(available, specs, 132, derived)
+    beside = rest / (2 * mla + index) * derived * block_size / 64
+    assert rest + beside == pytest.approx(available, abs=2)
+    assert left(available, {"a": spec(64, 64 * 576)}, 132, derived) == available
+    assert left(available, {}, 132, derived) == available
+
+
+@pytest.mark.parametrize("given", [None, 5000])
+def test_vllm_sizes_its_caches_with_that_room(loading, given, caplog):
+    caplog.set_level("INFO", "vllm.misa")
+    loading.Worker.determine_available_memory = lambda self: 8448 * 10 + 516 * 10
+    reserve(132, 516)
+    worker = loading.Worker()
+    worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=given)
+    worker.model_runner = SimpleNamespace(get_kv_cache_spec=lambda: {"a": spec(64, 8448)})
+    assert worker.determine_available_memory() == 8448 * 10 + (516 * 10 if given else 0)
+    del worker.model_runner
+    assert worker.determine_available_memory() == (8448 + 516) * 10
+    assert ("no memory is set aside" in caplog.text) == (given is None)
+
+
+def test_a_vllm_that_sizes_its_caches_otherwise(loading, caplog):
+    reserve(132, 516)
+    assert "no memory is set aside" in caplog.text
 
 
 @pytest.mark.parametrize("strict", [False, True])
