@@ -25,6 +25,15 @@ def gguf() -> Path:
     return path
 
 
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Of the model's weights."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def smollm2(length: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model and its tokenizer. Beyond 8192 tokens positions are rescaled (YaRN), for which it
     was not trained: results on longer contexts are to be labelled so."""

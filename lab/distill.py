@@ -139,10 +139,9 @@ def main() -> int:
     folder, minutes = options.pop("folder"), options.pop("minutes")
     paths = options.pop("text")
     settings = Settings(**options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device = base.device()
     start = time.monotonic()
-    model, tokenizer = base.smollm2(settings.length, device, dtype)
+    model, tokenizer = base.smollm2(settings.length, device, base.dtype_on(device))
     windows = text.Windows(
         text.tokens_of(paths, tokenizer, held_out=False), settings.length, settings.seed
     )

@@ -11,17 +11,16 @@ bootstrap over windows. Prints a table, and writes FOLDER/quality-LENGTH.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import base, text
-from .indexer import Shape, load, replace, scores, state_of
+from . import base
+from .indexer import replace, scores
+from .trained import asking, parser_of, trained
 
 CHOICES = ("best", "indexer", "recent", "random")
 RESAMPLES = 1000
@@ -64,12 +63,9 @@ def measure(
     device = next(model.parameters()).device
     shares: dict[tuple[int, int], list[dict[str, float]]] = {}
     for number, ids in enumerate(windows):
-        chosen = torch.Generator().manual_seed(number)
-        first = max(top_ks)
-        asking = first + torch.randperm(len(ids) - first, generator=chosen)[:rows]
-        asking = asking.sort().values.to(device)
+        places = asking(len(ids), max(top_ks), rows, number).to(device)
 
-        def see(i: int, module: Any, hidden: Any, cos: Any, sin: Any, rows: Any = asking) -> None:
+        def see(i: int, module: Any, hidden: Any, cos: Any, sin: Any, rows: Any = places) -> None:
             attention = base.attention(module, hidden, cos, sin, rows)
             found = scores(*indexers[i](hidden.float(), cos.float(), sin.float(), rows))
             for top_k in top_ks:
@@ -97,31 +93,18 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.quality", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path, help="of lab.distill")
-    parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--length", type=int, default=8192)
+    parser = parser_of("lab.quality", __doc__, length=8192)
     parser.add_argument("--top-k", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--rows", type=int, default=64, help="of a window that ask")
     options = parser.parse_args()
-    state = state_of(options.folder)
-    if not state:
-        parser.error(f"{options.folder}: expected a folder of lab.distill, with a state.json")
     if max(options.top_k) >= options.length:
         parser.error(f"--top-k: expected less than --length, got {max(options.top_k)}")
-    shape = Shape(*(state["settings"][name] for name in Shape._fields))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = base.smollm2(options.length, device, dtype)
-    held_out = text.tokens_of(options.text, tokenizer, held_out=True)
-    windows = text.Windows(held_out, options.length, seed=1)
-    chosen = [windows[i] for i in range(options.windows)]
-    indexers = load(options.folder, shape).to(device)
-    entries = measure(model, indexers, chosen, options.top_k, options.rows)
+    given = trained(parser, options, seed=1)
+    chosen = [given.windows[i] for i in range(options.windows)]
+    entries = measure(given.model, given.indexers, chosen, options.top_k, options.rows)
     settings = {"length": options.length, "windows": options.windows, "rows": options.rows}
-    found = {"step": state["step"], **settings, "layers": entries}
+    found = {"step": given.step, **settings, "layers": entries}
     path = options.folder / f"quality-{options.length}.json"
     replace(path, lambda beside: beside.write_text(json.dumps(found, indent=1)))
     print(table(entries))

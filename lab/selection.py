@@ -12,19 +12,18 @@ FOLDER/selection-LENGTH-K.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import misa
 
-from . import base, text
-from .indexer import DIM, Shape, load, replace, state_of
+from . import base
+from .indexer import DIM, replace
 from .quality import interval
+from .trained import asking, parser_of, trained
 
 RECENT, RANDOM = "the last positions", "random positions"
 
@@ -109,9 +108,7 @@ def measure(
     dense = Entry(misa.Config("dsa", top_k=top_k))
     found: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
     for number, ids in enumerate(windows):
-        generator = torch.Generator().manual_seed(number)
-        asking = top_k + torch.randperm(len(ids) - top_k, generator=generator)[:rows]
-        asking = asking.sort().values.to(device)
+        places = asking(len(ids), top_k, rows, number).to(device)
 
         def see(
             i: int,
@@ -119,7 +116,7 @@ def measure(
             hidden: Any,
             cos: Any,
             sin: Any,
-            rows: Any = asking,
+            rows: Any = places,
             n: int = number,
         ) -> None:
             if i not in layers:
@@ -128,8 +125,7 @@ def measure(
             q, w, k = indexers[i](hidden.float(), cos.float(), sin.float(), rows)
             own = select(dense, q, w, k, rows)
             chosen = {label: select(entry, q, w, k, rows) for label, entry in entries.items()}
-            places = torch.arange(top_k, device=rows.device)
-            chosen[RECENT] = rows[:, None] - places
+            chosen[RECENT] = rows[:, None] - torch.arange(top_k, device=rows.device)
             draws = torch.Generator().manual_seed(n * 1009 + i)
             chosen[RANDOM] = torch.stack(
                 [torch.randperm(int(row) + 1, generator=draws)[:top_k] for row in rows]
@@ -172,39 +168,27 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.selection", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path, help="of lab.distill")
-    parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--length", type=int, default=8192)
+    parser = parser_of("lab.selection", __doc__, length=8192)
     parser.add_argument("--top-k", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--rows", type=int, default=32, help="of a window that ask")
     parser.add_argument("--layers", type=int, nargs="*", help="all if not given")
     options = parser.parse_args()
-    state = state_of(options.folder)
-    if not state:
-        parser.error(f"{options.folder}: expected a folder of lab.distill, with a state.json")
     if options.top_k >= options.length:
         parser.error(f"--top-k: expected less than --length, got {options.top_k}")
-    shape = Shape(*(state["settings"][name] for name in Shape._fields))
-    layers = options.layers if options.layers is not None else list(range(shape.layers))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = base.smollm2(options.length, device, dtype)
-    held_out = text.tokens_of(options.text, tokenizer, held_out=True)
-    windows = text.Windows(held_out, options.length, seed=2)
+    given = trained(parser, options, seed=2)
+    layers = options.layers if options.layers is not None else list(range(given.shape.layers))
     results = measure(
-        model,
-        load(options.folder, shape).to(device),
-        [windows[i] for i in range(options.windows)],
-        grid(options.top_k, shape.heads),
+        given.model,
+        given.indexers,
+        [given.windows[i] for i in range(options.windows)],
+        grid(options.top_k, given.shape.heads),
         options.top_k,
         options.rows,
         layers,
     )
     settings = {name: getattr(options, name) for name in ("length", "top_k", "windows", "rows")}
-    found = {"step": state["step"], "heads": shape.heads, "dim": DIM, **settings}
+    found = {"step": given.step, "heads": given.shape.heads, "dim": DIM, **settings}
     path = options.folder / f"selection-{options.length}-{options.top_k}.json"
     text_of = json.dumps({**found, "results": results}, indent=1)
     replace(path, lambda beside: beside.write_text(text_of))

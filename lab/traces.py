@@ -9,7 +9,6 @@ a row, with the dense attention of these, averaged over heads (docs/formats.md h
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import base, text
-from .indexer import Indexer, Shape, load, state_of
+from . import base
+from .indexer import Indexer
+from .trained import parser_of, trained
 
 SPREAD, LAST = 64, 32
 
@@ -69,29 +69,18 @@ def write(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.traces", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path, help="of lab.distill")
+    parser = parser_of("lab.traces", __doc__, length=16384)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--layers", type=int, nargs="*", help="all if not given")
     parser.add_argument("--window", type=int, default=0, help="another number, another window")
     options = parser.parse_args()
-    state = state_of(options.folder)
-    if not state:
-        parser.error(f"{options.folder}: expected a folder of lab.distill, with a state.json")
-    shape = Shape(*(state["settings"][name] for name in Shape._fields))
-    indexers = load(options.folder, shape)
-    model, tokenizer = base.smollm2(options.length, torch.device("cpu"), torch.float32)
-    windows = text.Windows(
-        text.tokens_of(options.text, tokenizer, held_out=True), options.length, 0
-    )
-    layers = options.layers if options.layers is not None else list(range(shape.layers))
-    source = f"SmolLM2-135M-Instruct, indexers distilled for {state['step']} steps"
+    given = trained(parser, options, seed=0, device=torch.device("cpu"))
+    layers = options.layers if options.layers is not None else list(range(given.shape.layers))
+    source = f"SmolLM2-135M-Instruct, indexers distilled for {given.step} steps"
     if options.length > base.NATIVE:
         source += f", positions rescaled to {options.length} (YaRN)"
-    for path in write(model, indexers, windows[options.window], options.out, layers, source):
+    ids = given.windows[options.window]
+    for path in write(given.model, given.indexers, ids, options.out, layers, source):
         print(path)
     return 0
 

@@ -155,16 +155,13 @@ def serve_all(llm: Any, recorder: Any, mode: dict[str, Any], result: dict[str, A
         result["host_us"]["calls"] = len(recorder.times["misa"])
 
 
+def empty_result(name: str) -> dict[str, Any]:
+    return {"mode": name, "preempted": 0, "cached": [], "loaded": 0, "up": 0, "faults": []}
+
+
 def run(name: str, folder: Path) -> dict[str, Any]:
     mode = MODES[name]
-    result: dict[str, Any] = {
-        "mode": name,
-        "preempted": 0,
-        "cached": [],
-        "loaded": 0,
-        "up": 0,
-        "faults": [],
-    }
+    result = empty_result(name)
     os.environ.update(mode.get("indexer", DSA), MISA_STRICT="1")
     from record import Recorder
 
@@ -225,14 +222,20 @@ def faults(result: dict[str, Any], mode: dict[str, Any]) -> list[str]:
     return found
 
 
+def finish(folder: Path, result: dict[str, Any]) -> int:
+    """Writes a mode's result for table.py; the exit status."""
+    name, failed = result["mode"], bool(result["faults"])
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
+    print(f"-- {name}: {'FAILED' if failed else 'PASSED'}", flush=True)
+    return 1 if failed else 0
+
+
 def main() -> int:
     name, folder = sys.argv[1], Path(sys.argv[2])
     with (folder / "bench.lock").open("w") as running:
         fcntl.flock(running, fcntl.LOCK_SH)  # bench/engine/measure.py waits for the GPU
         result = run(name, folder)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
-    print(f"-- {name}: {'FAILED' if result['faults'] else 'PASSED'}", flush=True)
-    return 1 if result["faults"] else 0
+    return finish(folder, result)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,17 @@ for name, value in {
 
 import checkpoint  # noqa: E402
 from record_sglang import Recorder, run_scheduler_process  # noqa: E402
-from serve import BATCHED, DSA, LENGTHS, NEW, SEQUENCES, faults, prompts  # noqa: E402
+from serve import (  # noqa: E402
+    BATCHED,
+    DSA,
+    LENGTHS,
+    NEW,
+    SEQUENCES,
+    empty_result,
+    faults,
+    finish,
+    prompts,
+)
 
 # indexer: MISA_* variables. graphs: decode in full graphs, and prefill of up to 2048 tokens in
 # graphs that break at the indexer, as SGLang does by default. fp8: a cache in FP8; indices of
@@ -87,14 +97,7 @@ def generate(served: Any, ids: list[list[int]]) -> list[dict[str, Any]]:
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     mode = MODES[name]
-    result: dict[str, Any] = {
-        "mode": name,
-        "preempted": 0,
-        "cached": [],
-        "loaded": 0,
-        "up": 0,
-        "faults": [],
-    }
+    result = empty_result(name)
     os.environ.update(mode.get("indexer", DSA), MISA_STRICT="1", MISA_DECODE="1")
     if mode.get("unfused"):
         os.environ["SGLANG_DSA_FUSE_TOPK"] = "0"
@@ -124,10 +127,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     name, folder = sys.argv[1], Path(sys.argv[2])
-    result = run(name, folder)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1))
-    print(f"-- {name}: {'FAILED' if result['faults'] else 'PASSED'}", flush=True)
-    return 1 if result["faults"] else 0
+    return finish(folder, run(name, folder))
 
 
 if __name__ == "__main__":

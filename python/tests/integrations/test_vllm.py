@@ -803,15 +803,20 @@ def loading(monkeypatch):
     return stand_ins
 
 
-@pytest.mark.parametrize("within_the_step", [False, True])
-@pytest.mark.parametrize("config", [CONFIG, FILTERED, SKETCHED])
-def test_pages_that_a_connector_brings(engine, loading, config, within_the_step):
+def watching(engine, config):
+    """Sequences that decode, a selector, an operator that sees what a connector brings, queries."""
     sequences, chosen = Sequences(DECODING), selector(config=config)
     loads = Loads(1)
     loads.install()
     operator = plugin.replace(engine.operator, engine, chosen, loads=loads)
-    q, w = queries(len(DECODING))
     engine.context.attn_metadata = {LAYER: decoded(sequences, torch.tensor([-1]))}
+    return sequences, chosen, operator, *queries(len(DECODING))
+
+
+@pytest.mark.parametrize("within_the_step", [False, True])
+@pytest.mark.parametrize("config", [CONFIG, FILTERED, SKETCHED])
+def test_pages_that_a_connector_brings(engine, loading, config, within_the_step):
+    sequences, chosen, operator, q, w = watching(engine, config)
     with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
         engine.run(chosen, sequences, q, w)
     (layer,) = operator_of(operator)._layers.values()
@@ -845,12 +850,7 @@ def test_pages_that_a_connector_brings(engine, loading, config, within_the_step)
 
 
 def test_pages_that_cannot_be_made_again_leave_decode_to_the_engine(engine, loading):
-    sequences, chosen = Sequences(DECODING), selector(config=SKETCHED)
-    loads = Loads(1)
-    loads.install()
-    operator = plugin.replace(engine.operator, engine, chosen, loads=loads)
-    q, w = queries(len(DECODING))
-    engine.context.attn_metadata = {LAYER: decoded(sequences, torch.tensor([-1]))}
+    sequences, chosen, operator, q, w = watching(engine, SKETCHED)
     with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
         engine.run(chosen, sequences, q, w)
         assert engine.left == []

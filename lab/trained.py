@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the programs that use distilled indexers begin with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import base, text
+from .indexer import Shape, load, state_of
+
+
+class Trained(NamedTuple):
+    """The indexers of a folder of lab.distill after `step` steps, the model that they are of, and
+    windows of held-out text."""
+
+    step: int
+    shape: Shape
+    indexers: Any
+    model: Any
+    windows: text.Windows
+
+
+def parser_of(program: str, description: str | None, length: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, help="of lab.distill")
+    parser.add_argument("--text", nargs="+", required=True, help=".txt, .jsonl, also .xz, folders")
+    parser.add_argument("--length", type=int, default=length, help="of a window, tokens")
+    return parser
+
+
+def trained(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    seed: int,
+    device: torch.device | None = None,
+) -> Trained:
+    """Of the options of `parser_of`; on the CPU, or a CUDA device if there is one, unless a device
+    is given. `seed` is that of the windows."""
+    state = state_of(options.folder)
+    if not state:
+        parser.error(f"{options.folder}: expected a folder of lab.distill, with a state.json")
+    shape = Shape(*(state["settings"][name] for name in Shape._fields))
+    device = device or base.device()
+    model, tokenizer = base.smollm2(options.length, device, base.dtype_on(device))
+    held_out = text.tokens_of(options.text, tokenizer, held_out=True)
+    windows = text.Windows(held_out, options.length, seed)
+    return Trained(state["step"], shape, load(options.folder, shape).to(device), model, windows)
+
+
+def asking(length: int, least: int, rows: int, number: int) -> torch.Tensor:
+    """Some positions of window `number` that see more than `least` keys, in order."""
+    generator = torch.Generator().manual_seed(number)
+    return (least + torch.randperm(length - least, generator=generator)[:rows]).sort().values
