@@ -150,6 +150,10 @@ for stage in "${stages[@]}"; do
           misa-r:h=3:m=2k misa-r:h=3:m=4k:sketch=2 misa-r:h=3:m=8k:sketch=2 dsa:m=2k:sketch=4
         kept gpu-decode-peers-short peers.py --json --decode --batch 64 256 --context 8192 \
           --misa "$decode" --indexers dsa misa
+        kept gpu-decode-peers-32 peers.py --json --decode --heads 32 --batch 1 \
+          --context 4096 8192 16384 32768 65536 --misa "$decode" --indexers dsa misa
+        kept gpu-decode-peers-32-batch peers.py --json --decode --heads 32 --batch 16 64 \
+          --context 131072 --misa "$decode" --indexers dsa misa
       else
         echo "the peers were left out: ${reason##*$'\n'}"
       fi

@@ -2,9 +2,10 @@
 // Times whole steps of the device plan: routing, scoring and selection of the last T queries of a
 // context of L keys. peers.py times the dense step of other libraries on the same shapes.
 //
-// A figure is the median of 20 steps in one stream with events between them, after 5 that are not
-// counted. FLOP are those that the indexer cannot do without (bench/models.hpp). --stages times the
-// stages of 20 further steps with events between them.
+// A figure is the median of 20 steps, after 5 that are not counted. The indexers of a shape take
+// turns, step by step, in one stream with events between them. FLOP are those that an indexer
+// cannot do without (bench/models.hpp). --stages times the stages of 20 further steps with events
+// between them.
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
@@ -14,6 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <list>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
@@ -104,24 +106,29 @@ double microseconds_between(cudaEvent_t from, cudaEvent_t to) {
   return 1e3 * double{milliseconds};
 }
 
-std::vector<double> microseconds(const std::function<void()>& enqueue) {
-  std::vector<cudaEvent_t> events(kRuns + 1);
+// The times of every step [step, run].
+std::vector<std::vector<double>> microseconds(const std::vector<std::function<void()>>& steps) {
+  std::vector<cudaEvent_t> events(kRuns * steps.size() + 1);
   for (cudaEvent_t& event : events) {
     check(cudaEventCreate(&event), "cudaEventCreate");
   }
   for (int i = 0; i < kWarmUp; ++i) {
-    enqueue();
-  }
-  for (int i = 0; i <= kRuns; ++i) {
-    check(cudaEventRecord(events[i], nullptr), "cudaEventRecord");
-    if (i < kRuns) {
+    for (const auto& enqueue : steps) {
       enqueue();
     }
   }
-  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  std::vector<double> times;
+  auto next = events.begin();
+  check(cudaEventRecord(*next, nullptr), "cudaEventRecord");
   for (int i = 0; i < kRuns; ++i) {
-    times.push_back(microseconds_between(events[i], events[i + 1]));
+    for (const auto& enqueue : steps) {
+      enqueue();
+      check(cudaEventRecord(*++next, nullptr), "cudaEventRecord");
+    }
+  }
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  std::vector<std::vector<double>> times(steps.size());
+  for (std::size_t i = 0; i + 1 < events.size(); ++i) {
+    times[i % steps.size()].push_back(microseconds_between(events[i], events[i + 1]));
   }
   for (const cudaEvent_t event : events) {
     check(cudaEventDestroy(event), "cudaEventDestroy");
@@ -173,35 +180,54 @@ std::vector<StageTime> stage_times(const std::function<void()>& enqueue) {
   return stages;
 }
 
-Result time_step(const misa::IndexerConfig& config, const Options& options, const Data& data) {
+// A plan with what it writes to.
+struct Step {
+  misa::cuda::Plan plan;
+  Device<std::int32_t> indices;
+  Device<std::byte> workspace;
+
+  Step(const misa::IndexerConfig& config, const misa::Shape& shape, const Options& options)
+      : plan(config, shape, {shape.max_keys, options.workspace, options.backend}),
+        indices(static_cast<std::size_t>(shape.tokens * config.top_k)),
+        workspace(plan.workspace_bytes()) {}
+};
+
+// A result for every variant, in their order.
+std::vector<Result> time_steps(const std::vector<misa::cli::Variant>& variants,
+                               const Options& options, const Data& data) {
   const auto keys = static_cast<std::int64_t>(data.scale.size());
   const auto queries = static_cast<std::int64_t>(data.starts.size());
   const misa::Shape shape{queries, options.heads, kDim, keys, misa::DType::e4m3, misa::DType::e4m3};
-  const misa::cuda::Plan plan(config, shape, {keys, options.workspace, options.backend});
   const Device<std::uint8_t> q(data.q);
   const Device<float> w(data.w);
   const Device<std::uint8_t> k(data.k);
   const Device<float> scale(data.scale);
   const Device<std::int32_t> starts(data.starts);
   const Device<std::int32_t> ends(data.ends);
-  const Device<std::int32_t> indices(static_cast<std::size_t>(queries * config.top_k));
-  const Device<std::byte> workspace(plan.workspace_bytes());
-  const auto enqueue = [&] {
-    plan.run({q.data(), misa::DType::e4m3, queries, options.heads, kDim},
-             {w.data(), queries, options.heads},
-             {k.data(), misa::DType::e4m3, keys, kDim, 0, scale.data(), starts.span(), ends.span()},
-             {indices.span(), {}, {}, {}}, workspace.span(), nullptr);
-  };
-  const std::vector<double> times = microseconds(enqueue);
-  const double median = misa::cli::quantile(times, 0.5);
-  const double flops = misa::bench::step_work(config, shape).flops;
-  return {std::string(plan.backend()),
-          median,
-          misa::cli::quantile(times, 0.1),
-          misa::cli::quantile(times, 0.9),
-          flops / median * 1e-6,
-          plan.workspace_bytes(),
-          options.stages ? stage_times(enqueue) : std::vector<StageTime>{}};
+  std::list<Step> steps;
+  std::vector<std::function<void()>> enqueue;
+  for (const misa::cli::Variant& variant : variants) {
+    Step& step = steps.emplace_back(variant.config, shape, options);
+    enqueue.emplace_back([&] {
+      step.plan.run(
+          {q.data(), misa::DType::e4m3, queries, options.heads, kDim},
+          {w.data(), queries, options.heads},
+          {k.data(), misa::DType::e4m3, keys, kDim, 0, scale.data(), starts.span(), ends.span()},
+          {step.indices.span(), {}, {}, {}}, step.workspace.span(), nullptr);
+    });
+  }
+  const std::vector<std::vector<double>> times = microseconds(enqueue);
+  std::vector<Result> results;
+  for (const Step& step : steps) {
+    const std::size_t i = results.size();
+    const double median = misa::cli::quantile(times[i], 0.5);
+    results.push_back({std::string(step.plan.backend()), median, misa::cli::quantile(times[i], 0.1),
+                       misa::cli::quantile(times[i], 0.9),
+                       misa::bench::step_work(variants[i].config, shape).flops / median * 1e-6,
+                       step.plan.workspace_bytes(),
+                       options.stages ? stage_times(enqueue[i]) : std::vector<StageTime>{}});
+  }
+  return results;
 }
 
 void run(const Options& options) {
@@ -248,8 +274,9 @@ void run(const Options& options) {
   for (const std::int64_t queries : options.queries) {
     for (const std::int64_t keys : options.keys) {
       const Data data(options, queries, keys);
-      for (const misa::cli::Variant& variant : variants) {
-        add(variant, queries, keys, time_step(variant.config, options, data));
+      const std::vector<Result> results = time_steps(variants, options, data);
+      for (std::size_t i = 0; i < variants.size(); ++i) {
+        add(variants[i], queries, keys, results[i]);
       }
     }
   }
