@@ -127,8 +127,9 @@ def generate(llm: Any, ids: list[list[int]], new: int) -> list[Any]:
     return llm.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
 
 
-def metric(llm: Any, name: str) -> int:
-    return sum(int(m.value) for m in llm.get_metrics() if m.name == name)
+def metric(llm: Any, name: str, **labels: str) -> int:
+    found = (m for m in llm.get_metrics() if m.name == name)
+    return sum(int(m.value) for m in found if labels.items() <= m.labels.items())
 
 
 def serve_all(llm: Any, recorder: Any, mode: dict[str, Any], result: dict[str, Any]) -> None:
@@ -145,7 +146,9 @@ def serve_all(llm: Any, recorder: Any, mode: dict[str, Any], result: dict[str, A
     again = ids[2] + list(outs[2].outputs[0].token_ids) + prompts((700,), seed=7)[0]
     outs = generate(llm, [again], NEW)
     result["cached"] = [out.num_cached_tokens for out in outs]
-    result["loaded"] = metric(llm, "vllm:external_prefix_cache_hits")
+    # Not external_prefix_cache_hits: vLLM drops what is counted in a step that only loads.
+    source = {"source": "external_kv_transfer"}
+    result["loaded"] = metric(llm, "vllm:prompt_tokens_by_source", **source)
     if mode.get("timed"):
         recorder.times = {}
         generate(llm, prompts((100,) * SEQUENCES, seed=8), 550)
