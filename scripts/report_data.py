@@ -96,12 +96,12 @@ def peers(keys: int, heads: int = 64) -> dict[str, float]:
     return {"logits": shape["logits_us"], **shape["selectors_us"]}
 
 
-def decode_peers(batch: int, context: int = 131072) -> dict[str, Any]:
-    for name in ("gpu-decode-peers", "gpu-decode-peers-short"):
-        for shape in record(name).results["shapes"]:
-            if (shape["batch"], shape["context"]) == (batch, context):
+def decode_peers(batch: int, context: int = 131072, heads: int = 64) -> dict[str, Any]:
+    for end in ("", "-short", "-32", "-32-batch"):
+        for shape in record(f"gpu-decode-peers{end}").results["shapes"]:
+            if (shape["batch"], shape["context"], shape["heads"]) == (batch, context, heads):
                 return shape
-    raise SystemExit(f"report.py: no peers for B = {batch}, L = {context}")
+    raise SystemExit(f"report.py: no peers for B = {batch}, L = {context}, {heads} heads")
 
 
 def of_rounds(median: float, shape: dict[str, Any], name: str) -> Figure:
@@ -110,16 +110,11 @@ def of_rounds(median: float, shape: dict[str, Any], name: str) -> Figure:
     return Figure(median, min(rounds, default=None), max(rounds, default=None))
 
 
-def decode(indexer: str, batch: int) -> Figure | None:
-    """A decode step at 128K: from the runs with peers, or else from those without."""
-    shape = decode_peers(batch)
-    if indexer in shape["misa_us"]:
-        return of_rounds(shape["misa_us"][indexer], shape, f"misa {indexer}")
-    for name in ("gpu-decode", "gpu-decode-sketch"):
-        found = us(name, indexer=indexer, batch=batch, context=131072)
-        if found:
-            return found
-    return None
+def decode(indexer: str, batch: int, context: int = 131072, heads: int = 64) -> Figure | None:
+    """A decode step, from the runs with peers."""
+    shape = decode_peers(batch, context, heads)
+    found = shape["misa_us"].get(indexer)
+    return None if found is None else of_rounds(found, shape, f"misa {indexer}")
 
 
 def recall(indexer: str) -> float:

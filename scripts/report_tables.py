@@ -162,6 +162,10 @@ def summary() -> str:
     )
 
 
+# Sequences and tokens of each, of what is measured with 32 heads.
+HEADS_32 = [(1, 1 << bits) for bits in range(12, 17)] + [(16, K128), (64, K128)]
+
+
 def decode_plot() -> str:
     return (
         "![Time of a decode step by the number of sequences, for each indexer, the peers and the\n"
@@ -195,9 +199,7 @@ def decode() -> str:
 def decode_at(indexer: str, batch: int, context: int) -> Figure | None:
     """A decode step of the short and the long context."""
     if context == 8192:
-        shape = data.decode_peers(batch, context)
-        us = shape["misa_us"].get(indexer)
-        return None if us is None else data.of_rounds(us, shape, f"misa {indexer}")
+        return data.decode(indexer, batch, context)
     return data.us("gpu-decode-1m", indexer=indexer, batch=batch, context=context)
 
 
@@ -209,6 +211,12 @@ def decode_shapes() -> str:
         peer = data.of_rounds(shape["steps_us"][TOP_K], shape, TOP_K)
         cells = [decode_at(name, batch, 8192) for name in names]
         rows.append([f"L = 8K, B = {batch}", *map(shown, cells), shown(peer)])
+    for batch, context in HEADS_32:
+        shape = data.decode_peers(batch, context, 32)
+        peer = data.of_rounds(shape["steps_us"][TOP_K], shape, TOP_K)
+        cells = [data.decode(name, batch, context, 32) for name in names]
+        what = f"32 heads, L = {keys_of(context)}, B = {batch}"
+        rows.append([what, *map(shown, cells), shown(peer)])
     cells = [data.us("gpu-decode-next-4", indexer=name, next_n=4) for name in names]
     rows.append(["L = 128K, B = 64, four queries a sequence", *map(shown, cells), ""])
     cells = [decode_at(name, 1, 1 << 20) for name in names]
@@ -464,6 +472,18 @@ def target_rows() -> list[list[str]]:
     for name, bound in (("dsa", 60), (SKETCH, 40)):
         us = value(decode_at(name, 1, 1 << 20))
         rows.append(at_most(f"decode, B = 1, 1M: {LABELS[name]}", bound, us))
+    ratio = min(
+        data.decode_peers(b, context, 32)["steps_us"][TOP_K]
+        / value(data.decode("dsa", b, context, 32))
+        for b, context in HEADS_32
+        if b == 1
+    )
+    what = "decode, 32 heads, B = 1, 4K to 64K: DSA ≥ 1 × logits with `misa.top_k`"
+    rows.append(at_least(what, 1, ratio))
+    for batch in (16, 64):
+        bound = 1.15 * batch * K128 * 132 / 4e12 * 1e6 + 12
+        us = value(data.decode("dsa", batch, K128, 32))
+        rows.append(at_most(f"decode, 32 heads, B = {batch}: DSA", bound, us))
     four = {n: value(data.us("gpu-decode-next-4", indexer=n, next_n=4)) for n in ("dsa", "misa")}
     rows.append(at_most("decode, four queries a sequence: DSA", 560, four["dsa"]))
     ratio = four["misa"] / value(data.decode("misa", 64))
