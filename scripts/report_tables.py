@@ -360,6 +360,75 @@ def engine_tokens() -> str:
     return textwrap.fill(text, 105)
 
 
+# Modes of tests/engine.sh: the model with its indexer, and how it is served.
+GRAPHS = "full and piecewise CUDA graphs"
+BREAKABLE = "full CUDA graphs, prefill in breakable ones"
+SERVED_VLLM = {
+    "full": ("V3.2, `dsa`", GRAPHS),
+    "piecewise": ("V3.2, `dsa`", "piecewise CUDA graphs alone"),
+    "eager": ("V3.2, `dsa`", "eager"),
+    "fp8": ("V3.2, `dsa`", f"fp8 cache, {GRAPHS}"),
+    "mtp2": ("V3.2, `dsa`", f"MTP, 2 queries a step, {GRAPHS}"),
+    "mtp4": ("V3.2, `dsa`", f"MTP, 4 queries a step, {GRAPHS}"),
+    "preempt": ("V3.2, `dsa`", "a cache too small: a sequence preempted, eager"),
+    "glm": ("GLM, `dsa`", GRAPHS),
+    "all-heads": ("V3.2, `misa` with 64 heads", "eager"),
+    "glm-all-heads": ("GLM, `misa` with 32 heads", "eager"),
+    "misa": ("V3.2, `misa`", "decode too, eager"),
+    "hisa": ("V3.2, `hisa`", f"page sums beside the cache, {GRAPHS}"),
+    "sketch": ("V3.2, `misa-r` on a 2-bit sketch, re-ranked", GRAPHS),
+    "offload": ("V3.2, `hisa`", f"pages come back from host memory, {GRAPHS}"),
+    "offload-sketch": ("V3.2, `misa-r` on a 2-bit sketch, re-ranked", "the same, eager"),
+}
+SERVED_SGLANG = {
+    "graphs": ("V3.2, `dsa`", BREAKABLE),
+    "eager": ("V3.2, `dsa`", "eager"),
+    "fp8": ("V3.2, `dsa`", f"fp8 cache, {BREAKABLE}"),
+    "unfused": ("V3.2, `dsa`", "positions in place of slots, eager"),
+    "glm": ("GLM, `dsa`", BREAKABLE),
+    "all-heads": ("V3.2, `misa` with 64 heads", "eager"),
+    "glm-all-heads": ("GLM, `misa` with 32 heads", "eager"),
+    "misa": ("V3.2, `misa`", BREAKABLE),
+    "hisa": ("V3.2, `hisa`", BREAKABLE),
+}
+
+
+def engine_host() -> str:
+    host = data.record("served-vllm-0.33.0").results["modes"]["eager"]["host_us"]
+    text = (
+        f"In vLLM 0.33.0 an eager call of the operator took {host['misa']:.0f} µs of the host at 8 "
+        f"sequences, where vLLM's own took {host['engine']:.0f} (medians of {host['calls']} calls, "
+        f"other modes running beside it); {host['selection']:.0f} µs of it are MISA's selection, "
+        "the rest is vLLM's insertion of keys and reading its metadata. A replayed call takes none."
+    )
+    return textwrap.fill(text, 105)
+
+
+def served(labels: dict[str, tuple[str, str]], *records: str) -> str:
+    """What tests/engine.sh judged, a column for each engine."""
+    engines = [data.record(name).results for name in records]
+    names = [results["engine"].split(",")[0].split()[1] for results in engines]
+    head = ["mode", "model, indexer", "how"]
+    for name in names:
+        head += [f"{name}: long rows, prefill and decode", "the engine's own positions"]
+    rows = []
+    for mode, (model, how) in labels.items():
+        row = [f"`{mode}`", model, how]
+        for results in engines:
+            found = results["modes"].get(mode)
+            if found is None:
+                row += ["not run", ""]
+                continue
+            if found["faults"]:
+                raise SystemExit(f"report.py: {mode} has not passed: {found['faults']}")
+            works = [found[work] for work in ("prefill", "decode")]
+            row.append(", ".join(str(work["rows"] - work["short"]) for work in works))
+            least = 100 * min(work["overlap"] for work in works)
+            row.append("all" if least == 100 else f"{least:.{4 if least > 99.9 else 1}f} %")
+        rows.append(row)
+    return table(head, rows)
+
+
 def context_parallel() -> str:
     names = ("gpu-context-parallel", "gpu-context-parallel-layouts")
     entries = [entry for name in names for entry in data.record(name).results]
@@ -565,6 +634,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "selector": selector,
     "engine": engine,
     "engine-tokens": engine_tokens,
+    "engine-host": engine_host,
+    "served-vllm": lambda: served(SERVED_VLLM, "served-vllm-0.26.0", "served-vllm-0.33.0"),
+    "served-sglang": lambda: served(SERVED_SGLANG, "served-sglang-0.5.17"),
     "context-parallel": context_parallel,
     "cpu": cpu,
     "cpu-peers": cpu_peers,

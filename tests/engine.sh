@@ -9,8 +9,9 @@
 #                                      tests/engine/pack.sh
 #   tests/engine.sh unpack FOLDER...   there: unpacks the pieces, and misa's wheel, that lie under
 #                                      the folders into $ENGINE_SITE, which is then used
-# ENGINE_OUT: for models, logs and caches. ENGINE_JOBS: modes that share the GPU. ENGINE_LIMIT:
-# seconds for a mode.
+# ENGINE_OUT: for models, logs and caches, and served.json, which scripts/record.py can keep:
+#   scripts/record.py served-vllm-0.33.0 --as tests/engine.sh cat build/engine/served.json
+# ENGINE_JOBS: modes that share the GPU. ENGINE_LIMIT: seconds for a mode.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${ENGINE_OUT:-$here/../build/engine}
@@ -77,4 +78,4 @@ for mode in "${modes[@]}"; do
   serve "$mode" &
 done
 wait
-"$python" "$here/engine/table.py" "$out" "${modes[@]}"
+"$python" "$here/engine/table.py" "$out" "$engine" "${modes[@]}"

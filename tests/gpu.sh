@@ -86,8 +86,8 @@ for stage in "${stages[@]}"; do
         wrapper=(compute-sanitizer --tool "$tool" --error-exitcode 1)
         repeats=''
         if [ "$tool" = racecheck ]; then
-          # It keeps the accesses of all launches that nothing has waited for: of the steps of one
-          # test of decode, more than 120 GB. So every launch is waited for.
+          # Its memory grew beyond 120 GB in a test that waits for none of its steps, so here every
+          # launch is waited for.
           wrapper=(env CUDA_LAUNCH_BLOCKING=1 "${wrapper[@]}")
           # It takes 10 ms or more per launch, so tests that repeat the launches of others
           # thousands of times are left to the other tools.

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what serve.py or serve_sglang.py found: a line a mode. Exits with 1 unless all passed.
+"""Prints what serve.py or serve_sglang.py found, and writes it to FOLDER/served.json. Exits with 1
+unless all modes passed.
 
-table.py FOLDER MODE...
+table.py FOLDER ENGINE MODE...
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ HEAD = (
 
 
 def main() -> int:
-    folder, modes = Path(sys.argv[1]), sys.argv[2:]
+    folder, engine, modes = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     failed = []
+    served = {}
     print(HEAD)
     for mode in modes:
         path = folder / f"{mode}.json"
@@ -28,6 +30,7 @@ def main() -> int:
             print(f"{mode:<14} no result: see {folder / mode}.log")
             continue
         result = json.loads(path.read_text())
+        served[mode] = result
         if result["faults"]:
             failed.append(mode)
         for work in ("prefill", "decode"):
@@ -47,6 +50,7 @@ def main() -> int:
             print(f"{'':<14} host, us a call, median: {result['host_us']}")
         for fault in result["faults"]:
             print(f"{'':<14} FAULT {fault}")
+    (folder / "served.json").write_text(json.dumps({"engine": engine, "modes": served}, indent=1))
     print(f"FAIL: {', '.join(failed)}" if failed else "PASS")
     return 1 if failed else 0
 
