@@ -6,6 +6,7 @@
 #   spdx     every source names its licence
 #   floors   folders include what CONTRIBUTING.md permits, and its grid of stages matches the tree
 #   report   tables and plots of the pages are what bench/results says
+#   figures  drawings of the kernels are what scripts/figures.py draws, and essays have their order
 #   names    no identifier that the code has left for the field's terms
 #   format   clang-format and ruff's formatter have nothing to change
 #   python   ruff's linter
@@ -52,6 +53,11 @@ report() {
   build/venv/bin/python scripts/report.py
 }
 
+figures() {
+  scripts/venv.sh
+  build/venv/bin/python scripts/figures.py
+}
+
 names() {
   scripts/names.py
 }
@@ -82,8 +88,8 @@ tidy() {
 }
 
 case "$step" in
-  all) for each in spdx floors report names format python types tidy; do echo "check: $each"; "$each"; done ;;
-  spdx | floors | report | names | format | python | types | tidy) "$step" ;;
+  all) for each in spdx floors report figures names format python types tidy; do echo "check: $each"; "$each"; done ;;
+  spdx | floors | report | figures | names | format | python | types | tidy) "$step" ;;
   sources) sources ;;
-  *) echo "check.sh: expected spdx, floors, report, names, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
+  *) echo "check.sh: expected spdx, floors, report, figures, names, format, python, types or tidy, got '$step'" >&2; exit 2 ;;
 esac

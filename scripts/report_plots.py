@@ -71,12 +71,15 @@ SETTINGS = {
 PEERS = {TOP_K: "DeepGEMM's logits + misa.top_k", TORCH: "DeepGEMM's logits + torch.topk"}
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure, paper: str | None = None) -> str:
+    """The figure on the page's background, or on `paper`, a colour of its own."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = out.getvalue().replace(INK, "var(--ink)")
-    text = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", text)
-    return text.replace("<defs>", STYLE + " <defs>", 1)
+    figure.savefig(out, format="svg", transparent=paper is None, facecolor=paper or "none",
+                   metadata={"Date": None, "Creator": None})  # fmt: skip
+    text = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", out.getvalue())
+    if paper is not None:
+        return text
+    return text.replace(INK, "var(--ink)").replace("<defs>", STYLE + " <defs>", 1)
 
 
 def plain_ticks(axis: matplotlib.axis.Axis, ticks: list[float]) -> None:
