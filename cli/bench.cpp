@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // misa bench: the time of each indexer's first stage and whole step on random data.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/App.hpp>
 #include <algorithm>
@@ -401,11 +402,11 @@ void add_bench(CLI::App& app) {
   add_dtype_option(*command, options->dtype);
   command
       ->add_option("--indexers", options->indexers,
-                   fmt::format("What to time, separated by commas: {}", kVariantHelp))
+                   fmt::format("What to time, separated by commas, in place of {}; {}",
+                               fmt::join(default_variants(), ", "), kVariantHelp))
       ->type_name("LIST")
       ->delimiter(',')
-      ->allow_extra_args(false)
-      ->capture_default_str();
+      ->allow_extra_args(false);
   size("--runs", options->runs, most, "Runs that a time is the median of");
   add_run_options(*command, options->run);
   command->add_option("--format", options->format, "Of the output: text, markdown or csv")

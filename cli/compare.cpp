@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // misa compare: how much of DSA's set each indexer finds, and what it costs.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/App.hpp>
 #include <algorithm>
@@ -415,11 +416,11 @@ void add_compare(CLI::App& app) {
       ->required();
   command
       ->add_option("--indexers", options->indexers,
-                   fmt::format("What to compare, separated by commas: {}", kVariantHelp))
+                   fmt::format("What to compare, separated by commas, in place of {}; {}",
+                               fmt::join(default_variants(), ", "), kVariantHelp))
       ->type_name("LIST")
       ->delimiter(',')
-      ->allow_extra_args(false)
-      ->capture_default_str();
+      ->allow_extra_args(false);
   command
       ->add_option("--top-k", options->top_k,
                    "Positions wanted a query; the default suits contexts of 16K")

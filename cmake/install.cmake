@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# What `cmake --install` installs: the library, the program, and a package for CMake and one for
+# What `cmake --install` installs: the library, the program with its man pages, and a package for CMake and one for
 # pkg-config. All of it may be moved to another prefix.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
@@ -11,6 +11,12 @@ if(TARGET misa_program)
   set_target_properties(misa_program PROPERTIES
     INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")  # finds a shared library in any prefix
   install(TARGETS misa_program)
+  find_program(MISA_HELP2MAN help2man)
+  if(MISA_HELP2MAN AND NOT CMAKE_CROSSCOMPILING)  # which runs the program
+    install(CODE "execute_process(COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/cli/man.sh
+      $<TARGET_FILE:misa_program> ${CMAKE_CURRENT_BINARY_DIR}/man1 COMMAND_ERROR_IS_FATAL ANY)")
+    install(DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/man1 TYPE MAN)
+  endif()
 endif()
 
 set(MISA_CONFIG_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/misa)
