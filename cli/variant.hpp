@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Indexers in the arguments of `compare` and `bench`: a name and the settings that differ from the
-// published ones, e.g. misa-r:h=3:m=2k.
+// Indexers in the arguments of `compare` and `bench`, e.g. misa-r:h=3:m=2k (core/notation.hpp).
 #pragma once
 
 #include <fmt/format.h>

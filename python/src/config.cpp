@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.hpp"
+#include "core/notation.hpp"
 #include "core/recipe.hpp"
 #include "core/sketch.hpp"
 
@@ -75,6 +76,22 @@ void bind_config(nb::module_& module) {
       [](std::string_view name, int top_k) { return fields_of(indexer_by_name(name, top_k)); },
       nb::arg("indexer"), nb::arg("top_k"),
       "The fields of a named indexer except top_k; ValueError if there is none of that name.");
+  module.def(
+      "indexer_of_notation",
+      [](std::string_view text, int top_k) {
+        const NotedIndexer indexer = indexer_of_notation(text, top_k);
+        const nb::dict usual = fields_of(indexer_by_name(indexer.name, top_k));
+        nb::dict fields;
+        for (const auto& [field, value] : fields_of(indexer.config)) {
+          if (!value.equal(usual[field])) {
+            fields[field] = value;
+          }
+        }
+        return nb::make_tuple(indexer.name, fields);
+      },
+      nb::arg("text"), nb::arg("top_k"),
+      "The name of an indexer written as misa-r:h=3:m=2k, and the fields that are not its usual "
+      "ones; ValueError for an unknown name, setting or value.");
   module.def(
       "check_router", [](std::string_view name) { router_by_name(name); }, nb::arg("router"),
       "ValueError if there is no router of that name.");

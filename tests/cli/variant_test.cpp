@@ -54,15 +54,18 @@ TEST(Variant, SaysWhatIsWrong) {
     }
     return "accepted";
   };
-  EXPECT_EQ(message("misa:h=x"), "--indexers misa:h=x: expected a number, got 'x'");
+  EXPECT_EQ(message("misa:h=x"), "--indexers: misa:h=x: expected a number after h=, got 'x'");
   EXPECT_EQ(message("misa:m=9999999k"),
-            "--indexers misa:m=9999999k: expected a number, got '9999999'");
+            "--indexers: misa:m=9999999k: expected a number after m=, got '9999999k'");
+  EXPECT_EQ(message("misa:h=2k"), "--indexers: misa:h=2k: expected a number after h=, got '2k'");
+  EXPECT_EQ(message("misa:h=-2"), "--indexers: misa:h=-2: expected a number after h=, got '-2'");
+  EXPECT_EQ(message("misa:m"), "--indexers: misa:m: expected a number after m=, got ''");
   EXPECT_EQ(
       message("misa:heads=8"),
-      "--indexers misa:heads=8: expected h=, m=, sketch=, dense=, B=, blocks= or router=, got "
+      "--indexers: misa:heads=8: expected h=, m=, sketch=, dense=, B=, blocks= or router=, got "
       "'heads=8'");
   EXPECT_EQ(message("best"),
-            "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, auto, got 'best'");
+            "--indexers: indexer: expected dsa, misa, misa-dagger, misa-r, hisa, auto, got 'best'");
 }
 
 }  // namespace

@@ -41,30 +41,8 @@ _ATTENTION_ROWS = 16  # of a chunk and layer; few, because each needs the scores
 
 def parse(text: str, top_k: int) -> misa.Config:
     """An indexer in the notation of `misa compare`, such as misa-r:h=3:m=2k."""
-    indexer, *settings = text.split(":")
-    filtered = misa.Config(indexer, top_k=top_k).filter_block > 0
-    names = {
-        "h": "heads",
-        "m": "candidates",
-        "dense": "dense_work",
-        "B": "filter_block" if filtered else "block",
-        "blocks": "filter_blocks",
-    }
-    given: dict[str, Any] = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key == "router":
-            given[key] = value
-            continue
-        if key not in names:
-            expected = "h=, m=, dense=, B=, blocks= or router="
-            raise ValueError(f"{text}: expected {expected}, got '{setting}'")
-        unit = "k?" if key in ("m", "dense") else ""
-        if not re.fullmatch(rf"[0-9]+{unit}", value):
-            raise ValueError(f"{text}: expected a number after {key}=, got '{value}'")
-        number = int(value.removesuffix("k"))
-        given[names[key]] = number * top_k if value.endswith("k") else number
-    return misa.Config(indexer, top_k=top_k, **given)
+    indexer, fields = misa._core.indexer_of_notation(text, top_k)
+    return misa.Config(indexer, top_k=top_k, **fields)
 
 
 def _configs(

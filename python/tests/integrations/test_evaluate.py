@@ -199,6 +199,11 @@ def test_labels_and_notation() -> None:
             misa.Config("misa", top_k=16, router="qnorm", block=128),
         ),
         (
+            "misa-r:h=3:m=4k:sketch=2",
+            "MISA-R 3 + 1, m = 64, sketch = 2",
+            misa.Config("misa-r", top_k=16, heads=3, candidates=64, sketch=2),
+        ),
+        (
             "auto:dense=2k",
             None,
             misa.Config("auto", top_k=16, dense_work=32),
@@ -206,15 +211,24 @@ def test_labels_and_notation() -> None:
     ):
         assert passes.parse(text, 16) == config
         assert label in (None, page.label(config))
-    for text, match in (
-        ("misa:h=2k", "expected a number after h=, got '2k'"),
-        ("misa:m", "expected a number after m=, got ''"),
-        ("misa:heads=2", "expected h=, .* got 'heads=2'"),
-        ("abacus", "abacus"),
-        ("misa:router=abacus", "abacus"),
+    # The messages are those of the program's --indexers (tests/cli/variant_test.cpp).
+    for text, message in (
+        ("misa:h=2k", "misa:h=2k: expected a number after h=, got '2k'"),
+        ("misa:h=-2", "misa:h=-2: expected a number after h=, got '-2'"),
+        ("misa:m", "misa:m: expected a number after m=, got ''"),
+        ("misa:m=9999999k", "misa:m=9999999k: expected a number after m=, got '9999999k'"),
+        (
+            "misa:heads=8",
+            "misa:heads=8: expected h=, m=, sketch=, dense=, B=, blocks= or router=, got 'heads=8'",
+        ),
+        (
+            "best",
+            "indexer: expected dsa, misa, misa-dagger, misa-r, hisa, auto, got 'best'",
+        ),
     ):
-        with pytest.raises(ValueError, match=match):
-            passes.parse(text, 16)
+        with pytest.raises(ValueError) as error:
+            passes.parse(text, 1024)
+        assert str(error.value) == message
 
 
 @torch.no_grad()
