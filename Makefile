@@ -36,7 +36,7 @@ bench:
 	@scripts/install-deps.sh bench
 	@cmake --preset bench >/dev/null && cmake --build --preset bench --target misa_bench misa_program
 	@build/bench/bench/misa_bench --benchmark_counters_tabular=true
-	@python3 -c 'import torch' 2>/dev/null && python3 bench/cpu_peers.py --misa build/bench/cli/misa || echo 'torch is not installed: the peers were left out'
+	@python3 -c 'import torch' 2>/dev/null && python3 -P python/misa/_bench_peers.py --misa build/bench/cli/misa || echo 'torch is not installed: the peers were left out'
 
 # A short benchmark, and which ratios have moved since the last results; it fails for none of them.
 bench-short:

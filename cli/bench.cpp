@@ -383,7 +383,11 @@ void add_bench(CLI::App& app) {
         ->capture_default_str();
   };
   constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
-  size("--queries", options->queries, most, "Queries T, the last of the context");
+  command
+      ->add_option("--queries", options->queries, "Queries T, the last of the context; 2K is 2048")
+      ->type_name("N")
+      ->transform(size_number(1, most))
+      ->capture_default_str();
   size("--heads", options->heads, kMaxHeads, "Heads H");
   command->add_option("--dim", options->dim, "Size D of a head, 64 or 128")
       ->type_name("N")
@@ -415,6 +419,8 @@ void add_bench(CLI::App& app) {
       ->capture_default_str();
   add_json_option(*command, options->json);
   command->footer(
+      "`misa-bench-peers`, a command of the Python package, times other libraries in turn with "
+      "it.\n\n"
       "Example:\n"
       "  misa bench --queries 1 --keys 64K,128K --dtype F8_E4M3 --indexers dsa,misa-r:h=3:m=4k");
   command->callback([options] { run(*options); });

@@ -280,7 +280,7 @@ void SafetensorsReader::read_header() {
   }
   file_bytes_ = static_cast<std::uint64_t>(status.st_size);
   if (file_bytes_ < kLengthBytes) {
-    fail("header: expected a file of {} bytes or more, got {}", kLengthBytes, file_bytes_);
+    fail("expected a safetensors file, of {} bytes or more, got {}", kLengthBytes, file_bytes_);
   }
   std::array<std::byte, kLengthBytes> raw{};
   read_at(0, raw);

@@ -254,7 +254,7 @@ Layouts:
   paged    q [B,T,H,D], w [B,T,H], cache [pages,64,D+4] in shuffled pages, block_table, context_lens
 
 Examples:
-  misa synth -o trace.safetensors --kind structured --queries 256 --keys 65536
+  misa synth -o trace.safetensors --kind structured --queries 256 --keys 64K
   misa synth -o decode.safetensors --layout paged --dtype F8_E4M3 --sequences 32 --queries 1)";
 
 }  // namespace
@@ -263,11 +263,18 @@ void add_synth(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("synth", "Make up a trace of any size, random or with needles to find");
   const auto options = std::make_shared<Options>();
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   const auto number = [&](const char* name, std::int64_t& value, std::int64_t least,
                           std::int64_t most, const char* help) {
     command->add_option(name, value, help)
         ->type_name("N")
         ->check(whole_number(least, most))
+        ->capture_default_str();
+  };
+  const auto size = [&](const char* name, std::int64_t& value, const char* help) {
+    command->add_option(name, value, help)
+        ->type_name("N")
+        ->transform(size_number(0, kMost))
         ->capture_default_str();
   };
   const auto word = [&](const char* name, std::string& value,
@@ -277,7 +284,6 @@ void add_synth(CLI::App& app) {
         ->check(one_of(words))
         ->capture_default_str();
   };
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   command->add_option("-o,--output", options->output, "The trace, a safetensors file")
       ->type_name("OUT")
       ->required();
@@ -285,8 +291,8 @@ void add_synth(CLI::App& app) {
   word("--layout", options->layout, kLayouts, "How keys are stored");
   add_dtype_option(*command, options->dtype);
   number("--sequences", options->sequences, 1, kMost, "Sequences B");
-  number("--queries", options->queries, 0, kMost, "Queries T of each sequence");
-  number("--keys", options->keys, 0, kMost, "Keys L of each sequence");
+  size("--queries", options->queries, "Queries T of each sequence; 2K is 2048");
+  size("--keys", options->keys, "Keys L of each sequence; 64K is 65536");
   number("--heads", options->heads, 1, kMaxHeads, "Indexer heads H");
   number("--dim", options->dim, 64, 128, "Size D of a head, 64 or 128");
   command->add_option("--seed", options->seed, "Another seed, other values")

@@ -24,7 +24,8 @@ scripts/record.py cpu-stages "${bench[@]}" '--benchmark_filter=peer|score|select
 scripts/record.py cpu-stages-1 taskset -c 0 "${bench[@]}" \
   '--benchmark_filter=peer/onednn|score/dense/bf16'
 if python3 -c 'import torch' 2>/dev/null; then
-  scripts/record.py cpu-peers python3 bench/cpu_peers.py --json --queries 256 --misa $misa
+  scripts/record.py cpu-peers python3 -P python/misa/_bench_peers.py --json --queries 256 \
+    --misa $misa
 else
   echo 'torch is not installed: the peers in Python were left out'
 fi

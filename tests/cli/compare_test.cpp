@@ -421,10 +421,15 @@ TEST_F(Commands, BenchTimesSeveralContextsInEveryFormat) {
                     HasSubstr("\n| MISA 2 | 200 | "), HasSubstr("\n| DSA | 1024 | ")));
 }
 
-TEST_F(Commands, BenchRefusesNumbersOfKeysThatAreNone) {
-  for (const char* keys : {"", "0", "K", "1.5K", "4T", "2G", "-4K"}) {
-    EXPECT_THROW(run({"bench", "--keys", keys}), CLI::Error) << keys;
+TEST_F(Commands, BenchAndSynthRefuseSizesThatAreNone) {
+  for (const char* size : {"", "K", "1.5K", "4T", "2G", "-4K"}) {
+    for (const char* option : {"--keys", "--queries"}) {
+      EXPECT_THROW(run({"bench", option, size}), CLI::Error) << option << " " << size;
+      EXPECT_THROW(run({"synth", "-o", path("none"), option, size}), CLI::Error)
+          << option << " " << size;
+    }
   }
+  EXPECT_THROW(run({"bench", "--keys", "0"}), CLI::Error);
 }
 
 TEST_F(Commands, BenchTimesTheWholeStepOfASketch) {

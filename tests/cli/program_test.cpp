@@ -260,6 +260,14 @@ TEST(SmokeProgram, SynthIsAFunctionOfItsOptions) {
   EXPECT_THAT(values_of<std::int32_t>(tensors.at("ke")), ElementsAre(68, 69, 70, 138, 139, 140));
 }
 
+TEST(SmokeProgram, SynthTakesSizesWithSuffixes) {
+  const Folder folder;
+  done(synth(folder / "f", {"--keys", "2K", "--queries", "1k"}));
+  const Tensors tensors = read_tensors(folder / "f");
+  EXPECT_EQ(tensors.at("k").shape.front(), 2048);
+  EXPECT_EQ(tensors.at("q").shape.front(), 1024);
+}
+
 // How many of the positions that dsa selects an indexer selects too, as a share.
 double share_of_dense(const std::string& kind, const std::string& indexer, int top_k) {
   const Folder folder;

@@ -106,9 +106,11 @@ TEST(SmokeSafetensors, RefusesFilesThatAreNone) {
   EXPECT_THAT(error_of(folder / "f"), EndsWith("cannot be read: No such file or directory"));
   EXPECT_THAT(error_of(folder / ""), EndsWith("expected a regular file"));
   write_bytes(folder / "f", "");
-  EXPECT_THAT(error_of(folder / "f"), EndsWith("expected a file of 8 bytes or more, got 0"));
+  EXPECT_THAT(error_of(folder / "f"),
+              EndsWith("expected a safetensors file, of 8 bytes or more, got 0"));
   write_bytes(folder / "f", "1234567");
-  EXPECT_THAT(error_of(folder / "f"), EndsWith("expected a file of 8 bytes or more, got 7"));
+  EXPECT_THAT(error_of(folder / "f"),
+              EndsWith("expected a safetensors file, of 8 bytes or more, got 7"));
 }
 
 TEST(SmokeSafetensors, RefusesHeadersThatAreTooLong) {

@@ -1,13 +1,7 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Times the dense step of others on the CPU, in turn with `misa bench` on the same shapes.
+"""The command misa-bench-peers.
 
-    cpu_peers.py [--peers torch ggml] [--misa PROGRAM] …
-
-torch: products of oneDNN, then torch.topk. ggml: what llama.cpp runs, `ggml_lightning_indexer` and
-`ggml_top_k` on f16 keys, from the libraries of llama-cpp-python. Peers that are not installed are
-left out, and said so. Times are medians of rounds; in every round each contender runs once. Random
-data; without --misa the peers alone.
+It runs as a file too, without the package: what it times of this library is the program misa.
 """
 
 from __future__ import annotations
@@ -17,15 +11,20 @@ import ctypes
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(f"misa-bench-peers: {error}; pip install torch") from None
 
 DIM = 128
 KEYS_A_TILE = 4096
@@ -132,8 +131,10 @@ def misa_seconds(program: str, options: argparse.Namespace) -> dict[str, float]:
     for name in ("queries", "heads", "keys", "top_k"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--threads", str(torch.get_num_threads()), "--indexers", options.indexers]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (context,) = json.loads(printed)["contexts"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stderr or f"misa-bench-peers: {program} ended with {done.returncode}")
+    (context,) = json.loads(done.stdout)["contexts"]
     return {one["label"]: one["seconds_step"]["median"] for one in context["indexers"]}
 
 
@@ -146,11 +147,26 @@ def seconds(step: Step, runs: int) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def own_program() -> str | None:
+    """The program misa that was installed with the package, or another one on the path."""
+    return shutil.which("misa", path=sysconfig.get_path("scripts")) or shutil.which("misa")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="misa-bench-peers",
+        description="Times the dense step of others on the CPU, in turn with misa bench on the "
+        "same shapes, bf16 and random data. torch: products of oneDNN, then torch.topk. ggml: what "
+        "llama.cpp runs, ggml_lightning_indexer and ggml_top_k on f16 keys, from the libraries of "
+        "llama-cpp-python. Peers that are not installed are left out, and said so. Times are "
+        "medians of rounds, in each of which every contender runs once.",
+        epilog="Example: misa-bench-peers --keys 16384 --queries 8 --indexers dsa,misa-r",
+    )
     parser.add_argument("--peers", nargs="*", choices=("torch", "ggml"), default=["torch", "ggml"])
-    parser.add_argument("--misa", metavar="PROGRAM", help="the program misa")
-    parser.add_argument("--indexers", default="dsa,misa,misa-r:h=3:m=4k", help="of --misa")
+    parser.add_argument(
+        "--misa", metavar="PROGRAM", default=own_program(), help="(default: %(default)s)"
+    )
+    parser.add_argument("--indexers", default="dsa,misa,misa-r:h=3:m=4k", help="of misa bench")
     parser.add_argument("--queries", type=int, default=32)
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--keys", type=int, default=65536)
@@ -159,10 +175,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="of a contender in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     if options.runs * options.rounds >= Ggml.CALLS:
         parser.error(f"--runs times --rounds: expected less than {Ggml.CALLS}")
+    for name in ("queries", "heads", "keys", "top_k", "threads", "runs", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more")
+    if options.top_k > options.keys:
+        parser.error(f"--top-k: expected at most --keys = {options.keys}, got {options.top_k}")
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     q = torch.randn(options.queries, options.heads, DIM)
@@ -176,6 +197,8 @@ def main() -> None:
             steps[peer]()
         except Missing as missing:
             print(f"{peer} was left out: {missing}", file=sys.stderr)
+    if options.misa is None:
+        print("misa was left out: expected --misa, or the program on the path", file=sys.stderr)
     rounds: dict[str, list[float]] = {}
     for _ in range(options.rounds):
         turn = {peer: seconds(step, options.runs) for peer, step in steps.items()}
