@@ -117,9 +117,11 @@ def indexers_machines() -> str:
         "model's indexer with a context of 16K, top 2048 (`misa compare FILE --top-k 2048`; the\n"
         "sketch's with `--fp8`). Recall depends on the model: measure yours.\n"
         "Time: a whole step at 64 heads × 128, e4m3, 65,536 keys, top 2048, on "
-        f"{data.cpu()}\nand on one {data.gpu()} (2048 queries a call). A decode step has 64 "
-        "sequences of 131,072 tokens, a query\neach, in pages with sums: reading 132 bytes of "
-        f"every token at the rate of a copy takes {floor:.0f} µs."
+        f"{data.cpu()}\n(`misa bench --keys 64K --dtype F8_E4M3`) and on one {data.gpu()} "
+        "(`misa_bench_step`, 2048 queries a call).\nA decode step (`misa_bench_decode --batch 64 "
+        "--context 131072`) has 64 sequences of 131,072 tokens,\na query each, in pages with sums: "
+        f"reading 132 bytes of every token at the rate of a copy takes {floor:.0f} µs.\nPeers: "
+        "`bench/gpu/peers.py`. [bench/results](bench/results/README.md) has every command."
     )
 
 
