@@ -6,6 +6,11 @@
 set -euo pipefail
 program=$1/bin/misa pages=$1/share/man/man1
 
+if [ ! -d "$pages" ]; then
+  echo "man.sh: expected man pages, for which help2man is needed (scripts/install-deps.sh)" >&2
+  exit 1
+fi
+
 names=(misa)
 for command in $("$program" --help | awk '/^Subcommands:/ {on = 1; next} /^$/ {on = 0} on {print $1}'); do
   names+=("misa-$command")
