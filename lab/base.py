@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen language model whose attention indexers are distilled from."""
+"""The frozen language models whose attention indexers are distilled from."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-NATIVE = 8192  # tokens that SmolLM2 was trained on
+from . import decoder
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+NATIVE = 8192  # tokens that it was trained on
 
 
 def gguf() -> Path:
@@ -50,6 +53,31 @@ def smollm2(length: int, device: torch.device, dtype: torch.dtype) -> tuple[Any,
         config.max_position_embeddings = length
     model = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=dtype)
     return model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(**where)
+
+
+class Base(NamedTuple):
+    """name: what it is; note: what else is to be said of it on contexts of this length, or
+    nothing."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    note: str
+
+
+def load(folder: Path | None, length: int, device: torch.device, dtype: torch.dtype) -> Base:
+    """The decoder in a folder of lab.pretrain, or SmolLM2 without one, for contexts of `length`."""
+    if folder is None:
+        note = f", positions rescaled to {length} (YaRN)" if length > NATIVE else ""
+        return Base(*smollm2(length, device, dtype), SMOLLM2, note)
+    state = decoder.state_of(folder)
+    if "stages" not in state.get("settings", {}):
+        raise ValueError(f"{folder}: expected a folder of lab.pretrain, with a state.json")
+    model, tokenizer = decoder.load(folder, dtype)
+    name = f"decoder from scratch, seed {state['settings']['seed']}, {state['step']} steps"
+    seen = max(entry["length"] for entry in state["log"])
+    note = f", trained on {seen} tokens at most" if length > seen else ""
+    return Base(model.to(device).eval().requires_grad_(False), tokenizer, name, note)
 
 
 # What a layer's attention is given: the layer's number, its module, the hidden states [L, width],

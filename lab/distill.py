@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distils an indexer for every layer of a frozen language model from its dense attention.
 
-    python -m lab.distill FOLDER --text FILE... [--minutes 8]
+    python -m lab.distill FOLDER --text FILE... [--base DECODER] [--minutes 8]
 
 The loss of a layer is the divergence KL(p || softmax(scores)) of a row's attention p, averaged
 over heads, from what the indexer's scores say, on rows sampled from each window of text. Layers do
@@ -62,12 +62,13 @@ def run(
     folder: Path,
     settings: Settings,
     *,
+    name: str = base.SMOLLM2,
     seconds: float = math.inf,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Trains until `settings.steps` or for `seconds`; returns the state.
+    """Trains until `settings.steps` or for `seconds`; returns the state. `name` is the model's.
 
-    Raises ValueError if the folder holds a run with other settings.
+    Raises ValueError if the folder holds a run with other settings or of another model.
     """
     device = next(model.parameters()).device
     shape = Shape(len(model.model.layers), model.config.hidden_size, settings.heads, settings.rank)
@@ -75,6 +76,8 @@ def run(
     asked = {**settings._asdict(), **shape._asdict()}
     if state.setdefault("settings", asked) != asked:
         raise ValueError(f"{folder}: expected the settings {state['settings']}, got {asked}")
+    if state.setdefault("base", name) != name:
+        raise ValueError(f"{folder}: expected the {state['base']}, got the {name}")
     torch.manual_seed(settings.seed)
     indexers = load(folder, shape).to(device)
     optimizer = torch.optim.AdamW(indexers.parameters(), weight_decay=0.01, betas=(0.9, 0.95))
@@ -126,6 +129,7 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", nargs="+", required=True, help=".txt, .jsonl, also .xz, folders")
+    parser.add_argument("--base", type=Path, help="folder of lab.pretrain, SmolLM2 if not given")
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--length", type=int, default=8192, help="of a window, tokens")
@@ -137,16 +141,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf)
     options = vars(parser.parse_args())
     folder, minutes = options.pop("folder"), options.pop("minutes")
-    paths = options.pop("text")
+    paths, decoder = options.pop("text"), options.pop("base")
     settings = Settings(**options)
     device = base.device()
     start = time.monotonic()
-    model, tokenizer = base.smollm2(settings.length, device, base.dtype_on(device))
+    model, tokenizer, name, _ = base.load(decoder, settings.length, device, base.dtype_on(device))
     windows = text.Windows(
         text.tokens_of(paths, tokenizer, held_out=False), settings.length, settings.seed
     )
     left = minutes * 60 - (time.monotonic() - start)
-    state = run(model, windows, folder, settings, seconds=left)
+    state = run(model, windows, folder, settings, name=name, seconds=left)
     print(json.dumps({"step": state["step"], "steps": settings.steps}))
     return 0
 

@@ -76,9 +76,7 @@ def main() -> int:
     options = parser.parse_args()
     given = trained(parser, options, seed=0, device=torch.device("cpu"))
     layers = options.layers if options.layers is not None else list(range(given.shape.layers))
-    source = f"SmolLM2-135M-Instruct, indexers distilled for {given.step} steps"
-    if options.length > base.NATIVE:
-        source += f", positions rescaled to {options.length} (YaRN)"
+    source = f"{given.base.name}, indexers distilled for {given.step} steps{given.base.note}"
     ids = given.windows[options.window]
     for path in write(given.model, given.indexers, ids, options.out, layers, source):
         print(path)

@@ -20,8 +20,12 @@ class Trained(NamedTuple):
     step: int
     shape: Shape
     indexers: Any
-    model: Any
+    base: base.Base
     windows: text.Windows
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
 
 
 def parser_of(program: str, description: str | None, length: int) -> argparse.ArgumentParser:
@@ -30,6 +34,7 @@ def parser_of(program: str, description: str | None, length: int) -> argparse.Ar
     parser.add_argument("folder", type=Path, help="of lab.distill")
     parser.add_argument("--text", nargs="+", required=True, help=".txt, .jsonl, also .xz, folders")
     parser.add_argument("--length", type=int, default=length, help="of a window, tokens")
+    parser.add_argument("--base", type=Path, help="folder of lab.pretrain, SmolLM2 if not given")
     return parser
 
 
@@ -46,10 +51,16 @@ def trained(
         parser.error(f"{options.folder}: expected a folder of lab.distill, with a state.json")
     shape = Shape(*(state["settings"][name] for name in Shape._fields))
     device = device or base.device()
-    model, tokenizer = base.smollm2(options.length, device, base.dtype_on(device))
-    held_out = text.tokens_of(options.text, tokenizer, held_out=True)
+    try:
+        found = base.load(options.base, options.length, device, base.dtype_on(device))
+    except ValueError as error:
+        parser.error(f"--base: {error}")
+    expected = state.get("base", base.SMOLLM2)
+    if expected != found.name:
+        parser.error(f"--base: expected the {expected}, got the {found.name}")
+    held_out = text.tokens_of(options.text, found.tokenizer, held_out=True)
     windows = text.Windows(held_out, options.length, seed)
-    return Trained(state["step"], shape, load(options.folder, shape).to(device), model, windows)
+    return Trained(state["step"], shape, load(options.folder, shape).to(device), found, windows)
 
 
 def asking(length: int, least: int, rows: int, number: int) -> torch.Tensor:

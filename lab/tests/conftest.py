@@ -34,3 +34,34 @@ def windows():
 
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2000).astype(np.int32)
     return text.Windows([tokens], LENGTH, 0)
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """Documents of words by chance, some of them held out."""
+    import json
+    import random
+
+    choice = random.Random(0)
+    words = ["".join(choice.choices("abcdefghijklmnop", k=4)) for _ in range(60)]
+    path = tmp_path_factory.mktemp("book") / "book.jsonl"
+    with path.open("w") as file:
+        for number in range(40):
+            text = " ".join(choice.choices([*words, "The code of", "is", "12.\n"], k=1000))
+            file.write(json.dumps({"title": f"book {number}", "text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(book):
+    pytest.importorskip("transformers")
+    from lab import decoder, text
+
+    return decoder.tokenizer_of((document.text for document in text.documents([book])), 400)
+
+
+@pytest.fixture(scope="session")
+def tokens(book, tokenizer):
+    from lab import text
+
+    return text.tokens_of([book], tokenizer, held_out=False)
