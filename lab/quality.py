@@ -6,7 +6,8 @@
 Of the dense attention of held-out text, averaged over heads, the share that k positions keep in
 each layer: the best ones (no selection keeps more), those that the indexer selects, the last ones,
 and random ones. Each is a mean over sampled rows that see more than k keys, with a 95 % interval by
-bootstrap over windows. Prints a table, and writes FOLDER/quality-LENGTH.json.
+bootstrap over documents; so is what the indexer keeps more than the last positions do. Prints a
+table, and writes FOLDER/quality-LENGTH.json.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ import json
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import base
 from .indexer import replace, scores
-from .trained import asking, parser_of, trained
+from .statistics import difference, interval
+from .trained import Sample, asking, parser_of, trained
 
 CHOICES = ("best", "indexer", "recent", "random")
-RESAMPLES = 1000
 
 
 def kept(
@@ -47,22 +47,23 @@ def kept(
     return shares
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """The mean, and the 2.5 and 97.5 percentiles of means of values drawn again and again."""
-    data = np.asarray(values)
-    picks = np.random.default_rng(0).integers(0, len(data), (RESAMPLES, len(data)))
-    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
-    return float(data.mean()), float(low), float(high)
+def summary(shares: list[dict[str, float]], documents: list[int]) -> dict[str, Any]:
+    """Of windows' shares: each choice's, and `over_recent`, the indexer's less the last ones'."""
+    of = {name: [share[name] for share in shares] for name in CHOICES}
+    return {
+        **{name: interval(values, documents) for name, values in of.items()},
+        "over_recent": difference(of["indexer"], of["recent"], documents),
+    }
 
 
 @torch.no_grad()
 def measure(
-    model: Any, indexers: Any, windows: list[torch.Tensor], top_ks: list[int], rows: int
-) -> list[dict[str, Any]]:
-    """An entry for each layer and k: the choices' shares as [mean, low, high]."""
+    model: Any, indexers: Any, sample: Sample, top_ks: list[int], rows: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """An entry for each layer and k, and one for the layers' mean and k: the choices' shares."""
     device = next(model.parameters()).device
     shares: dict[tuple[int, int], list[dict[str, float]]] = {}
-    for number, ids in enumerate(windows):
+    for number, ids in enumerate(sample.windows):
         places = asking(len(ids), max(top_ks), rows, number).to(device)
 
         def see(i: int, module: Any, hidden: Any, cos: Any, sin: Any, rows: Any = places) -> None:
@@ -74,14 +75,19 @@ def measure(
 
         with base.watched(model, see):
             model.model(ids[None].to(device), use_cache=False)
-    return [
-        {
-            "layer": layer,
-            "top_k": top_k,
-            **{name: interval([share[name] for share in found]) for name in CHOICES},
-        }
+    layers = [
+        {"layer": layer, "top_k": top_k, **summary(found, sample.documents)}
         for (layer, top_k), found in sorted(shares.items())
     ]
+    means = []
+    for top_k in top_ks:
+        of_layers = [found for (_, k), found in shares.items() if k == top_k]
+        of_windows = [
+            {name: sum(share[name] for share in found) / len(found) for name in CHOICES}
+            for found in zip(*of_layers, strict=True)
+        ]
+        means.append({"top_k": top_k, **summary(of_windows, sample.documents)})
+    return layers, means
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -101,13 +107,14 @@ def main() -> int:
     if max(options.top_k) >= options.length:
         parser.error(f"--top-k: expected less than --length, got {max(options.top_k)}")
     given = trained(parser, options, seed=1)
-    chosen = [given.windows[i] for i in range(options.windows)]
-    entries = measure(given.model, given.indexers, chosen, options.top_k, options.rows)
-    settings = {"length": options.length, "windows": options.windows, "rows": options.rows}
-    found = {"step": given.step, **settings, "layers": entries}
+    sample = given.sample(options.windows)
+    layers, means = measure(given.model, given.indexers, sample, options.top_k, options.rows)
+    settings = {name: getattr(options, name) for name in ("length", "windows", "rows")}
+    settings["documents"] = len(set(sample.documents))
+    found = {"step": given.step, **settings, "layers": layers, "means": means}
     path = options.folder / f"quality-{options.length}.json"
     replace(path, lambda beside: beside.write_text(json.dumps(found, indent=1)))
-    print(table(entries))
+    print(table(layers))
     return 0
 
 

@@ -79,13 +79,21 @@ class Windows:
         self._length = length
         self._seed = seed
 
-    def __getitem__(self, number: int) -> torch.Tensor:
-        """Window `number`, int64 [length]; every place of the text is as likely."""
+    def _place(self, number: int) -> tuple[int, int]:
+        """The text of a window, and where in it the window begins."""
         choice = random.Random(f"{self._seed} {number}")
         places = [len(tokens) - self._length + 1 for tokens in self._texts]
-        (tokens,) = choice.choices(self._texts, weights=places)
-        first = choice.randrange(len(tokens) - self._length + 1)
-        return torch.from_numpy(tokens[first : first + self._length].astype(np.int64))
+        (index,) = choice.choices(range(len(places)), weights=places)
+        return index, choice.randrange(places[index])
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        """Window `number`, int64 [length]; every place of the text is as likely."""
+        index, first = self._place(number)
+        return torch.from_numpy(self._texts[index][first : first + self._length].astype(np.int64))
+
+    def document(self, number: int) -> int:
+        """Which document window `number` is of; short ones that were put together are one."""
+        return self._place(number)[0]
 
 
 def tokens_of(paths: Sequence[str | Path], tokenizer: Any, held_out: bool) -> list[np.ndarray]:

@@ -13,6 +13,13 @@ from . import base, text
 from .indexer import Shape, load, state_of
 
 
+class Sample(NamedTuple):
+    """Windows of text int64 [length], and which document each is of."""
+
+    windows: list[torch.Tensor]
+    documents: list[int]
+
+
 class Trained(NamedTuple):
     """The indexers of a folder of lab.distill after `step` steps, the model that they are of, and
     windows of held-out text."""
@@ -26,6 +33,13 @@ class Trained(NamedTuple):
     @property
     def model(self) -> Any:
         return self.base.model
+
+    def sample(self, count: int) -> Sample:
+        """The first windows."""
+        numbers = range(count)
+        return Sample(
+            [self.windows[i] for i in numbers], [self.windows.document(i) for i in numbers]
+        )
 
 
 def parser_of(program: str, description: str | None, length: int) -> argparse.ArgumentParser:

@@ -112,6 +112,7 @@ def test_windows_depend_on_their_number_alone():
     windows = text.Windows(texts, 10, seed=1)
     assert torch.equal(windows[3], text.Windows(texts, 10, seed=1)[3])
     assert any(not torch.equal(windows[i], windows[0]) for i in range(1, 5))
+    assert [windows.document(i) for i in range(9)] == [int(windows[i][0] > 49) for i in range(9)]
     with pytest.raises(ValueError, match="expected 60 tokens or more, got 53"):
         text.Windows(texts, 60, seed=1)
 

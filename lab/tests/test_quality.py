@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 
 from lab import indexer, quality  # noqa: E402
+from lab.trained import Sample  # noqa: E402
 
 
 def test_shares_by_hand():
@@ -32,20 +33,17 @@ def test_random_positions_keep_their_share():
     assert share == pytest.approx(0.25, abs=0.02)
 
 
-def test_interval_by_hand():
-    assert quality.interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
-    mean, low, high = quality.interval([0.0, 1.0] * 50)
-    assert mean == 0.5
-    # Means of 100 draws of 0 or 1 have a deviation of 0.05.
-    assert 0.5 - low == pytest.approx(0.098, abs=0.02)
-    assert high - 0.5 == pytest.approx(0.098, abs=0.02)
-
-
 def test_measurement(model, windows, tmp_path):
     made = indexer.load(tmp_path, indexer.Shape(2, 128, 4, 16))
-    entries = quality.measure(model, made, [windows[0], windows[1]], [8, 30], rows=20)
+    sample = Sample([windows[0], windows[1]], [0, 1])
+    entries, means = quality.measure(model, made, sample, [8, 30], rows=20)
     assert [(e["layer"], e["top_k"]) for e in entries] == [(0, 8), (0, 30), (1, 8), (1, 30)]
     for entry in entries:
         assert entry["best"][0] > max(entry[name][0] for name in ("indexer", "recent", "random"))
         assert all(low <= mean <= high for mean, low, high in map(entry.get, quality.CHOICES))
+        over = entry["indexer"][0] - entry["recent"][0]
+        assert entry["over_recent"][0] == pytest.approx(over)
+    for mean in means:
+        of_layers = [entry["indexer"][0] for entry in entries if entry["top_k"] == mean["top_k"]]
+        assert mean["indexer"][0] == pytest.approx(sum(of_layers) / 2)
     assert len(quality.table(entries).splitlines()) == 5
