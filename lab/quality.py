@@ -110,7 +110,7 @@ def main() -> int:
     sample = given.sample(options.windows)
     layers, means = measure(given.model, given.indexers, sample, options.top_k, options.rows)
     settings = {name: getattr(options, name) for name in ("length", "windows", "rows")}
-    settings["documents"] = len(set(sample.documents))
+    settings["documents"] = sample.documents
     found = {"step": given.step, **settings, "layers": layers, "means": means}
     path = options.folder / f"quality-{options.length}.json"
     replace(path, lambda beside: beside.write_text(json.dumps(found, indent=1)))

@@ -58,7 +58,8 @@ def measure(
     rows: int,
     layers: list[int],
 ) -> list[dict[str, Any]]:
-    """A result for each choice: `recall` and `attention`, and both for each of `layers`."""
+    """A result for each choice: `recall` and `attention`, both for each of `layers`, and the recall
+    in each window, for differences between choices."""
     device = next(model.parameters()).device
     top_k = choices[0].top_k
     dsa = sparse.choice("dsa", top_k)
@@ -87,22 +88,28 @@ def measure(
         with base.watched(model, see):
             model.model(ids[None].to(device), use_cache=False)
 
-    def summary(of_layers: list[list[tuple[float, float]]]) -> dict[str, Any]:
-        means = torch.tensor(of_layers, dtype=torch.float64).mean(0)  # [windows, 2]
-        recall, attention = means.unbind(1)
+    def summary(of_windows: torch.Tensor) -> dict[str, Any]:
+        recall, attention = of_windows.T.tolist()
         return {
-            "recall": interval(recall.tolist(), sample.documents),
-            "attention": interval(attention.tolist(), sample.documents),
+            "recall": interval(recall, sample.documents),
+            "attention": interval(attention, sample.documents),
         }
 
-    return [
-        {
-            "label": chosen.label,
-            **summary([found[chosen.label, i] for i in layers]),
-            "layers": [{"layer": i, **summary([found[chosen.label, i]])} for i in layers],
-        }
-        for chosen in choices
-    ]
+    results = []
+    for chosen in choices:
+        of_layers = torch.tensor([found[chosen.label, i] for i in layers], dtype=torch.float64)
+        of_windows = of_layers.mean(0)
+        results.append(
+            {
+                "label": chosen.label,
+                **summary(of_windows),
+                "recall_by_window": of_windows[:, 0].tolist(),
+                "layers": [
+                    {"layer": i, **summary(one)} for i, one in zip(layers, of_layers, strict=True)
+                ],
+            }
+        )
+    return results
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -133,7 +140,7 @@ def main() -> int:
     choices = grid(options.top_k, given.shape.heads)
     results = measure(given.model, given.indexers, sample, choices, options.rows, layers)
     settings = {name: getattr(options, name) for name in ("length", "top_k", "windows", "rows")}
-    settings["documents"] = len(set(sample.documents))
+    settings["documents"] = sample.documents
     found = {"step": given.step, "heads": given.shape.heads, "dim": DIM, **settings}
     path = options.folder / f"selection-{options.length}-{options.top_k}.json"
     text_of = json.dumps({**found, "results": results}, indent=1)

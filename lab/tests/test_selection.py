@@ -43,4 +43,5 @@ def test_comparison(model, windows, tmp_path):
     for one in results:
         mean = sum(layer["recall"][0] for layer in one["layers"]) / 2
         assert one["recall"][0] == pytest.approx(mean)
+        assert one["recall"][0] == pytest.approx(sum(one["recall_by_window"]) / 2)
     assert len(selection.table(results).splitlines()) == len(results) + 1
