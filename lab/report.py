@@ -42,6 +42,12 @@ Dense attention is the ceiling. Where the last positions alone cost little, a me
 selections apart.
 
 """
+PAPERS = """## The paper's scores beside ours
+
+LongBench: the paper's are averages of its tasks with all their prompts, ours means over the prompts
+of its English and code tasks that the lab was given.
+
+"""
 VERDICTS = f"""## Claims
 
 A claim holds where the whole interval is on its side of the bound, fails where the whole interval
@@ -54,7 +60,8 @@ worse than it is.
 RECALL = """## What is kept of DSA's set
 
 In percent: the recall of DSA's set, the same in the worst layer, and of the attention that DSA's
-set keeps the share that is kept.
+set keeps the share that is kept. Products are those of a head and a key, or a mean of keys. A layer
+is below where its whole interval is.
 """
 LANGUAGE = """## Language, every layer replaced at once
 
@@ -195,6 +202,26 @@ def ceiling(testbeds: list[Testbed]) -> str:
     return CEILING + text if text else ""
 
 
+def papers(testbeds: list[Testbed]) -> str:
+    """LongBench's averages, the paper's and ours."""
+    labels = ("dsa", "misa:h=8", "hisa")
+    rows = [
+        [f"{model} ({claims.PAPER})", "", *(f"{of[label]:.2f}" for label in labels)]
+        for model, of in claims.PAPER_SCORES.items()
+    ]
+    for each in testbeds:
+        for one in each.found["language"]:
+            found = {x["label"].split(":blocks")[0]: x for x in one["prompts"]}
+            if any(label in found for label in labels):
+                cells = [
+                    shown(found[label]["score"], digits=2) if label in found else ""
+                    for label in labels
+                ]
+                rows.append([f"{each.name} ({each.base})", claims.where(one), *cells])
+    head = ["model", "context", *(f"`{label}`" for label in labels)]
+    return PAPERS + table(head, rows)
+
+
 def compared(claim: Claim, one: Measured) -> str:
     unit, name = claim.unit
     sign = "+" if name == "points" else ""
@@ -238,18 +265,51 @@ def recall(testbeds: list[Testbed]) -> str:
         for one in each.found["selection"]:
             rows = []
             for of in one["results"]:
-                worst = min(of["layers"], key=lambda layer: layer["recall"][0])
+                least = claims.worst(of)
+                under = [x for x in of["layers"] if x["recall"][2] < claims.EVERY_LAYER]
+                chosen = sparse.choice(of["label"], one["top_k"])
                 rows.append(
                     [
                         f"`{of['label']}`",
+                        share(claims.products(chosen, each.heads, one["length"])),
                         shown(of["recall"]),
-                        f"{shown(worst['recall'])} (layer {worst['layer']})",
+                        f"{shown(least['recall'])} (layer {least['layer']})",
+                        f"{len(under)} of {len(of['layers'])}",
                         shown(of["attention"]),
                     ]
                 )
             text += f"\n### {each.name}, {claims.where(one)}\n\n"
-            text += table(["choice", "recall", "worst layer", "attention"], rows)
+            below = f"layers below {share(claims.EVERY_LAYER)}"
+            head = ["choice", "products of DSA's", "recall", "worst layer", below, "attention"]
+            text += table(head, rows) + mended(each, one)
     return RECALL + text if text else ""
+
+
+def mended(testbed: Testbed, one: dict[str, Any]) -> str:
+    """Where the paper's 8 heads fail, and the cheapest choices that do not."""
+    results = claims.by_label(one["results"])
+    if "misa:h=8" not in results:
+        return ""
+    lost = [
+        str(x["layer"])
+        for x in results["misa:h=8"]["layers"]
+        if x["recall"][2] < claims.EVERY_LAYER
+    ]
+    if not lost:
+        return ""
+    kept = []
+    for label, of in results.items():
+        chosen = sparse.choice(label, one["top_k"])
+        cost = claims.products(chosen, testbed.heads, one["length"])
+        if chosen.config and cost < 1 and claims.worst(of)["recall"][1] >= claims.EVERY_LAYER:
+            kept.append((cost, label, chosen.config.candidates > 0))
+    cheapest = {}
+    for name, ranked in (("without a re-rank", False), ("with one", True)):
+        labels = [label for _, label, ranks in sorted(kept) if ranks == ranked]
+        cheapest[name] = f"`{labels[0]}`" if labels else "none that was measured"
+    text = f"\n`misa:h=8` is below {share(claims.EVERY_LAYER)} in the layers {', '.join(lost)}. "
+    found = "; ".join(f"{name} {label}" for name, label in cheapest.items())
+    return text + f"The cheapest choice that is not, in any layer: {found}.\n"
 
 
 def language(testbeds: list[Testbed]) -> str:
@@ -375,7 +435,7 @@ def pictures(testbeds: list[Testbed], folder: Path) -> str:
 
 def page(testbeds: list[Testbed], figures: Path) -> str:
     parts: list[Any] = [HEAD]
-    for part in (strength, ceiling, verdicts, recall, retrieval, language, defaults):
+    for part in (strength, ceiling, papers, verdicts, recall, retrieval, language, defaults):
         parts.append(part(testbeds))
     parts.append(pictures(testbeds, figures))
     return "\n".join(part for part in parts if part)

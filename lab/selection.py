@@ -29,7 +29,8 @@ def grid(top_k: int, heads: int) -> list[sparse.Choice]:
     labels = ["dsa:fp8"]
     labels += [f"misa:h={h}" for h in (4, 8, 16, 32) if h < heads]
     labels += [f"misa:h=8:B={block}" for block in (64, 256)]
-    labels += ["misa:h=8:router=self"]
+    routers = ("self", "dispersion", "nonlinearity", "qnorm", "weight")
+    labels += [f"misa:h=8:router={router}" for router in routers]
     labels += [f"misa-dagger:h=8:m={m}k" for m in (2, 4)]
     labels += [f"misa-r:h={h}" for h in (0, 1, 3, 7)]
     labels += [f"misa-r:h=3:m={m}k" for m in (2, 4)]

@@ -262,6 +262,10 @@ def test_the_page(tmp_path):
     assert f"strong, 8,192 tokens, k = 512, layer 0: {report.shown(recall, 100, 2)} %" in fails
     assert "weak" not in fails
     assert "fails, and the testbed is weak" in page
+    mends = "without a re-rank none that was measured; with one `misa-r:h=3:m=2k`"
+    assert "`misa:h=8` is below 92 % in the layers 0, 1." in page and mends in page
+    assert "| GLM-5 (arXiv 2605.07363) |  | 46.01 | 46.43 | 46.32 |" in page
+    assert "50.00 [50.00, 50.00] | 40.00 [40.00, 40.00] |  |" in page
     names = {path.name for path in tmp_path.glob("*.svg")}
     shown = {"attention", "layers", "needles", "divergence"}
     assert {f"strong-{name}.svg" for name in shown} < names
