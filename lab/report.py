@@ -365,7 +365,7 @@ def retrieval(testbeds: list[Testbed]) -> str:
                     [
                         of["kind"],
                         f"`{of['label']}`",
-                        str(answers["questions"]) if answers else "",
+                        str((answers or selection)["questions"]),
                         shown(answers["exact"]) if answers else "",
                         shown(answers["log_probability"], 1, 2) if answers else "",
                         shown(selection["found"]) if selection else "",
