@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good distilled indexers are, before anything is claimed with them.
 
-    python -m lab.quality FOLDER --text FILE... [--length 8192] [--top-k 512 2048] [--windows 8]
+    python -m lab.quality FOLDER --text FILE... [--length 8192] [--top-k 512 2048] [--windows 16]
 
 Of the dense attention of held-out text, averaged over heads, the share that k positions keep in
 each layer: the best ones (no selection keeps more), those that the indexer selects, the last ones,
@@ -101,7 +101,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = parser_of("lab.quality", __doc__, length=8192)
     parser.add_argument("--top-k", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--rows", type=int, default=64, help="of a window that ask")
     options = parser.parse_args()
     if max(options.top_k) >= options.length:

@@ -129,7 +129,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = parser_of("lab.selection", __doc__, length=8192)
     parser.add_argument("--top-k", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--rows", type=int, default=32, help="of a window that ask")
     parser.add_argument("--layers", type=int, nargs="*", help="all if not given")
     options = parser.parse_args()

@@ -76,24 +76,27 @@ class Windows:
         if not self._texts:
             total = sum(len(tokens) for tokens in texts)
             raise ValueError(f"text: expected {length} tokens or more, got {total}")
+        self._places = [len(tokens) - length + 1 for tokens in self._texts]
         self._length = length
         self._seed = seed
 
-    def _place(self, number: int) -> tuple[int, int]:
-        """The text of a window, and where in it the window begins."""
-        choice = random.Random(f"{self._seed} {number}")
-        places = [len(tokens) - self._length + 1 for tokens in self._texts]
-        (index,) = choice.choices(range(len(places)), weights=places)
-        return index, choice.randrange(places[index])
-
     def __getitem__(self, number: int) -> torch.Tensor:
         """Window `number`, int64 [length]; every place of the text is as likely."""
-        index, first = self._place(number)
-        return torch.from_numpy(self._texts[index][first : first + self._length].astype(np.int64))
+        choice = random.Random(f"{self._seed} {number}")
+        (index,) = choice.choices(range(len(self._texts)), weights=self._places)
+        return self._window(index, choice)
 
-    def document(self, number: int) -> int:
-        """Which document window `number` is of; short ones that were put together are one."""
-        return self._place(number)[0]
+    def spread(self, count: int) -> tuple[list[torch.Tensor], list[int]]:
+        """Windows, and which document each is of: of all documents in turn, so that no more windows
+        than need be are of one. Short documents that were put together are one."""
+        choice = random.Random(f"{self._seed} spread")
+        turn = choice.sample(range(len(self._texts)), len(self._texts))
+        documents = [turn[i % len(turn)] for i in range(count)]
+        return [self._window(index, choice) for index in documents], documents
+
+    def _window(self, index: int, choice: random.Random) -> torch.Tensor:
+        first = choice.randrange(self._places[index])
+        return torch.from_numpy(self._texts[index][first : first + self._length].astype(np.int64))
 
 
 def tokens_of(paths: Sequence[str | Path], tokenizer: Any, held_out: bool) -> list[np.ndarray]:

@@ -35,11 +35,8 @@ class Trained(NamedTuple):
         return self.base.model
 
     def sample(self, count: int) -> Sample:
-        """The first windows."""
-        numbers = range(count)
-        return Sample(
-            [self.windows[i] for i in numbers], [self.windows.document(i) for i in numbers]
-        )
+        """Windows of as many documents as can be."""
+        return Sample(*self.windows.spread(count))
 
 
 def parser_of(program: str, description: str | None, length: int) -> argparse.ArgumentParser:

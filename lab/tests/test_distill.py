@@ -112,9 +112,19 @@ def test_windows_depend_on_their_number_alone():
     windows = text.Windows(texts, 10, seed=1)
     assert torch.equal(windows[3], text.Windows(texts, 10, seed=1)[3])
     assert any(not torch.equal(windows[i], windows[0]) for i in range(1, 5))
-    assert [windows.document(i) for i in range(9)] == [int(windows[i][0] > 49) for i in range(9)]
     with pytest.raises(ValueError, match="expected 60 tokens or more, got 53"):
         text.Windows(texts, 60, seed=1)
+
+
+def test_windows_are_spread_over_documents():
+    texts = [np.arange(first, first + 50, dtype=np.int32) for first in (0, 100, 200)]
+    windows = text.Windows(texts, 10, seed=1)
+    found, documents = windows.spread(7)
+    assert [int(window[0]) // 100 for window in found] == documents
+    assert sorted(documents.count(i) for i in range(3)) == [2, 2, 3]
+    assert len(set(documents[:3])) == 3 and len({int(window[0]) for window in found}) > 3
+    again, _ = text.Windows(texts, 10, seed=1).spread(5)
+    assert all(map(torch.equal, again, found[:5]))
 
 
 def test_the_split_is_by_title():
