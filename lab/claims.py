@@ -164,7 +164,8 @@ def _worst_recalls(label: str, bound: float) -> Callable[[Testbed], Iterator[Mea
             result = by_label(one["results"]).get(label)
             if result is not None:
                 least = worst(result)
-                place = f"{where(one)}, layer {least['layer']}"
+                count = len(result["layers"])
+                place = f"{where(one)}, layer {least['layer']}, the worst of {count}"
                 documents = len(set(one["documents"]))
                 yield Measured(one, place, Interval(*least["recall"]), bound, documents)
 

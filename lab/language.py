@@ -70,10 +70,11 @@ def compare(
     """Of one window, what `hidden` returned for DSA and another: loss, kl and top1, means over the
     positions that see more than top_k keys and have a next token."""
     sums: dict[str, float] = {"loss": 0, "kl": 0, "top1": 0}
+    head = model.lm_head.weight.float()  # rounded to bfloat16 logits would differ by themselves
     last = len(ids) - 1
     for first in range(top_k, last, ROWS):
         block = slice(first, min(first + ROWS, last))
-        logits = (model.lm_head(x[block]) for x in (dsa, other))
+        logits = (x[block].float() @ head.T for x in (dsa, other))
         found = compare_logits(*logits, ids[block.start + 1 : block.stop + 1])
         for name in sums:
             sums[name] += float(found[name].sum())
