@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     rate: float
     warm_up: int
     seed: int
+    held_out: int = text.HELD_OUT  # of 16 documents
 
 
 def divergence(target: torch.Tensor, found: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -138,6 +139,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--warm-up", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", type=int, default=text.HELD_OUT, help="of 16 documents")
     parser.add_argument("--minutes", type=float, default=math.inf)
     options = vars(parser.parse_args())
     folder, minutes = options.pop("folder"), options.pop("minutes")
@@ -146,9 +148,8 @@ def main() -> int:
     device = base.device()
     start = time.monotonic()
     model, tokenizer, name, _ = base.load(decoder, settings.length, device, base.dtype_on(device))
-    windows = text.Windows(
-        text.tokens_of(paths, tokenizer, held_out=False), settings.length, settings.seed
-    )
+    learned = text.tokens_of(paths, tokenizer, held_out=False, share=settings.held_out)
+    windows = text.Windows(learned, settings.length, settings.seed)
     left = minutes * 60 - (time.monotonic() - start)
     state = run(model, windows, folder, settings, name=name, seconds=left)
     print(json.dumps({"step": state["step"], "steps": settings.steps}))

@@ -56,9 +56,10 @@ def kind(path: Path) -> str:
     return next((k for k in (".txt", ".jsonl") if name.endswith(k)), "")
 
 
-def is_held_out(title: str) -> bool:
-    """By the title alone, so that the split is the same in every run and for every set of files."""
-    return zlib.crc32(title.encode()) % OF < HELD_OUT
+def is_held_out(title: str, share: int = HELD_OUT) -> bool:
+    """Whether it is one of `share` in 16: by the title alone, so that the split is the same in
+    every run and for every set of files. What a smaller share holds out, a larger one does too."""
+    return zlib.crc32(title.encode()) % OF < share
 
 
 class Windows:
@@ -100,9 +101,11 @@ class Windows:
         return torch.from_numpy(self._texts[index][first : first + self._length].astype(np.int64))
 
 
-def tokens_of(paths: Sequence[str | Path], tokenizer: Any, held_out: bool) -> list[np.ndarray]:
+def tokens_of(
+    paths: Sequence[str | Path], tokenizer: Any, held_out: bool, share: int = HELD_OUT
+) -> list[np.ndarray]:
     """The tokens of the documents of one side of the split."""
-    texts = [d.text for d in documents(paths) if is_held_out(d.title) == held_out]
+    texts = [d.text for d in documents(paths) if is_held_out(d.title, share) == held_out]
     # All in one call, which the tokenizer spreads over the machine's threads.
     found = tokenizer(texts)["input_ids"] if texts else []
     return [np.asarray(ids, dtype=np.int32) for ids in found]

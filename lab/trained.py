@@ -69,7 +69,8 @@ def trained(
     expected = state.get("base", base.SMOLLM2)
     if expected != found.name:
         parser.error(f"--base: expected the {expected}, got the {found.name}")
-    held_out = text.tokens_of(options.text, found.tokenizer, held_out=True)
+    share = state["settings"].get("held_out", text.HELD_OUT)
+    held_out = text.tokens_of(options.text, found.tokenizer, held_out=True, share=share)
     windows = text.Windows(held_out, options.length, seed)
     return Trained(state["step"], shape, load(options.folder, shape).to(device), found, windows)
 
