@@ -121,8 +121,8 @@ def test_files_are_small_and_transformers_reads_them(tokenizer, tmp_path, monkey
 
 
 def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
-    """One run, another piece, indexers distilled from it, and their quality."""
-    from lab import quality, traces
+    """One run, another piece, indexers distilled from it, and what is measured with them."""
+    from lab import quality, retrieval, traces
 
     made, indexers = tmp_path / "decoder", tmp_path / "indexers"
     given = ["--text", str(book), "--stages", "96:0.004", "128:0.002"]
@@ -142,11 +142,14 @@ def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     assert entry["length"] == 256 and 0 <= entry["needle"] <= 1
 
     from_it = ["--text", book, "--base", made, "--length", 192]
-    call(distill, indexers, *from_it, "--heads", 4, "--rank", 8, "--rows", 16, "--steps", 2)
+    call(distill, indexers, *from_it, "--heads", 16, "--rank", 8, "--rows", 16, "--steps", 2)
     assert decoder.state_of(indexers)["base"] == "decoder from scratch, seed 0, 15 steps"
     call(quality, indexers, *from_it, "--top-k", 16, "--windows", 2, "--rows", 4)
     assert json.loads((indexers / "quality-192.json").read_text())["layers"]
     assert "layer1" in call(traces, indexers, tmp_path / "traces", *from_it, "--layers", 1)
+    from_it = ["--text", book, "--base", made, "--length", 256, "--top-k", 16]
+    out = call(retrieval, indexers, *from_it, "--depths", 2, "--contexts", 1)
+    assert "needles" in out and "misa-r:h=7" in out
     found = base.load(made, 256, torch.device("cpu"), torch.float32)
     assert found.note == ", trained on 128 tokens at most"
 
