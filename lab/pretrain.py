@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from . import base, decoder, tasks, text
 from .indexer import state_of
 
-LOGGED = 50  # steps between entries of the log
+LOGGED = 100  # steps between entries of the log
 STAGES = ["512:40", "2048:80", "8192:100", "16384:80", "32768:60", "65536:40", "131072:40"]
 CHECKED = (256, 1024, 4096, 16384, 32768, 65536, 131072)  # lengths at the end of a run, up to
 BEYOND = 2  # times what it has come to
@@ -146,7 +146,6 @@ def run(
         batch_size=None,
         sampler=range(first, len(batches)),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
         pin_memory=device.type == "cuda",
     )
     used = optimizers(model, settings.rate)
@@ -169,7 +168,8 @@ def run(
         sums += torch.stack(found).detach()
         steps, tokens = steps + 1, tokens + ids.numel()
         state["step"] = step + 1
-        if steps == LOGGED or step + 1 == len(batches):
+        over = step + 1 == len(batches) or time.monotonic() - start > seconds
+        if over or steps == LOGGED:
             of_text, of_answers, right = (sums / steps).tolist()  # waits for the device
             now = time.monotonic()
             if not math.isfinite(of_text + of_answers):
@@ -184,7 +184,7 @@ def run(
             )
             sums.zero_()
             steps, tokens, since = 0, 0, now
-        if time.monotonic() - start > seconds:
+        if over:
             break
 
 
@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512, help="a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--stages", nargs="+", default=STAGES, help="LENGTH:MILLIONS of tokens")
-    parser.add_argument("--batch", type=int, default=65536, help="of a step, tokens")
+    parser.add_argument("--batch", type=int, default=32768, help="of a step, tokens")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--warm-up", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
