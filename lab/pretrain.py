@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -253,6 +254,12 @@ def table(checks: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _stage(given: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*:[0-9]*\.?[0-9]+", given):
+        raise argparse.ArgumentTypeError(f"expected LENGTH:MILLIONS, got {given!r}")
+    return given
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.pretrain", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -261,7 +268,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512, help="a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--stages", nargs="+", default=STAGES, help="LENGTH:MILLIONS of tokens")
+    stages_help = "LENGTH:MILLIONS of tokens"
+    parser.add_argument("--stages", nargs="+", default=STAGES, type=_stage, help=stages_help)
     parser.add_argument("--batch", type=int, default=32768, help="of a step, tokens")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--warm-up", type=int, default=100)
@@ -273,13 +281,19 @@ def main() -> int:
     folder, minutes, paths = (options.pop(name) for name in ("folder", "minutes", "text"))
     workers, compiled = options.pop("workers"), options.pop("compile")
     settings = Settings(**options)
+    if settings.width % decoder.HEAD_DIM or settings.width < 1:
+        parser.error(f"--width: expected a multiple of {decoder.HEAD_DIM}, got {settings.width}")
     start, device = time.monotonic(), base.device()
     try:
         model, tokenizer, state = begin(folder, paths, settings)
+        maker = tasks.Maker(tokenizer)
+        batches = Batches(maker, text.tokens_of(paths, tokenizer, held_out=False), settings)
     except ValueError as error:
         parser.error(str(error))
-    maker = tasks.Maker(tokenizer)
-    batches = Batches(maker, text.tokens_of(paths, tokenizer, held_out=False), settings)
+    for last in state.get("checks", [])[-1:]:
+        if last["step"] == len(batches):
+            print(table(last["lengths"]))
+            return 0
     model.to(device)
     if compiled:
         for layer in model.model.layers:

@@ -140,6 +140,7 @@ def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     assert "needles" in out
     state = decoder.state_of(made)
     assert state["checks"][-1]["step"] == state["step"] == 15
+    assert call(pretrain, made, *given) in out  # it is through
     (entry,) = state["checks"][-1]["lengths"]
     assert entry["length"] == 256 and 0 <= entry["needle"] <= 1
 
@@ -165,6 +166,22 @@ def test_indexers_of_another_model_are_refused(model, windows, tmp_path):
         distill.run(model, windows, tmp_path, few, name="other")
     with pytest.raises(ValueError, match=r"expected a folder of lab\.pretrain"):
         base.load(tmp_path, 96, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--stages", "96"], "--stages: expected LENGTH:MILLIONS, got '96'"),
+        (["--width", "100"], "--width: expected a multiple of 64, got 100"),
+        (["--stages", "999999:1"], "text: expected 999999 tokens or more, got "),
+    ],
+)
+def test_what_is_refused(option, message, book, tmp_path, monkeypatch, capsys):
+    given = ["lab", str(tmp_path), "--text", str(book), "--vocabulary", "400", "--width", "64"]
+    monkeypatch.setattr(sys, "argv", [*given, *option])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert message in capsys.readouterr().err
 
 
 def test_held_out_text_is_not_learned(book):
