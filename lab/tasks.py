@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retrieval tasks, in tokens: facts in a haystack of text, and questions for them.
 
-A needle is a sentence, `The code of NAME is 12345.`; a list has lines `NAME: 12345`; a copy is a
-string of words. A question repeats the words before a value and then has the value as its answer. A
-name is two words. Words are single tokens of the tokenizer, so that where everything sits is known
-without looking for it.
+A needle is a sentence, `The code of NAME is 12345.`; a list has lines `NAME: WORD WORD`; a copy is
+a string of words. A question repeats the words before a value and then has the value as its answer.
+A name is two words. Words are single tokens of the tokenizer, so that where everything sits is
+known without looking for it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 NOT_LEARNED, TEXT, ANSWER = 0, 1, 2  # roles of tokens
-WORDS = 1024  # names are made of, at most
-DIGITS = 5  # of a value
-TEMPLATES = {"needle": ("\nThe code of", " is ", ".\n"), "list": ("\n", ": ", "")}
+WORDS = 1024  # to choose from, at most
+# Before and behind a name, and behind a value.
+TEMPLATES = {"needle": ("\nThe code of", " is ", ".\n"), "list": ("\n", ":", "")}
 
 Tokens = list[int]
 Span = tuple[int, int]  # the first position and the one behind the last
@@ -104,12 +104,13 @@ class Maker:
         vocabulary = tokenizer.get_vocab()
         words = [i for word, i in vocabulary.items() if re.fullmatch("Ġ[a-z]{4,8}", word)]
         self.words = sorted(words)[:WORDS]  # earlier tokens are more frequent
-        self.digits = [vocabulary[digit] for digit in "0123456789" if digit in vocabulary]
-        if len(self.words) < 16 or len(self.digits) < 10:
+        digits = [vocabulary[digit] for digit in "0123456789" if digit in vocabulary]
+        if len(self.words) < 16 or len(digits) < 10:
             raise ValueError(
                 "tokenizer: expected 16 words and 10 digits as tokens, "
-                f"got {len(self.words)} and {len(self.digits)}"
+                f"got {len(self.words)} and {len(digits)}"
             )
+        self._values = {"needle": (digits, 5), "list": (self.words, 2)}
         self._templates = {
             kind: tuple(tokenizer(part)["input_ids"] if part else [] for part in parts)
             for kind, parts in TEMPLATES.items()
@@ -125,8 +126,9 @@ class Maker:
         """A needle, or a line of a list, with a value of its own."""
         before, middle, after = self._templates[kind]
         first = len(before) + len(name) + len(middle)
-        value = choice.choices(self.digits, k=DIGITS)
-        return Piece(place, before + name + middle + value + after, (first, first + DIGITS))
+        tokens, count = self._values[kind]
+        value = choice.choices(tokens, k=count)
+        return Piece(place, before + name + middle + value + after, (first, first + count))
 
     def copy(self, count: int, place: float, choice: random.Random) -> Piece:
         """Words, of which the first two tell which ones follow."""

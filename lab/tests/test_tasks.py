@@ -81,6 +81,8 @@ def test_answers_are_in_the_text(maker, seed):
             before = value[0] - fact[0]
             name = ids[fact[0] : value[0]].tolist()
             assert before and ids[answer[0] - before : answer[0]].tolist() == name
+            if before == 2:
+                continue  # a copy, whose first words may be elsewhere
             # Nothing else in front of the answer has that name.
             whole = ids[: answer[0] - before].tolist()
             places = [i for i in range(len(whole)) if whole[i : i + before] == name]
