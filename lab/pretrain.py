@@ -221,11 +221,11 @@ def check(
     over a context and to lines of a list that fills it."""
     found = []
     for length in lengths:
-        windows = text.Windows(texts, length, seed=3)
+        windows, _ = text.Windows(texts, length, seed=3).spread(CHECKS)
         right: dict[str, list[bool]] = {"needle": [], "list": []}
         of_text = []
-        for number in range(CHECKS):
-            haystack, choice = windows[number].numpy(), random.Random(number)
+        for number, window in enumerate(windows):
+            haystack, choice = window.numpy(), random.Random(number)
             plain = tasks.compose(haystack, [], length)
             ids, roles = (
                 torch.from_numpy(part)[None].to(next(model.parameters()).device)

@@ -12,7 +12,8 @@ Selection: with dense attention in every layer, in how many of the questions an 
 the position of the value, by the row that says its first token, and what part of the fact; beside
 them the dense attention that the row gives the fact. Answers: with every layer attending only to
 what its indexer selects, how many are exact, and their log-probability. Each by label, depth and
-layer, with 95 % intervals: of shares by Wilson, of means by bootstrap over contexts.
+layer, with 95 % intervals: of shares by Wilson, of means by bootstrap over documents, of which
+every prompt is one.
 
 FOLDER/retrieval-LENGTH-K.json is written after each pass; a run stops after --minutes, and goes on
 when it is started again.
@@ -36,7 +37,7 @@ from . import base, gold, longbench, sparse, tasks
 from .indexer import replace
 from .language import DENSE, DSA, compared
 from .statistics import interval, share
-from .trained import Trained, parser_of, trained
+from .trained import Sample, Trained, parser_of, trained
 
 LINES = 8  # of a list that are asked for
 # Of a row's attention, averaged over heads, on a fact: the layer looks at it.
@@ -54,30 +55,28 @@ class Asked(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A context and its questions, in the order of example.questions."""
+    """A context of a document and its questions, in the order of example.questions."""
 
     name: str
     kind: str
+    document: str
     example: tasks.Example
     asked: list[Asked]
 
 
-def case(name: str, kind: str, example: tasks.Example) -> Case:
+def case(name: str, kind: str, document: str, example: tasks.Example) -> Case:
     asked = [
         Asked(one.answer[0] - 1, [one.value[0]], [one.fact], one.value[0] / len(example.ids))
         for one in example.questions
     ]
-    return Case(name, kind, example, asked)
+    return Case(name, kind, document, example, asked)
 
 
-def synthetic(
-    maker: tasks.Maker, windows: Any, length: int, contexts: int, depths: int
-) -> Iterable[Case]:
-    """Of held-out windows, in turn one of each kind; the needles by themselves come to each depth
-    in `contexts` contexts."""
+def synthetic(maker: tasks.Maker, sample: Sample, length: int, depths: int) -> Iterable[Case]:
+    """Of each held-out window a context of each kind, and a needle by itself at each depth."""
     middles = [(i + 0.5) / depths for i in range(depths)]
-    for number in range(contexts):
-        haystack = windows[number].numpy()
+    for number, (window, document) in enumerate(zip(*sample, strict=True)):
+        haystack = window.numpy()
         made = {
             f"needle-{i}": tasks.needles(maker, haystack, length, [depth], _choice(number, i))
             for i, depth in enumerate(middles)
@@ -87,7 +86,7 @@ def synthetic(
         made["needles"] = tasks.needles(maker, haystack, length, order, choice, others=depths)
         made["list"] = tasks.listed(maker, haystack, length, LINES, choice)
         for name, example in made.items():
-            yield case(f"{name}/{number}", name.split("-")[0], example)
+            yield case(f"{name}/{number}", name.split("-")[0], f"text {document}", example)
 
 
 def _choice(number: int, i: int) -> random.Random:
@@ -105,7 +104,7 @@ def of_prompts(prompts: list[longbench.Prompt], tokenizer: Any, length: int) -> 
         example = tasks.Example(found.ids, found.ids * 0, [question])
         depth = found.places[0] / len(found.ids)
         asked = [Asked(found.answer[0] - 1, found.places, found.facts, depth)]
-        cases.append(Case(prompt.name, prompt.task, example, asked))
+        cases.append(Case(prompt.name, prompt.task, prompt.name, example, asked))
     return cases
 
 
@@ -157,24 +156,27 @@ def summary(cases: list[dict[str, Any]], labels: list[str], depths: int) -> list
             own = [one for one in cases if one["kind"] == kind]
             entry: dict[str, Any] = {"kind": kind, "label": label}
             said = [
-                (number, question["depth"], *question["answers"][label])
+                (number, one["document"], question["depth"], *question["answers"][label])
                 for number, one in enumerate(own)
                 for question in one["questions"]
                 if label in question["answers"]
             ]
             chosen = [
-                (question["depth"], question["selected"][label], question["attention"])
+                (one["document"], question["depth"])
+                + (question["selected"][label], question["attention"])
                 for one in own
                 for question in one["questions"]
                 if label in question["selected"]
             ]
             if said:
+                numbers, documents, places, exact, logs = map(list, zip(*said, strict=True))
                 entry["answers"] = {
-                    "contexts": len({number for number, *_ in said}),
+                    "contexts": len(set(numbers)),
+                    "documents": len(set(documents)),
                     "questions": len(said),
-                    "exact": _share([exact for *_, exact, _ in said]),
-                    "log_probability": interval([p for *_, p in said], [n for n, *_ in said]),
-                    "by_depth": _by_depth([(depth, exact) for _, depth, exact, _ in said], depths),
+                    "exact": _share(exact),
+                    "log_probability": interval(logs, documents),
+                    "by_depth": _by_depth(list(zip(places, exact, strict=True)), depths),
                 }
             if chosen:
                 entry["selection"] = _selection(chosen, depths)
@@ -183,28 +185,30 @@ def summary(cases: list[dict[str, Any]], labels: list[str], depths: int) -> list
     return results
 
 
-def _selection(chosen: list[tuple[float, Any, list[float]]], depths: int) -> dict[str, Any]:
-    layers = range(len(chosen[0][1]))
-    looked = [
-        held[i][0] for _, held, seen in chosen for i in layers if seen[i] >= LOOKS
-    ]  # by the dense model
+def _selection(chosen: list[tuple[str, float, Any, list[float]]], depths: int) -> dict[str, Any]:
+    documents, places, held, attention = map(list, zip(*chosen, strict=True))
+    layers = range(len(held[0]))
+    pairs = [(i, number) for i in layers for number in range(len(chosen))]
+    looked = [held[number][i][0] for i, number in pairs if attention[number][i] >= LOOKS]
+    means = [[_mean(pair[part] for pair in one) for one in held] for part in (0, 1)]
     return {
         "questions": len(chosen),
-        "found": interval([_mean(held[i][0] for i in layers) for _, held, _ in chosen]),
+        "documents": len(set(documents)),
+        "found": interval(means[0], documents),
         "found_where_looked": _share(looked) if looked else None,
         "looked": len(looked),
-        "of_facts": interval([_mean(held[i][1] for i in layers) for _, held, _ in chosen]),
+        "of_facts": interval(means[1], documents),
         "by_layer": [
             {
                 "layer": i,
-                "found": _share([held[i][0] for _, held, _ in chosen]),
-                "of_facts": _mean(held[i][1] for _, held, _ in chosen),
-                "attention": _mean(seen[i] for _, _, seen in chosen),
+                "found": _share([one[i][0] for one in held]),
+                "of_facts": _mean(one[i][1] for one in held),
+                "attention": _mean(seen[i] for seen in attention),
             }
             for i in layers
         ],
         "by_depth": _by_depth(
-            [(depth, held[i][0]) for depth, held, _ in chosen for i in layers], depths
+            [(places[number], held[number][i][0]) for i, number in pairs], depths
         ),
     }
 
@@ -269,6 +273,7 @@ def measure(
             one.name,
             {
                 "kind": one.kind,
+                "document": one.document,
                 "tokens": len(one.example.ids),
                 "questions": [
                     {"depth": asked.depth, "answers": {}, "selected": {}} for asked in one.asked
@@ -320,7 +325,9 @@ def main() -> int:
     parser = parser_of("lab.retrieval", __doc__, length=8192)
     parser.add_argument("--top-k", type=int, default=512)
     parser.add_argument("--indexers", nargs="+", help="beside dense and dsa; some if not given")
-    parser.add_argument("--contexts", type=int, default=4, help="of a kind, of needles a depth")
+    parser.add_argument(
+        "--contexts", type=int, default=4, help="of each kind, and of needles at each depth"
+    )
     parser.add_argument("--depths", type=int, default=8)
     parser.add_argument("--prompts", type=Path, help=".jsonl of LongBench, also .xz")
     parser.add_argument("--minutes", type=float, default=math.inf)
@@ -353,7 +360,7 @@ def main() -> int:
 
 def asked(given: Trained, options: Any) -> Iterable[Case]:
     maker = tasks.Maker(given.base.tokenizer)
-    yield from synthetic(maker, given.windows, options.length, options.contexts, options.depths)
+    yield from synthetic(maker, given.sample(options.contexts), options.length, options.depths)
     if options.prompts:
         prompts = longbench.prompts(options.prompts)
         yield from of_prompts(prompts, given.base.tokenizer, options.length)

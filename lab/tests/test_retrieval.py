@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from lab import decoder, gold, indexer, longbench, retrieval, sparse, tasks  # noqa: E402
+from lab.trained import Sample  # noqa: E402
 
 LENGTH = 192
 
@@ -29,12 +30,9 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cases(tokenizer, tokens):
-    class Haystacks:
-        def __getitem__(self, number):
-            return torch.from_numpy(tokens[number][:LENGTH].astype(np.int64))
-
+    windows = [torch.from_numpy(one[:LENGTH].astype(np.int64)) for one in tokens[:2]]
     maker = tasks.Maker(tokenizer)
-    return list(retrieval.synthetic(maker, Haystacks(), LENGTH, contexts=2, depths=2))
+    return list(retrieval.synthetic(maker, Sample(windows, [5, 7]), LENGTH, depths=2))
 
 
 def test_cases(cases, tokenizer):
@@ -111,16 +109,18 @@ def test_summary_by_hand():
         }
 
     kept = [
-        {"kind": "needle", "questions": [question(0.1, True, 0.0, [0.3, 0.0])]},
-        {"kind": "needle", "questions": [question(0.2, False, 1.0, [0.5, 0.2])]},
-        {"kind": "needle", "questions": [question(0.9, True, 1.0, [0.0, 0.0])]},
+        {"document": "a", "questions": [question(0.1, True, 0.0, [0.3, 0.0])]},
+        {"document": "a", "questions": [question(0.2, False, 1.0, [0.5, 0.2])]},
+        {"document": "b", "questions": [question(0.9, True, 1.0, [0.0, 0.0])]},
     ]
+    kept = [{"kind": "needle", **one} for one in kept]
     dense, dsa = retrieval.summary(kept, ["dense", "dsa"], 2)
     assert "selection" not in dense and "answers" not in dsa
     answers, selection = dense["answers"], dsa["selection"]
-    assert (answers["contexts"], answers["questions"]) == (3, 3)
+    assert (answers["contexts"], answers["documents"], answers["questions"]) == (3, 2, 3)
     assert answers["exact"][0] == pytest.approx(2 / 3)
-    assert answers["log_probability"][0] == pytest.approx(-7 / 3)
+    # Drawn again are a, with -1 and -5, and b, with -1.
+    assert answers["log_probability"] == pytest.approx((-7 / 3, -3, -1))
     assert [(d["depth"], d["count"], d["share"][0]) for d in answers["by_depth"]] == [
         (0.25, 2, 0.5),
         (0.75, 1, 1.0),
