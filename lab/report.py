@@ -129,6 +129,8 @@ def strength(testbeds: list[Testbed]) -> str:
         text += table(["testbed", "context", "documents", *choices, *gained], rows)
     text += "\n"
     for each in testbeds:
+        if note := each.state.get("note"):
+            text += f"- {each.name}: {note}.\n"
         weak: dict[str, list[str]] = {}
         for length, top_k in claims.contexts(each):
             place = claims.where({"length": length, "top_k": top_k})
