@@ -77,6 +77,7 @@ def main() -> int:
     given = trained(parser, options, seed=0, device=torch.device("cpu"))
     layers = options.layers if options.layers is not None else list(range(given.shape.layers))
     source = f"{given.base.name}, indexers distilled for {given.step} steps{given.base.note}"
+    source += f", window {options.window} of {options.length} tokens"
     ids = given.windows[options.window]
     for path in write(given.model, given.indexers, ids, options.out, layers, source):
         print(path)
