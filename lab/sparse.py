@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,15 +49,11 @@ def choice(label: str, top_k: int) -> Choice:
     e4m3; a sketch needs it. Raises ValueError for anything else."""
     if label in (RECENCY, RANDOM):
         return Choice(label, top_k, None, False)
-    parts = label.split(":")
-    sketch = [part.removeprefix("sketch=") for part in parts if part.startswith("sketch=")]
-    rest = [part for part in parts if part != "fp8" and not part.startswith("sketch=")]
-    config = parse(":".join(rest), top_k)
-    if sketch:
-        if "fp8" not in parts or sketch[-1] not in ("2", "4"):
-            raise ValueError(f"{label}: expected sketch=2 or sketch=4 with :fp8")
-        config = replace(config, sketch=int(sketch[-1]))
-    return Choice(label, top_k, config, "fp8" in parts)
+    config = parse(label.removesuffix(":fp8"), top_k)
+    fp8 = label.endswith(":fp8")
+    if config.sketch and not fp8:
+        raise ValueError(f"{label}: expected :fp8 at the end, as a sketch is of e4m3 keys")
+    return Choice(label, top_k, config, fp8)
 
 
 def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
