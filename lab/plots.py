@@ -59,7 +59,10 @@ def _series(axes: Any, i: int, label: str, xs: list[Any], found: list[Any]) -> N
 
 def _legend(figure: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    # A letter is about 0.067 inches wide, a line with its gaps 0.6.
+    column = 0.6 + 0.067 * max(map(len, labels), default=0)
+    columns = max(1, min(3, int(figure.get_figwidth() / column)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _shown(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
