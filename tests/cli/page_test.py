@@ -84,7 +84,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
     for layer, file in enumerate(layers):
         shape = ["--queries", "12", "--keys", "400", "--heads", "8", "--dim", "64"]
         misa("synth", "-o", file, "--kind", "structured", "--seed", str(layer), *shape)
-    real = sorted((ROOT / "data").glob("*.safetensors"))
+    real = sorted((ROOT / "data").glob("trace_*.safetensors"))
     runs = {
         "2 traces": [*real, "--runs", "1"],
         "61 traces": [*sorted(layers), "--top-k", "32", "--runs", "1"],
