@@ -29,6 +29,7 @@ from misa.integrations._evaluate_measures import compare_logits
 
 from . import longbench, sparse
 from .indexer import replace
+from .passes import begun, work
 from .statistics import difference, interval
 from .trained import Sample, parser_of, trained
 
@@ -171,9 +172,7 @@ def measure(
     """
     length, top_k = settings["length"], settings["top_k"]
     device = next(model.parameters()).device
-    state = json.loads(path.read_text()) if path.exists() else {"settings": settings}
-    if state["settings"] != settings:
-        raise ValueError(f"{path}: expected the settings {settings}, got {state['settings']}")
+    state = begun(path, settings)
     windows, answers = state.setdefault("windows", {}), state.setdefault("answers", {})
     labels = list(dict.fromkeys([DSA, DENSE, *labels]))
     choices = {label: choice(label, top_k) for label in labels}
@@ -200,18 +199,14 @@ def measure(
     for prompt in prompts:
         given = answers.setdefault(prompt.name, {})
         jobs += [partial(ask, prompt, label) for label in labels if label not in given]
-    start = time.monotonic()
-    for number, job in enumerate(jobs, 1):
-        job()
+
+    def keep() -> None:
         replace(path, lambda beside: beside.write_text(json.dumps(state, indent=1)))
-        took = time.monotonic() - start
-        left = took / number * (len(jobs) - number)
-        say(f"{number} of {len(jobs)} passes and answers, about {left / 60:.0f} min left")
-        if took > seconds:
-            break
+
+    work(jobs, keep, "passes and answers", seconds, say)
     state["text"] = on_windows(list(windows.values()), labels)
     state["prompts"] = on_prompts(answers, labels)
-    replace(path, lambda beside: beside.write_text(json.dumps(state, indent=1)))
+    keep()
     return state
 
 

@@ -11,25 +11,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from . import style
 from .claims import FLOOR, Testbed, by_label, where
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#555555")
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":")
 MARKED = 8  # points of a line at most
-SETTINGS: dict[str, Any] = {
-    "svg.hashsalt": "misa",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "lines.linewidth": 1.3,
-}
+SETTINGS = style.SETTINGS | {"lines.markersize": 4, "lines.linewidth": 1.3}
 WIDTH, HEIGHT = 4.2, 2.8  # of a panel, inches
 SHOWN = ("misa:h=8", "misa-dagger:h=8:m=4k", "misa-r:h=3", "misa-r:h=3:m=4k", "hisa", FLOOR)
 NEEDLES = ("dense", "dsa", "misa:h=8", "misa-r:h=7", "misa-r:h=3:m=4k", "recency")
@@ -51,7 +39,7 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
 def _series(axes: Any, i: int, label: str, xs: list[Any], found: list[Any]) -> None:
     """A line through means, and a band of intervals; in percent."""
     mean, low, high = ([100 * one[j] for one in found] for j in range(3))
-    colour = COLOURS[i % len(COLOURS)]
+    colour = style.COLOURS[i % len(style.COLOURS)]
     marker = MARKERS[i % len(MARKERS)] if len(xs) <= MARKED else None
     axes.plot(xs, mean, DASHES[i % len(DASHES)], color=colour, marker=marker, label=label)
     axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -140,8 +128,8 @@ def divergence(testbed: Testbed) -> Figure | None:
         there = [entry for entry in one["text"] if entry["kl"][0] > 0]
         for i, entry in enumerate(sorted(there, key=lambda entry: entry["kl"][0])):
             mean, low, high = entry["kl"]
-            axes.plot([low, high], [i, i], color=COLOURS[0], linewidth=3, alpha=0.3)
-            axes.plot([mean], [i], color=COLOURS[0], marker="o")
+            axes.plot([low, high], [i, i], color=style.COLOURS[0], linewidth=3, alpha=0.3)
+            axes.plot([mean], [i], color=style.COLOURS[0], marker="o")
         axes.set_yticks(
             range(len(there)),
             [entry["label"] for entry in sorted(there, key=lambda entry: entry["kl"][0])],

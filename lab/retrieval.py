@@ -36,6 +36,7 @@ import torch
 from . import base, gold, longbench, sparse, tasks
 from .indexer import replace
 from .language import DENSE, DSA, compared
+from .passes import begun, work
 from .statistics import interval, share
 from .trained import Sample, Trained, parser_of, trained
 
@@ -248,9 +249,7 @@ def measure(
     settings: `top_k` and `depths`, and what else the file must have in common with this call.
     Raises ValueError if it has not.
     """
-    state = json.loads(path.read_text()) if path.exists() else {"settings": settings}
-    if state["settings"] != settings:
-        raise ValueError(f"{path}: expected the settings {settings}, got {state['settings']}")
+    state = begun(path, settings)
     kept = state.setdefault("cases", {})
     choices = {label: sparse.choice(label, settings["top_k"]) for label in labels}
 
@@ -287,18 +286,14 @@ def measure(
             partial(answer, one, label) for label in labels if label not in questions[0]["answers"]
         ]
     jobs = looks + answers
-    start = time.monotonic()
-    for number, job in enumerate(jobs, 1):
-        job()
+
+    def keep() -> None:
         replace(path, lambda beside: beside.write_text(json.dumps(state)))
-        took = time.monotonic() - start
-        left = took / number * (len(jobs) - number)
-        say(f"{number} of {len(jobs)} passes, about {left / 60:.0f} min left")
-        if took > seconds:
-            break
+
+    work(jobs, keep, "passes", seconds, say)
     done = [one for one in kept.values() if one["questions"][0]["answers"]]
     state["results"] = summary(done, [DENSE, *labels], settings["depths"])
-    replace(path, lambda beside: beside.write_text(json.dumps(state)))
+    keep()
     return state
 
 

@@ -13,22 +13,11 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .. import style
 from .answers import ATTENTION
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#555555")
 DASHES = ("-", "--", "-.", ":", (0, (7, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 0.6)))
-SETTINGS: dict[str, Any] = {
-    "svg.hashsalt": "misa",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "legend.frameon": False,
-    "lines.linewidth": 1.7,
-}
+SETTINGS = style.SETTINGS | {"lines.linewidth": 1.7}
 WIDTH, HEIGHT = 3.3, 2.2  # of a panel, inches
 
 
@@ -57,7 +46,7 @@ def drawn(answer: dict[str, Any]) -> Figure:
                 points = by_trace.get(trace, {}).get(name, [])
                 at = [places[p[0]] for p in points]
                 mean, low, high = ([100 * p[j] for p in points] for j in (1, 2, 3))
-                colour = COLOURS[i % len(COLOURS)]
+                colour = style.COLOURS[i % len(style.COLOURS)]
                 (line,) = axes.plot(at, mean, color=colour, linestyle=DASHES[i % len(DASHES)])
                 axes.fill(at + at[::-1], low + high[::-1], color=colour, alpha=0.15, linewidth=0)
                 entries[name] = line
