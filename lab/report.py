@@ -32,8 +32,8 @@ In brackets are 95 % intervals, by bootstrap over documents or prompts. Choices 
 """
 ATTENTION = """
 Of the dense attention of held-out text, averaged over heads and layers, what k positions keep, in
-percent. The best positions bound every selection. Closed is, of what the best keep more than the
-last, the part that the indexer does.
+percent. No selection keeps more than the best positions. Closed: how much of the gap between the
+last positions and the best ones the indexer closes.
 
 """
 CEILING = """## What language can tell
@@ -52,7 +52,8 @@ VERDICTS = f"""## Claims
 
 A claim holds where the whole interval is on its side of the bound, fails where the whole interval
 is on the other, and is open where the bound is inside or there are fewer than {DOCUMENTS}
-documents. A claim about scores is also open where DSA does not score more than the last k positions
+documents. The paper's claims are of large models and other contexts: a verdict is of the testbed
+alone. A claim about scores is also open where DSA does not score more than the last k positions
 do: then tasks cannot tell. The worst layer is chosen by the same data, which makes it look a little
 worse than it is.
 
