@@ -94,11 +94,14 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, shape: Shape) -> nn.ModuleList:
-    """Indexers as they were saved, new ones where nothing is."""
+    """Indexers as they were saved, new ones where nothing is. Raises ValueError for a folder that
+    has a state, and no indexers."""
     indexers = nn.ModuleList(Indexer(shape) for _ in range(shape.layers))
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("indexers-*.safetensors")):
         tensors |= load_file(path)
+    if not tensors and state_of(folder):
+        raise ValueError(f"{folder}: expected the indexers too, in indexers-*.safetensors")
     if tensors:
         indexers.load_state_dict({name: value.float() for name, value in tensors.items()})
     return indexers

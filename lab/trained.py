@@ -61,6 +61,10 @@ def trained(
     if not state:
         parser.error(f"{options.folder}: expected a folder of lab.distill, with a state.json")
     shape = Shape(*(state["settings"][name] for name in Shape._fields))
+    try:
+        indexers = load(options.folder, shape)
+    except ValueError as error:
+        parser.error(str(error))
     device = device or base.device()
     try:
         found = base.load(options.base, options.length, device, base.dtype_on(device))
@@ -72,7 +76,7 @@ def trained(
     share = state["settings"].get("held_out", text.HELD_OUT)
     held_out = text.tokens_of(options.text, found.tokenizer, held_out=True, share=share)
     windows = text.Windows(held_out, options.length, seed)
-    return Trained(state["step"], shape, load(options.folder, shape).to(device), found, windows)
+    return Trained(state["step"], shape, indexers.to(device), found, windows)
 
 
 def asking(length: int, least: int, rows: int, number: int) -> torch.Tensor:

@@ -79,7 +79,10 @@ def main() -> int:
     torch.set_num_threads(1)  # of many small operations, between which the package uses its own
     traces = []
     for path in options.traces:
-        trace = load(path)
+        try:
+            trace = load(path)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
         trace = trace.rows(trace.seen > options.top_k)
         if len(trace.q) == 0:
             parser.error(f"{path}: expected rows that see more than {options.top_k} keys")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import misa
 
@@ -72,10 +72,14 @@ class Trace:
 
 
 def load(path: Path) -> Trace:
-    """Raises ValueError for a file without the tensors of a trace of contiguous keys."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
+    """Raises ValueError for a file that is no safetensors file, or without the tensors of a trace
+    of contiguous keys."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file: {error}") from None
     missing = [name for name in ("q", "w", "k") if name not in tensors]
     if missing:
         raise ValueError(f"{path}: expected the tensors q, w and k, got none called {missing[0]}")

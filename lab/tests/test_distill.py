@@ -70,6 +70,10 @@ def test_files_are_small_and_whole(tmp_path, monkeypatch):
     assert indexer.state_of(tmp_path) == {"step": 7}
     for (name, a), b in zip(made.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a.bfloat16().float(), b), name
+    for path in tmp_path.glob("indexers-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="expected the indexers too"):
+        indexer.load(tmp_path, shape)
 
 
 def test_traces_are_compared(model, windows, tmp_path):

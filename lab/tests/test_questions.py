@@ -296,5 +296,13 @@ def test_traces_that_cannot_be_read(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             program.main()
         assert re.search(expected, capsys.readouterr().err)
+    text = tmp_path / "text.safetensors"
+    text.write_text("no tensors here")
+    absent = tmp_path / "absent"
+    for wrong, expected in ((text, "expected a safetensors file"), (absent, "No such file")):
+        monkeypatch.setattr(sys, "argv", ["questions", str(wrong), "--out", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            program.main()
+        assert re.search(expected, capsys.readouterr().err)
     one = trace.load(path)
     assert one.ks.tolist() == [0, 0] and one.ke.tolist() == [8, 9] and len(one.attention) == 0
