@@ -687,6 +687,60 @@ TEST_P(DevicePagedPlan, LongRows) {
                        all);
 }
 
+// As long as a row may be, for as many heads as Hopper's kernels take.
+TEST_P(DevicePagedPlan, AMillionKeys) {
+  for (const int sketch : {2, 4}) {
+    const Inputs inputs(batch_of({1000000}, 1), {64, 0, 1, 3, false, sketch}, {64, 128});
+    IndexerConfig misa_r = IndexerConfig::misa_r(2048, 3, 8192);
+    misa_r.sketch = sketch;
+    std::vector<NamedConfig> all{{"misa-r on a sketch", misa_r}};
+    if (sketch == 2) {
+      all.push_back({"dsa", IndexerConfig::dsa(2048)});
+      all.push_back({"misa", IndexerConfig::misa(2048, 8)});
+      all.push_back({"misa-r", IndexerConfig::misa_r(2048, 8)});
+      all.push_back({"hisa", IndexerConfig::hisa(2048, 128, 64)});
+    } else {
+      IndexerConfig every_head = IndexerConfig::dsa(2048);
+      every_head.candidates = 4096;
+      every_head.sketch = sketch;
+      all.push_back({"every head on a sketch", every_head});
+    }
+    expect_ragged_result(inputs, std::to_string(sketch) + " bits", all);
+  }
+}
+
+// Decode, drafts and chunks of a prefill, in shapes that Hopper's kernels take.
+TEST_P(DevicePagedPlan, FewerMultiprocessorsChangeNothing) {
+  const std::vector<Batch> batches{batch_of({9000, 0, 130, 20000}, 1), batch_of({5000, 700, 3}, 4),
+                                   batch_of({3000, 900}, {300, 90})};
+  for (const Batch& batch : batches) {
+    for (const int sketch : {2, 4}) {
+      for (const std::int64_t heads : {8, 64}) {
+        const Inputs inputs(batch, {64, 0, 1, 3, false, sketch}, {heads, 128});
+        std::vector<NamedConfig> all =
+            sketch == 2 ? named_configs(kTopK, 3) : std::vector<NamedConfig>{};
+        for (const NamedConfig& named : sketched_configs(kTopK, 3, sketch)) {
+          all.push_back(named);
+        }
+        for (const NamedConfig& named : all) {
+          const Selected expected = inputs.expected(context(), named.config);
+          for (const int max_sms : {0, 3, 17}) {
+            cuda::PlanOptions limited = options(inputs);
+            limited.max_sms = max_sms;
+            const cuda::Plan plan(named.config, inputs.shape(), limited);
+            for (const Sums sums : sums_of(inputs, named.config)) {
+              EXPECT_TRUE(same_bits(Call(inputs, named.config, sums).run(plan), expected))
+                  << named.name << ", " << heads << " heads, " << inputs.q().tokens
+                  << " queries on " << max_sms << " multiprocessors, sums "
+                  << static_cast<int>(sums);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // A cache and a block table at their usual sizes have pages and entries that are never read.
 TEST_P(DevicePagedPlan, WideTables) {
   const Inputs inputs(batch_of({300, 1, 900}, 1), {64, 0, 16384, 3}, {6, 128});

@@ -255,6 +255,30 @@ TEST_P(DevicePlan, RepeatsBitForBit) {
   }
 }
 
+// The keys of a prefill in one array, for kernels of few heads and of many.
+TEST_P(DevicePlan, FewerMultiprocessorsChangeNothing) {
+  for (const std::int64_t heads : {8, 64}) {
+    PackSpec spec = specs().back();
+    spec.sequences = {{47, 3}, {9000, 300}};
+    spec.heads = heads;
+    const RaggedInputs inputs(make_pack(spec));
+    std::vector<NamedConfig> all = named_configs(kTopK, 3);
+    for (const NamedConfig& named : sketched_configs(kTopK, 3)) {
+      all.push_back(named);
+    }
+    for (const NamedConfig& named : all) {
+      const Call call(inputs, named.config);
+      const Selected wanted = expected(named.config, inputs);
+      for (const int max_sms : {0, 3, 17}) {
+        cuda::PlanOptions options = call.options(GetParam());
+        options.max_sms = max_sms;
+        EXPECT_TRUE(same_bits(call.run(cuda::Plan(named.config, call.shape(), options)), wanted))
+            << named.name << ", " << heads << " heads on " << max_sms << " multiprocessors";
+      }
+    }
+  }
+}
+
 TEST_P(DevicePlan, SmokeMemoryChangesNothing) {
   for (const PackSpec& spec : specs()) {
     const RaggedInputs inputs(make_pack(spec));

@@ -62,26 +62,32 @@ inline std::vector<NamedConfig> named_configs(int top_k, int heads) {
   return configs;
 }
 
-// Re-ranked indexers whose first scores come from a sketch of e4m3 keys.
-inline std::vector<NamedConfig> sketched_configs(int top_k, int heads) {
-  std::vector<NamedConfig> configs;
-  for (const int sketch : {2, 4}) {
-    IndexerConfig every_head = IndexerConfig::dsa(top_k);
-    every_head.candidates = top_k + top_k / 2;
-    IndexerConfig filtered = IndexerConfig::misa_r(top_k, heads, 2 * top_k);
-    filtered.filter_block = 64;
-    filtered.filter_blocks = 3 + (top_k + 63) / 64;
-    for (const NamedConfig& named :
-         {NamedConfig{"misa-dagger", IndexerConfig::misa_dagger(top_k, heads, 2 * top_k + 1)},
-          NamedConfig{"misa-r", IndexerConfig::misa_r(top_k, heads, 2 * top_k)},
-          NamedConfig{"linear", IndexerConfig::misa_r(top_k, 0, 2 * top_k)},
-          NamedConfig{"every head", every_head}, NamedConfig{"hisa x misa-r", filtered}}) {
-      NamedConfig sketched{named.name + ", " + std::to_string(sketch) + "-bit", named.config};
-      sketched.config.sketch = sketch;
-      sketched.config.block = 128;
-      configs.push_back(sketched);
-    }
+// Re-ranked indexers whose first scores come from a sketch of e4m3 keys, of 2 or 4 bits.
+inline std::vector<NamedConfig> sketched_configs(int top_k, int heads, int sketch) {
+  IndexerConfig every_head = IndexerConfig::dsa(top_k);
+  every_head.candidates = top_k + top_k / 2;
+  IndexerConfig filtered = IndexerConfig::misa_r(top_k, heads, 2 * top_k);
+  filtered.filter_block = 64;
+  filtered.filter_blocks = 3 + (top_k + 63) / 64;
+  std::vector<NamedConfig> configs{
+      {"misa-dagger", IndexerConfig::misa_dagger(top_k, heads, 2 * top_k + 1)},
+      {"misa-r", IndexerConfig::misa_r(top_k, heads, 2 * top_k)},
+      {"linear", IndexerConfig::misa_r(top_k, 0, 2 * top_k)},
+      {"every head", every_head},
+      {"hisa x misa-r", filtered}};
+  for (NamedConfig& named : configs) {
+    named.name += ", " + std::to_string(sketch) + "-bit";
+    named.config.sketch = sketch;
+    named.config.block = 128;
   }
+  return configs;
+}
+
+// Those of 2 bits and those of 4.
+inline std::vector<NamedConfig> sketched_configs(int top_k, int heads) {
+  std::vector<NamedConfig> configs = sketched_configs(top_k, heads, 2);
+  const std::vector<NamedConfig> finer = sketched_configs(top_k, heads, 4);
+  configs.insert(configs.end(), finer.begin(), finer.end());
   return configs;
 }
 
