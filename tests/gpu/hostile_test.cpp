@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common.hpp"
+#include "core/sketch.hpp"
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
 
@@ -32,7 +33,7 @@ std::vector<T> copy_of(const T* data, std::int64_t count) {
 }
 
 // A paged call in host memory, of which every array may be changed. Page sums, if there are any,
-// stand in the pages.
+// stand in the pages; sketches are made on the device, of configs that read them.
 struct Arrays {
   std::vector<std::byte> q;
   std::vector<float> w;
@@ -98,13 +99,13 @@ class Call {
         indices_(rows() * static_cast<std::size_t>(config.top_k)),
         scores_(indices_.span().size()),
         heads_(config.router == Router::all ? 0 : rows() * static_cast<std::size_t>(config.heads)),
-        residual_(config.residual ? rows() * static_cast<std::size_t>(queries_.dim) : 0) {
+        residual_(config.residual ? rows() * static_cast<std::size_t>(queries_.dim) : 0),
+        sketch_(sketch_bytes(keys_.cache, config.sketch)) {
     queries_.data = q_.data();
     weights_.data = w_.data();
     keys_.cache.data = cache_.data();
-    if (keys_.cache.page_sums != nullptr) {
-      use_page_sums();
-    }
+    keys_.cache.sketch_bits = config.sketch;
+    derive(keys_.cache.page_sums != nullptr);
     keys_.block_table = block_table_.data();
     keys_.context_lens = context_lens_.span();
     keys_.query_starts = query_starts_.span();
@@ -139,6 +140,7 @@ class Call {
       array->expect_red_zones();
     }
     cache_.expect_red_zones();
+    sketch_.expect_red_zones();
     return {queries_.tokens, top_k_,        indices_.read(),
             scores_.read(),  heads_.read(), residual_.read()};
   }
@@ -146,18 +148,37 @@ class Call {
  private:
   [[nodiscard]] std::size_t rows() const { return static_cast<std::size_t>(queries_.tokens); }
 
-  // Sums and largest scales of all groups, as devices compute them.
-  void use_page_sums() {
+  static std::size_t sketch_bytes(const CacheView& cache, int sketch) {
+    return sketch == 0 ? 0
+                       : static_cast<std::size_t>(
+                             cache.pages * sketch_page_bytes(sketch, cache.dim, cache.page_size));
+  }
+
+  // What devices derive from the bytes of all pages: sums and largest scales, in the pages, and the
+  // sketches that the config reads.
+  void derive(bool sums) {
     CacheView& view = keys_.cache;
-    view.page_sums = nullptr;
     CacheSpan span{cache_.data(), view.pages, view.dim, view.page_stride};
     span.page_size = view.page_size;
-    std::vector<std::int32_t> pages(static_cast<std::size_t>(view.pages));
-    std::iota(pages.begin(), pages.end(), 0);
-    const Guarded<std::int32_t> all{std::span<const std::int32_t>(pages)};
-    cuda::rebuild(with_tail(span), all.span(), {}, nullptr);
-    expect_success(cudaDeviceSynchronize());
-    view = with_tail(view);
+    view.page_sums = nullptr;
+    if (sums) {
+      span = with_tail(span);
+      view.page_sums = span.page_sums;
+      view.page_sums_stride = span.page_sums_stride;
+      view.largest_scales = span.largest_scales;
+      view.largest_scales_stride = span.largest_scales_stride;
+    }
+    if (view.sketch_bits != 0) {
+      view.sketch = span.sketch = sketch_.data();
+      span.sketch_bits = view.sketch_bits;
+    }
+    if (sums || view.sketch_bits != 0) {
+      std::vector<std::int32_t> pages(static_cast<std::size_t>(view.pages));
+      std::iota(pages.begin(), pages.end(), 0);
+      const Guarded<std::int32_t> all{std::span<const std::int32_t>(pages)};
+      cuda::rebuild(span, all.span(), {}, nullptr);
+      expect_success(cudaDeviceSynchronize());
+    }
   }
 
   std::int64_t top_k_;
@@ -175,6 +196,7 @@ class Call {
   Guarded<float> scores_;
   Guarded<std::int32_t> heads_;
   Guarded<float> residual_;
+  Guarded<std::uint8_t> sketch_;
 };
 
 std::vector<NamedConfig> configs() {
@@ -190,6 +212,15 @@ std::vector<NamedConfig> configs() {
   IndexerConfig self = IndexerConfig::misa(kTopK, 2);
   self.router = Router::self;
   all.push_back({"self", self});
+  for (const int sketch : {2, 4}) {
+    IndexerConfig routed = IndexerConfig::misa_r(kTopK, 2, 100);
+    routed.sketch = sketch;
+    all.push_back({"misa-r, " + std::to_string(sketch) + "-bit", routed});
+    IndexerConfig every_head = IndexerConfig::dsa(kTopK);
+    every_head.candidates = 72;
+    every_head.sketch = sketch;
+    all.push_back({"every head, " + std::to_string(sketch) + "-bit", every_head});
+  }
   return all;
 }
 

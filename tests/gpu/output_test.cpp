@@ -5,10 +5,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <numeric>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "common.hpp"
+#include "core/sketch.hpp"
 #include "misa/cuda.hpp"
 #include "misa/error.hpp"
 #include "support/output_forms.hpp"
@@ -55,6 +58,33 @@ FormedOutput run(const cuda::Plan& plan, const DeviceQueries& in, const Keys& k,
   return out;
 }
 
+// Writes the sketches of all pages of a cache in device memory and adds them to its view.
+void add_sketches(CacheView& cache, int sketch, const Guarded<std::uint8_t>& sketches,
+                  std::uint8_t* data) {
+  CacheSpan span{data, cache.pages, cache.dim, cache.page_stride};
+  span.page_size = cache.page_size;
+  cache.sketch = span.sketch = sketches.data();
+  cache.sketch_bits = span.sketch_bits = sketch;
+  std::vector<std::int32_t> pages(static_cast<std::size_t>(cache.pages));
+  std::iota(pages.begin(), pages.end(), 0);
+  const Guarded<std::int32_t> all{std::span<const std::int32_t>(pages)};
+  cuda::rebuild(span, all.span(), {}, nullptr);
+  expect_success(cudaDeviceSynchronize());
+}
+
+// The sketched ones are of keys of e4m3.
+std::vector<NamedConfig> configs(DType k_dtype) {
+  std::vector<NamedConfig> all = named_configs(kTopK, 3);
+  for (const int sketch : {2, 4}) {
+    if (k_dtype == DType::e4m3) {
+      IndexerConfig sketched = IndexerConfig::misa_r(kTopK, 3, 100);
+      sketched.sketch = sketch;
+      all.push_back({"misa-r, " + std::to_string(sketch) + "-bit", sketched});
+    }
+  }
+  return all;
+}
+
 using CudaOutputForms = EachCudaBackend;
 
 TEST_P(CudaOutputForms, RaggedSmoke) {
@@ -63,6 +93,7 @@ TEST_P(CudaOutputForms, RaggedSmoke) {
     spec.sequences = {{17, 3}, {kLongest, 5}, {2, 4}, {90, 2}};
     spec.q_dtype = dtype;
     spec.k_dtype = dtype;
+    spec.dim = dtype == DType::e4m3 ? 128 : 64;  // those of Hopper's own kernels, too
     const RaggedInputs in(make_pack(spec));
     RaggedKeys keys = in.k(in.all());
     const std::vector<std::int32_t> host_starts(keys.starts.begin(), keys.starts.end());
@@ -78,7 +109,7 @@ TEST_P(CudaOutputForms, RaggedSmoke) {
     keys.starts = starts.span();
     keys.ends = ends.span();
     const DeviceQueries queries(in);
-    for (const NamedConfig& named : named_configs(kTopK, 3)) {
+    for (const NamedConfig& named : configs(dtype)) {
       const cuda::Plan plan(named.config,
                             {in.tokens(), spec.heads, spec.dim, kLongest, dtype, dtype},
                             {.total_keys = keys.tokens, .backend = GetParam()});
@@ -100,6 +131,7 @@ TEST_P(CudaOutputForms, PagedSmoke) {
   spec.q_dtype = DType::e4m3;
   spec.k_dtype = DType::e4m3;
   for (const std::int64_t page_size : {32, 64, 128}) {
+    spec.dim = page_size == 32 ? 64 : 128;
     for (const Lengths lengths : {Lengths::next_n, Lengths::query_starts}) {
       spec.sequences = {{33, 3}, {kLongest, 3}, {0, 3}, {129, 3}};
       if (lengths == Lengths::query_starts) {
@@ -124,15 +156,24 @@ TEST_P(CudaOutputForms, PagedSmoke) {
       keys.context_lens = context_lens.span();
       keys.query_starts = query_starts.span();
       const DeviceQueries queries(in);
-      for (const NamedConfig& named : named_configs(kTopK, 3)) {
+      for (const NamedConfig& named : configs(spec.k_dtype)) {
+        const int sketch = named.config.sketch;
+        const Guarded<std::uint8_t> sketches(
+            sketch == 0 ? 0
+                        : static_cast<std::size_t>(keys.cache.pages *
+                                                   sketch_page_bytes(sketch, spec.dim, page_size)));
+        PagedKeys read = keys;
+        if (sketch != 0) {
+          add_sketches(read.cache, sketch, sketches, cache.data());
+        }
         const cuda::Plan plan(
             named.config, {in.tokens(), spec.heads, spec.dim, kLongest, spec.q_dtype, DType::e4m3},
             {.backend = GetParam(), .batch = 4});
-        const FormedOutput plain = run(plan, queries, keys, {});
+        const FormedOutput plain = run(plan, queries, read, {});
         const std::vector<std::int32_t> slots = plain.slots(keys, sequences_of(spec), table);
         EXPECT_NE(slots, plain.indices());
         for (const Form& form : paged_forms(kTopK, in.tokens())) {
-          const FormedOutput out = run(plan, queries, keys, form);
+          const FormedOutput out = run(plan, queries, read, form);
           EXPECT_EQ(out.indices(), form.slots ? slots : plain.with_offsets(form.offsets))
               << named.name << form.name << ", pages of " << page_size;
           EXPECT_TRUE(out.same_scores(plain)) << named.name << form.name;
