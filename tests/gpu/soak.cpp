@@ -2,7 +2,9 @@
 // Replays captured decode steps while the sequences of servers grow, end, rewind and share pages
 // under them: between two replays pages are copied and keys appended on the device, and block
 // tables, lengths and queries change. Every row that is of a sequence is compared, bit for bit,
-// with its row of a prefill, and a sample of rows is judged against the reference.
+// with its row of a prefill, and a sample of rows is judged against the reference. Some graphs have
+// lengths by row, write slots or use few multiprocessors, and the derived data of every other step
+// are those of a rebuild.
 //
 //   misa_tests_soak [--replays N] [--seed S] [--seconds S]
 //
@@ -13,9 +15,11 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
@@ -124,16 +128,35 @@ void poison(std::span<T> output, cudaStream_t stream) {
   expect_success(cudaMemsetAsync(output.data(), 0xAA, output.size_bytes(), stream));
 }
 
+// How a graph makes its call; what it selects is the same.
+struct Form {
+  bool row_lens = false;
+  bool slots = false;
+  int max_sms = 0;
+
+  [[nodiscard]] std::string name() const {
+    return fmt::format("{}{}{}", row_lens ? ", lengths by row" : "", slots ? ", slots" : "",
+                       max_sms > 0 ? fmt::format(", {} multiprocessors", max_sms) : "");
+  }
+};
+
+// Every combination comes in turn.
+Form form_of(std::size_t graph) {
+  return {graph % 2 == 1, graph / 2 % 2 == 1, graph / 4 % 2 == 1 ? 17 : 0};
+}
+
 // One indexer's step, captured, and what it has to select.
 class Captured {
  public:
-  Captured(NamedConfig named, const std::string& backend, const Setup& setup, const Pack& whole)
+  Captured(NamedConfig named, const Form& form, const std::string& backend, const Setup& setup,
+           const Pack& whole)
       : named_(std::move(named)),
+        form_(form),
         rows_(setup.server.sequences * setup.server.rows),
         plan_(named_.config,
               {rows_, setup.documents.heads, setup.documents.dim, setup.planned_keys,
                setup.documents.q_dtype, DType::e4m3},
-              options(backend, setup)),
+              options(form, backend, setup)),
         outputs_(named_.config, rows_, setup.documents.dim),
         prefill_(run(context_for(backend), named_.config, RaggedInputs(whole))) {}
   ~Captured() {
@@ -144,6 +167,7 @@ class Captured {
   Captured& operator=(const Captured&) = delete;
 
   [[nodiscard]] const NamedConfig& named() const { return named_; }
+  [[nodiscard]] const Form& form() const { return form_; }
   [[nodiscard]] std::size_t workspace_bytes() const { return plan_.workspace_bytes(); }
   [[nodiscard]] const Selected& prefill() const { return prefill_; }
 
@@ -172,18 +196,23 @@ class Captured {
   [[nodiscard]] Selected result() const { return outputs_.read(); }
 
  private:
-  static cuda::PlanOptions options(const std::string& backend, const Setup& setup) {
+  static cuda::PlanOptions options(const Form& form, const std::string& backend,
+                                   const Setup& setup) {
     cuda::PlanOptions options;
     options.batch = setup.server.sequences;
     options.backend = backend;
+    options.max_sms = form.max_sms;
     return options;
   }
 
   [[nodiscard]] Selection selection() const {
-    return outputs_.of({0, static_cast<std::size_t>(rows_)});
+    Selection out = outputs_.of({0, static_cast<std::size_t>(rows_)});
+    out.slots = form_.slots;
+    return out;
   }
 
   NamedConfig named_;
+  Form form_;
   std::int64_t rows_;
   cuda::Plan plan_;
   Outputs outputs_;
@@ -210,31 +239,36 @@ class Engine {
         block_table_(static_cast<std::size_t>(setup.server.sequences * server_.max_pages())),
         context_lens_(static_cast<std::size_t>(setup.server.sequences)),
         query_starts_(context_lens_.span().size() + 1),
+        row_lens_(rows_),
         from_(static_cast<std::size_t>(server_.pages())),
         to_(from_.span().size()),
         slots_(static_cast<std::size_t>(setup.server.sequences * server_.max_keys())),
-        keys_(slots_.span().size() * static_cast<std::size_t>(dim())) {
+        keys_(slots_.span().size() * static_cast<std::size_t>(dim())),
+        touched_(from_.span().size()),
+        filled_(from_.span().size()) {
     std::size_t bytes = 0;
     std::vector<NamedConfig> configs = named_configs(setup.top_k, setup.heads);
-    for (const NamedConfig& named : sketched_configs(setup.top_k, setup.heads)) {
-      if (named.config.sketch == setup.sketch) {
+    if (setup.sketch != 0) {
+      for (const NamedConfig& named : sketched_configs(setup.top_k, setup.heads, setup.sketch)) {
         configs.push_back(named);
       }
     }
     for (const NamedConfig& named : configs) {
-      graphs_.push_back(std::make_unique<Captured>(named, backend_, setup_, whole_));
+      graphs_.push_back(
+          std::make_unique<Captured>(named, form_of(graphs_.size()), backend_, setup_, whole_));
       bytes = std::max(bytes, graphs_.back()->workspace_bytes());
     }
     workspace_.emplace(bytes);
     for (const std::unique_ptr<Captured>& graph : graphs_) {
-      graph->capture(queries(), {w_.data(), tokens(), setup_.documents.heads}, paged(),
+      graph->capture(queries(), {w_.data(), tokens(), setup_.documents.heads}, paged(graph->form()),
                      workspace_->span(), stream_);
     }
   }
 
   [[nodiscard]] std::int64_t graphs() const { return std::ssize(graphs_); }
   [[nodiscard]] std::string name(std::int64_t graph) const {
-    return fmt::format("{}, {}, {}", setup_.name, graphs_[graph]->named().name, backend_);
+    return fmt::format("{}, {}{}, {}", setup_.name, graphs_[graph]->named().name,
+                       graphs_[graph]->form().name(), backend_);
   }
 
   // The server's next step, selected by one of the graphs. If `judged`, one of its rows is judged
@@ -246,7 +280,10 @@ class Engine {
     if (!ends(stream_)) {
       throw std::runtime_error("the device hangs");
     }
-    const Selected result = captured.result();
+    Selected result = captured.result();
+    if (captured.form().slots) {
+      make_positions(step, result);
+    }
     workspace_->expect_red_zones();
     std::vector<std::int64_t> rows = step.rows;
     rows.resize(rows_, kEmptyRow);  // the others are of no sequence
@@ -262,18 +299,23 @@ class Engine {
   [[nodiscard]] std::size_t q_width() const {
     return heads() * static_cast<std::size_t>(dim()) * size_of(setup_.documents.q_dtype);
   }
+  [[nodiscard]] std::int64_t page_size() const { return setup_.server.page_size; }
   [[nodiscard]] std::int64_t tokens() const { return static_cast<std::int64_t>(rows_); }
 
   [[nodiscard]] Queries queries() const {
     return {q_.data(), setup_.documents.q_dtype, tokens(), setup_.documents.heads, dim()};
   }
 
-  [[nodiscard]] PagedKeys paged() const {
+  [[nodiscard]] PagedKeys paged(const Form& form) const {
     PagedKeys keys;
     keys.cache = cache_.view();
     keys.block_table = block_table_.data();
     keys.max_pages = server_.max_pages();
-    keys.context_lens = context_lens_.span();
+    if (form.row_lens) {
+      keys.row_lens = row_lens_.span();
+    } else {
+      keys.context_lens = context_lens_.span();
+    }
     if (setup_.server.equal_rows) {
       keys.next_n = setup_.server.rows;
     } else {
@@ -289,11 +331,11 @@ class Engine {
                      to_.span().first(step.to.size()), stream_);
     upload<std::int64_t>(slots_, step.slots, stream_);
     upload<float>(keys_, step.keys, stream_);
-    cuda::append(cache_.span(), {keys_.data(), DType::f32, std::ssize(step.slots), dim()},
-                 slots_.span().first(step.slots.size()), stream_, setup_.documents.format);
+    append(step);
     upload<std::int32_t>(block_table_, step.block_table, stream_);
     upload<std::int32_t>(context_lens_, step.context_lens, stream_);
     upload<std::int32_t>(query_starts_, step.query_starts, stream_);
+    upload<std::int32_t>(row_lens_, row_lens(step), stream_);
     std::vector<std::byte> q;
     std::vector<float> w;
     for (const std::int64_t row : step.rows) {
@@ -306,6 +348,68 @@ class Engine {
     upload<std::byte>(q_, q, stream_);
     upload<float>(w_, w, stream_);
     captured.replay(stream_);
+  }
+
+  // Every other time what is derived from the keys is left to a rebuild of their pages.
+  void append(const Step& step) {
+    CacheSpan written = cache_.span();
+    rebuilds_ = !rebuilds_ && (written.page_sums != nullptr || written.sketch != nullptr);
+    if (rebuilds_) {
+      written.page_sums = written.largest_scales = nullptr;
+      written.sketch = nullptr;
+      written.sketch_bits = 0;
+    }
+    cuda::append(written, {keys_.data(), DType::f32, std::ssize(step.slots), dim()},
+                 slots_.span().first(step.slots.size()), stream_, setup_.documents.format);
+    if (rebuilds_) {
+      std::map<std::int32_t, std::int32_t> tokens;  // of each page, up to the last appended
+      for (const std::int64_t slot : step.slots) {
+        std::int32_t& count = tokens[static_cast<std::int32_t>(slot / page_size())];
+        count = std::max(count, static_cast<std::int32_t>(slot % page_size()) + 1);
+      }
+      std::vector<std::int32_t> pages;
+      std::vector<std::int32_t> filled;
+      for (const auto& [page, count] : tokens) {
+        pages.push_back(page);
+        filled.push_back(count);
+      }
+      upload<std::int32_t>(touched_, pages, stream_);
+      upload<std::int32_t>(filled_, filled, stream_);
+      cuda::rebuild(cache_.span(), touched_.span().first(pages.size()),
+                    filled_.span().first(pages.size()), stream_);
+    }
+  }
+
+  // The rows of a step, after which there are some that are of no sequence.
+  std::vector<std::int32_t> row_lens(const Step& step) const {
+    std::vector<std::int32_t> lens;
+    for (std::size_t b = 0; b < step.context_lens.size(); ++b) {
+      for (std::int32_t t = step.query_starts[b]; t < step.query_starts[b + 1]; ++t) {
+        lens.push_back(step.context_lens[b] - (step.query_starts[b + 1] - 1 - t));
+      }
+    }
+    lens.resize(rows_, 0);
+    return lens;
+  }
+
+  // Makes positions of slots, and of a slot that the sequence does not have what no position is.
+  void make_positions(const Step& step, Selected& result) const {
+    for (std::size_t b = 0; b < step.context_lens.size(); ++b) {
+      const auto table =
+          step.block_table.begin() + static_cast<std::ptrdiff_t>(b) * server_.max_pages();
+      const auto end = table + server_.max_pages();
+      for (std::int64_t i = step.query_starts[b] * result.top_k;
+           i < step.query_starts[b + 1] * result.top_k; ++i) {
+        std::int32_t& index = result.indices[i];
+        if (index >= 0) {
+          const auto page = std::find(table, end, index / page_size());
+          index =
+              page == end
+                  ? -2
+                  : static_cast<std::int32_t>((page - table) * page_size() + index % page_size());
+        }
+      }
+    }
   }
 
   // Judges a row, another one each time.
@@ -336,10 +440,14 @@ class Engine {
   Guarded<std::int32_t> block_table_;
   Guarded<std::int32_t> context_lens_;
   Guarded<std::int32_t> query_starts_;
+  Guarded<std::int32_t> row_lens_;
   Guarded<std::int32_t> from_;
   Guarded<std::int32_t> to_;
   Guarded<std::int64_t> slots_;
   Guarded<float> keys_;
+  Guarded<std::int32_t> touched_;
+  Guarded<std::int32_t> filled_;
+  bool rebuilds_ = false;
   std::vector<std::unique_ptr<Captured>> graphs_;
   std::optional<Guarded<std::byte>> workspace_;
   std::size_t judged_ = 0;
