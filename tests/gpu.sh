@@ -3,7 +3,9 @@
 # Builds, tests, sanitises and benchmarks the CUDA backends on a machine with a device.
 #   tests/gpu.sh                          builds in build/cuda and runs all stages
 #   tests/gpu.sh FOLDER [STAGE...]        runs the programs found under FOLDER without building;
-#                                         stages: test sanitize bench (default: all three), and
+#                                         stages: test sanitize bench (default: all three);
+#                                         python, which tests the package that python3 imports
+#                                         on tensors and CuPy's arrays of the device; and
 #                                         report, which writes bench/results
 #                                         (scripts/record.py has its variables)
 # Libraries that the machine lacks are looked for in FOLDER/lib.
@@ -24,6 +26,7 @@ stages=("$@")
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 2
 
 scratch=$(mktemp -d)
+: >"$scratch/summary"
 trap 'rm -rf "$scratch"' EXIT
 
 # record NAME COMMAND...: runs the command and adds a line to the summary.
@@ -99,6 +102,17 @@ for stage in "${stages[@]}"; do
       done
       wrapper=(env)
       ;;
+    python)
+      # pytest and what a file tests besides the package may be missing, too.
+      for module in torch cupy; do
+        if reason=$(python3 -c "import misa, pytest, $module" 2>&1); then
+          record "python/tests/test_$module.py" \
+            python3 -m pytest -q -rs "python/tests/test_$module.py"
+        else
+          echo "python/tests/test_$module.py was left out: ${reason##*$'\n'}"
+        fi
+      done
+      ;;
     bench)
       run "select" misa_bench_gpu
       for heads in 64 32; do
@@ -169,7 +183,7 @@ for stage in "${stages[@]}"; do
       fi
       ;;
     *)
-      echo "gpu.sh: expected test, sanitize, bench or report, got '$stage'" >&2
+      echo "gpu.sh: expected test, sanitize, python, bench or report, got '$stage'" >&2
       exit 2
       ;;
   esac
