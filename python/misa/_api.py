@@ -139,8 +139,8 @@ def select_paged(
     cache: uint8 [pages, page_size, D + 4] or [pages, page_size * (D + 4)] (docs/formats.md), where
         page_size is 32, 64 or 128; pages may be padded.
     block_table: int32 [B, max_pages] page numbers.
-    context_lens: int32 [B] keys of each sequence; zero or negative is an empty sequence. Or [B,
-        next_n] keys that each row sees, in any order.
+    context_lens: int32 [B] keys of each sequence; zero or negative is an empty sequence. Or keys
+        that each row sees, in any order: [B, next_n], or [T, 1] with query_starts.
     query_starts: int32 [B + 1], ascending from 0 to T; queries query_starts[b] to
         query_starts[b + 1] - 1 belong to sequence b, in place of next_n, which is then 1.
     page_sums, largest_scales: float32 [pages, page_size / 64, D] and [pages, page_size / 64], see
@@ -273,12 +273,12 @@ def append(
     All arrays are in host memory or on one CUDA device, where the call runs on PyTorch's current
     stream and does not wait for it; slots out of range are skipped there, and of equal slots the
     last one counts. In code that torch.compile compiles, the call is an operator; its arrays are
-    tensors there.
+    tensors there. So are :func:`rebuild` and :func:`copy_pages`.
     """
     if _arrays.is_torch(cache) and _arrays.compiling():
-        from . import torch_ops
+        from . import _torch_writes
 
-        torch_ops.append(cache, k, slots, scale_format, page_sums, largest_scales, sketches)
+        _torch_writes.append(cache, k, slots, scale_format, page_sums, largest_scales, sketches)
         return
     _write_cache(
         "append",
@@ -326,9 +326,45 @@ def rebuild(
     Raises ValueError for a wrong argument. All arrays are in host memory or on one CUDA device, as
     for :func:`append`; there pages out of range are skipped, and filled is clamped.
     """
+    if _arrays.is_torch(cache) and _arrays.compiling():
+        from . import _torch_writes
+
+        _torch_writes.rebuild(cache, page_sums, pages, filled, largest_scales, sketches)
+        return
     inputs = {"cache": cache, "page_sums": page_sums, "pages": pages, "filled": filled}
     derived = {"largest_scales": largest_scales, "sketches": sketches}
     _write_cache("rebuild", cache, inputs, derived)
+
+
+def copy_pages(
+    cache: Array,
+    from_: Array,
+    to: Array,
+    *,
+    page_sums: Array | None = None,
+    largest_scales: Array | None = None,
+    sketches: Array | None = None,
+) -> None:
+    """Copies whole pages inside a cache, with what is derived from them.
+
+    cache, page_sums, largest_scales, sketches: as for :func:`append`; all are written.
+    from_, to: int32 [N] page numbers; page from_[i] is copied to page to[i]. No page is in to twice
+        or in both.
+
+    Raises ValueError for a wrong argument. All arrays are in host memory or on one CUDA device, as
+    for :func:`append`; there pairs with a page out of range are skipped.
+    """
+    if _arrays.is_torch(cache) and _arrays.compiling():
+        from . import _torch_writes
+
+        _torch_writes.copy_pages(cache, from_, to, page_sums, largest_scales, sketches)
+        return
+    _write_cache(
+        "copy_pages",
+        cache,
+        {"cache": cache, "from_": from_, "to": to},
+        {"page_sums": page_sums, "largest_scales": largest_scales, "sketches": sketches},
+    )
 
 
 class PageTail(NamedTuple):

@@ -201,7 +201,8 @@ def top_k(
     scores: whether to return the scores too.
     out: indices int32 [rows, top_k], and scores float32 [rows, top_k] or None, to write in place of
         new ones; rows may have strides.
-    stream: as for :meth:`Plan.run`. The call does not wait for it and may be captured.
+    stream: as for :meth:`Plan.run`; not in compiled code. The call does not wait for it and may be
+        captured.
 
     Returns (indices, scores): positions, ascending, -1 on the right; the scores or None, -inf where
     padded. Raises ValueError for a wrong argument, RuntimeError without a device.
@@ -210,16 +211,23 @@ def top_k(
     named = {"logits": logits, "lengths": lengths}
     _arrays.require_one_framework(named)
     rows, _ = checked_shape("logits", logits, "[rows, columns]")
-    device = _arrays.cuda_device("logits", logits)
-    if device is None:
-        raise ValueError("logits: expected an array on a CUDA device, got one in host memory")
-    require_device_build()
     if out is None:
         shape = rows, max(count, 0)
         made = _arrays.empty(logits, shape, "float32") if boolean("scores", scores) else None
         out = _arrays.empty(logits, shape, "int32"), made
     elif not isinstance(out, tuple) or len(out) != 2:
         raise ValueError(f"out: expected (indices, scores), got {out!r}")
+    if _arrays.is_torch(logits) and _arrays.compiling():
+        from . import _torch_writes
+
+        if stream is not None:
+            raise ValueError("stream: expected none in compiled code, got one")
+        _torch_writes.top_k_into(logits, lengths, *out, count)
+        return out
+    device = _arrays.cuda_device("logits", logits)
+    if device is None:
+        raise ValueError("logits: expected an array on a CUDA device, got one in host memory")
+    require_device_build()
     number = _arrays.stream_of(logits) if stream is None else _arrays.stream_number(stream)
     _core.top_k(
         _arrays.on_stream("logits", logits), count, _arrays.on_stream("lengths", lengths),

@@ -398,7 +398,7 @@ def paged_rows(
 ) -> list[Row]:
     """The queries of :func:`misa.select_paged`'s arguments, cache uint8 [pages, page_size, D + 4].
 
-    context_lens is [B] or [B, next_n].
+    context_lens is [B] or [B, next_n], or [T, 1] with query_starts.
     """
     page_size, dim = cache.shape[1], cache.shape[2] - 4
     flat = cache.reshape(len(cache), -1)

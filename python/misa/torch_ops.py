@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch operators: ``misa::select`` and ``misa::select_paged``, the same with outputs that they
-write, ``misa::select_out`` and ``misa::select_paged_out``, and ``misa::append``.
+write, ``misa::select_out`` and ``misa::select_paged_out``, and the other calls that write their
+arrays, ``misa::append``, ``misa::rebuild``, ``misa::copy_pages`` and ``misa::top_k_out``.
 
 All are opaque to torch.compile and have fake implementations; on CUDA tensors all run on the
 current stream without a synchronisation and may be captured into a CUDA graph. misa.select and
 misa.select_paged call them for tensors, with the fields of a Config as separate arguments;
-misa.append does in compiled code.
+misa.append, misa.rebuild, misa.copy_pages and misa.top_k do in compiled code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _api
 from ._arrays import require_writable
 from ._call import (
     Selected,
@@ -29,13 +29,18 @@ from ._call import (
     select_paged_into,
 )
 from ._config import Config
+from ._torch_writes import (
+    Tensors,
+    common_device,
+    register_fake_writing,
+    require,
+    require_one_device,
+    require_tensors,
+)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """indices, scores, heads and residual; one that is not requested or does not exist is an empty
 tensor of one dimension."""
-
-Tensors = Mapping[str, "Tensor | None"]  # quoted: `make docs` has no Tensor to build a union from
-"""The tensors of a call by name; None for an optional one that is not given."""
 
 
 @lru_cache(maxsize=256)
@@ -64,34 +69,6 @@ def _tensors(q: Tensor, selected: Selected) -> Outputs:
 
 def _selected(outputs: Outputs) -> Selected:
     return Selected(*(tensor if tensor.dim() == 2 else None for tensor in outputs))
-
-
-def require_tensors(arguments: Mapping[str, object], optional: Collection[str]) -> None:
-    """Raises ValueError unless all arguments are tensors; optional ones may be None."""
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor) and not (name in optional and value is None):
-            raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _common_device(tensors: Tensors) -> torch.device:
-    devices = [tensor.device for tensor in tensors.values() if tensor is not None]
-    return max(devices, key=devices.count)
-
-
-def require_one_device(tensors: Tensors) -> None:
-    """Raises ValueError that names a tensor on another device than most of them."""
-    common = _common_device(tensors)
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != common:
-            raise ValueError(
-                f"{name}: expected a tensor on {common} as the others are, got one on "
-                f"{tensor.device}"
-            )
 
 
 @torch.library.custom_op("misa::select", mutates_args=())
@@ -284,23 +261,6 @@ def select_paged_out_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "misa::append", mutates_args=("cache", "page_sums", "largest_scales", "sketches")
-)
-def append_op(
-    cache: Tensor,
-    k: Tensor | None,
-    slots: Tensor,
-    scale_format: str,
-    page_sums: Tensor | None,
-    largest_scales: Tensor | None,
-    sketches: Tensor | None,
-) -> None:
-    """:func:`misa.append` on tensors."""
-    _api.append(cache, k, slots, scale_format=scale_format, page_sums=page_sums,
-                largest_scales=largest_scales, sketches=sketches)  # fmt: skip
-
-
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.uint16)
 _FLOAT, _INT, _BYTE = (torch.float32,), (torch.int32,), (torch.uint8,)
 # Dtypes and dimensions; equal letters are equal sizes, * is any size.
@@ -327,8 +287,8 @@ def _require_layouts(tensors: Tensors, layouts: Mapping[str, tuple]) -> None:
             continue
         dtypes, layout = layouts[name]
         names = " or ".join(map(str, dtypes))
-        _require(tensor.dtype in dtypes, f"{name}: expected {names}, got {tensor.dtype}")
-        _require(
+        require(tensor.dtype in dtypes, f"{name}: expected {names}, got {tensor.dtype}")
+        require(
             tensor.dim() == len(layout),
             f"{name}: expected [{', '.join(layout)}], got {tensor.dim()} dimensions",
         )
@@ -336,7 +296,7 @@ def _require_layouts(tensors: Tensors, layouts: Mapping[str, tuple]) -> None:
             if letter == "*":
                 continue
             expected = sizes.setdefault(letter, size)
-            _require(size == expected, f"{name}: expected {letter} = {expected}, got {size}")
+            require(size == expected, f"{name}: expected {letter} = {expected}, got {size}")
 
 
 def _fake(
@@ -355,9 +315,9 @@ def _fake(
     if not isinstance(tensors["q"], FakeTensor):
         require_one_device(tensors)
         _require_layouts(tensors, layouts)
-        _require(top_k >= 1, f"top_k: expected 1 or more, got {top_k}")
+        require(top_k >= 1, f"top_k: expected 1 or more, got {top_k}")
     q: Any = tensors["q"]
-    device = _common_device(tensors)
+    device = common_device(tensors)
     tokens, dim = q.shape[:1] or (0,), q.shape[2:3]
     routed, linear = want_heads and router != "all", want_residual and residual
 
@@ -393,9 +353,10 @@ def _(q, w, cache, block_table, context_lens, query_starts, page_sums, largest_s
                "context_lens": context_lens, "query_starts": query_starts, "page_sums": page_sums,
                "largest_scales": largest_scales, "sketches": sketches,
                "offsets": offsets}  # fmt: skip
+    rows = "B*" if query_starts is None else "T*"
     layouts = _PAGED | {
         "cache": (_BYTE, "P*" if cache.dim() == 2 else "P**"),
-        "context_lens": (_INT, "B*" if context_lens.dim() == 2 else "B"),
+        "context_lens": (_INT, rows if context_lens.dim() == 2 else "B"),
     }
     wanted = want_scores, want_heads, want_residual
     return _fake(tensors, layouts, top_k, router, heads, residual, *wanted)
@@ -411,21 +372,8 @@ def _checked_outputs(out: Selected) -> tuple:
     return tuple(out)
 
 
-def _register_fake_writing(op: Any) -> None:
-    """For an operator that returns nothing. The dispatcher runs it too where only some tensors are
-    on the meta device."""
-    names = [argument.name.removeprefix("out_") for argument in op._opoverload._schema.arguments]
-
-    @op.register_fake
-    def _(*arguments):
-        named = zip(names, arguments, strict=True)
-        tensors = {name: value for name, value in named if isinstance(value, Tensor)}
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors.values()):
-            require_one_device(tensors)
-
-
-for _op in (select_out_op, select_paged_out_op, append_op):
-    _register_fake_writing(_op)
+for _op in (select_out_op, select_paged_out_op):
+    register_fake_writing(_op)
 
 
 def _no_gradients(ctx, inputs, output):
@@ -500,18 +448,3 @@ def select_paged(
         return out
     wanted = scores, heads, residual
     return _selected(torch.ops.misa.select_paged(*inputs, *form, *wanted, *execution))
-
-
-def append(
-    cache: Tensor,
-    k: Tensor | None,
-    slots: Tensor,
-    scale_format: str,
-    page_sums: Tensor | None,
-    largest_scales: Tensor | None,
-    sketches: Tensor | None,
-) -> None:
-    """:func:`misa.append` on tensors, in compiled code."""
-    derived = {"page_sums": page_sums, "largest_scales": largest_scales, "sketches": sketches}
-    require_tensors({"k": k, "slots": slots} | derived, ("k", *derived))
-    torch.ops.misa.append(cache, k, slots, scale_format, *derived.values())

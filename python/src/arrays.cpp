@@ -364,11 +364,13 @@ PagedArrays::PagedArrays(nb::handle q_, nb::handle w_, nb::handle cache_, nb::ha
       cache(cache_, page_sums, largest_scales, sketches, place, Access::read),
       block_table("block_table", block_table_, nb::dtype<std::int32_t>(), "[B, max_pages]", place),
       context_lens("context_lens", context_lens_, nb::dtype<std::int32_t>(),
-                   query_starts_.is_none() ? "[B] or [B, next_n]" : "[B]", place),
+                   query_starts_.is_none() ? "[B] or [B, next_n]" : "[B] or [T, 1]", place),
       query_starts(optional_array("query_starts", query_starts_, nb::dtype<std::int32_t>(),
                                   "[B + 1]", place)),
       next_n(next_n_) {
-  const std::int64_t batch = context_lens.extent(0);
+  const bool by_row = context_lens.dimensions() == 2;
+  const std::int64_t batch =
+      by_row && query_starts ? block_table.extent(0) : context_lens.extent(0);
   require(block_table.extent(0) == batch,
           "block_table: expected B = {} rows as context_lens has, got {}", batch,
           block_table.extent(0));
@@ -377,12 +379,16 @@ PagedArrays::PagedArrays(nb::handle q_, nb::handle w_, nb::handle cache_, nb::ha
             "query_starts: expected B + 1 = {} entries, got {}", batch + 1,
             query_starts->extent(0));
   }
-  if (context_lens.dimensions() == 2) {
-    require(context_lens.extent(1) == next_n,
-            "context_lens: expected [B] or [B, next_n = {}], got [{}, {}]", next_n, batch,
-            context_lens.extent(1));
+  if (by_row) {
+    const std::int64_t rows = query_starts ? q.extent(0) : batch;
+    const std::int64_t columns = query_starts ? 1 : next_n;
+    require(
+        context_lens.extent(0) == rows && context_lens.extent(1) == columns,
+        "context_lens: expected [B] or {}, got [{}, {}]",
+        query_starts ? fmt::format("[T = {}, 1]", rows) : fmt::format("[B, next_n = {}]", columns),
+        context_lens.extent(0), context_lens.extent(1));
     const std::int64_t apart = context_lens.stride(0);
-    require(apart == 0 || apart == next_n,
+    require(apart == 0 || apart == columns,
             "context_lens: expected a contiguous array, got a stride of {}", apart);
   }
 }
@@ -395,7 +401,7 @@ PagedKeys PagedArrays::keys() const {
                  block_table.stride(0)};
   if (context_lens.dimensions() == 2) {
     keys.row_lens = {context_lens.data_of<std::int32_t>(),
-                     static_cast<std::size_t>(context_lens.extent(0) * next_n)};
+                     static_cast<std::size_t>(context_lens.extent(0) * context_lens.extent(1))};
   } else {
     keys.context_lens = context_lens.span_of<std::int32_t>();
   }

@@ -178,7 +178,18 @@ struct RebuildArrays {
   [[nodiscard]] std::span<const std::int32_t> counts() const;
 };
 
-// The arrays of a selection on a paged cache. context_lens is [B, next_n] if it has two dimensions.
+// The arrays of a copy of pages inside a cache.
+struct CopyArrays {
+  CacheArrays cache;
+  Array from;
+  Array to;
+
+  CopyArrays(nb::handle cache, nb::handle from, nb::handle to, nb::handle page_sums,
+             nb::handle largest_scales, nb::handle sketches, Place place);
+};
+
+// The arrays of a selection on a paged cache. If context_lens has two dimensions, it is
+// [B, next_n], or [T, 1] with query_starts: the length of each row.
 struct PagedArrays {
   Array q;
   Array w;

@@ -41,6 +41,12 @@ RebuildArrays::RebuildArrays(nb::handle cache_, nb::handle page_sums, nb::handle
           filled ? filled->extent(0) : 0);
 }
 
+CopyArrays::CopyArrays(nb::handle cache_, nb::handle from_, nb::handle to_, nb::handle page_sums,
+                       nb::handle largest_scales, nb::handle sketches, Place place)
+    : cache(cache_, page_sums, largest_scales, sketches, place, Access::write),
+      from("from_", from_, nb::dtype<std::int32_t>(), "[N]", place),
+      to("to", to_, nb::dtype<std::int32_t>(), "[N]", place) {}
+
 std::span<const std::int32_t> RebuildArrays::counts() const {
   return filled ? filled->span_of<std::int32_t>() : std::span<const std::int32_t>();
 }
@@ -72,6 +78,16 @@ void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handl
   rebuild(span, numbers, counts);
 }
 
+void copy_pages(nb::handle cache, nb::handle from, nb::handle to, nb::handle page_sums,
+                nb::handle largest_scales, nb::handle sketches) {
+  const CopyArrays in(cache, from, to, page_sums, largest_scales, sketches, {});
+  const CacheSpan span = in.cache.span();
+  const auto sources = in.from.span_of<std::int32_t>();
+  const auto targets = in.to.span_of<std::int32_t>();
+  const nb::gil_scoped_release released;
+  copy_pages(in.cache.view(), sources, span, targets);
+}
+
 }  // namespace
 
 void bind_cache(nb::module_& module) {
@@ -82,6 +98,9 @@ void bind_cache(nb::module_& module) {
   module.def("rebuild", &rebuild, nb::arg("cache").none(), nb::arg("page_sums").none(),
              nb::arg("pages").none(), nb::arg("filled").none(), nb::arg("largest_scales").none(),
              nb::arg("sketches").none(), "Rebuilds what is derived from pages from their bytes.");
+  module.def("copy_pages", &copy_pages, nb::arg("cache").none(), nb::arg("from_").none(),
+             nb::arg("to").none(), nb::arg("page_sums").none(), nb::arg("largest_scales").none(),
+             nb::arg("sketches").none(), "Copies whole pages, with what is derived from them.");
   module.def(
       "page_tail",
       [](std::int64_t dim, std::int64_t page_size, int sketch_bits) {

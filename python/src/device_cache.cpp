@@ -40,6 +40,18 @@ void rebuild(nb::handle cache, nb::handle page_sums, nb::handle pages, nb::handl
   cuda::rebuild(span, numbers, counts, reinterpret_cast<void*>(stream));
 }
 
+void copy_pages(nb::handle cache, nb::handle from, nb::handle to, nb::handle page_sums,
+                nb::handle largest_scales, nb::handle sketches, int device, std::uintptr_t stream) {
+  const CopyArrays in(cache, from, to, page_sums, largest_scales, sketches, {device});
+  const CacheSpan span = in.cache.span();
+  const auto sources = in.from.span_of<std::int32_t>();
+  const auto targets = in.to.span_of<std::int32_t>();
+  const nb::gil_scoped_release released;
+  require_device(device);
+  const OnDevice here(device);
+  cuda::copy_pages(in.cache.view(), sources, span, targets, reinterpret_cast<void*>(stream));
+}
+
 }  // namespace
 
 void bind_device_cache(nb::module_& module) {
@@ -51,6 +63,10 @@ void bind_device_cache(nb::module_& module) {
              nb::arg("pages").none(), nb::arg("filled").none(), nb::arg("largest_scales").none(),
              nb::arg("sketches").none(), nb::arg("device"), nb::arg("stream"),
              "Rebuilds what is derived from pages in device memory.");
+  module.def("copy_pages_on_device", &copy_pages, nb::arg("cache").none(), nb::arg("from_").none(),
+             nb::arg("to").none(), nb::arg("page_sums").none(), nb::arg("largest_scales").none(),
+             nb::arg("sketches").none(), nb::arg("device"), nb::arg("stream"),
+             "Copies whole pages in device memory, with what is derived from them.");
 }
 
 }  // namespace misa::python

@@ -434,6 +434,27 @@ def test_sketches_beside_a_cache(bits: int, page_size: int) -> None:
         misa.append(cache.data, keys, slots, sketches=sketches[:, 1:])
 
 
+def test_copy_pages() -> None:
+    """Whole pages, with what is derived from them, and nothing else."""
+    cache = filled_cache()
+    sketches = np.arange(6 * 64 * 18).astype(np.uint8).reshape(6, -1)
+    derived = {"page_sums": cache.page_sums, "largest_scales": cache.largest_scales,
+               "sketches": sketches}  # fmt: skip
+    arrays = cache.data, *derived.values()
+    before = [array.copy() for array in arrays]
+    misa.copy_pages(cache.data, np.array([3, 3], np.int32), np.array([0, 5], np.int32), **derived)
+    for array, held in zip(arrays, before, strict=True):
+        assert np.array_equal(array, held[[3, 1, 2, 3, 4, 3]])
+
+    def refuses(message: str, from_: list[int], to: list[int]) -> None:
+        pages = np.array(from_, np.int32), np.array(to, np.int32)
+        expect(message, lambda: misa.copy_pages(cache.data, *pages))
+
+    refuses("to: expected 1 pages, one a page of from, got 2", [1], [2, 4])
+    refuses(r"from\[0\]: expected .*, got 9", [9], [1])
+    refuses(r"from\[0\]: expected a page that is not overwritten", [1], [1])
+
+
 def test_rebuild() -> None:
     cache = filled_cache()
     want = cache.page_sums.copy()
@@ -552,15 +573,16 @@ def test_paged_refuses() -> None:
             context_lens=np.zeros((2, 2), np.int32))  # fmt: skip
     refuses("context_lens: expected a contiguous array", next_n=2,
             context_lens=np.zeros((2, 3), np.int32)[:, :2])  # fmt: skip
-    refuses("context_lens: expected .B., got 2 dimensions",
-            query_starts=np.arange(3, dtype=np.int32),
-            context_lens=np.zeros((2, 1), np.int32))  # fmt: skip
+    starts = np.arange(3, dtype=np.int32)
+    refuses(r"context_lens: expected \[B\] or \[T = 2, 1\], got \[2, 2\]", query_starts=starts,
+            context_lens=np.zeros((2, 2), np.int32))  # fmt: skip
+    refuses(r"context_lens: expected \[B\] or \[T = 2, 1\], got \[3, 1\]", query_starts=starts,
+            context_lens=np.zeros((3, 1), np.int32))  # fmt: skip
     refuses("query_starts: expected B . 1 = 3 entries, got 2",
             query_starts=np.arange(2, dtype=np.int32))  # fmt: skip
     refuses(r"query_starts\[2\]: expected T = 2, got 1",
             query_starts=np.array([0, 1, 1], np.int32))  # fmt: skip
-    refuses("next_n: expected 1 with query_starts, got 2", next_n=2,
-            query_starts=np.arange(3, dtype=np.int32))  # fmt: skip
+    refuses("next_n: expected 1 with query_starts, got 2", next_n=2, query_starts=starts)
     refuses("next_n: expected 1 or more", next_n=0)
 
 

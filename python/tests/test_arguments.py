@@ -22,8 +22,8 @@ SHAPE = {"tokens": 2, "heads": 8, "dim": 64, "max_keys": 9}
 OUTPUTS = misa.Selected._fields
 CACHE = ("cache", "page_sums", "largest_scales", "sketches")
 RUN = (*OUTPUTS, "workspace")
-WRITTEN = {"append": CACHE, "rebuild": CACHE, "select into": OUTPUTS, "Plan.run": RUN,
-           "Plan.run_paged": RUN}  # fmt: skip
+WRITTEN = {"append": CACHE, "rebuild": CACHE, "copy_pages": CACHE, "select into": OUTPUTS,
+           "Plan.run": RUN, "Plan.run_paged": RUN}  # fmt: skip
 OPTIONAL = ("k_scale", "query_starts", "page_sums", "largest_scales", "sketches", "filled",
             "partial", "offsets", *OUTPUTS, "workspace")  # fmt: skip
 ELEMENTS = ("q", "k")
@@ -74,6 +74,10 @@ def calls() -> dict[str, Call]:
         "rebuild": (
             misa.rebuild,
             {**held, "pages": np.zeros(1, np.int32), "filled": np.ones(1, np.int32)},
+        ),
+        "copy_pages": (
+            misa.copy_pages,
+            {**held, "from_": np.zeros(1, np.int32), "to": np.ones(1, np.int32)},
         ),
         "select into": (select_into, {**given, **out._asdict()}),
         "Plan.run": (partial(run_plan, "run"), {**given, **out._asdict(), "workspace": aligned}),

@@ -83,6 +83,11 @@ def _rebuild() -> dict[str, np.ndarray]:
     }
 
 
+def _copy_pages() -> dict[str, np.ndarray]:
+    held = {name: array for name, array in _rebuild().items() if name not in ("pages", "filled")}
+    return held | {"from_": np.arange(2, dtype="i4"), "to": np.arange(2, 4, dtype="i4")}
+
+
 def _logits() -> dict[str, np.ndarray]:
     return {
         "q": _ones(T, H, D, dtype="u1"),
@@ -119,6 +124,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
     ),
     "append": (misa.append, _append()),
     "rebuild": (misa.rebuild, _rebuild()),
+    "copy_pages": (misa.copy_pages, _copy_pages()),
     "fp8_mqa_logits": (_fp8_mqa_logits, _logits()),
 }
 

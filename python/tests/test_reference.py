@@ -349,6 +349,10 @@ def test_paged_lengths(config: misa.Config, backend: str) -> None:
     for lengths, call in (
         (np.array([[130, 7], [0, 192], [-3, 64]], np.int32), {"next_n": 2}),
         (np.array([150, 9, 66], np.int32), {"query_starts": np.array([0, 4, 4, 6], np.int32)}),
+        (
+            np.array([[150], [7], [192], [-3], [64], [66]], np.int32),
+            {"query_starts": np.array([0, 4, 4, 6], np.int32)},
+        ),
     ):
         got = cache.select(q, w, table, lengths, config=config, backend=backend, scores=True,
                            heads=True, residual=True, **call)  # fmt: skip

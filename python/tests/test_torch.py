@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import misa
 from inputs import PACK, Inputs, random_inputs, trace_inputs, traces
 
 torch = pytest.importorskip("torch")
-from misa import torch_ops  # noqa: E402
+from misa import _torch_writes, torch_ops  # noqa: E402
 
 CONFIG = misa.Config("misa-r", top_k=16, heads=2)
 TORCH = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -106,7 +107,8 @@ def test_operator(dtype: str) -> None:
     rest = (*fields, True, True, True, *last)
     starts = torch.tensor([0, 1, len(a["q"])], dtype=torch.int32)
     for form in ((lengths, None, 2), (torch.stack([lengths, lengths], 1), None, 2),
-                 (lengths, starts, 1)):  # fmt: skip
+                 (lengths, starts, 1),
+                 (torch.full((len(a["q"]), 1), 9, dtype=torch.int32), starts, 1)):  # fmt: skip
         call = (a["q"], a["w"], cache, table, *form[:2], None, None, None, None)
         torch.library.opcheck(torch_ops.select_paged_op, (*call, form[2], True, *rest))
         form = form[2], False, *fields, *last
@@ -114,8 +116,14 @@ def test_operator(dtype: str) -> None:
     written = torch.zeros(2, 64, 68, dtype=torch.uint8), torch.zeros(2, 1, 64), torch.zeros(2, 1)
     keys, slots = torch.randn(9, 64), torch.arange(60, 69)
     call = (written[0], keys, slots, "f32", *written[1:], None)
-    torch.library.opcheck(torch_ops.append_op, call)
-    torch.library.opcheck(torch_ops.append_op, (written[0], None, slots, "f32", None, None, None))
+    torch.library.opcheck(_torch_writes.append_op, call)
+    call = (written[0], None, slots, "f32", None, None, None)
+    torch.library.opcheck(_torch_writes.append_op, call)
+    page, filled = torch.zeros(1, dtype=torch.int32), torch.full((1,), 9, dtype=torch.int32)
+    call = (written[0], written[1], page, filled, written[2], None)
+    torch.library.opcheck(_torch_writes.rebuild_op, call)
+    call = (written[0], page, page + 1, *written[1:], None)
+    torch.library.opcheck(_torch_writes.copy_pages_op, call)
 
 
 @devices
@@ -159,6 +167,36 @@ def test_compiled_decode_step(device: str) -> None:
     )
 
 
+@devices
+def test_compiled_writes(device: str) -> None:
+    """Pages are copied and what is derived from them made again."""
+    held, _, _ = paged(device)
+    pages = torch.tensor([7, 1], dtype=torch.int32, device=device)
+    filled = torch.tensor([64, 9], dtype=torch.int32, device=device)
+
+    def step(cache: torch.Tensor, sums: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+        derived = {"page_sums": sums, "largest_scales": largest}
+        misa.rebuild(cache, sums, pages, filled, largest_scales=largest)
+        misa.copy_pages(cache, pages, pages - 1, **derived)
+        return sums + 0
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        given = (
+            held.clone(),
+            torch.zeros(10, 1, 64, device=device),
+            torch.zeros(10, 1, device=device),
+        )
+        assert torch.equal(call(*given), given[1])
+        results.append(given)
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(compiled, eager)
+    cache, sums, largest = results[0]
+    for array in (cache, sums, largest):
+        assert torch.equal(array[[6, 0]], array[[7, 1]])
+    assert (largest[[7, 1]] > 0).all() and not torch.equal(cache, held)
+
+
 def paged(
     device: str = "cpu", page_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,8 +216,9 @@ def forms(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int, torch.Tensor |
     longer, shorter = lengths.tolist()
     by_row = torch.tensor([[3, longer // 2], [shorter, -1]], dtype=torch.int32)
     starts = torch.tensor([0, 3, 4], dtype=torch.int32)
-    return [(lengths, 1, None, 2), (lengths, 2, None, 4), (by_row.to(lengths.device), 2, None, 4),
-            (lengths, 1, starts.to(lengths.device), 4)]  # fmt: skip
+    by_row, starts = by_row.to(lengths.device), starts.to(lengths.device)
+    return [(lengths, 1, None, 2), (lengths, 2, None, 4), (by_row, 2, None, 4),
+            (lengths, 1, starts, 4), (by_row.view(4, 1), 1, starts, 4)]  # fmt: skip
 
 
 def test_paged_layouts() -> None:
@@ -413,9 +452,40 @@ def test_device_top_k() -> None:
         misa.top_k(logits, 3, out=(out[0], None))
 
 
-def test_top_k_needs_a_device() -> None:
-    with pytest.raises(ValueError, match="logits: expected an array on a CUDA device"):
-        misa.top_k(torch.randn(2, 9), 3)
+@pytest.mark.parametrize("scores", [False, True])
+def test_top_k_needs_a_device(scores: bool) -> None:
+    """Also when it runs in compiled code, where the shapes are known beforehand."""
+
+    def step(logits: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return misa.top_k(logits * 1, 3, scores=scores, **options)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for call in (step, compiled):
+        with pytest.raises(ValueError, match="^logits: expected an array on a CUDA device"):
+            call(torch.randn(2, 9))
+    with pytest.raises(Exception, match="stream: expected none in compiled code, got one"):
+        compiled(torch.randn(2, 9), stream=0)
+
+
+@cuda
+def test_device_compiled_top_k() -> None:
+    logits = torch.randn(3, 900, device="cuda")
+    lengths = torch.tensor([900, 5, 0], dtype=torch.int32, device="cuda")
+
+    def step(x: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = misa.top_k(x * 1, 20, lengths=lengths, scores=True)
+        misa.top_k(x * 1, 20, out=(buffer, None))
+        return *made, buffer + 0
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, want in zip(
+        compiled(logits, torch.empty(3, 20, dtype=torch.int32, device="cuda")),
+        step(logits, torch.empty(3, 20, dtype=torch.int32, device="cuda")),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+    call = (logits, lengths, torch.empty(3, 20, dtype=torch.int32, device="cuda"), None, 20)
+    torch.library.opcheck(_torch_writes.top_k_out_op, call)
 
 
 @cuda
@@ -465,6 +535,11 @@ def test_device_append(page_size: int, scale_format: str) -> None:
         pages = torch.arange(512 // page_size, dtype=torch.int32)
         misa.rebuild(there[0], there[1], pages.cuda(), largest_scales=there[2])
         misa.rebuild(held.data, held.page_sums, pages.numpy(), largest_scales=held.largest_scales)
+        same()
+        half = len(pages) // 2
+        misa.copy_pages(there[0], pages[:half].cuda(), pages[half:].cuda(), **derived)
+        misa.copy_pages(held.data, pages[:half].numpy(), pages[half:].numpy(),
+                        page_sums=held.page_sums, largest_scales=held.largest_scales)  # fmt: skip
         same()
 
 

@@ -20,8 +20,8 @@ from test_torch import tensor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
 
-ENTRIES = ("select", "select_paged", "select into", "append", "rebuild", "Plan.run",
-           "Plan.run_paged")  # fmt: skip
+ENTRIES = ("select", "select_paged", "select into", "append", "rebuild", "copy_pages",
+           "Plan.run", "Plan.run_paged")  # fmt: skip
 OPERATORS = ("select", "select_paged")
 
 
