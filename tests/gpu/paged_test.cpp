@@ -84,11 +84,30 @@ struct Numbers {
 // A call in host memory: queries, ragged keys and the same keys in pages.
 class Inputs {
  public:
+  static PackSpec spec_of(const Batch& batch, const Numbers& numbers) {
+    PackSpec spec;
+    for (std::int64_t b = 0; b < batch.sequences(); ++b) {
+      spec.sequences.push_back({batch.keys[b], batch.queries[b]});
+    }
+    // A pack has queries of its sequences only; the others are those of sequences without keys.
+    spec.sequences.push_back({0, batch.outside_before + batch.outside_after});
+    spec.heads = numbers.heads;
+    spec.dim = numbers.dim;
+    spec.q_dtype = numbers.q_dtype;
+    spec.k_dtype = DType::e4m3;
+    spec.seed = numbers.seed;
+    return spec;
+  }
+
   Inputs(const Batch& batch, const Layout& layout, const Numbers& numbers)
+      : Inputs(batch, layout, numbers, make_pack(spec_of(batch, numbers))) {}
+
+  // With a pack of spec_of(batch, numbers), which takes seconds to make if it is large.
+  Inputs(const Batch& batch, const Layout& layout, const Numbers& numbers, Pack pack)
       : batch_(batch),
         layout_(layout),
         numbers_(numbers),
-        pack_(make_pack(spec())),
+        pack_(std::move(pack)),
         tensors_(pack_, 0) {
     for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
       first_key_.push_back(std::ssize(scale_));
@@ -162,21 +181,6 @@ class Inputs {
   }
 
  private:
-  [[nodiscard]] PackSpec spec() const {
-    PackSpec spec;
-    for (std::int64_t b = 0; b < batch_.sequences(); ++b) {
-      spec.sequences.push_back({batch_.keys[b], batch_.queries[b]});
-    }
-    // A pack has queries of its sequences only; the others are those of sequences without keys.
-    spec.sequences.push_back({0, batch_.outside_before + batch_.outside_after});
-    spec.heads = numbers_.heads;
-    spec.dim = numbers_.dim;
-    spec.q_dtype = numbers_.q_dtype;
-    spec.k_dtype = DType::e4m3;
-    spec.seed = numbers_.seed;
-    return spec;
-  }
-
   // How many keys query i of sequence b sees.
   [[nodiscard]] std::int64_t length(std::int64_t b, std::int64_t i) const {
     const std::int64_t query =
@@ -689,8 +693,11 @@ TEST_P(DevicePagedPlan, LongRows) {
 
 // As long as a row may be, for as many heads as Hopper's kernels take.
 TEST_P(DevicePagedPlan, AMillionKeys) {
+  const Batch batch = batch_of({1000000}, 1);
+  const Numbers numbers{64, 128};
+  static const Pack pack = make_pack(Inputs::spec_of(batch, numbers));
   for (const int sketch : {2, 4}) {
-    const Inputs inputs(batch_of({1000000}, 1), {64, 0, 1, 3, false, sketch}, {64, 128});
+    const Inputs inputs(batch, {64, 0, 1, 3, false, sketch}, numbers, pack);
     IndexerConfig misa_r = IndexerConfig::misa_r(2048, 3, 8192);
     misa_r.sketch = sketch;
     std::vector<NamedConfig> all{{"misa-r on a sketch", misa_r}};
