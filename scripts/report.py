@@ -24,7 +24,11 @@ from report_data import RESULTS, ROOT
 
 PAGES = ("README.md", "docs/performance.md")
 # These may have other tables too.
-MIXED_PAGES = ("docs/integrations/vllm.md", "docs/integrations/sglang.md")
+MIXED_PAGES = (
+    "docs/integrations/vllm.md",
+    "docs/integrations/sglang.md",
+    "docs/kernels/step.md",
+)
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 # What a figure looks like in prose: 355 µs, 1.2 ×, 98.3 %, 4.2 TB/s.
 FIGURE = re.compile(

@@ -89,11 +89,15 @@ def rate(indexer: str, keys: int, heads: int = 64) -> float | None:
     return None
 
 
-def peers(keys: int, heads: int = 64) -> dict[str, float]:
+def peers(keys: int, heads: int = 64) -> dict[str, Figure]:
     """Microseconds of DeepGEMM's logits and of selectors, by name."""
     shapes = record("gpu-peers").results["shapes"]
     shape = next(s for s in shapes if (s["keys"], s["heads"]) == (keys, heads))
-    return {"logits": shape["logits_us"], **shape["selectors_us"]}
+    selectors = shape["selectors_us"]
+    return {
+        "logits": of_rounds(shape["logits_us"], shape, "logits alone"),
+        **{name: of_rounds(us, shape, name) for name, us in selectors.items()},
+    }
 
 
 def decode_peers(batch: int, context: int = 131072, heads: int = 64) -> dict[str, Any]:
@@ -152,12 +156,31 @@ def cpu_peers() -> dict[str, Figure]:
     return found
 
 
-def stage_ms(stage: str, name: str = "cpu-stages") -> float:
-    """Milliseconds of a stage or peer of misa_bench."""
-    for found in record(name).results["benchmarks"]:
-        if found["run_name"].startswith(stage + "/") and found["aggregate_name"] == "median":
-            return found["real_time"]
-    raise SystemExit(f"report.py: no {stage} in {name}.json")
+def stage_ms(stage: str, name: str = "cpu-stages") -> Figure:
+    """Milliseconds of a stage or peer of misa_bench, and their standard deviation."""
+    ms = {
+        found["aggregate_name"]: found["real_time"]
+        for found in record(name).results["benchmarks"]
+        if found["run_name"].startswith(stage + "/") and found["run_type"] == "aggregate"
+    }
+    if "median" not in ms:
+        raise SystemExit(f"report.py: no {stage} in {name}.json")
+    median, deviation = ms["median"], ms["stddev"]
+    return Figure(median, median - deviation, median + deviation)
+
+
+def stages(indexer: str, keys: int) -> dict[str, float]:
+    """Microseconds of the stages of step(indexer, keys) with 64 heads."""
+    for name in ("gpu-sparse-64", "gpu-steps-64"):
+        for entry in matching(name, indexer=indexer, keys=keys):
+            return entry["stages"]
+    raise SystemExit(f"report.py: no stages of {indexer}")
+
+
+def cpu_floor(name: str) -> Figure:
+    """GFLOP/s of a bare loop, with the slowest and the fastest run."""
+    found = record("cpu-floors").results
+    return Figure(found[name], found[f"{name}_low"], found[f"{name}_high"])
 
 
 def gpu() -> str:

@@ -25,6 +25,7 @@ from report_tables import (
     STEPS,
     TOP_K,
     TORCH,
+    added,
     dense,
     keys_of,
 )
@@ -168,7 +169,7 @@ def prefill() -> Figure:
     axes: Axes
     for axes, keys in zip(figure.subplots(1, 2, sharey=True), (K64, K128), strict=True):
         peers = data.peers(keys)
-        bars = [(f"peer: logits + {name}", peers["logits"] + us, INK, None)
+        bars = [(f"peer: logits + {name}", added(peers["logits"], us).value, INK, None)
                 for name, us in peers.items() if name != "logits"]  # fmt: skip
         for name in STEPS:
             step, reached = value(data.step(name, keys)), data.rate(name, keys)

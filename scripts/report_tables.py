@@ -46,7 +46,7 @@ def read() -> set[str]:
 def number(value: float, like: float | None = None) -> str:
     """Three digits or all of a whole number; with as many decimals as `like` would have."""
     size = value if like is None else like
-    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
 def shown(figure: Figure | float | None) -> str:
@@ -67,6 +67,13 @@ def keys_of(count: int) -> str:
     return f"{count >> 20}M" if count >= 1 << 20 else f"{count >> 10}K"
 
 
+def added(a: Figure, b: Figure) -> Figure:
+    """Of what runs one after the other; without a spread where one has none."""
+    spread = a.low is not None and b.low is not None
+    low, high = (a.low + b.low, a.high + b.high) if spread else (None, None)
+    return Figure(a.value + b.value, low, high)
+
+
 def value(figure: Figure | None) -> float:
     if figure is None:
         raise SystemExit("report.py: a target has no figure")
@@ -75,19 +82,38 @@ def value(figure: Figure | None) -> float:
 
 def dense(keys: int, heads: int = 64) -> float:
     """Microseconds of the peers' dense step: the logits, then the fastest selector."""
-    peers = data.peers(keys, heads)
-    return peers["logits"] + min(us for name, us in peers.items() if name != "logits")
+    peers = {name: us.value for name, us in data.peers(keys, heads).items()}
+    return peers.pop("logits") + min(peers.values())
+
+
+# Bytes a token and layer in a cache (docs/formats.md), of keys of 128 elements: e4m3 with a scale
+# in fp32, the sums in fp32 of each 64 keys, and a sketch with scales in fp16.
+KEY_BYTES = 128 + 4
+SUM_BYTES = 4 * 128 // 64
+
+
+def sketch_bytes(bits: int) -> int:
+    return 128 * bits // 8 + 2
 
 
 def indexers() -> str:
+    with_sums = KEY_BYTES + SUM_BYTES
     what = {
-        "dsa": ("DSA", "64 heads", 132),
-        "misa": ("MISA", "8 heads, routed by block means", 140),
-        "misa-dagger": ("MISA† (m = 8192)", "8 heads, then 64 on the candidates", 140),
-        "hisa": ("HISA", "64 heads on 64 blocks of 128", 140),
-        "misa-r": ("MISA-R", "7 heads + 1 linear row", 132),
-        M4096: ("MISA-R (m = 4096)", "3 heads + 1 linear row, then 64 on the candidates", 132),
-        SKETCH: ("MISA-R (m = 8192), 2-bit sketch", "the same, the rows on a sketch", 166),
+        "dsa": ("DSA", "64 heads", KEY_BYTES),
+        "misa": ("MISA", "8 heads, routed by block means", with_sums),
+        "misa-dagger": ("MISA† (m = 8192)", "8 heads, then 64 on the candidates", with_sums),
+        "hisa": ("HISA", "64 heads on 64 blocks of 128", with_sums),
+        "misa-r": ("MISA-R", "7 heads + 1 linear row", KEY_BYTES),
+        M4096: (
+            "MISA-R (m = 4096)",
+            "3 heads + 1 linear row, then 64 on the candidates",
+            KEY_BYTES,
+        ),
+        SKETCH: (
+            "MISA-R (m = 8192), 2-bit sketch",
+            "the same, the rows on a sketch",
+            KEY_BYTES + sketch_bytes(2),
+        ),
     }
     rows = []
     for name, (label, scores, cache) in what.items():
@@ -99,37 +125,53 @@ def indexers() -> str:
              f"{value(data.decode(name, 64)):.0f}", str(cache)]
         )  # fmt: skip
     peer = "DeepGEMM's logits + "
-    every = ["64 heads", "100 %", ""]
+    every = ["64 heads", "all, by definition", ""]
+    cache = str(KEY_BYTES)
     decode = data.decode_peers(64)["steps_us"]
-    rows.append([f"{peer}FlashInfer's top-k", *every, f"{dense(K64) / 2048:.2f}", "", "132"])
-    rows.append([f"{peer}this library's top-k", *every, "", f"{decode[TOP_K]:.0f}", "132"])
-    rows.append([f"{peer}`torch.topk`", *every, "", f"{decode[TORCH]:.0f}", "132"])
+    rows.append([f"{peer}FlashInfer's top-k", *every, f"{dense(K64) / 2048:.2f}", "", cache])
+    rows.append([f"{peer}this library's top-k", *every, "", f"{decode[TOP_K]:.0f}", cache])
+    rows.append([f"{peer}`torch.topk`", *every, "", f"{decode[TORCH]:.0f}", cache])
     name = data.gpu().removeprefix("NVIDIA ")
-    head = ["indexer", "what scores a token", "recall of DSA's set", "CPU µs per query"]
-    head += [f"{name} µs per query", f"{name} µs per decode step", "cache bytes per token"]
+    head = ["indexer", "what scores a token", f"recall of DSA's set, {recall_keys()}"]
+    head += ["CPU µs per query, 64K", f"{name} µs per query, 64K"]
+    head += [f"{name} µs per decode step, 128K", "cache bytes per token"]
     return table(head, rows)
 
 
 def indexers_machines() -> str:
-    floor = 64 * K128 * 132 / data.record("gpu-floors").results["copy_tbps"] * 1e-6
+    floor = 64 * K128 * KEY_BYTES / data.record("gpu-floors").results["copy_tbps"] * 1e-6
     return (
         "Recall: mean over the rows of `data/trace_h64_layer3.safetensors`, a small trained\n"
-        "model's indexer with a context of 16K, top 2048 (`misa compare FILE --top-k 2048`; the\n"
-        "sketch's with `--fp8`). Recall depends on the model: measure yours.\n"
+        f"model's indexer with a context of {recall_keys()}, top 2048. There m = 8192 candidates are "
+        "half of the\nkeys, at 128K a sixteenth. Recall depends on the model: measure yours.\n"
         "Time: a whole step at 64 heads × 128, e4m3, 65,536 keys, top 2048, on "
-        f"{data.cpu()}\n(`misa bench --keys 64K --dtype F8_E4M3`) and on one {data.gpu()} "
-        "(`misa_bench_step`, 2048 queries a call).\nA decode step (`misa_bench_decode --batch 64 "
-        "--context 131072`) has 64 sequences of 131,072 tokens,\na query each, in pages with sums: "
-        f"reading 132 bytes of every token at the rate of a copy takes {floor:.0f} µs.\nPeers: "
-        "`bench/gpu/peers.py`. [bench/results](bench/results/README.md) has every command."
+        f"{data.cpu()}\nand on one {data.gpu()}, there 2048 queries a call.\n"
+        "A decode step has 64 sequences of 131,072 tokens, a query each, in pages with sums: "
+        f"reading {KEY_BYTES} bytes\nof every token at the rate of a copy takes {floor:.0f} µs."
     )
+
+
+def commands() -> str:
+    """The commands behind the table of indexers, as they were recorded but for --json."""
+    records = ("recall", "recall-fp8", "cpu-steps-e4m3", "gpu-steps-64", "gpu-sparse-64")
+    lines = [data.record(name).command for name in (*records, "gpu-decode-peers", "gpu-peers")]
+    # The last is of a program that was called by its name alone.
+    lines[-1] = lines[-1].replace("peers.py", "python3 bench/gpu/peers.py", 1)
+    text = "\n".join(line.replace(" --json", "") for line in lines)
+    return f"```sh\n{text}\n```"
+
+
+def recall_keys() -> str:
+    """The context of the trace that README.md names."""
+    return keys_of(data.record("recall").results["traces"][0]["keys"])
 
 
 def picture() -> str:
     return (
         "![Recall against time: each indexer's recall of DSA's set, and the time of a decode step\n"
         "and of a prefill step on the GPU and of a step on the CPU, with the dense step of other\n"
-        "libraries](docs/plots/recall-time.svg)"
+        "libraries](docs/plots/recall-time.svg)\n\n"
+        "`auto` is one of those shown: DSA on short contexts, MISA-R with m = 4096 on long ones."
     )
 
 
@@ -143,18 +185,21 @@ def summary() -> str:
     speed = {n: times(dense(K64) / value(data.step(n, K64))) for n in ("dsa", "misa", M4096)}
     floors = data.record("gpu-floors").results
     share = {n: 100 * (data.rate(n, K64) or 0) / floors["products_tflops"] for n in ("dsa", "misa")}
-    read = 64 * K128 * 132 / floors["copy_tbps"] * 1e-6
+    read = 64 * K128 * KEY_BYTES / floors["copy_tbps"] * 1e-6
     verdicts = [row[-1] for row in target_rows()]
     return "\n".join(
         [
             f"- **Decode**, 64 sequences of 128K tokens: DSA takes {decoded['dsa']:.0f} µs, where "
             f"DeepGEMM's logits take {steps[TOP_K]:.0f} with\n  this library's top-k and "
-            f"{steps[TORCH]:.0f} with `torch.topk`. HISA (recall {data.recall('hisa'):.1f} %) is "
-            f"{times(steps[TOP_K] / decoded['hisa'])} as fast as the former,\n  MISA-R on the "
-            f"2-bit sketch ({data.recall(SKETCH):.1f} %) {times(steps[TOP_K] / decoded[SKETCH])}.",
+            f"{steps[TORCH]:.0f} with `torch.topk`. HISA is "
+            f"{times(steps[TOP_K] / decoded['hisa'])} as fast as the former, MISA-R with\n"
+            f"  m = 8192 on the 2-bit sketch {times(steps[TOP_K] / decoded[SKETCH])}.",
             "- **Prefill**, 64K keys, against DeepGEMM's logits with FlashInfer's top-k: DSA "
-            f"{speed['dsa']}, MISA-R with m = 4096\n  ({data.recall(M4096):.1f} %) {speed[M4096]}, "
-            f"MISA ({data.recall('misa'):.1f} %) {speed['misa']}.",
+            f"{speed['dsa']}, MISA-R with m = 4096\n  {speed[M4096]}, MISA {speed['misa']}.",
+            f"- **Recall**, on a trace of {recall_keys()} keys, shorter than the contexts of these "
+            f"times: MISA {data.recall('misa'):.1f} %, HISA {data.recall('hisa'):.1f} %,\n  MISA-R "
+            f"with m = 4096 {data.recall(M4096):.1f} %, with m = 8192 on the 2-bit sketch "
+            f"{data.recall(SKETCH):.1f} %, where m is half of the keys.",
             f"- **Floors**: that prefill reaches {share['dsa']:.0f} % of the rate of products "
             f"alone with DSA, {share['misa']:.0f} % with MISA; that decode step\n  of DSA "
             f"{100 * read / decoded['dsa']:.0f} % of the rate of a copy.",
@@ -186,11 +231,16 @@ def decode() -> str:
         return [label, *map(shown, cells), times(last / us) if ratio and us else ""]
 
     rows = [
-        row("read keys and scales once", [b * K128 * 132 / copy * 1e-6 for b in BATCHES], False)
+        row(
+            "read keys and scales once",
+            [b * K128 * KEY_BYTES / copy * 1e-6 for b in BATCHES],
+            False,
+        )
     ]
     for name in (*STEPS, SKETCH, SKETCH_LONG, SKETCH_4):
         rows.append(row(LABELS[name], [data.decode(name, batch) for batch in BATCHES]))
-    rows.append(row("DeepGEMM's logits alone", [s["logits_us"] for s in shapes.values()], False))
+    alone = [data.of_rounds(s["logits_us"], s, "logits alone") for s in shapes.values()]
+    rows.append(row("DeepGEMM's logits alone", alone, False))
     for name, label in ((TORCH, "`torch.topk`"), (TOP_K, "`misa.top_k`")):
         steps = [data.of_rounds(s["steps_us"][name], s, name) for s in shapes.values()]
         rows.append(row(f"DeepGEMM's logits, then {label}", steps))
@@ -256,8 +306,8 @@ def prefill_of(heads: int) -> str:
         ]
         for keys in (K64, K128):
             peers = data.peers(keys, heads)
-            us = peers["logits"] + peers[name]
-            cells += [shown(us), times(dense(keys, heads) / us), ""]
+            step = added(peers["logits"], peers[name])
+            cells += [shown(step), times(dense(keys, heads) / step.value), ""]
         rows.append(cells)
     head = [f"{heads} heads"]
     for keys in (K64, K128):
@@ -304,12 +354,13 @@ def selector() -> str:
         if not name.startswith("top_k ") or name.endswith("scores"):
             continue
         rows_by_keys, k = name.removeprefix("top_k ").split(", k ")
-        peers: dict[str, float] = {}
+        peers: dict[str, Figure] = {}
         for keys in (K64, K128):
             if (rows_by_keys, k) == (f"2048 x {keys}", "2048"):
                 peers = data.peers(keys)
         rows.append(
-            [rows_by_keys.replace("x", "×"), k, shown(entry["us"]),
+            [rows_by_keys.replace("x", "×"), k,
+             shown(Figure(entry["us"], entry["us_low"], entry["us_high"])),
              f"{100 * entry['bytes'] / copy * 1e-6 / entry['us']:.0f} %",
              shown(peers.get("FlashInfer")), shown(peers.get("torch.topk"))]
         )  # fmt: skip
@@ -318,14 +369,14 @@ def selector() -> str:
     return table(head, rows)
 
 
-# Variants of bench/engine.sh, and the bytes a token and layer that are kept beside the cache.
+# Variants of bench/engine.sh, and the bytes a token and layer that they keep beside the cache.
 ENGINE = {
     "engine": ("vLLM's own", ""),
     "dsa": ("`dsa`", "0"),
     "misa-r": ("`misa-r`, 3 heads", "0"),
     "misa-r-m": ("`misa-r`, 3 heads, 4096 re-ranked", "0"),
-    "sketch": ("the same on a 2-bit sketch", "34"),
-    "hisa": ("`hisa`", "8"),
+    "sketch": ("the same on a 2-bit sketch", str(sketch_bytes(2))),
+    "hisa": ("`hisa`", str(SUM_BYTES)),
 }
 
 
@@ -349,15 +400,34 @@ def engine() -> str:
 
 
 def engine_tokens() -> str:
-    variants = data.record("engine").results["variants"].values()
-    in_turn = [v["next"] for v in variants if "token_ms_of_turns" in v["next"]["1"]]
+    variants = data.record("engine").results["variants"]
+    next_of = {name: found["next"] for name, found in variants.items()}
+    in_turn = {name: found for name, found in next_of.items() if "token_ms_of_turns" in found["1"]}
     spans = []
-    for batch in in_turn[0]:
-        times = [found[batch]["token_ms"] for found in in_turn]
-        spans.append(f"{min(times):.1f} to {max(times):.1f} ms at B = {batch}")
+    for batch in next_of["engine"]:
+        ms = [found[batch]["token_ms"] for found in in_turn.values()]
+        spans.append(f"{min(ms):.1f} to {max(ms):.1f} ms at B = {batch}")
     text = (
         "With two layers the host takes longer than the device: a token of each sequence took "
-        f"{', '.join(spans)}, with vLLM's own indexer as with the others."
+        f"{', '.join(spans)}, with vLLM's own indexer as with the others that took turns with it."
+    )
+    for name in next_of.keys() - in_turn.keys():
+        ms = ", ".join(f"{found['token_ms']:.1f}" for found in next_of[name].values())
+        text += f" In a run of its own, without turns, {ENGINE[name][0]} took {ms} ms."
+    return textwrap.fill(text, 105)
+
+
+def engine_line() -> str:
+    results = data.record("engine").results
+    variants = results["variants"]
+    first = {name: found["first"]["131072"] for name, found in variants.items()}
+    next_64 = {name: found["next"]["64"]["device_ms"] for name, found in variants.items()}
+    text = (
+        f"In vLLM {results['vllm']}, on two layers of random weights, the first token of 131,072 "
+        f"takes {first['misa-r-m']:.0f} ms with MISA-R and m = 4096, where vLLM's own indexer "
+        f"takes {first['engine']:.0f}. A step of decode for 64 such sequences takes "
+        f"{next_64['hisa']:.2f} ms on the device with HISA and {next_64['sketch']:.2f} with MISA-R "
+        f"on the 2-bit sketch, where vLLM's own takes {next_64['engine']:.2f}."
     )
     return textwrap.fill(text, 105)
 
@@ -473,13 +543,12 @@ def cpu_peers() -> str:
     turns = data.cpu_peers()
     names = {"torch": "PyTorch", "ggml": "llama.cpp (ggml)"}
     pairs += [
-        ("a dense step, a query", label, turns[name].value, "DSA", turns["DSA"].value)
+        ("a dense step, a query", label, turns[name], "DSA", turns["DSA"])
         for name, label in names.items()
         if name in turns
     ]
     rows = [
-        [what, peer, number(theirs) if theirs >= 1 else f"{theirs:.3f}", mine,
-         number(ms) if ms >= 1 else f"{ms:.3f}", times(theirs / ms)]
+        [what, peer, shown(theirs), mine, shown(ms), times(theirs.value / ms.value)]
         for what, peer, theirs, mine, ms in pairs
     ]  # fmt: skip
     return table(("", "peer", "ms", "MISA", "ms", "speed"), rows)
@@ -513,7 +582,7 @@ def target_rows() -> list[list[str]]:
     slowest = max(value(data.step("misa-r", k)) / value(data.step("misa", k)) for k in (K64, K128))
     verdict = "met" if slowest <= 1.1 else "**missed**"
     rows.append(["MISA-R 7 + 1: ≤ 1.1 × MISA's time, 64K and 128K", times(slowest), verdict])
-    logits = data.peers(K64)["logits"] / value(data.step("dsa", K64))
+    logits = data.peers(K64)["logits"].value / value(data.step("dsa", K64))
     rows.append(at_least("DSA, 64K: ≥ 1.25 × the peer's logits alone", 1.25, logits))
     least = min(
         value(data.us("gpu-short", indexer="dsa", keys=k))
@@ -563,7 +632,7 @@ def target_rows() -> list[list[str]]:
     rows.append(at_most("selection alone, 64 × 128K:", 22, selected("top_k 64 x 131072, k 2048")))
 
     onednn, one = "peer/onednn_matmul_bf16", "cpu-stages-1"
-    ratio = data.stage_ms(onednn, one) / data.stage_ms("score/dense/bf16", one)
+    ratio = data.stage_ms(onednn, one).value / data.stage_ms("score/dense/bf16", one).value
     rows.append(at_least("CPU: dense scores ≥ 0.7 × oneDNN's rate, one thread", 0.7, ratio))
     for name, bound in (("misa", 5), ("misa-r", 5), (M4096, 4)):
         for dtype in ("bf16", "e4m3"):
@@ -581,7 +650,8 @@ def selected(name: str) -> float:
 
 
 def floors() -> str:
-    gpu, cpu = data.record("gpu-floors").results, data.record("cpu-floors").results
+    gpu = data.record("gpu-floors").results
+    one, every = data.cpu_floor("gflops_one_thread"), data.cpu_floor("gflops")
     rate, copy = gpu["products_tflops"], gpu["copy_tbps"]
     product = 2048 * K64 * 256 / rate * 1e-6  # µs of a row of every query
     cycles = {name: gpu[f"{name}_cycles"] for name in ("products", "scores", "gated")}
@@ -595,10 +665,10 @@ def floors() -> str:
         ["and with the gate, which no score passes", f"{cycles['gated']:.0f} cycles",
          f"{times(cycles['gated'] / cycles['products'])} the products"],
         ["a copy in device memory, bytes read and written", f"{copy:.1f} TB/s",
-         f"keys and scales of 64 sequences of 128K: {64 * K128 * 132 / copy * 1e-6:.0f} µs"],
-        ["CPU: products of bf16 alone, one thread", f"{cpu['gflops_one_thread']:.0f} GFLOP/s", ""],
-        ["CPU: the same, all threads", f"{cpu['gflops']:.0f} GFLOP/s",
-         f"64 rows of 256 queries at 64K: {64 * 256 * K64 * 256 / cpu['gflops'] * 1e-6:,.0f} ms"],
+         f"keys and scales of 64 sequences of 128K: {64 * K128 * KEY_BYTES / copy * 1e-6:.0f} µs"],
+        ["CPU: products of bf16 alone, one thread", f"{shown(one)} GFLOP/s", ""],
+        ["CPU: the same, all threads", f"{shown(every)} GFLOP/s",
+         f"64 rows of 256 queries at 64K: {64 * 256 * K64 * 256 / every.value * 1e-6:,.0f} ms"],
     ]  # fmt: skip
     return table(("bare loop", "rate", "so"), rows)
 
@@ -611,20 +681,63 @@ def sources() -> str:
             f"{found.machine['processor']}, {found.machine['threads']} threads"
         )
         command = found.command.replace("|", "\\|")
-        state = "transcribed" if found.transcribed else ""
+        notes = ["transcribed"] * found.transcribed + [found.note] * bool(found.note)
         rows.append([f"`{name}`", machine, found.date[:10], f"`{found.commit[:7]}`",
-                     f"`{command}`", state])  # fmt: skip
-    return table(("result", "machine", "date", "commit", "command", ""), rows)
+                     f"`{command}`", "; ".join(notes)])  # fmt: skip
+    return table(("result", "machine", "date", "commit", "command", "note"), rows)
+
+
+# Columns of the tables of stages: what `misa_bench_step --stages` prints under these names.
+STAGES = {
+    "scales": ("scales",),
+    "route, filter": ("route", "filter"),
+    "samples, threshold": ("samples", "threshold"),
+    "score": ("candidates", "score"),
+    "select": ("survivors", "select"),
+    "fallback": ("fallback",),
+    "re-rank, select": ("rerank", "last"),
+}
+
+
+def stages_of(keys: int) -> str:
+    rows = []
+    for name in STEPS:
+        stages = dict(data.stages(name, keys))
+        if "rerank" in stages:  # the selection that ends the step is the re-rank's
+            stages["last"] = stages.pop("select")
+        cells = [", ".join(f"{stages[n]:.0f}" for n in names if n in stages)
+                 for names in STAGES.values()]  # fmt: skip
+        rows.append([LABELS[name], number(value(data.step(name, keys))), *cells])
+    return table((f"64 heads, L = {keys_of(keys)}", "step", *STAGES), rows)
+
+
+def decode_verdict() -> str:
+    """How often DeepGEMM's logits with misa.top_k take less time than DSA, over all shapes."""
+    shapes = [(batch, K128, 64) for batch in BATCHES] + [(64, 8192, 64), (256, 8192, 64)]
+    shapes += [(batch, context, 32) for batch, context in HEADS_32]
+    ratios = [
+        value(data.decode("dsa", *shape)) / data.decode_peers(*shape)["steps_us"][TOP_K]
+        for shape in shapes
+    ]
+    less = sum(ratio > 1 for ratio in ratios)
+    count = f"all {less}" if less == len(ratios) else f"{less} of {len(ratios)}"
+    return textwrap.fill(
+        f"DeepGEMM's logits with this library's selection take less time than its own DSA in "
+        f"{count} shapes of this table and the next in which both were measured, where DSA takes "
+        f"{times(min(ratios))} to {times(max(ratios))} their time.", 110
+    )  # fmt: skip
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "picture": picture,
     "indexers": indexers,
     "indexers-machines": indexers_machines,
+    "commands": commands,
     "recall-time": recall_time,
     "summary": summary,
     "decode-plot": decode_plot,
     "decode": decode,
+    "decode-verdict": decode_verdict,
     "decode-shapes": decode_shapes,
     "prefill-plot": prefill_plot,
     "prefill-64": lambda: prefill_of(64),
@@ -636,6 +749,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "selector": selector,
     "engine": engine,
     "engine-tokens": engine_tokens,
+    "engine-line": engine_line,
     "engine-host": engine_host,
     "served-vllm": lambda: served(SERVED_VLLM, "served-vllm-0.26.0", "served-vllm-0.33.0"),
     "served-sglang": lambda: served(SERVED_SGLANG, "served-sglang-0.5.17"),
@@ -644,6 +758,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu-peers": cpu_peers,
     "targets": targets,
     "floors": floors,
+    "stages-64": lambda: stages_of(K64),
+    "stages-128": lambda: stages_of(K128),
     "sources": sources,
 }
 

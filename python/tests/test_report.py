@@ -56,6 +56,23 @@ def test_an_unknown_table_is_named(report) -> None:
         report.rendered("<!-- results: misread -->\n<!-- end -->")
 
 
+def test_a_note_is_shown(report) -> None:
+    notes = [json.loads(path.read_text()).get("note", "") for path in report.RESULTS.glob("*.json")]
+    assert any(notes)
+    shown = report.report_tables.block("sources")
+    assert [note for note in notes if note not in shown] == []
+
+
+@pytest.mark.parametrize(
+    "table, rows",
+    [("selector", "|"), ("decode", "| DeepGEMM"), ("cpu-peers", "|"), ("floors", "| CPU")],
+)
+def test_a_spread_is_shown(report, table, rows) -> None:
+    lines = report.report_tables.block(table).splitlines()[2:]
+    found = [line for line in lines if line.startswith(rows)]
+    assert found and all("±" in line for line in found)
+
+
 @pytest.mark.parametrize(
     "change, fault",
     [
