@@ -142,8 +142,8 @@ def indexers_machines() -> str:
     floor = 64 * K128 * KEY_BYTES / data.record("gpu-floors").results["copy_tbps"] * 1e-6
     return (
         "Recall: mean over the rows of `data/trace_h64_layer3.safetensors`, a small trained\n"
-        f"model's indexer with a context of {recall_keys()}, top 2048. There m = 8192 candidates are "
-        "half of the\nkeys, at 128K a sixteenth. Recall depends on the model: measure yours.\n"
+        f"model's indexer with a context of {recall_keys()}, top 2048. There m = 8192 candidates "
+        "are half of the\nkeys, at 128K a sixteenth. Recall depends on the model: measure yours.\n"
         "Time: a whole step at 64 heads × 128, e4m3, 65,536 keys, top 2048, on "
         f"{data.cpu()}\nand on one {data.gpu()}, there 2048 queries a call.\n"
         "A decode step has 64 sequences of 131,072 tokens, a query each, in pages with sums: "
