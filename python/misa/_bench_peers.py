@@ -19,7 +19,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import torch
@@ -34,6 +34,13 @@ Step = Callable[[], Any]
 
 class Missing(Exception):
     """Why a peer cannot run."""
+
+
+class Busy(NamedTuple):
+    """The share of the time that misa waited for a processor, and what it says of it."""
+
+    waited: float
+    warning: str | None
 
 
 def torch_step(q: torch.Tensor, w: torch.Tensor, k: torch.Tensor, top_k: int) -> Step:
@@ -125,8 +132,8 @@ class Ggml:
         return step
 
 
-def misa_seconds(program: str, options: argparse.Namespace) -> dict[str, float]:
-    """One turn of `misa bench`: the medians of its runs by indexer."""
+def misa_turn(program: str, options: argparse.Namespace) -> tuple[dict[str, float], Busy]:
+    """One turn of `misa bench`: the medians of its runs by indexer, and how busy it was."""
     command = [program, "bench", "--json", "--dtype", "BF16", "--runs", str(options.runs)]
     for name in ("queries", "heads", "keys", "top_k"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
@@ -134,8 +141,22 @@ def misa_seconds(program: str, options: argparse.Namespace) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr or f"misa-bench-peers: {program} ended with {done.returncode}")
-    (context,) = json.loads(done.stdout)["contexts"]
-    return {one["label"]: one["seconds_step"]["median"] for one in context["indexers"]}
+    result = json.loads(done.stdout)
+    (context,) = result["contexts"]
+    seconds = {one["label"]: one["seconds_step"]["median"] for one in context["indexers"]}
+    return seconds, Busy(context["waited_for_processor"] or 0, result["warning"])
+
+
+def size(text: str) -> int:
+    """A whole number, K, M or G after it for 2^10, 2^20 or 2^30 times as many, as for misa."""
+    digits, unit = (
+        (text[:-1], text[-1].upper()) if text[-1:].upper() in tuple("KMG") else (text, "")
+    )
+    if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
+        raise argparse.ArgumentTypeError(
+            f"expected 1 or more, K, M or G after it or not, got {text!r}"
+        )
+    return int(digits) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
 def seconds(step: Step, runs: int) -> float:
@@ -159,29 +180,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "same shapes, bf16 and random data. torch: products of oneDNN, then torch.topk. ggml: what "
         "llama.cpp runs, ggml_lightning_indexer and ggml_top_k on f16 keys, from the libraries of "
         "llama-cpp-python. Peers that are not installed are left out, and said so. Times are "
-        "medians of rounds, in each of which every contender runs once.",
-        epilog="Example: misa-bench-peers --keys 16384 --queries 8 --indexers dsa,misa-r",
+        "medians of rounds, in each of which every contender runs once, and ± is half the distance "
+        "between the quartiles. `misa bench --peer` calls this command.",
+        epilog="Example: misa-bench-peers --keys 16K --queries 8 --indexers dsa,misa-r",
     )
     parser.add_argument("--peers", nargs="*", choices=("torch", "ggml"), default=["torch", "ggml"])
     parser.add_argument(
         "--misa", metavar="PROGRAM", default=own_program(), help="(default: %(default)s)"
     )
     parser.add_argument("--indexers", default="dsa,misa,misa-r:h=3:m=4k", help="of misa bench")
-    parser.add_argument("--queries", type=int, default=32)
-    parser.add_argument("--heads", type=int, default=64)
-    parser.add_argument("--keys", type=int, default=65536)
-    parser.add_argument("--top-k", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--runs", type=int, default=1, help="of a contender in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--queries", type=size, default=32, help="(default: %(default)s)")
+    parser.add_argument("--heads", type=size, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--keys", type=size, default=65536, help="64K is 65536 (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", type=size, default=2048, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=size, default=os.cpu_count())
+    parser.add_argument("--runs", type=size, default=1, help="of a contender in a round")
+    parser.add_argument("--rounds", type=size, default=5, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
 
     if options.runs * options.rounds >= Ggml.CALLS:
         parser.error(f"--runs times --rounds: expected less than {Ggml.CALLS}")
-    for name in ("queries", "heads", "keys", "top_k", "threads", "runs", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected 1 or more")
     if options.top_k > options.keys:
         parser.error(f"--top-k: expected at most --keys = {options.keys}, got {options.top_k}")
     torch.manual_seed(0)
@@ -200,23 +221,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.misa is None:
         print("misa was left out: expected --misa, or the program on the path", file=sys.stderr)
     rounds: dict[str, list[float]] = {}
+    busiest = Busy(0, None)
     for _ in range(options.rounds):
         turn = {peer: seconds(step, options.runs) for peer, step in steps.items()}
         if options.misa:
-            turn |= misa_seconds(options.misa, options)
+            own, busy = misa_turn(options.misa, options)
+            turn |= own
+            busiest = max(busiest, busy, key=lambda one: one.waited)
         for name, took in turn.items():
             rounds.setdefault(name, []).append(took)
+    if busiest.warning:
+        print(f"misa-bench-peers: {busiest.warning}", file=sys.stderr)
     shape = {name: getattr(options, name) for name in ("queries", "heads", "keys", "top_k")}
     if options.json:
         found = {"torch": torch.__version__, "threads": options.threads, **shape}
+        found |= {"waited_for_processor": busiest.waited, "warning": busiest.warning}
         print(json.dumps(found | {"seconds": rounds}, indent=1))
         return
     print(", ".join(f"{name} {value}" for name, value in shape.items()), end="")
     print(f", {options.threads} threads, medians of {options.rounds} rounds, ms")
     for name, times in rounds.items():
-        spread = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-        half = (spread[2] - spread[0]) / 2
-        print(f"  {name:<24} {statistics.median(times) * 1e3:9.2f} ± {half * 1e3:.2f}")
+        half = "–"
+        if len(times) > 1:
+            low, _, high = statistics.quantiles(times, n=4)
+            half = f"{(high - low) / 2 * 1e3:.2f}"
+        print(f"  {name:<24} {statistics.median(times) * 1e3:9.2f} ± {half}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def test_what_cannot_run_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wrong, message in (
-        (["--keys", "0"], "--keys: expected 1 or more"),
+        (["--keys", "0"], "--keys: expected 1 or more, K, M or G after it or not, got '0'"),
+        (["--keys", "K"], "--keys: expected 1 or more"),
+        (["--keys", "1.5K"], "--keys: expected 1 or more"),
         (["--top-k", "301"], "--top-k: expected at most --keys = 300, got 301"),
         (["--rounds", "100"], "--runs times --rounds: expected less than 100"),
     ):
@@ -78,6 +80,29 @@ def test_what_cannot_run_is_told(
     printed = capsys.readouterr()
     assert json.loads(printed.out)["seconds"].keys() == {"torch"}
     assert "misa was left out" in printed.err
+
+
+def test_sizes_are_those_of_misa() -> None:
+    assert [peers.size(text) for text in ("7", "64K", "2k", "1M", "1G")] == [
+        7, 65536, 2048, 1 << 20, 1 << 30,
+    ]  # fmt: skip
+
+
+def test_a_busy_machine_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = iter([peers.Busy(0.02, None), peers.Busy(0.3, "very"), peers.Busy(0.1, "somewhat")])
+    monkeypatch.setattr(peers, "misa_turn", lambda *_: ({"DSA": 1.0}, next(turns)))
+    peers.main([*SHAPE, "--rounds", "3", "--json", "--peers", "--misa", "misa"])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["waited_for_processor"], result["warning"]) == (0.3, "very")
+    assert printed.err == "misa-bench-peers: very\n"
+
+
+def test_one_round_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    peers.main([*SHAPE, "--rounds", "1", "--peers", "torch", "--misa", ""])
+    assert capsys.readouterr().out.endswith(" ± –\n")
 
 
 def test_the_command_is_installed() -> None:

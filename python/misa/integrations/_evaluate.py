@@ -10,6 +10,8 @@ import logging
 import os
 import platform
 import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -189,6 +191,7 @@ class _File:
                 for text in self.texts
             ),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "waited_for_processor": waiting / (running + waiting) if waiting else 0,
             "layers": layers,
             "dsa": figures[0],

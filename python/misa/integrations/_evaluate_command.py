@@ -89,7 +89,14 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{path}: expected text in UTF-8, got other bytes") from None
-        ids = tokenizer(text)["input_ids"][: options.tokens]
+        every = tokenizer(text)["input_ids"]
+        ids = every[: options.tokens]
+        if len(ids) < len(every):
+            print(
+                f"misa-evaluate: {path}: the first {len(ids):,} of {len(every):,} tokens; --tokens "
+                "takes more",
+                file=sys.stderr,
+            )
         if len(ids) < top_k + 2:
             raise ValueError(
                 f"{path}: expected {top_k + 2} tokens or more, for up to index_topk = {top_k} keys "

@@ -14,13 +14,13 @@ import misa
 _NAMES = {"dsa": "DSA", "misa": "MISA", "misa-dagger": "MISA†", "hisa": "HISA", "auto": "Auto"}
 # A share below one is tinted by its distance from one, from 0.01 % to 100 % on a log scale.
 _LEAST_LOST = 1e-4
-_BUSY = 0.1  # share of the time that a process waits for a processor
+BUSY = 0.05  # share of the time that a process waits for a processor, as in misa bench
 
 
 def busy(result: dict[str, Any]) -> str:
     """What to say of a machine that did other work meanwhile; empty where it did not."""
     waited = result["waited_for_processor"]
-    if waited < _BUSY:
+    if waited < BUSY:
         return ""
     return (
         f"The machine was busy: this program waited for a processor {_percent(waited)} of the "
@@ -81,12 +81,14 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 74rem; color: var(-
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
 p, li { max-width: 44rem; } p { margin: .5rem 0; } .note, footer { color: var(--soft); }
 .verdict { font-size: 1.1rem; font-weight: 600; max-width: none; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem;
+.scroll { overflow: auto; max-height: 90vh; } table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; } caption { text-align: left; color: var(--soft); }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
 td, tbody th { white-space: nowrap; } th { font-weight: 600; vertical-align: bottom; }
+thead th { position: sticky; top: 0; background: var(--back); }
 th:first-child { text-align: left;
   position: sticky; left: 0; background: var(--back); }
+thead th:first-child { z-index: 1; }
 .heat td { background: color-mix(in srgb, var(--lost) calc(var(--x, 0) * 1%), transparent); }
 footer { margin-top: 2.5rem; font-size: .9rem; overflow-wrap: anywhere; }
 """
@@ -105,12 +107,12 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -
     )
 
 
-def _tinted(share: float | None, title: str) -> str:
+def _tinted(share: float | None) -> str:
     if share is None:
         return "<td>–</td>"
     lost = min(max(1 - share, _LEAST_LOST), 1)
     tint = 60 * (1 - math.log(lost) / math.log(_LEAST_LOST))
-    return f'<td style="--x:{tint:.0f}" title="{escape(title)}">{100 * share:.2f}</td>'
+    return f'<td style="--x:{tint:.0f}">{100 * share:.2f}</td>'
 
 
 def _summary(results: list[dict[str, Any]]) -> str:
@@ -183,10 +185,7 @@ def _heat(
             shared = "" if layer["shares"] is None else f" (as {layer['shares']})"
             if name == "recall" and shared:
                 continue
-            cells = []
-            for each in results:
-                text = each["config"]["label"] if "config" in each else "DSA"
-                cells.append(_tinted(each["layers"][i][name], f"layer {layer['layer']}, {text}"))
+            cells = [_tinted(each["layers"][i][name]) for each in results]
             yield [f"{layer['layer']}{shared}", *cells]
 
     labels = (escape(e["config"]["label"]) if "config" in e else "DSA, all heads" for e in results)
@@ -268,5 +267,6 @@ def _foot(result: dict[str, Any]) -> str:
         f"{name('weights')}, {name('dtype')}, attention {name('attention')}. Chunks of "
         f"{name('chunk')} tokens, backend {name('backend')}. {name('machine')}; misa "
         f"{name('misa')}, PyTorch {name('torch')}; {escape(result['date'])}.</p>"
+        f"<p><code>{escape(result['command'])}</code></p>"
         f"<p>Texts, with the start of the SHA-256 of their tokens:</p><ol>{texts}</ol></footer>"
     )

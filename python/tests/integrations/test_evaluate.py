@@ -598,7 +598,9 @@ def test_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(saved / "model"), str(saved / "long"), "--indexers", "misa:h=1,misa-r:h=3"]
     arguments += ["--tokens", "50", "--chunk", "20", "-o", str(output), "--device-map", "cpu"]
     assert command.main([*arguments, "--quiet"]) == 0
-    sentences = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"misa-evaluate: {saved / 'long'}: the first 50 of 60 tokens; --tokens" in printed.err
+    sentences = printed.out.splitlines()
     result = json.loads(output.read_text())
     assert sentences == [
         *(each["verdict"] for each in result["indexers"]),
@@ -611,6 +613,26 @@ def test_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
         output.unlink()
         assert command.main(arguments) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_foot_has_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/misa-evaluate", "a model", "<text>"])
+    evaluate(build("deepseek"), [text_of(40)], [ONE], path=tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["command"] == (
+        "misa-evaluate 'a model' '<text>'"
+    )
+    html = (tmp_path / "e.html").read_text()
+    assert escape("misa-evaluate 'a model' '<text>'") in html.partition("<footer>")[2]
+    assert "title=" not in html  # which the keyboard does not reach
+
+
+def test_one_threshold_of_a_busy_machine() -> None:
+    root = Path(__file__).parents[3]
+    (least,) = re.findall(r"kBusy = ([\d.]+);", (root / "cli/timing.hpp").read_text())
+    (moved,) = re.findall(r"^BUSY = ([\d.]+)", (root / "scripts/moved.py").read_text(), re.M)
+    assert float(least) == float(moved) == page.BUSY
+    assert page.busy({"waited_for_processor": page.BUSY}).startswith("The machine was busy")
+    assert page.busy({"waited_for_processor": page.BUSY / 2}) == ""
 
 
 def test_command_errors(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
