@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 misa=build/bench/cli/misa
-bench=(build/bench/bench/misa_bench --benchmark_format=json)
+# Interleaved, so that what else the machine does slows a peer and ours alike.
+bench=(build/bench/bench/misa_bench --benchmark_format=json
+  --benchmark_enable_random_interleaving=true)
 indexers=dsa,misa,misa-dagger,hisa,misa-r,misa-r:h=3:m=2k
 trace=data/trace_h64_layer3.safetensors
 

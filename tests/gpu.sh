@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds, tests, sanitises and benchmarks the CUDA backends on a machine with a device.
-#   tests/gpu.sh                          builds in build/cuda and runs all stages
-#   tests/gpu.sh FOLDER [STAGE...]        runs the programs found under FOLDER without building;
-#                                         stages: test sanitize bench (default: all three);
-#                                         python, which tests the package that python3 imports
-#                                         on tensors and CuPy's arrays of the device; and
-#                                         report, which writes bench/results
-#                                         (scripts/record.py has its variables)
+#   tests/gpu.sh [STAGE...]           builds in build/cuda and runs the stages: test sanitize bench
+#                                     (default: all three); python, which tests the package that
+#                                     python3 imports on tensors and CuPy's arrays of the device;
+#                                     and report, which writes bench/results (scripts/record.py
+#                                     has its variables)
+#   tests/gpu.sh FOLDER [STAGE...]    the same with the programs found under FOLDER, without building
 # Libraries that the machine lacks are looked for in FOLDER/lib.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-if [ $# -eq 0 ]; then
-  folder=build/cuda
-  cmake --preset cuda && cmake --build --preset cuda || exit 2
-else
-  folder=$1
-  shift
-fi
+case "${1:-test}" in
+  test | sanitize | bench | report)
+    folder=build/cuda
+    cmake --preset cuda && cmake --build --preset cuda || exit 2
+    ;;
+  *)
+    folder=$1
+    shift
+    ;;
+esac
 stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=(test sanitize bench)
 [ ! -d "$folder/lib" ] || export LD_LIBRARY_PATH="$(realpath "$folder")/lib:${LD_LIBRARY_PATH:-}"
