@@ -12,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
 case "${1:-test}" in
-  test | sanitize | bench | report)
+  test | sanitize | python | bench | report)
     folder=build/cuda
     cmake --preset cuda && cmake --build --preset cuda || exit 2
     ;;
