@@ -80,8 +80,8 @@ IndexerConfig config_from(const Options& options) {
           name_of(config.router));
   require(routed || options.sketch != 0 || options.candidates.value_or(0) == 0,
           "--candidates: expected an indexer that routes heads, or --sketch, got {}", unrouted);
-  require(options.sketch == 0 || options.candidates.value_or(config.candidates) > 0,
-          "--sketch: expected --candidates with it, for its scores are ranked again, got none");
+  require(options.sketch == 0 || options.candidates != 0,
+          "--candidates: expected 1 or more with --sketch, whose scores are ranked again, got 0");
   require(options.indexer != "misa-dagger" || options.candidates != 0,
           "--candidates: expected 1 or more with --indexer misa-dagger, which re-ranks, got 0");
   require(options.indexer != "dsa" || !options.dense_work,
@@ -98,8 +98,10 @@ IndexerConfig config_from(const Options& options) {
   }
   config.heads = options.heads.value_or(config.heads);
   config.block = options.block.value_or(config.block);
-  config.candidates = options.candidates.value_or(config.candidates);
   config.sketch = options.sketch;
+  config.candidates = options.candidates.value_or(
+      options.sketch == 0 ? config.candidates
+                          : IndexerConfig::candidates_of_sketch(options.sketch, options.top_k));
   config.dense_work = options.dense_work.value_or(config.dense_work);
   return config;
 }
@@ -330,8 +332,8 @@ void add_select(CLI::App& app) {
   add_number(*command, "--heads", options->heads, 0,
              "Heads that are routed to (misa and misa-dagger: 8, misa-r: 7, auto: 3)");
   add_number(*command, "--candidates", options->candidates, 0,
-             "Positions that every head ranks again; 0: no re-rank (misa-dagger: 8192, auto: twice "
-             "top-k, others: 0)");
+             "Positions that every head ranks again; 0: no re-rank (with --sketch 2: 8 times "
+             "top-k, with --sketch 4: twice; misa-dagger: 8192, auto: twice, others: 0)");
   command
       ->add_option("--sketch", options->sketch,
                    "Score before the re-rank by a sketch of so many bits an element, 2 or 4, of "

@@ -57,9 +57,10 @@ class Config:
     residual: whether one linear row replaces the heads that are not routed (MISA-R).
     filter_block, filter_blocks: HISA's block size, a multiple of 64 or 0 for no filter, and how
         many blocks are kept.
-    candidates: m, positions that all heads re-rank; 0 for no re-rank.
+    candidates: m, positions that all heads re-rank; 0 for no re-rank. If not given with a sketch,
+        8 * top_k for 2 bits and 2 * top_k for 4.
     sketch: bits an element, 2 or 4, of the sketch of the keys from which scores are computed
-        before the re-rank; needs candidates and e4m3 keys; 0 for none.
+        before the re-rank; needs e4m3 keys; 0 for none.
     dense_work: rows of at most this many heads x positions use DSA; 0 for none.
     ordered: whether the positions of a row ascend.
     static_heads: the heads of the router "static".
@@ -96,7 +97,8 @@ class Config:
             if name == "indexer" or value is not None:
                 text(name, value)
         object.__setattr__(self, "top_k", integer("top_k", self.top_k))
-        for name, default in _core.defaults(self.indexer, self.top_k).items():
+        sketch = 0 if self.sketch is None else integer("sketch", self.sketch)
+        for name, default in _core.defaults(self.indexer, self.top_k, sketch).items():
             value = getattr(self, name)
             if value is None:
                 value = default

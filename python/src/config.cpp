@@ -41,6 +41,15 @@ nb::dict fields_of(const IndexerConfig& config) {
   return fields;
 }
 
+// The named indexer; with a sketch, unless it has 0 bits, and the candidates for it.
+IndexerConfig usual(std::string_view name, int top_k, int sketch) {
+  IndexerConfig config = indexer_by_name(name, top_k);
+  if (sketch != 0) {
+    config.candidates = IndexerConfig::candidates_of_sketch(sketch, top_k);
+  }
+  return config;
+}
+
 std::string_view name_of(RouterKeys keys) {
   switch (keys) {
     case RouterKeys::none: break;
@@ -73,17 +82,20 @@ IndexerConfig config_of(nb::handle config) {
 void bind_config(nb::module_& module) {
   module.def(
       "defaults",
-      [](std::string_view name, int top_k) { return fields_of(indexer_by_name(name, top_k)); },
-      nb::arg("indexer"), nb::arg("top_k"),
-      "The fields of a named indexer except top_k; ValueError if there is none of that name.");
+      [](std::string_view name, int top_k, int sketch) {
+        return fields_of(usual(name, top_k, sketch));
+      },
+      nb::arg("indexer"), nb::arg("top_k"), nb::arg("sketch"),
+      "The fields of a named indexer except top_k, with the candidates of a sketch if its bits are "
+      "not 0; ValueError if there is none of that name.");
   module.def(
       "indexer_of_notation",
       [](std::string_view text, int top_k) {
         const NotedIndexer indexer = indexer_of_notation(text, top_k);
-        const nb::dict usual = fields_of(indexer_by_name(indexer.name, top_k));
+        const nb::dict others = fields_of(usual(indexer.name, top_k, indexer.config.sketch));
         nb::dict fields;
         for (const auto& [field, value] : fields_of(indexer.config)) {
-          if (!value.equal(usual[field])) {
+          if (!value.equal(others[field])) {
             fields[field] = value;
           }
         }

@@ -53,6 +53,9 @@ def test_config_defaults() -> None:
         "pooled", 8, 1024, 8192
     )  # fmt: skip
     assert misa.Config("misa-r").sketch == 0
+    assert misa.Config("misa-r", top_k=16, sketch=2).candidates == 8 * 16
+    assert misa.Config("misa-dagger", top_k=16, sketch=4).candidates == 2 * 16
+    assert misa.Config("misa-r", top_k=16, sketch=2, candidates=64).candidates == 64
     assert misa.Config("misa-r").residual and misa.Config("hisa").filter_block == 128
     assert misa.Config(router="static", heads=2, static_heads=[3, 1]).static_heads == (3, 1)
 
@@ -121,7 +124,11 @@ def test_config_refuses(fields: dict, message: str) -> None:
             {"sketch": 2, "candidates": 32},
             "sketch: expected 0 .none. with bf16 keys, got 2",
         ),
-        ("e4m3", {"sketch": 4}, "candidates: expected at least top_k = 16 with a sketch"),
+        (
+            "e4m3",
+            {"sketch": 4, "candidates": 0},
+            "candidates: expected at least top_k = 16 with a sketch",
+        ),
         (
             "e4m3",
             {"sketch": 4, "candidates": 15},

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 
 #include "core/recipe.hpp"
@@ -33,6 +34,12 @@ std::size_t index_of(std::string_view name, std::string_view kind,
                 fmt::format("{}: expected {}, got '{}'", kind, fmt::join(names, ", "), name));
   }
   return static_cast<std::size_t>(found - names.begin());
+}
+
+// The product, or the largest int.
+int times(int factor, int top_k) {
+  constexpr std::int64_t kMost = std::numeric_limits<int>::max();
+  return static_cast<int>(std::min(std::int64_t{factor} * top_k, kMost));
 }
 
 }  // namespace
@@ -72,11 +79,17 @@ IndexerConfig IndexerConfig::hisa(int top_k, int filter_block, int filter_blocks
   return config;
 }
 
+int IndexerConfig::candidates_of_sketch(int bits, int top_k) {
+  switch (bits) {
+    case 2: return times(8, top_k);
+    case 4: return times(2, top_k);
+    default: return 0;
+  }
+}
+
 IndexerConfig IndexerConfig::automatic(int top_k) {
-  constexpr std::int64_t kMost = std::numeric_limits<int>::max();
-  const std::int64_t wide = top_k;
-  IndexerConfig config = misa_r(top_k, 3, static_cast<int>(std::min(2 * wide, kMost)));
-  config.dense_work = 512 * wide;
+  IndexerConfig config = misa_r(top_k, 3, times(2, top_k));
+  config.dense_work = std::int64_t{512} * top_k;
   return config;
 }
 

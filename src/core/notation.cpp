@@ -78,11 +78,13 @@ NotedIndexer indexer_of_notation(std::string_view text, int top_k) {
   std::string_view rest = text;
   const std::string_view name = pop_front_part(rest);
   IndexerConfig config = indexer_by_name(name, top_k);
+  bool candidates_given = false;
   for (Settings settings(text, rest); settings.next();) {
     if (settings.key() == "h") {
       config.heads = settings.number();
     } else if (settings.key() == "m") {
       config.candidates = settings.multiple(top_k);
+      candidates_given = true;
     } else if (settings.key() == "sketch") {
       config.sketch = settings.number();
     } else if (settings.key() == "dense") {
@@ -96,6 +98,9 @@ NotedIndexer indexer_of_notation(std::string_view text, int top_k) {
     } else {
       settings.fail_as_unknown();
     }
+  }
+  if (config.sketch != 0 && !candidates_given) {
+    config.candidates = IndexerConfig::candidates_of_sketch(config.sketch, top_k);
   }
   return {name, config};
 }

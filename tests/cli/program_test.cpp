@@ -399,9 +399,8 @@ TEST(SmokeProgram, RefusesContradictions) {
               HasSubstr("--block: expected the router pooled, got self"));
   EXPECT_THAT(error({"--indexer", "misa-dagger", "--candidates", "0"}),
               HasSubstr("--candidates: expected 1 or more"));
-  EXPECT_THAT(
-      error({"--sketch", "2"}),
-      HasSubstr("--sketch: expected --candidates with it, for its scores are ranked again"));
+  EXPECT_THAT(error({"--sketch", "2", "--candidates", "0"}),
+              HasSubstr("--candidates: expected 1 or more with --sketch"));
   EXPECT_THAT(error({"--sketch", "3", "--candidates", "4000"}), HasSubstr("--sketch"));
   EXPECT_THAT(error({"--indexer", "hisa", "--heads", "2"}), HasSubstr("--heads: expected"));
   EXPECT_THAT(error({"--indexer", "hisa", "--router", "self"}), HasSubstr("--heads: expected"));

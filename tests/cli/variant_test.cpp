@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <string>
 
 #include "misa/error.hpp"
@@ -33,6 +34,11 @@ TEST(Variant, SettingsOverrideThem) {
   EXPECT_EQ(sketched.label, "MISA-R 3+1 m=4096 2-bit");
   EXPECT_EQ(sketched.config.sketch, 2);
   EXPECT_EQ(parse_variant("dsa:m=2k:sketch=4", 1024).label, "DSA m=2048 4-bit");
+  EXPECT_EQ(parse_variant("dsa:sketch=4", 1024).config.candidates, 2 * 1024);
+  EXPECT_EQ(parse_variant("misa-dagger:sketch=2", 1024).config.candidates, 8 * 1024);
+  EXPECT_EQ(parse_variant("misa-r:sketch=2:m=0", 1024).config.candidates, 0);
+  EXPECT_EQ(parse_variant("dsa:sketch=2", 2'000'000'000).config.candidates,
+            std::numeric_limits<int>::max());
   EXPECT_EQ(parse_variant("misa:m=3000", 1024).config.candidates, 3000);
   const Variant by_length = parse_variant("auto:dense=300k", 1024);
   EXPECT_EQ(by_length.label, "Auto 3+1 m=2048 dense=307200");
