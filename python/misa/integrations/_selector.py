@@ -12,7 +12,7 @@ from torch.utils.dlpack import to_dlpack
 
 import misa
 
-_PAGE = 64
+PAGE = 64
 
 # Prefills of fewer rows have plans of their own.
 _FEW_ROWS = 64
@@ -80,7 +80,7 @@ class Selector:
         self.device = device
         self._dim = dim
         # Bytes of the sketch of a page; 0 without one.
-        self._sketch = _PAGE * {0: 0, 2: dim // 4 + 2, 4: dim // 2 + dim // 32}[config.sketch]
+        self._sketch = PAGE * {0: 0, 2: dim // 4 + 2, 4: dim // 2 + dim // 32}[config.sketch]
         routed = config.router == "pooled" and config.heads < heads
         self._sums = routed or config.filter_block > 0
 

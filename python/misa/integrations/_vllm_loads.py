@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 _WORKER = "vllm.v1.worker.gpu_worker"
 _TRANSFER = "vllm.distributed.kv_transfer"
@@ -22,8 +21,19 @@ _FIELDS = {
 }
 
 
+class Watcher(Protocol):
+    """Who is told of pages."""
+
+    def rebuild(self, pages: list[int]) -> None:
+        """The keys of some pages are there."""
+
+    def lose(self, error: Exception) -> None:
+        """There may be keys of unknown pages."""
+
+
 class Loads:
-    """Calls `rebuild` with the pages of each request that begins with tokens that are computed.
+    """Calls `rebuild` of its watcher with the pages of each request that begins with tokens that
+    are computed, or `lose` if they cannot be told.
 
     Which of them a connector brought is its own business; to make the others again changes nothing.
     A connector that loads in the background has ended before the request is scheduled; one that
@@ -32,7 +42,7 @@ class Loads:
     """
 
     def __init__(self, pages_per_block: int) -> None:
-        self.rebuild: Callable[[list[int]], None] | None = None
+        self.watcher: Watcher | None = None
         self._pages_per_block = pages_per_block
         self._pages: list[int] = []
         self._watched: Any = None
@@ -57,10 +67,15 @@ class Loads:
 
         @functools.wraps(run)
         def execute_model(this: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            self._pages = self.pages(scheduler_output)
-            if self._pages:
-                self._watch(transfer.get_kv_transfer_group())
-                self._rebuild()
+            try:
+                self._pages = self.pages(scheduler_output)
+                if self._pages:
+                    self._watch(transfer.get_kv_transfer_group())
+            except Exception as error:
+                self._pages = []
+                if self.watcher is not None:
+                    self.watcher.lose(error)
+            self._rebuild()
             return run(this, scheduler_output, *args, **kwargs)
 
         worker.execute_model = execute_model
@@ -85,11 +100,10 @@ class Loads:
         @functools.wraps(load)
         def start_load_kv(*args: Any, **kwargs: Any) -> None:
             load(*args, **kwargs)
-            if self._pages:
-                self._rebuild()
+            self._rebuild()
 
         connector.start_load_kv = start_load_kv
 
     def _rebuild(self) -> None:
-        if self.rebuild is not None:
-            self.rebuild(self._pages)
+        if self._pages and self.watcher is not None:
+            self.watcher.rebuild(self._pages)

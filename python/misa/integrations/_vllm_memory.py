@@ -10,8 +10,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ._selector import PAGE
+
 _WORKER = "vllm.v1.worker.gpu_worker"
-_PAGE = 64
 _logger = logging.getLogger("vllm.misa")
 
 
@@ -24,8 +25,8 @@ def left(available: int, specs: Mapping[str, Any], index_bytes: int, derived_byt
         for spec in specs.values()
         if spec.page_size_bytes == spec.block_size * index_bytes
     )
-    whole = caches * _PAGE + tokens * derived_bytes
-    return available * caches * _PAGE // whole if caches else available
+    whole = caches * PAGE + tokens * derived_bytes
+    return available * caches * PAGE // whole if caches else available
 
 
 def reserve(index_bytes: int, derived_bytes: int) -> None:

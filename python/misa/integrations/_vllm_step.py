@@ -131,6 +131,15 @@ class Group:
         return torch.cat(self.ks), torch.cat(self.ke)
 
 
+def rows_of(metadata: Any) -> dict[str, int]:
+    """How many rows of a step, of vLLM's metadata, are "decode" and "prefill"; without zeros."""
+    rows = {
+        "decode": metadata.num_decode_tokens if metadata.num_decodes > 0 else 0,
+        "prefill": metadata.num_prefill_tokens if metadata.num_prefills > 0 else 0,
+    }
+    return {work: count for work, count in rows.items() if count}
+
+
 class Step:
     """A step's metadata in the form of MISA's calls.
 
@@ -142,16 +151,15 @@ class Step:
 
     def __init__(self, metadata: Any, most_keys: int, shards: Any) -> None:
         self.metadata = metadata
-        self.decode_rows = metadata.num_decode_tokens if metadata.num_decodes > 0 else 0
-        self.prefill_rows = metadata.num_prefill_tokens if metadata.num_prefills > 0 else 0
+        self.rows = rows_of(metadata)
+        self.decode_rows = self.rows.get("decode", 0)
+        self.prefill_rows = self.rows.get("prefill", 0)
         self.decode = self._decode() if self.decode_rows else None
         self.shard = None
         self.groups: list[Group] = []
         if self.prefill_rows:
             self.shard = shards and shards.from_metadata(metadata.prefill, self.decode_rows)
             self.groups = self._groups(most_keys)
-        rows = {"decode": self.decode_rows, "prefill": self.prefill_rows}
-        self.rows = {work: count for work, count in rows.items() if count}
         self._left: dict[tuple[str, ...], Any] = {}
 
     @property

@@ -13,15 +13,13 @@ docs/integrations/vllm.md says how to use it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from operator import itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -29,15 +27,15 @@ import misa
 
 from ._counters import Counters
 from ._environment import Settings, has, read_settings
-from ._selector import NOTHING, Bounds, Derived, Selector
+from ._selector import PAGE, Bounds, Selector
 from ._vllm_loads import Loads
 from ._vllm_memory import reserve
-from ._vllm_step import METADATA, PLAIN, UNREAD, Call, Decode, Step
+from ._vllm_operator import Operator, text
+from ._vllm_step import METADATA, UNREAD, Call
 
 _MODULE = "vllm.model_executor.layers.sparse_attn_indexer"
 _METADATA_MODULE = "vllm.v1.attention.backends.mla.indexer"
 _OPERATOR = "sparse_attn_indexer"
-_PAGE = 64
 
 # What is used besides: of the operator's module, and of vLLM's config.
 _HELPERS = (
@@ -114,7 +112,7 @@ def _install(config: Any) -> None:
         problem = _problem(engine, config, platform)
         selector = None if problem else _selector(chosen, settings, config, platform)
     except Exception as error:  # of vLLM's functions too: without MISA it may start all the same
-        problem = _text(error)
+        problem = text(error)
     if problem:
         if settings.strict:
             raise RuntimeError(f"MISA_STRICT: expected MISA to be on, but {problem}")
@@ -130,7 +128,7 @@ def _install(config: Any) -> None:
     if selector.derives:
         reserve(selector.key_bytes, selector.derived_bytes)
     if selector.derives and getattr(config, "kv_transfer_config", None) is not None:
-        loads = Loads(max(config.cache_config.block_size // _PAGE, 1))
+        loads = Loads(max(config.cache_config.block_size // PAGE, 1))
         loads.install()
     replacement = replace(
         original, engine, selector, strict=settings.strict, fixed=fixed, loads=loads
@@ -235,309 +233,16 @@ def replace(
             [rows, columns] (columns >= topk_tokens), written in place.
         engine: the operator's module, for its helpers.
         selector: the plans for the model.
-        strict: whether a layer that MISA cannot serve is an error.
+        strict: whether work that MISA cannot do is an error.
         fixed: whether all sequences of a captured decode have as many queries in every replay.
         loads: what sees the pages that a KV connector brings.
     """
-    operator = _Operator(original, engine, selector, strict, fixed)
+    operator = Operator(original, engine, selector, _counters, strict, fixed)
     if loads is not None:
-        loads.rebuild = operator.rebuild
+        loads.watcher = operator
 
     @functools.wraps(original)
     def sparse_attn_indexer(*args: Any, **kwargs: Any) -> torch.Tensor:
         return operator(args, kwargs)
 
     return sparse_attn_indexer
-
-
-class _Strict(RuntimeError):
-    """An error that MISA_STRICT asks for."""
-
-
-class _Layer(NamedTuple):
-    """cache: its key cache.
-    reason: why it is left to vLLM's operator, or None.
-    derived: from its keys, for decode.
-    """
-
-    cache: torch.Tensor
-    reason: str | None
-    derived: Derived
-
-    def has(self, cache: torch.Tensor) -> bool:
-        same_memory = cache.data_ptr() == self.cache.data_ptr()
-        return same_memory and cache.shape[0] == self.cache.shape[0]
-
-
-class _Operator:
-    """See replace()."""
-
-    def __init__(
-        self,
-        original: Callable[..., Any],
-        engine: Any,
-        selector: Selector,
-        strict: bool,
-        fixed: bool,
-    ) -> None:
-        self._original = original
-        self._engine = engine
-        self._selector = selector
-        self._strict = strict
-        self._fixed = fixed
-        self._shards = getattr(engine, "PrefillRowShard", None)
-        self._layers: dict[str, _Layer] = {}
-        self._counted = ""  # the layer in which rows are counted
-        self._failed: dict[str, str] = {}
-        self._broken = False
-        # Where each argument of a Call is among those of the operator, and then the defaults of
-        # those that it does not have.
-        parameters = inspect.signature(original).parameters
-        self._names = list(parameters)
-        self._defaults = [p.default for p in parameters.values()]
-        absent = [name for name in Call._fields if name not in parameters]
-        self._absent = tuple(Call._field_defaults[name] for name in absent)
-        places = {name: place for place, name in enumerate([*self._names, *absent])}
-        self._read = itemgetter(*(places[name] for name in Call._fields))
-
-    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        context = self._engine.get_forward_context()
-        # There is no metadata in a profiling run.
-        if self._broken or not isinstance(context.attn_metadata, dict):
-            return self._original(*args, **kwargs)
-        try:
-            call = self._call(args, kwargs)
-            name = _layer_name(call.k_cache_prefix)
-            metadata = context.attn_metadata[name]
-            step = self._step(metadata)
-            capturing = _capturing(call.q_quant)
-            layer = self._layer(name, call, capturing)
-            taken = self._taken(call, context, layer, step, capturing)
-        except _Strict:
-            raise
-        except Exception as error:
-            self._broken = True
-            _counters.leave("everything", _text(error))
-            return self._original(*args, **kwargs)
-        if taken and len(taken) == len(step.rows):
-            self._insert_and_clear(call, metadata, step)
-        else:
-            with _metadata(context, name, step.without(taken)):
-                self._original(*args, **kwargs)
-        work = "decode"
-        try:
-            if layer.derived is not NOTHING:
-                self._selector.derive(layer.derived, call.kv_cache, metadata.slot_mapping)
-            if "decode" in taken:
-                decode = step.grouped if capturing and self._fixed else step.decode
-                self._decode(call, step.decode_rows, decode, layer)
-            work = "prefill"
-            if "prefill" in taken:
-                self._prefill(call, step)
-        except Exception as error:
-            # Whatever was done so far can be done again.
-            self._failed[work] = _text(error)
-            if work == "decode":
-                self._layers[name] = layer._replace(derived=NOTHING)
-            return self(args, kwargs)
-        if name == self._counted:
-            for work, rows in step.rows.items():
-                who = "misa" if work in taken else "engine"
-                _counters.add(f"{who}_{work}", rows, capturing)
-        return call.topk_indices_buffer
-
-    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Call:
-        values = args
-        if kwargs or len(args) < len(self._names):
-            rest = zip(self._names[len(args) :], self._defaults[len(args) :], strict=True)
-            values = (*args, *(kwargs.get(name, default) for name, default in rest))
-        return Call(*self._read((*values, *self._absent)))
-
-    def _step(self, metadata: Any) -> Step:
-        step = getattr(metadata, "misa_step", None)
-        if step is None:
-            step = Step(metadata, self._selector.prefill.total, self._shards)
-            metadata.misa_step = step
-        return step
-
-    def _layer(self, name: str, call: Call, capturing: bool) -> _Layer:
-        """What is kept of a layer as long as it has the same cache."""
-        cache = call.kv_cache
-        layer = self._layers.get(name)
-        if layer is not None and layer.has(cache):
-            return layer
-        reason, derived = self._uncovered(call), NOTHING
-        if reason is None and self._selector.derives and "decode" not in self._failed:
-            if capturing:  # what is allocated now would be the graph's
-                reason = "a layer whose first step is captured into a CUDA graph"
-            else:
-                derived = self._selector.derived(cache)
-        layer = _Layer(cache, reason, derived)
-        self._layers[name] = layer
-        self._counted = self._counted or name
-        return layer
-
-    def rebuild(self, pages: list[int]) -> None:
-        """Makes again, in every layer, what is derived from the keys of some pages."""
-        try:
-            for cache, _, derived in self._layers.values():
-                if derived is not NOTHING:
-                    there = [page for page in pages if page < cache.shape[0]]
-                    self._selector.rebuild(derived, cache, torch.tensor(there, dtype=torch.int32))
-        except Exception as error:
-            self._failed["decode"] = _text(error)
-
-    def _taken(
-        self, call: Call, context: Any, layer: _Layer, step: Step, capturing: bool
-    ) -> list[str]:
-        """What MISA selects for in this step, "decode" and "prefill"."""
-        reason = layer.reason
-        if reason is None and _is_dense(call, context):
-            reason = "attention is dense, and asks for no positions"
-        taken = []
-        if step.decode_rows and self._takes_decode(step, reason, capturing):
-            taken.append("decode")
-        if step.prefill_rows and self._takes_prefill(step, reason, capturing):
-            taken.append("prefill")
-        return taken
-
-    def _uncovered(self, call: Call) -> str | None:
-        """Why a layer must be left to vLLM's operator, or None.
-
-        Raises RuntimeError if that is so and MISA_STRICT is set.
-        """
-        reason = self._unlike_the_plans(call)
-        if reason is not None and self._strict:
-            raise _Strict(f"MISA_STRICT: expected a layer that MISA can serve, got {reason}")
-        return reason
-
-    def _unlike_the_plans(self, call: Call) -> str | None:
-        for name, plain in PLAIN.items():
-            value = getattr(call, name)
-            if isinstance(value, torch.Tensor) or value != plain:
-                return f"{name} is set"
-        if call.q_quant.dtype != torch.float8_e4m3fn:
-            return f"queries in {call.q_quant.dtype}"
-        if tuple(call.kv_cache.shape[1:]) != (_PAGE, call.head_dim + 4):
-            return f"a key cache of shape {tuple(call.kv_cache.shape)}"
-        if call.topk_tokens != self._selector.config.top_k:
-            return f"a layer that selects {call.topk_tokens} positions"
-        if getattr(self._engine, "mqa_logits_use_mx_scales", bool)():
-            return "key scales in MX format"
-        return None
-
-    def _takes_decode(self, step: Step, reason: str | None, capturing: bool) -> bool:
-        """Whether MISA selects for a step's decode rows; says once why not."""
-        bounds, decode = self._selector.decode, step.decode
-        if bounds is None:
-            return False
-        assert decode is not None
-        reason = reason or self._failed.get("decode")
-        if step.decode_rows > bounds.rows or decode.lengths.shape[0] > bounds.sequences:
-            reason = f"{step.decode_rows} rows, more than planned for"
-        elif capturing and decode.starts is not None:
-            reason = "a CUDA graph for sequences that decode unequal numbers of tokens"
-        if reason is not None:
-            _counters.leave("decode", reason)
-        return reason is None
-
-    def _takes_prefill(self, step: Step, reason: str | None, capturing: bool) -> bool:
-        """Whether MISA selects for a step's prefill rows; says once why not."""
-        bounds = self._selector.prefill
-        reason = reason or self._failed.get("prefill")
-        if capturing:
-            reason = "a CUDA graph of a prefill"
-        for group in step.groups:
-            if group.end - group.start > bounds.rows or group.keys > bounds.total:
-                rows = group.end - group.start
-                reason = f"{rows} rows on {group.keys} keys, more than planned for"
-        if reason is not None:
-            _counters.leave("prefill", reason)
-        return reason is None
-
-    def _insert_and_clear(self, call: Call, metadata: Any, step: Step) -> None:
-        """What vLLM's operator does before it selects: inserts the step's keys, and marks all
-        entries of its rows as empty, of which only those are left that no selection writes."""
-        if not call.skip_k_cache_insert:
-            slots = metadata.slot_mapping
-            assert call.k is not None
-            self._engine.ops.indexer_k_quant_and_cache(
-                call.k[: slots.shape[0]],
-                call.kv_cache,
-                slots,
-                call.quant_block_size,
-                call.scale_fmt,
-            )
-        if not call.skip_topk_buffer_clear:
-            rows, buffer = call.hidden_states.shape[0], call.topk_indices_buffer
-            written = step.covered if buffer.shape[1] == call.topk_tokens else 0
-            if written < rows:
-                buffer[written:rows] = -1
-
-    def _decode(self, call: Call, rows: int, decode: Decode | None, layer: _Layer) -> None:
-        assert decode is not None
-        self._selector.paged(
-            call.q_quant[:rows],
-            call.weights[:rows],
-            call.kv_cache,
-            decode.table,
-            decode.lengths,
-            call.topk_indices_buffer[:rows, : call.topk_tokens],
-            starts=decode.starts,
-            derived=layer.derived,
-        )
-
-    def _prefill(self, call: Call, step: Step) -> None:
-        """vLLM's kernel gathers the keys of each group into the workspace that vLLM reserved."""
-        engine = self._engine
-        keys, scales = engine.current_workspace_manager().get_simultaneous(
-            ((call.total_seq_lens, call.head_dim), torch.float8_e4m3fn),
-            ((call.total_seq_lens, 4), torch.uint8),
-        )
-        for group in step.groups:
-            for table, cu_lengths, first, end in group.gathers:
-                engine.ops.cp_gather_indexer_k_quant_cache(
-                    call.kv_cache, keys[first:end], scales[first:end], table, cu_lengths
-                )
-            ks, ke = group.bounds
-            self._selector.ragged(
-                call.q_quant[group.start : group.end],
-                call.weights[group.start : group.end],
-                keys[: group.keys],
-                ks,
-                ke,
-                scales[: group.keys].view(torch.float32).squeeze(-1),
-                call.topk_indices_buffer[group.start : group.end, : call.topk_tokens],
-            )
-        if step.shard is not None:
-            step.shard.exchange_topk(call.topk_indices_buffer, call.topk_tokens)
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _layer_name(name: Any) -> str:
-    """vLLM passes a layer's name as a string or in an object that its compiler can trace."""
-    return getattr(name, "value", name)
-
-
-def _is_dense(call: Call, context: Any) -> bool:
-    """Whether the attention of this step reads all positions."""
-    attention = context.attn_metadata.get(_layer_name(call.dense_mha_metadata_layer_name))
-    return bool(getattr(getattr(attention, "prefill", None), "use_dense_mha", False))
-
-
-@contextlib.contextmanager
-def _metadata(context: Any, layer: str, metadata: Any) -> Iterator[None]:
-    """Gives vLLM's operator another metadata object for one layer."""
-    whole = context.attn_metadata
-    context.attn_metadata = {**whole, layer: metadata}
-    try:
-        yield
-    finally:
-        context.attn_metadata = whole

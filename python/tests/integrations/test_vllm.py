@@ -24,6 +24,7 @@ torch = pytest.importorskip("torch")
 
 from paged import DIM, HEADS, Sequences, gather, new_rows, queries  # noqa: E402
 
+from misa.integrations import _vllm_operator as operators  # noqa: E402
 from misa.integrations import vllm as plugin  # noqa: E402
 from misa.integrations._environment import Settings  # noqa: E402
 from misa.integrations._selector import Bounds, Selector, _powers  # noqa: E402
@@ -291,7 +292,7 @@ def test_decode_is_selected(engine, sequences, next_n, flat, padding, columns):
 @pytest.mark.parametrize(("next_n", "flat"), [(1, False), (2, False), (4, True)])
 def test_queries_of_a_captured_sequence_share_a_read(engine, monkeypatch, next_n, flat, fixed):
     """Rows of padding, which see less than nothing, are empty."""
-    monkeypatch.setattr(plugin, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(operators, "is_capturing", lambda tensor: True)
     plugin._counters.prepare("cpu")
     sequences, chosen = Sequences(DECODING), selector(config=DSA)
     metadata = mixed(sequences, next_n, flat)
@@ -443,15 +444,152 @@ def test_what_cannot_be_derived_leaves_decode_to_the_engine(engine, monkeypatch)
     assert plugin.counters() == {"engine_decode": 3}
 
 
-def test_a_layer_whose_first_step_is_captured_is_left(engine):
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_layer_whose_first_step_is_captured_is_left(engine, monkeypatch, strict):
     """It has no sums of the keys that come before its memory."""
     sequences, chosen = Sequences(DECODING), selector()
-    operator = operator_of(plugin.replace(engine.operator, engine, chosen))
-    call = SimpleNamespace(kv_cache=sequences.cache)
-    with mock.patch.object(operator, "_uncovered", lambda call: None):
-        layer = operator._layer(LAYER, call, True)
-        assert layer.reason and layer.derived == (None, None, None)
-        assert operator._layer(LAYER, call, False) is layer
+    plugin._counters.prepare("cpu")
+    operator = plugin.replace(engine.operator, engine, chosen, strict=strict)
+    q, w = queries(3)
+    with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
+        engine.context.attn_metadata = {LAYER: decoded(sequences, torch.tensor([-1]))}
+        monkeypatch.setattr(operators, "is_capturing", lambda tensor: True)
+        if strict:
+            with pytest.raises(RuntimeError, match="MISA_STRICT.*first step is captured"):
+                engine.run(chosen, sequences, q, w)
+            return
+        engine.run(chosen, sequences, q, w)
+        monkeypatch.setattr(operators, "is_capturing", lambda tensor: False)
+        engine.run(chosen, sequences, q, w)
+    assert engine.left == 2 * [(3, 0)]
+    assert plugin.counters() == {"engine_decode": 6}
+
+
+@dataclass
+class Captured:
+    """A layer whose decode was captured into a CUDA graph, which replays without the plugin."""
+
+    engine: Engine
+    chosen: Selector
+    sequences: Sequences
+    operator: Any
+    loads: Loads
+
+    def step(self, slots: torch.Tensor, metadata: Metadata | None = None) -> torch.Tensor:
+        """A step of decode outside of graphs, which writes keys into `slots`."""
+        metadata = metadata or decoded(self.sequences, slots)
+        metadata.slot_mapping = slots
+        self.engine.context.attn_metadata = {LAYER: metadata}
+        q, w = queries(sum(operators.rows_of(metadata).values()))
+        with mock.patch.object(plugin, "replace", lambda *_a, **_k: self.operator):
+            return self.engine.run(self.chosen, self.sequences, q, w)
+
+    @property
+    def derived(self):
+        return operator_of(self.operator)._layers[LAYER].derived
+
+
+@pytest.fixture(params=[CONFIG, FILTERED, SKETCHED], ids=["sums", "filter", "sketch"])
+def captured(request, engine, loading, monkeypatch):
+    plugin._counters.prepare("cpu")
+    sequences = Sequences(DECODING + PREFILLING)
+    chosen, loads = selector(config=request.param), Loads(1)
+    loads.install()
+    operator = plugin.replace(engine.operator, engine, chosen, loads=loads)
+    made = Captured(engine, chosen, sequences, operator, loads)
+    for capturing in (False, True):
+        monkeypatch.setattr(operators, "is_capturing", lambda tensor, now=capturing: now)
+        made.step(torch.tensor([-1]))
+    monkeypatch.setattr(operators, "is_capturing", lambda tensor: False)
+    assert engine.left == []
+    return made
+
+
+def unreadable(sequences: Sequences) -> Metadata:
+    metadata = mixed(sequences)
+    del metadata.decode.seq_lens
+    return metadata
+
+
+@pytest.mark.parametrize("failing", ["paged", "ragged", "insertion", "metadata"])
+def test_graphs_decode_from_the_keys_of_all_steps(captured, monkeypatch, failing):
+    """Whatever fails later: a replay runs no Python code that could leave decode to the engine."""
+
+    def fails(*_arguments, **_more):
+        raise RuntimeError("not today")
+
+    arrays, metadata = captured.derived, mixed(captured.sequences)
+    if failing == "metadata":
+        metadata = unreadable(captured.sequences)
+    elif failing == "insertion":
+        monkeypatch.setattr(operators.Operator, "_insert_and_clear", fails)
+    else:
+        setattr(captured.chosen, failing, fails)
+    sequences = captured.sequences
+    expected = captured.chosen.derived(sequences.cache)
+    last = [sequences.slot(i, n - 1) for i, n in enumerate(sequences.lengths)]
+    for slots in (torch.tensor(last[:2]), torch.tensor(last[2:])):
+        for slot in slots.tolist():  # the engine's kernel has written other keys
+            page, place = divmod(slot, 64)
+            sequences.cache[page].flatten()[place * DIM : (place + 1) * DIM] ^= 128
+        plugin.misa.append(sequences.cache, None, slots, **expected._asdict())
+        captured.step(slots, metadata)
+    assert captured.engine.left
+    assert captured.derived is arrays
+    assert same(arrays, expected)
+    rows = {"decode": len(DECODING), "prefill": sum(NEW)}
+    counts = plugin.counters()
+    for work in rows if failing in ("metadata", "insertion") else ():
+        assert counts[f"engine_{work}"] == 2 * rows[work]
+
+
+@pytest.mark.parametrize("failing", ["a step", "pages", "scheduled"])
+def test_the_engine_stops_where_graphs_would_decode_from_old_keys(
+    captured, loading, monkeypatch, failing
+):
+    def fails(*_arguments, **_more):
+        raise RuntimeError("not today")
+
+    arrays, step = captured.derived, SchedulerOutput([NewRequestData(([1],), 100)], NONE_CACHED)
+    if failing == "scheduled":
+        del step.scheduled_cached_reqs
+    names = {"a step": "append", "pages": "rebuild"}
+    if failing in names:
+        monkeypatch.setattr(plugin.misa, names[failing], fails)
+    with pytest.raises(operators.StaleError, match="captured CUDA graphs decode by"):
+        if failing == "a step":
+            captured.step(torch.tensor([-1]))
+        else:
+            loading.Worker().execute_model(step)
+    assert captured.derived is arrays  # graphs hold their memory
+
+
+def test_what_cannot_be_derived_is_not_captured(engine, monkeypatch):
+    sequences, chosen = Sequences(DECODING), selector(config=SKETCHED)
+    plugin._counters.prepare("cpu")
+    operator = plugin.replace(engine.operator, engine, chosen)
+    q, w = queries(3)
+    with (
+        mock.patch.object(plugin, "replace", lambda *_a, **_k: operator),
+        mock.patch.object(chosen, "derive", side_effect=RuntimeError("no memory")),
+    ):
+        for capturing in (False, True):
+            monkeypatch.setattr(operators, "is_capturing", lambda tensor, now=capturing: now)
+            engine.context.attn_metadata = {LAYER: decoded(sequences, torch.tensor([-1]))}
+            engine.run(chosen, sequences, q, w)
+    assert engine.left[-2:] == 2 * [(3, 0)]
+    assert plugin.counters() == {"engine_decode": 6}
+
+
+def test_a_first_step_without_memory_leaves_decode(engine, sequences):
+    """And prefill is selected all the same."""
+    chosen = selector(config=SKETCHED)
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    with mock.patch.object(chosen, "derived", side_effect=MemoryError):
+        engine.run(chosen, sequences, q, w)
+    assert engine.left == [(len(DECODING), 0)]
+    assert plugin.counters() == {"misa_prefill": sum(NEW), "engine_decode": len(DECODING)}
 
 
 def test_a_step_that_cannot_be_read_is_left(engine, sequences, caplog):
@@ -463,6 +601,31 @@ def test_a_step_that_cannot_be_read_is_left(engine, sequences, caplog):
     engine.run(selector(), sequences, q, w)
     assert engine.left == [(len(DECODING), len(PREFILLING))]
     assert "everything left to the engine's own operator: AttributeError" in caplog.text
+    assert plugin.counters() == {"engine_prefill": sum(NEW), "engine_decode": len(DECODING)}
+
+
+def test_keys_that_cannot_be_inserted_are_left(engine, sequences, caplog):
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    engine.run(selector(), sequences, q, w, k=None, skip_k_cache_insert=False)
+    assert engine.left == [(len(DECODING), len(PREFILLING))]
+    assert "everything left to the engine's own operator: AssertionError" in caplog.text
+    assert plugin.counters() == {"engine_prefill": sum(NEW), "engine_decode": len(DECODING)}
+
+
+def test_a_layer_that_shares_a_selection_finds_it_in_the_buffer(engine, sequences):
+    """The engine makes no call for it, and between two calls nothing is written: neither by what a
+    KV connector brings nor by calls for other buffers."""
+    chosen = selector()
+    operator = plugin.replace(engine.operator, engine, chosen)
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    with mock.patch.object(plugin, "replace", lambda *_a, **_k: operator):
+        buffer = engine.run(chosen, sequences, q, w)
+        expected = buffer.clone()
+        operator_of(operator).rebuild([0, 1])
+        engine.run(chosen, sequences, *queries(len(rows_of(1)), seed=9))
+    assert torch.equal(buffer, expected)
 
 
 def test_reused_pages_are_read_anew(engine):
@@ -582,6 +745,52 @@ def test_an_error_leaves_the_work_to_the_engine(engine, sequences, caplog, work,
     }
     first = 0 if decode else len(DECODING)
     assert (buffer[first : first + rows[work]] == -1).all()
+
+
+@pytest.mark.parametrize("work", ["prefill", "decode", "everything"])
+def test_an_error_is_one_if_strict(engine, sequences, work):
+    chosen, metadata = selector(), mixed(sequences)
+    if work == "everything":
+        metadata = unreadable(sequences)
+    else:
+        name = "paged" if work == "decode" else "ragged"
+        setattr(chosen, name, mock.Mock(side_effect=ValueError("not today")))
+    engine.context.attn_metadata = {LAYER: metadata}
+    q, w = queries(len(rows_of(1)))
+    with pytest.raises(RuntimeError, match=f"MISA_STRICT: .* {work}"):
+        engine.run(chosen, sequences, q, w, strict=True)
+
+
+@pytest.mark.parametrize("spoil", ["captured", "rows"])
+def test_a_step_that_is_left_is_an_error_if_strict(engine, sequences, monkeypatch, spoil):
+    chosen = selector(decode=False, rows=2 if spoil == "rows" else MOST_ROWS)
+    if spoil == "captured":
+        monkeypatch.setattr(operators, "is_capturing", lambda tensor: True)
+    engine.context.attn_metadata = {LAYER: mixed(sequences)}
+    q, w = queries(len(rows_of(1)))
+    with pytest.raises(RuntimeError, match="MISA_STRICT: expected MISA to select for prefill"):
+        engine.run(chosen, sequences, q, w, strict=True)
+
+
+def test_dense_attention_is_no_error(engine, sequences):
+    dense = "model.layers.0.self_attn.attn"
+    attention = SimpleNamespace(prefill=SimpleNamespace(use_dense_mha=True))
+    engine.context.attn_metadata = {LAYER: mixed(sequences), dense: attention}
+    inner = engine.operator
+
+    def operator(*args, dense_mha_metadata_layer_name="", **kwargs):
+        return inner(*args, **kwargs)
+
+    operator.__signature__ = inspect.signature(inner).replace(
+        parameters=[
+            *inspect.signature(inner).parameters.values(),
+            inspect.Parameter("dense_mha_metadata_layer_name", inspect.Parameter.KEYWORD_ONLY),
+        ]
+    )
+    engine.operator = operator
+    q, w = queries(len(rows_of(1)))
+    engine.run(selector(), sequences, q, w, strict=True, dense_mha_metadata_layer_name=dense)
+    assert engine.left == [(len(DECODING), len(PREFILLING))]
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(2, MOST_KEYS), (MOST_ROWS, 100)])
