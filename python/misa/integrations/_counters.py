@@ -26,7 +26,8 @@ class Counters:
         self._reasons: set[tuple[str, str]] = set()
 
     def prepare(self, device: torch.device | str) -> None:
-        """Makes the counters that captured kernels add to; before the first capture."""
+        """Makes the counters that captured kernels add to; before the first capture, of which
+        nothing is counted otherwise."""
         if not self._replayed:
             counts = torch.zeros(len(_PATHS), dtype=torch.int64, device=device)
             self._replayed = dict(zip(_PATHS, counts, strict=True))
@@ -46,7 +47,8 @@ class Counters:
         processes can be observed.
         """
         if capturing:
-            self._replayed[path].add_(rows)
+            if path in self._replayed:
+                self._replayed[path].add_(rows)
             return
         self._eager[path] += rows
         self._calls += 1

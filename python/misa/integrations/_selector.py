@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import bisect
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -136,10 +137,9 @@ class Selector:
         size = max(plan.workspace_bytes for plan in (*ragged, far, *paged))
         self._workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.backend = far.backend
-        atexit.register(self._close)
+        _selectors.add(self)
 
     def _close(self) -> None:
-        # nanobind would report plans that outlive the interpreter as leaks.
         del self._ragged, self._far, self._paged
 
     @property
@@ -226,3 +226,13 @@ class Selector:
         given = [None if tensor is None else to_dlpack(tensor) for tensor in (starts, *derived)]
         forms = to_dlpack(out), None, None, None, slots, None
         self._paged[plan](*map(to_dlpack, tensors), *given, next_n, *forms, *self._where())
+
+
+_selectors: weakref.WeakSet[Selector] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # nanobind would report plans that outlive the interpreter as leaks.
+    for selector in _selectors:
+        selector._close()

@@ -7,8 +7,13 @@ what it says, behind its Python signature; pool, metadata and hooks are SGLang's
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import enum
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -48,8 +53,7 @@ class World:
     def call(self, wrap, settings: Settings, q, w, metadata, **extra):
         """What the wrapped method returns, and how often it called the method itself."""
         method = mock.Mock(return_value="SGLang's own")
-        more = (max(LENGTHS),) if wrap is plugin.paged else ()
-        hook = wrap(self.engine, settings, *more)
+        hook = extra.pop("hook", None) or wrap(self.engine, settings, max(LENGTHS))
         batch = SimpleNamespace(attn_cp_metadata=None)
         batch.__dict__.update(extra.pop("batch", {}))
         result = hook(
@@ -64,6 +68,12 @@ class World:
             **extra,
         )
         return result, method.call_count
+
+
+class AttentionMetadata(SimpleNamespace):
+    """SGLang's DSAMetadata."""
+
+    page_size = real_page_table = topk_indices_offset = None
 
 
 class OlderMetadata:
@@ -155,6 +165,9 @@ def stand_in(older: bool = False) -> World:
     buffer = sequences.cache.flatten(1)
 
     class Pool:
+        def __init__(self, page_size):
+            setattr(self, "page_size" if older else "index_page_size", page_size)
+
         def get_index_k_scale_buffer(
             self, layer_id, seq_len_tensor, page_indices, seq_len_sum, max_seq_len
         ):
@@ -162,7 +175,8 @@ def stand_in(older: bool = False) -> World:
             return gather_pages(buffer, page_indices, seq_len_tensor, *sizes)
 
     class Indexer:
-        index_topk = TOP_K
+        def __init__(self, index_topk):
+            self.index_topk = index_topk
 
         def _get_topk_ragged(
             self,
@@ -184,8 +198,7 @@ def stand_in(older: bool = False) -> World:
             return buffer
 
     fused = SimpleNamespace(get=lambda: True)
-    pool = Pool()
-    setattr(pool, "page_size" if older else "index_page_size", PAGE)
+    pool = Pool(PAGE)
     engine = SimpleNamespace(
         Indexer=Indexer,
         get_token_to_kv_pool=lambda: pool,
@@ -195,12 +208,12 @@ def stand_in(older: bool = False) -> World:
     def metadata(method="PAGED", unfused=False, next_n=0, **changes):
         fields = attention_fields(sequences, NEW, next_n) | changes
         kind = OlderMetadata if older else Metadata
-        return kind(SimpleNamespace(**fields), method, unfused)
+        return kind(AttentionMetadata(**fields), method, unfused)
 
     def fuse(on):
         fused.get = lambda: on
 
-    return World(engine, pool, Indexer(), sequences, fuse, metadata)
+    return World(engine, pool, Indexer(TOP_K), sequences, fuse, metadata)
 
 
 def sglang(patch) -> World:
@@ -255,7 +268,7 @@ def sglang(patch) -> World:
             ranges, requests = dsa_backend.DeepseekSparseAttnBackend._cal_indexer_k_start_end(
                 SimpleNamespace(device="cpu"), batch
             )
-            fields |= {"indexer_k_start_end": ranges, "token_to_batch_idx": requests}
+            fields |= {"indexer_k_start_end": ranges, "token_to_batch_idx": requests} | changes
         return dsa_indexer_metadata.DSAIndexerMetadata(
             attn_metadata=dsa_backend.DSAMetadata(**fields),
             topk_transform_method=TopkTransformMethod[method],
@@ -272,6 +285,7 @@ def sglang(patch) -> World:
 def world(request, monkeypatch):
     monkeypatch.setattr(plugin, "_counters", plugin.Counters(plugin._logger))
     monkeypatch.setattr(plugin, "_failed", {})
+    monkeypatch.setattr(plugin, "_counted", None)
     if request.param == "sglang":
         return sglang(monkeypatch)
     return stand_in(older=request.param == "older stand-in")
@@ -348,6 +362,45 @@ def test_decode_in_batches_of_every_size(world):
         assert_selected(world, result, q, w, rows, DECODE, "PAGED")
 
 
+def test_prefill_in_calls_of_every_size(world):
+    """Plans are made for bounds: few of them for all calls, and each call has its own results."""
+    hook = plugin.ragged(world.engine, SETTINGS, max(LENGTHS))
+    rows = new_rows(LENGTHS, NEW)
+    with mock.patch.object(plugin, "Selector", wraps=plugin.Selector) as made:
+        for count in (1, 3, 70, 65, len(rows), 2):
+            q, w = queries(count)
+            whole = world.metadata().attn_metadata
+            bounds = tuple(each[:count] for each in whole.indexer_k_start_end)
+            requests = whole.token_to_batch_idx[:count]
+            metadata = world.metadata(indexer_k_start_end=bounds, token_to_batch_idx=requests)
+            result, calls = world.call(plugin.ragged, SETTINGS, q, w, metadata, hook=hook)
+            assert calls == 0
+            assert_selected(world, result, q, w, rows[:count], SETTINGS, "PAGED")
+    asked = [call.kwargs["prefill"] for call in made.call_args_list]
+    assert [each.rows for each in asked] == [1, 4, 128, 256]
+    assert {each.total for each in asked} == {1024}
+
+
+def test_more_than_there_is_memory_for_is_left(world, caplog, monkeypatch):
+    """And other calls are not."""
+    q, _ = queries(4)
+    made = SimpleNamespace(prefill=plugin.Bounds(4, 9, 100), decode=plugin.Bounds(4, 9, 0, 3))
+    monkeypatch.setattr(plugin, "Selector", lambda *_args, **_kwargs: made)
+    plans = plugin._Plans(DECODE, max(LENGTHS))
+    assert [plans.ragged(q, 4, keys, TOP_K) for keys in (100, 101, 99)] == [made, None, made]
+    plans = plugin._Plans(DECODE, max(LENGTHS))
+    assert [plans.paged(q, rows, TOP_K, False) for rows in (3, 4, 2)] == [made, None, made]
+
+    for wrap, counts in ((plugin.ragged, NEW), (plugin.paged, [1] * len(LENGTHS))):
+        monkeypatch.setattr(plugin._Plans, wrap.__name__, lambda *_args: None)
+        q, w = padded_queries(sum(counts))
+        metadata = world.metadata(next_n=int(wrap is plugin.paged))
+        assert world.call(wrap, DECODE, q, w, metadata) == ("SGLang's own", 1)
+    assert f"{sum(NEW)} rows on {sum(LENGTHS)} keys, more than can be planned for" in caplog.text
+    assert f"{len(LENGTHS)} rows, more than can be planned for" in caplog.text
+    assert plugin._failed == {}
+
+
 def test_a_captured_batch_that_nothing_came_before_is_left(world, caplog, monkeypatch):
     monkeypatch.setattr(plugin, "_capturing", lambda tensor: True)
     q, w = padded_queries(len(LENGTHS))
@@ -357,12 +410,63 @@ def test_a_captured_batch_that_nothing_came_before_is_left(world, caplog, monkey
     assert plugin.counters() == {}
 
 
-def test_decode_that_needs_sketches_is_left(world, caplog):
-    settings = Settings("misa-r", (("candidates", 100), ("sketch", 2)), decode=True)
-    q, w = padded_queries(len(LENGTHS))
-    result, calls = world.call(plugin.paged, settings, q, w, world.metadata(next_n=1))
-    assert (result, calls) == ("SGLang's own", 1)
-    assert "SGLang's pool has no sketches" in caplog.text
+@pytest.mark.parametrize("settings", [SETTINGS, DECODE])
+@pytest.mark.parametrize("work", ["prefill", "decode"])
+def test_captured_rows_are_counted(world, monkeypatch, work, settings):
+    """By a kernel that is captured too, whoever selects, once a step ran before."""
+    wrap = plugin.paged if work == "decode" else plugin.ragged
+    counts = [1] * len(LENGTHS) if work == "decode" else NEW
+    q, w = padded_queries(sum(counts))
+    hook = wrap(world.engine, settings, max(LENGTHS))
+    metadata = world.metadata(next_n=int(work == "decode"))
+    for capturing in (False, True):
+        monkeypatch.setattr(plugin, "_capturing", lambda tensor, now=capturing: now)
+        world.call(wrap, settings, q, w, metadata, hook=hook)
+    eager = "misa" if work == "prefill" or settings.decode else "engine"
+    captured = "misa" if work == "decode" and settings.decode else "engine"
+    total = {f"{eager}_{work}": sum(counts)}
+    total[f"{captured}_{work}"] = total.get(f"{captured}_{work}", 0) + sum(counts)
+    assert plugin.counters() == total
+    assert {path: int(n) for path, n in plugin._counters._replayed.items() if n} == {
+        f"{captured}_{work}": sum(counts)
+    }
+
+
+def test_rows_are_counted_in_one_layer(world):
+    q, w = padded_queries(sum(NEW))
+    world.call(plugin.ragged, SETTINGS, q, w, world.metadata())
+    world.indexer = copy.copy(world.indexer)
+    world.call(plugin.ragged, SETTINGS, q, w, world.metadata())
+    assert plugin.counters() == {"misa_prefill": sum(NEW)}
+
+
+def test_plans_that_no_graph_holds_are_dropped(world, monkeypatch):
+    """Batches grow; graphs hold the memory of those plans that they were captured with."""
+    monkeypatch.setattr(plugin, "_capturing", lambda tensor: capturing)
+    plans, alive = plugin._Plans(DECODE, max(LENGTHS)), []
+    for rows, capturing in ((1, False), (2, False), (2, True), (1, True), (4, False), (9, False)):
+        q, _ = queries(rows)
+        made = plans.paged(q, rows, TOP_K, capturing)
+        assert made.decode.sequences >= rows
+        if not any(each() is made for each in alive):
+            alive.append(weakref.ref(made))
+        del made
+        gc.collect()
+    assert [each() is not None for each in alive] == [False, True, False, True]
+    assert plans._captured == [alive[1]()]
+
+
+def test_a_layer_that_shares_a_selection_gets_that_of_the_layer_before(world):
+    """SGLang makes no call for it and passes on what the hook returned, which is a tensor of its
+    own: later calls, for other layers, write elsewhere."""
+    rows = new_rows(LENGTHS, NEW)
+    q, w = padded_queries(len(rows))
+    other, _ = queries(len(rows) + PADDING, seed=9)
+    hook = plugin.ragged(world.engine, SETTINGS, max(LENGTHS))
+    shared, _ = world.call(plugin.ragged, SETTINGS, q, w, world.metadata(), hook=hook)
+    expected = shared.clone()
+    world.call(plugin.ragged, SETTINGS, other, w, world.metadata(), hook=hook)
+    assert torch.equal(shared, expected)
 
 
 def test_decode_is_left_by_default(world):
@@ -411,8 +515,19 @@ def test_shared_rows_of_the_page_table_are_left(world):
     assert result == "SGLang's own"
 
 
+ERRORS = [
+    ValueError,
+    MemoryError,
+    RuntimeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+]
+
+
 @pytest.mark.parametrize("work", ["prefill", "decode"])
-@pytest.mark.parametrize("error", [ValueError, MemoryError, RuntimeError, AttributeError])
+@pytest.mark.parametrize("error", ERRORS)
 def test_an_error_leaves_the_work_to_sglang(world, caplog, monkeypatch, work, error):
     """The call that fails, and all that follow, without asking again."""
     calls = []
@@ -422,8 +537,7 @@ def test_an_error_leaves_the_work_to_sglang(world, caplog, monkeypatch, work, er
         raise error("not today")
 
     decode = work == "decode"
-    owner, name = (plugin.Selector, "paged") if decode else (plugin.misa, "select")
-    monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setattr(plugin.Selector, "paged" if decode else "ragged", fails)
     counts = [1] * len(LENGTHS) if decode else NEW
     q, w = padded_queries(sum(counts))
     metadata = world.metadata(next_n=int(decode))
@@ -433,21 +547,75 @@ def test_an_error_leaves_the_work_to_sglang(world, caplog, monkeypatch, work, er
         assert (result, originals) == ("SGLang's own", 1)
     assert calls == [work]
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    reason = f"{error.__name__}: not today"
+    reason = f"{error.__name__}: {error('not today')}"
     assert warnings == [f"MISA: {work} left to the engine's own operator: {reason}"]
     assert plugin.counters() == {f"engine_{work}": 2 * sum(counts)}
+
+
+READ = {
+    "prefill": [
+        "get_indexer_kvcache_range",
+        "get_indexer_seq_len",
+        "get_indexer_seq_len_cpu",
+        "get_token_to_batch_idx",
+    ],
+    "decode": ["get_dsa_extend_len_cpu", "get_seqlens_expanded", "get_page_table_64"],
+}
+
+
+@pytest.mark.parametrize(
+    ("work", "name"), [(w, name) for w, names in READ.items() for name in names]
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_metadata_that_cannot_be_read_leaves_the_work(world, monkeypatch, work, name, strict):
+    metadata = world.metadata(next_n=int(work == "decode"))
+    monkeypatch.setattr(type(metadata), name, mock.Mock(side_effect=IndexError("not today")))
+    wrap = plugin.paged if work == "decode" else plugin.ragged
+    settings = dataclasses.replace(DECODE, strict=strict)
+    q, w = padded_queries(sum(NEW) if work == "prefill" else len(LENGTHS))
+    if strict:
+        with pytest.raises(RuntimeError, match=f"MISA_STRICT: .* {work}, but IndexError"):
+            world.call(wrap, settings, q, w, metadata)
+        return
+    assert world.call(wrap, settings, q, w, metadata) == ("SGLang's own", 1)
+    assert list(plugin.counters()) == [f"engine_{work}"]
+
+
+def test_what_is_left_is_an_error_if_strict(world):
+    settings = dataclasses.replace(DECODE, strict=True)
+    q, w = padded_queries(2 * len(LENGTHS))
+    metadata = world.metadata(next_n=2, real_page_table=world.sequences.table)
+    with pytest.raises(RuntimeError, match="MISA_STRICT: .* decode, but sequences that share"):
+        world.call(plugin.paged, settings, q, w, metadata)
+    world.indexer.num_local_tokens = 8
+    q, w = padded_queries(sum(NEW))
+    with pytest.raises(RuntimeError, match="MISA_STRICT: .* prefill, but .*always selected"):
+        world.call(plugin.ragged, settings, q, w, world.metadata())
+
+
+def test_decode_that_nobody_asked_for_is_no_error(world):
+    settings = dataclasses.replace(SETTINGS, strict=True)
+    q, w = padded_queries(len(LENGTHS))
+    result, _ = world.call(plugin.paged, settings, q, w, world.metadata(next_n=1))
+    assert result == "SGLang's own"
 
 
 @pytest.fixture
 def modules(monkeypatch):
     """SGLang's modules as far as the guard looks at them."""
-    world = stand_in()
-    metadata = SimpleNamespace(DSAIndexerMetadata=type("Any", (Metadata,), {}))
-    pool = SimpleNamespace(DSATokenToKVPool=type(world.pool))
-    monkeypatch.setitem(sys.modules, f"{plugin._MODULE}_metadata", metadata)
-    monkeypatch.setitem(sys.modules, "sglang.srt.mem_cache.memory_pool", pool)
+    world = stand_in(older=True)
+    classes = {
+        "DSAIndexerMetadata": type("Any", (Metadata,), {}),
+        "DSAMetadata": AttentionMetadata,
+        "TopkTransformMethod": enum.Enum("TopkTransformMethod", ["PAGED", "RAGGED"]),
+        "DSATokenToKVPool": type(world.pool),
+    }
+    found = SimpleNamespace(engine=world.engine)
+    for kind, (module, _) in plugin._CLASSES.items():
+        setattr(found, kind, SimpleNamespace(**{kind: classes[kind]}))
+        monkeypatch.setitem(sys.modules, module, getattr(found, kind))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return SimpleNamespace(engine=world.engine, metadata=metadata, pool=pool)
+    return found
 
 
 def test_the_guard_accepts_what_has_everything(modules):
@@ -468,16 +636,32 @@ def test_the_guard_misses_helpers(modules, name):
     assert problem == f"this SGLang has no {name}"
 
 
-@pytest.mark.parametrize("name", plugin._METADATA + plugin._POOL)
-def test_the_guard_misses_methods(modules, name):
-    owner, kind = (
-        (modules.pool, "DSATokenToKVPool")
-        if name in plugin._POOL
-        else (modules.metadata, "DSAIndexerMetadata")
-    )
-    have = {n: v for base in getattr(owner, kind).__mro__[:-1] for n, v in vars(base).items()}
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, name) for k, (_, names) in plugin._CLASSES.items() for name in names]
+)
+def test_the_guard_misses_what_classes_have(modules, kind, name):
+    owner = getattr(modules, kind)
+    whole = getattr(owner, kind)
+    have = {n: v for base in whole.__mro__[:-1] for n, v in vars(base).items() if n[:2] != "__"}
+    have["__init__"] = whole.__init__
     setattr(owner, kind, type("Poorer", (), {n: v for n, v in have.items() if n != name}))
     assert plugin._problem(modules.engine, SimpleNamespace()) == f"this SGLang has no {kind}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, name) for k, names in plugin._INITIAL.items() for name in names]
+)
+def test_the_guard_misses_what_instances_have(modules, kind, name):
+    owner = modules.engine if kind == "Indexer" else getattr(modules, kind)
+    getattr(owner, kind).__init__ = lambda self: None
+    assert (
+        plugin._problem(modules.engine, SimpleNamespace()) == f"this SGLang has no {kind}({name})"
+    )
+
+
+def test_the_guard_misses_a_class(modules):
+    del modules.DSATokenToKVPool.DSATokenToKVPool
+    assert "DSATokenToKVPool(page_size)" in plugin._problem(modules.engine, SimpleNamespace())
 
 
 @pytest.fixture
@@ -517,8 +701,8 @@ def install(monkeypatch, modules):
 def test_it_is_on_where_the_methods_are_hooked(install, caplog):
     with caplog.at_level("INFO"):
         indexer = install(index_kpool=None)
-    assert indexer._get_topk_ragged.__qualname__.startswith("ragged")
-    assert indexer._get_topk_paged.__qualname__.startswith("paged")
+    for method in (indexer._get_topk_ragged, indexer._get_topk_paged):
+        assert method.__module__ == plugin.__name__
     assert "MISA is on" in caplog.text
 
 
@@ -543,6 +727,38 @@ def test_what_cannot_be_served_is_an_error_if_strict(install, monkeypatch):
     monkeypatch.setenv("MISA_STRICT", "1")
     with pytest.raises(RuntimeError, match="MISA_STRICT.*pooled index keys"):
         install(index_kpool=4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_decode_on_sketches_is_left_at_start(install, monkeypatch, caplog, strict):
+    for name, value in {
+        "MISA_INDEXER": "misa-r",
+        "MISA_CANDIDATES": "100",
+        "MISA_SKETCH": "2",
+        "MISA_DECODE": "1",
+        "MISA_STRICT": str(int(strict)),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level("INFO"):
+        if strict:
+            with pytest.raises(RuntimeError, match="MISA_STRICT.*no sketches"):
+                install()
+            return
+        install()
+    assert "decode left to the engine's own operator: SGLang's pool has no sketches" in caplog.text
+    assert "SGLang's indexer for decode" in caplog.text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_sglang_that_cannot_be_looked_at_is_left(install, modules, monkeypatch, caplog, strict):
+    monkeypatch.setenv("MISA_STRICT", str(int(strict)))
+    del modules.engine.Indexer._get_topk_paged
+    if strict:
+        with pytest.raises(RuntimeError, match="MISA_STRICT.*AttributeError"):
+            install()
+    else:
+        install()
+        assert "MISA is off: AttributeError" in caplog.text
 
 
 def test_sglang_loads_the_plugin(monkeypatch, tmp_path):
@@ -581,6 +797,7 @@ def test_sglang_loads_the_plugin(monkeypatch, tmp_path):
         (folder / "config.json").write_text(json.dumps(names | sizes | fields))
         ModelConfig(str(folder))
 
+    assert plugin._problem(world.engine, SimpleNamespace()) is None
     methods = vars(world.engine.Indexer)
     before = dict(methods)
     load_plugins()
