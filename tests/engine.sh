@@ -5,6 +5,8 @@
 # with and without CUDA graphs.
 #   tests/engine.sh [MODE...]          in the environment of $PYTHON (python3), which has misa and one
 #                                      of the engines of tests/engine/*.txt; default: all modes
+#   tests/engine.sh setup ENGINE       makes such an environment with Python 3.12: of vllm-0.26.0 and
+#                                      the like, with the PyTorch that it pins, in $ENGINE_OUT/ENGINE
 #   tests/engine.sh pack ENGINE OUT    packs what a machine without a network lacks: see
 #                                      tests/engine/pack.sh
 #   tests/engine.sh unpack FOLDER...   there: unpacks the pieces, and misa's wheel, that lie under
@@ -19,6 +21,11 @@ mkdir -p "$out" && out=$(realpath "$out")
 . "$here/engine/environment.sh"
 
 case "${1:-}" in
+  setup)
+    "$python" -m venv "$out/$2" && "$out/$2/bin/python" -m pip install "${2/-/==}" "$here/.." &&
+      echo "now: PYTHON=$out/$2/bin/python tests/engine.sh"
+    exit
+    ;;
   pack)
     exec "$here/engine/pack.sh" "$2" "$3"
     ;;

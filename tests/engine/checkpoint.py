@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a small random model with a DSA indexer, which an engine loads like a real one.
 
-    checkpoint.py FOLDER v32|glm [--layers N] [--context N] [--drafts N] [--rank]
+    checkpoint.py FOLDER v32|glm|glm-shared [--layers N] [--context N] [--drafts N] [--rank]
 
 Weights are scaled so that activations are of order 1 and the indexer's scores differ from token to
 token: with the engines' own dummy weights attention would not matter. There is no tokenizer;
@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "indexer_rope_interleave": True,
     },
 }
+# As GLM-5.2: every second layer has no indexer, and takes the selection of the layer before.
+KINDS["glm-shared"] = KINDS["glm"] | {"index_topk_pattern": "FS"}
 
 
 def config(kind: str, layers: int, context: int, drafts: int, rank: bool) -> dict[str, Any]:
@@ -104,11 +106,12 @@ class Weights:
     def norm(self, name: str, size: int) -> None:
         self.tensors[f"{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
 
-    def layer(self, name: str) -> None:
+    def layer(self, name: str, shared: bool = False) -> None:
+        """shared: without an indexer."""
         c = self.sizes
         hidden, heads, middle = c["hidden_size"], c["num_attention_heads"], c["intermediate_size"]
         nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-        attention, indexer = f"{name}.self_attn", f"{name}.self_attn.indexer"
+        attention = f"{name}.self_attn"
         self.norm(f"{name}.input_layernorm", hidden)
         self.norm(f"{name}.post_attention_layernorm", hidden)
         self.norm(f"{attention}.q_a_layernorm", c["q_lora_rank"])
@@ -118,15 +121,20 @@ class Weights:
         self.matrix(f"{attention}.kv_a_proj_with_mqa", c["kv_lora_rank"] + rope, hidden)
         self.matrix(f"{attention}.kv_b_proj", heads * (nope + v), c["kv_lora_rank"], 1.5)
         self.matrix(f"{attention}.o_proj", hidden, heads * v, 4.0)
-        dim = c["index_head_dim"]
-        self.matrix(f"{indexer}.wq_b", c["index_n_heads"] * dim, c["q_lora_rank"])
-        self.matrix(f"{indexer}.wk", dim, hidden)
-        self.matrix(f"{indexer}.weights_proj", c["index_n_heads"], hidden)
-        self.tensors[f"{indexer}.k_norm.weight"] = torch.ones(dim)
-        self.tensors[f"{indexer}.k_norm.bias"] = torch.zeros(dim)
+        if not shared:
+            self.indexer(f"{attention}.indexer")
         self.matrix(f"{name}.mlp.gate_proj", middle, hidden)
         self.matrix(f"{name}.mlp.up_proj", middle, hidden)
         self.matrix(f"{name}.mlp.down_proj", hidden, middle)
+
+    def indexer(self, name: str) -> None:
+        c = self.sizes
+        dim, hidden = c["index_head_dim"], c["hidden_size"]
+        self.matrix(f"{name}.wq_b", c["index_n_heads"] * dim, c["q_lora_rank"])
+        self.matrix(f"{name}.wk", dim, hidden)
+        self.matrix(f"{name}.weights_proj", c["index_n_heads"], hidden)
+        self.tensors[f"{name}.k_norm.weight"] = torch.ones(dim)
+        self.tensors[f"{name}.k_norm.bias"] = torch.zeros(dim)
 
     def draft(self, name: str) -> None:
         """A layer that predicts the next token but one."""
@@ -145,7 +153,7 @@ class Weights:
         self.norm("model.norm", c["hidden_size"])
         self.matrix("lm_head", VOCABULARY, c["hidden_size"], 4.0)
         for i in range(c["num_hidden_layers"]):
-            self.layer(f"model.layers.{i}")
+            self.layer(f"model.layers.{i}", c.get("index_topk_pattern", "")[i : i + 1] == "S")
         for i in range(c["num_nextn_predict_layers"]):
             self.draft(f"model.layers.{c['num_hidden_layers'] + i}")
         return self.tensors

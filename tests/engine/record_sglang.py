@@ -58,6 +58,8 @@ def positions(
 class Recorder(record.Recorder):
     """The tally of the scheduler's process."""
 
+    retracted = 0  # sequences
+
     def install(self) -> None:
         """Before the plugin hooks SGLang."""
         plugin.ragged = self._around(plugin.ragged, "_get_topk_ragged", self._prefill)  # type: ignore[assignment]
@@ -77,9 +79,21 @@ class Recorder(record.Recorder):
             return result
 
         ModelRunner.forward = forward
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+        retract = ScheduleBatch.retract_decode
+
+        @functools.wraps(retract)
+        def retract_decode(*args: Any, **kwargs: Any) -> Any:
+            result = retract(*args, **kwargs)
+            self.retracted += len(result[0])
+            return result
+
+        ScheduleBatch.retract_decode = retract_decode
 
     def report(self) -> dict[str, Any]:
-        return {work: tally.summary() for work, tally in self.tally.items()}
+        tallies = {work: tally.summary() for work, tally in self.tally.items()}
+        return {"preempted": self.retracted, **tallies}
 
     def _around(self, make: Callable, method: str, keep: Callable) -> Callable:
         """plugin.ragged or plugin.paged, whose hook's calls are kept."""

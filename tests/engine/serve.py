@@ -50,6 +50,7 @@ MODES: dict[str, dict[str, Any]] = {
     "eager": {"timed": True},
     "fp8": {"graphs": "FULL_AND_PIECEWISE", "fp8": True},
     "glm": {"graphs": "FULL_AND_PIECEWISE", "kind": "glm"},
+    "glm-shared": {"graphs": "FULL_AND_PIECEWISE", "kind": "glm-shared"},
     "mtp2": {"graphs": "FULL_AND_PIECEWISE", "drafts": 1},
     "preempt": {"small": True},
     "all-heads": {"indexer": {"MISA_INDEXER": "misa", "MISA_HEADS": "64"}},
@@ -213,7 +214,7 @@ def faults(result: dict[str, Any], mode: dict[str, Any]) -> list[str]:
         apart = 1 - tally["overlap"]
         if mode.get("exact", True) and apart > 2 * tally["engine_beside_exact"] + 1e-3:
             found.append(f"{work}: {apart:.5f} of the positions are not the engine's")
-    if mode.get("small") and not result["preempted"]:
+    if (mode.get("small") or mode.get("retract")) and not result["preempted"]:
         found.append("no sequence was preempted")
     if not mode.get("small") and not any(result["cached"]):
         found.append("no prefix was found in the cache")

@@ -45,15 +45,18 @@ from serve import (  # noqa: E402
 # indexer: MISA_* variables. graphs: decode in full graphs, and prefill of up to 2048 tokens in
 # graphs that break at the indexer, as SGLang does by default. fp8: a cache in FP8; indices of
 # prefill then point into gathered keys. unfused: indices are positions, else slots of the cache.
-# exact: whether the positions are the engine's, up to rounding.
+# retract: every tenth step takes a sequence's pages, which begins again later. exact: whether the
+# positions are the engine's, up to rounding.
 MODES: dict[str, dict[str, Any]] = {
     "graphs": {"graphs": "FULL"},
     "eager": {},
     "glm": {"graphs": "FULL", "kind": "glm"},
+    "glm-shared": {"graphs": "FULL", "kind": "glm-shared"},
     "fp8": {"graphs": "FULL", "fp8": True},
     "all-heads": {"indexer": {"MISA_INDEXER": "misa", "MISA_HEADS": "64"}},
     "glm-all-heads": {"indexer": {"MISA_INDEXER": "misa", "MISA_HEADS": "32"}, "kind": "glm"},
     "unfused": {"unfused": True},
+    "retract": {"retract": True},
     "misa": {"graphs": "FULL", "indexer": {"MISA_INDEXER": "misa"}, "exact": False},
     "hisa": {"graphs": "FULL", "indexer": {"MISA_INDEXER": "hisa"}, "exact": False},
 }
@@ -101,6 +104,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     os.environ.update(mode.get("indexer", DSA), MISA_STRICT="1", MISA_DECODE="1")
     if mode.get("unfused"):
         os.environ["SGLANG_DSA_FUSE_TOPK"] = "0"
+    if mode.get("retract"):
+        os.environ |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
     start = time.monotonic()
     served = engine(mode, folder)
     result["up"] = round(time.monotonic() - start, 1)
