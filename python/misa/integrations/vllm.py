@@ -5,8 +5,9 @@ vLLM selects the tokens of DSA models with one operator, `sparse_attn_indexer`, 
 two ways: the layer `SparseAttnIndexer` goes through `torch.ops.vllm`, some model files call the
 function. Both are replaced under the same name, at which vLLM's compiler splits its graphs. The
 replacement selects from the bytes of the key cache, into vLLM's buffer, and calls vLLM's operator
-for the rows that MISA does not select for. It has no state between steps, so prefix-cache hits,
-preemption and page reuse need no handling.
+for the rows that MISA does not select for. But for what decode derives from keys, which every step
+writes, it has no state between steps, so prefix-cache hits, preemption and page reuse need no
+handling.
 
 docs/integrations/vllm.md says how to use it.
 """
