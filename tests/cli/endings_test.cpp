@@ -19,6 +19,7 @@
 
 #include "output_file.hpp"
 #include "program.hpp"
+#include "progress.hpp"
 
 namespace misa::cli {
 namespace {
@@ -331,20 +332,46 @@ TEST(SmokeOutputFile, LeavesSignalsAsTheyWere) {
   std::signal(SIGUSR2, SIG_DFL);
 }
 
+int open_terminal() {
+  const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+  EXPECT_GE(terminal, 0);
+  EXPECT_EQ(::grantpt(terminal), 0);
+  EXPECT_EQ(::unlockpt(terminal), 0);
+  return terminal;
+}
+
+// What the program writes to the terminal next.
+std::string drawn_on(int terminal) {
+  std::array<char, 256> drawn{};
+  const ssize_t length = ::read(terminal, drawn.data(), drawn.size());
+  EXPECT_GT(length, 0);
+  return {drawn.data(), static_cast<std::size_t>(std::max<ssize_t>(0, length))};
+}
+
+// Who waits for a long part of the work sees that it goes on.
+TEST(Program, DrawsItsProgressAgainWithoutAnyThatIsNew) {
+  const int terminal = open_terminal();
+  const int before = ::dup(STDERR_FILENO);
+  const int err = ::open(::ptsname(terminal), O_WRONLY | O_NOCTTY | O_CLOEXEC);
+  ::dup2(err, STDERR_FILENO);
+  {
+    const Progress progress("working", 10);
+    EXPECT_THAT(drawn_on(terminal), HasSubstr("working   0 %"));
+    EXPECT_THAT(drawn_on(terminal), HasSubstr("working   0 %"));
+  }
+  ::dup2(before, STDERR_FILENO);
+  for (const int file : {err, before, terminal}) {
+    ::close(file);
+  }
+}
+
 // Progress is shown on a terminal, which may be closed while the program runs.
 TEST(Program, OutlivesTheTerminalThatShowsItsProgress) {
   const Folder folder;
-  const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
-  ASSERT_GE(terminal, 0);
-  ASSERT_EQ(::grantpt(terminal), 0);
-  ASSERT_EQ(::unlockpt(terminal), 0);
+  const int terminal = open_terminal();
   const pid_t child = start_misa({"synth", "-o", folder / "out", "--keys", "200000", "--dim", "64"},
                                  {.terminal = ::ptsname(terminal)});
-  std::array<char, 256> drawn{};
-  const ssize_t length = ::read(terminal, drawn.data(), drawn.size());
-  ASSERT_GT(length, 0);
-  EXPECT_THAT(std::string(drawn.data(), static_cast<std::size_t>(length)),
-              ::testing::StartsWith("synthesizing   0 %"));  // before any work is done
+  EXPECT_THAT(drawn_on(terminal), HasSubstr("synthesizing   0 %"));  // before any work is done
   ::close(terminal);
   EXPECT_EQ(wait_for(child).code, 0);
   EXPECT_THAT(folder.names(), ElementsAre("out"));
