@@ -2,13 +2,16 @@
 // misa bench: the time of each indexer's first stage and whole step on random data.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <unistd.h>
 
 #include <CLI/App.hpp>
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -17,6 +20,7 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -46,6 +50,7 @@ struct Options {
   std::string dtype = "BF16";
   int runs = 5;
   std::vector<std::string> indexers = default_variants();
+  std::vector<std::string> peers;
   RunOptions run;
   std::string format = "text";
   bool json = false;
@@ -54,6 +59,8 @@ struct Options {
 constexpr std::array<std::string_view, 2> kDims{"64", "128"};
 
 constexpr std::array<std::string_view, 3> kFormats{"text", "markdown", "csv"};
+
+constexpr std::array<std::string_view, 2> kPeers{"torch", "ggml"};
 
 DType dtype_by_name(std::string_view name) {
   return name == "F32" ? DType::f32 : name == "BF16" ? DType::bf16 : DType::e4m3;
@@ -237,11 +244,15 @@ double giga_flops(const Result& result, const Options& options) {
   return 2e-9 * products / result.step.median;
 }
 
+nlohmann::ordered_json or_null(std::optional<double> value) {
+  return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json();
+}
+
 nlohmann::ordered_json to_json(const Timing& timing) {
   return {{"median", timing.median},
           {"fastest", timing.fastest},
           {"slowest", timing.slowest},
-          {"spread", timing.spread}};
+          {"spread", or_null(timing.spread)}};
 }
 
 nlohmann::ordered_json to_json(const std::optional<Timing>& timing) {
@@ -262,20 +273,26 @@ nlohmann::ordered_json to_json(const Measured& measured, const Options& options)
   }
   return {{"keys", measured.keys},
           {"seconds_selection", to_json(measured.selection)},
-          {"waited_for_processor", measured.waited ? json(*measured.waited) : json()},
+          {"waited_for_processor", or_null(measured.waited)},
           {"indexers", std::move(indexers)}};
 }
 
 nlohmann::ordered_json to_json(const std::vector<Measured>& all, const Context& context,
-                               const Options& options) {
-  nlohmann::ordered_json contexts = nlohmann::ordered_json::array();
+                               const Options& options, const std::string& warning) {
+  using json = nlohmann::ordered_json;
+  json contexts = json::array();
   for (const Measured& measured : all) {
     contexts.push_back(to_json(measured, options));
   }
-  return {{"backend", context.backend()},   {"threads", context.threads()},
-          {"runs", options.runs},           {"queries", options.queries},
-          {"heads", options.heads},         {"dim", options.dim},
-          {"top_k", options.top_k},         {"dtype", options.dtype},
+  return {{"backend", context.backend()},
+          {"threads", context.threads()},
+          {"runs", options.runs},
+          {"queries", options.queries},
+          {"heads", options.heads},
+          {"dim", options.dim},
+          {"top_k", options.top_k},
+          {"dtype", options.dtype},
+          {"warning", warning.empty() ? json() : json(warning)},
           {"contexts", std::move(contexts)}};
 }
 
@@ -284,15 +301,15 @@ Cells cells_of(const Result& result, const Measured& measured, const Options& op
   const auto millis = [](double seconds) { return fmt::format("{:.2f}", 1e3 * seconds); };
   const auto dense = std::find_if(measured.results.begin(), measured.results.end(),
                                   [](const Result& r) { return r.variant.name == "dsa"; });
-  return {result.first_stage ? millis(result.first_stage->median) : "–",
+  return {result.first_stage ? millis(result.first_stage->median) : std::string(kNothing),
           millis(result.step.median),
-          millis(result.step.spread),
+          result.step.spread ? millis(*result.step.spread) : std::string(kNothing),
           millis(result.step.fastest),
           millis(result.step.slowest),
           fmt::format("{:.1f}", 1e6 * result.step.median / static_cast<double>(options.queries)),
           fmt::format("{:.0f}", giga_flops(result, options)),
           dense == measured.results.end()
-              ? "–"
+              ? std::string(kNothing)
               : fmt::format("{:.2f}×", dense->step.median / result.step.median)};
 }
 
@@ -317,10 +334,13 @@ std::string to_text(const Measured& measured, const Options& options) {
 std::string to_text(const std::vector<Measured>& all, const Context& context,
                     const Options& options) {
   std::string text = fmt::format(
-      "{} queries · {} heads × {} · {} · top {}\n{}, threads: {} · medians of {} runs, ± half the "
-      "distance between the quartiles\n",
-      options.queries, options.heads, options.dim, options.dtype, options.top_k, context.backend(),
-      context.threads(), options.runs);
+      "{} queries · {} heads × {} · {} · top {}\n{}, threads: {} · {}\n", options.queries,
+      options.heads, options.dim, options.dtype, options.top_k, context.backend(),
+      context.threads(),
+      options.runs == 1 ? "one run"
+                        : fmt::format("medians of {} runs, ± half the distance between the "
+                                      "quartiles",
+                                      options.runs));
   for (const Measured& measured : all) {
     text += to_text(measured, options);
   }
@@ -342,7 +362,48 @@ std::vector<Cells> table_of(const std::vector<Measured>& all, const Options& opt
   return rows;
 }
 
+// Becomes misa-bench-peers, which times the peers in turn with this program, a run of each a round.
+[[noreturn]] void run_peers(const Options& options) {
+  if (options.keys.size() > 1) {
+    throw Error(
+        ErrorCode::invalid_argument,
+        fmt::format("--keys: expected one number with --peer, got {}", options.keys.size()));
+  }
+  std::vector<std::string> arguments{"misa-bench-peers", "--peers"};
+  arguments.insert(arguments.end(), options.peers.begin(), options.peers.end());
+  const auto add = [&](const char* name, const auto& value) {
+    arguments.emplace_back(name);
+    arguments.push_back(fmt::format("{}", value));
+  };
+  add("--misa", std::filesystem::read_symlink("/proc/self/exe").string());
+  add("--queries", options.queries);
+  add("--heads", options.heads);
+  add("--keys", options.keys.front());
+  add("--top-k", options.top_k);
+  add("--indexers", fmt::format("{}", fmt::join(options.indexers, ",")));
+  add("--rounds", options.runs);
+  if (options.run.threads > 0) {
+    add("--threads", options.run.threads);
+  }
+  if (options.json) {
+    arguments.emplace_back("--json");
+  }
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) {
+    argv.push_back(argument.data());
+  }
+  argv.push_back(nullptr);
+  ::execvp(argv.front(), argv.data());
+  throw Error(ErrorCode::io,
+              fmt::format("--peer: expected the command misa-bench-peers on the path, which "
+                          "`pip install .` brings: {}",
+                          std::generic_category().message(errno)));
+}
+
 void run(const Options& options) {
+  if (!options.peers.empty()) {
+    run_peers(options);
+  }
   const std::int64_t least = *std::min_element(options.keys.begin(), options.keys.end());
   if (options.queries > least) {
     throw Error(
@@ -359,7 +420,7 @@ void run(const Options& options) {
   }
   warn_if_busy(waited);
   if (options.json) {
-    print_json(to_json(all, context, options));
+    print_json(to_json(all, context, options, busy_warning(waited)));
   } else if (options.format == "text") {
     write_out(to_text(all, context, options));
   } else {
@@ -402,7 +463,10 @@ void add_bench(CLI::App& app) {
       ->allow_extra_args(false)
       ->transform(size_number(1, most))
       ->capture_default_str();
-  size("--top-k", options->top_k, most, "Positions wanted a query");
+  command->add_option("--top-k", options->top_k, "Positions wanted a query")
+      ->type_name("N")
+      ->transform(size_number(1, most))
+      ->capture_default_str();
   add_dtype_option(*command, options->dtype);
   command
       ->add_option("--indexers", options->indexers,
@@ -417,12 +481,23 @@ void add_bench(CLI::App& app) {
       ->type_name("NAME")
       ->check(one_of(kFormats))
       ->capture_default_str();
+  command
+      ->add_option("--peer", options->peers,
+                   "Other libraries, torch or ggml, to be timed in turn with the whole steps, in "
+                   "BF16, by misa-bench-peers, a command of the Python package")
+      ->type_name("LIST")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(one_of(kPeers))
+      ->excludes(command->get_option("--dim"))
+      ->excludes(command->get_option("--dtype"))
+      ->excludes(command->get_option("--backend"))
+      ->excludes(command->get_option("--format"));
   add_json_option(*command, options->json);
   command->footer(
-      "`misa-bench-peers`, a command of the Python package, times other libraries in turn with "
-      "it.\n\n"
-      "Example:\n"
-      "  misa bench --queries 1 --keys 64K,128K --dtype F8_E4M3 --indexers dsa,misa-r:h=3:m=4k");
+      "Examples:\n"
+      "  misa bench --queries 1 --keys 64K,128K --dtype F8_E4M3 --indexers dsa,misa-r:h=3:m=4k\n"
+      "  misa bench --queries 8 --keys 16K --peer torch");
   command->callback([options] { run(*options); });
 }
 

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -219,9 +220,14 @@ std::vector<HeadUse> head_use(const Context& context, const StepInputs& inputs, 
   return use;
 }
 
-Timing divided(const Timing& timing, double by) {
-  return {timing.median / by, timing.fastest / by, timing.slowest / by, timing.spread / by,
-          timing.runs};
+Timing divided(Timing timing, double by) {
+  timing.median /= by;
+  timing.fastest /= by;
+  timing.slowest /= by;
+  if (timing.spread) {
+    *timing.spread /= by;
+  }
+  return timing;
 }
 
 // The times of steps of so many queries, in turn: seconds per query.
@@ -425,7 +431,7 @@ void add_compare(CLI::App& app) {
       ->add_option("--top-k", options->top_k,
                    "Positions wanted a query; the default suits contexts of 16K")
       ->type_name("N")
-      ->check(whole_number(1))
+      ->transform(size_number(1, std::numeric_limits<int>::max()))
       ->capture_default_str();
   command
       ->add_option("--runs", options->runs,

@@ -48,6 +48,8 @@ json to_json(const AttentionKept& attention) {
   return {{"kept", attention.absolute}, {"of_dsa", attention.of_dsa}};
 }
 
+json or_null(std::optional<double> value) { return value ? json(*value) : json(); }
+
 json to_json(const IndexerResult& result) {
   json out{{"name", result.name},
            {"label", result.label},
@@ -62,7 +64,7 @@ json to_json(const IndexerResult& result) {
     out["seconds_per_query"] = {{"median", result.query.median},
                                 {"fastest", result.query.fastest},
                                 {"slowest", result.query.slowest},
-                                {"spread", result.query.spread}};
+                                {"spread", or_null(result.query.spread)}};
   }
   if (result.recall) {
     out["recall"] = {
@@ -73,8 +75,6 @@ json to_json(const IndexerResult& result) {
   }
   return out;
 }
-
-json or_null(std::optional<double> value) { return value ? json(*value) : json(); }
 
 json to_json(const TraceResult& trace) {
   json indexers = json::array();
@@ -145,8 +145,9 @@ Cells cells_of(const IndexerResult& result, const IndexerResult* dense, bool att
     add(result.attention.has_value(), kept.of_dsa);
   }
   const bool timed = result.query.runs > 0;
-  for (const double seconds : {result.query.median, result.query.spread}) {
-    cells.push_back(timed ? fmt::format("{:.1f}", 1e6 * seconds) : "–");
+  for (const auto& seconds :
+       {timed ? std::optional(result.query.median) : std::nullopt, result.query.spread}) {
+    cells.push_back(seconds ? fmt::format("{:.1f}", 1e6 * *seconds) : "–");
   }
   cells.push_back(timed && dense != nullptr
                       ? fmt::format("{:.1f}×", dense->query.median / result.query.median)

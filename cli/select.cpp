@@ -327,7 +327,7 @@ void add_select(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--top-k", options->top_k, "Positions wanted a query")
       ->type_name("N")
-      ->check(whole_number(1))
+      ->transform(size_number(1, std::numeric_limits<int>::max()))
       ->capture_default_str();
   add_number(*command, "--heads", options->heads, 0,
              "Heads that are routed to (misa and misa-dagger: 8, misa-r: 7, auto: 3)");

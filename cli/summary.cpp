@@ -74,7 +74,7 @@ Overall overall_of(const std::vector<TraceResult>& traces, std::size_t indexer) 
     };
   };
   all.seconds = of(time(&Timing::median));
-  all.spread = of(time(&Timing::spread));
+  all.spread = of([](const IndexerResult& r) { return r.query.spread; });
   all.cost = {*of([](const IndexerResult& r) { return Maybe(r.cost.dots); }),
               *of([](const IndexerResult& r) { return Maybe(r.cost.bytes); })};
   for (const IndexerResult* result : results) {

@@ -246,8 +246,8 @@ Kinds:
   passages      passages of 256 keys on a topic each, of which a query asks for one. A quarter of
                 the heads see whether a passage is on the topic; the others, in pairs with opposite
                 queries, say which of its keys count, and take all of them to say so. A filter of
-                blocks, then all heads on what it keeps (hisa), wins; a few heads lose, unless they
-                are re-ranked.
+                blocks, then all heads on what it keeps (hisa), wins among indexers without a
+                re-rank; a few heads lose.
 
 Layouts:
   ragged   q [B*T,H,D], w [B*T,H], k [B*L,D], ks and ke [B*T], with F8_E4M3 also k_scale [B*L]

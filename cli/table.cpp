@@ -51,6 +51,9 @@ std::string markdown(const std::vector<Cells>& rows) {
 
 std::string csv(const std::vector<Cells>& rows) {
   const auto quoted = [](const std::string& cell) {
+    if (cell == kNothing) {
+      return std::string();
+    }
     if (cell.find_first_of(",\"\n") == std::string::npos) {
       return cell;
     }

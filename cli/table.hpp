@@ -3,11 +3,15 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace misa::cli {
 
 using Cells = std::vector<std::string>;
+
+// A cell without a value; empty in csv().
+inline constexpr std::string_view kNothing = "–";
 
 // Formats one or more rows with equal numbers of cells. The first column is aligned to the left,
 // the others to the right.

@@ -22,8 +22,11 @@ namespace {
 constexpr double kLeastKnown = 0.05;  // seconds
 
 Timing timing_of(const std::vector<double>& seconds) {
-  return {quantile(seconds, 0.5), quantile(seconds, 0), quantile(seconds, 1),
-          (quantile(seconds, 0.75) - quantile(seconds, 0.25)) / 2,
+  std::optional<double> spread;
+  if (seconds.size() > 1) {
+    spread = (quantile(seconds, 0.75) - quantile(seconds, 0.25)) / 2;
+  }
+  return {quantile(seconds, 0.5), quantile(seconds, 0), quantile(seconds, 1), spread,
           static_cast<int>(seconds.size())};
 }
 

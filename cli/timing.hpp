@@ -14,7 +14,7 @@ struct Timing {
   double median = 0;
   double fastest = 0;
   double slowest = 0;
-  double spread = 0;  // half the distance between the quartiles
+  std::optional<double> spread;  // half the distance between the quartiles; none of one run
   int runs = 0;
 };
 

@@ -46,6 +46,16 @@ std::string perhaps(std::string_view text, const std::vector<std::string>& names
   return found;
 }
 
+std::vector<std::string> option_names(const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : command.get_options()) {
+    for (const std::string& name : option->get_lnames()) {
+      names.push_back("--" + name);
+    }
+  }
+  return names;
+}
+
 std::string wrong_command(const CLI::App& app) {
   std::vector<std::string> names;
   for (const CLI::App* command : app.get_subcommands({})) {
@@ -54,19 +64,14 @@ std::string wrong_command(const CLI::App& app) {
   const std::vector<std::string> rest = app.remaining();
   const std::string got = rest.empty() ? "" : rest.front();
   return fmt::format("command: expected {} or --help, got {}{}", fmt::join(names, ", "),
-                     rest.empty() ? "none" : "'" + got + "'", perhaps(got, names));
+                     rest.empty() ? "none" : "'" + got + "'",
+                     perhaps(got, got.starts_with('-') ? option_names(app) : names));
 }
 
 std::string wrong_option(const CLI::App& command, std::string_view option) {
-  std::vector<std::string> names;
-  for (const CLI::Option* known : command.get_options()) {
-    for (const std::string& name : known->get_lnames()) {
-      names.push_back("--" + name);
-    }
-  }
   const std::string_view name = option.substr(0, option.find('='));
   return fmt::format("{}: expected an option that `misa {} --help` lists{}", name,
-                     command.get_name(), perhaps(name, names));
+                     command.get_name(), perhaps(name, option_names(command)));
 }
 
 }  // namespace

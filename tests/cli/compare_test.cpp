@@ -24,6 +24,7 @@
 #include "misa/types.hpp"
 #include "provenance.hpp"
 #include "safetensors.hpp"
+#include "timing.hpp"
 
 namespace misa::cli {
 namespace {
@@ -32,6 +33,7 @@ using nlohmann::json;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 
 // Every row sees more keys than top_k, and fewer than MISA† re-ranks.
@@ -400,8 +402,11 @@ TEST_F(Commands, BenchJsonHasItsSchema) {
       EXPECT_LE(indexer.at(stage).at("fastest"), indexer.at(stage).at("median"));
       EXPECT_LE(indexer.at(stage).at("median"), indexer.at(stage).at("slowest"));
     }
+    EXPECT_GE(indexer.at("seconds_step").at("spread"), 0);
     EXPECT_GT(indexer.at("gflops"), 0);
   }
+  const json& waited = only.at("waited_for_processor");
+  EXPECT_EQ(out.at("warning").is_null(), waited.is_null() || waited < kBusy);
   // Query t of 4 sees 297 + t keys, all with every head.
   EXPECT_EQ(only.at("indexers").at(0).at("keys_x_heads"), 298.5 * 8);
   EXPECT_EQ(only.at("indexers").at(1).at("label"), "MISA-R 2+1 m=64");
@@ -413,12 +418,15 @@ TEST_F(Commands, BenchTimesSeveralContextsInEveryFormat) {
                 "--top-k", "32", "--runs", "1", "--backend", "reference", "--indexers",
                 "dsa,misa:h=2", "--format", format});
   };
-  EXPECT_THAT(bench("text"), AllOf(HasSubstr("\n200 keys\n"), HasSubstr("\n1024 keys\n")));
-  EXPECT_THAT(bench("csv"), AllOf(StartsWith("indexer,keys,\"first stage, ms\","),
-                                  HasSubstr("\nDSA,200,"), HasSubstr("\nMISA 2,1024,")));
-  EXPECT_THAT(bench("markdown"),
-              AllOf(StartsWith("| indexer | keys |"), HasSubstr("\n|---|--:|"),
-                    HasSubstr("\n| MISA 2 | 200 | "), HasSubstr("\n| DSA | 1024 | ")));
+  // One run has no spread.
+  EXPECT_THAT(bench("text"), AllOf(HasSubstr("\n200 keys\n"), HasSubstr("\n1024 keys\n"),
+                                   HasSubstr(" · one run\n"), HasSubstr("   –   ")));
+  EXPECT_THAT(bench("csv"),
+              AllOf(StartsWith("indexer,keys,\"first stage, ms\","), HasSubstr("\nDSA,200,"),
+                    HasSubstr("\nMISA 2,1024,"), HasSubstr(",,"), Not(HasSubstr("–"))));
+  EXPECT_THAT(bench("markdown"), AllOf(StartsWith("| indexer | keys |"), HasSubstr("\n|---|--:|"),
+                                       HasSubstr(" | – | "), HasSubstr("\n| MISA 2 | 200 | "),
+                                       HasSubstr("\n| DSA | 1024 | ")));
 }
 
 TEST_F(Commands, BenchAndSynthRefuseSizesThatAreNone) {
@@ -427,6 +435,9 @@ TEST_F(Commands, BenchAndSynthRefuseSizesThatAreNone) {
       EXPECT_THROW(run({"bench", option, size}), CLI::Error) << option << " " << size;
       EXPECT_THROW(run({"synth", "-o", path("none"), option, size}), CLI::Error)
           << option << " " << size;
+    }
+    for (const char* command : {"bench", "compare", "select"}) {
+      EXPECT_THROW(run({command, "--top-k", size}), CLI::Error) << command << " " << size;
     }
   }
   EXPECT_THROW(run({"bench", "--keys", "0"}), CLI::Error);

@@ -331,10 +331,10 @@ TEST(SmokeProgram, RefusesWrongArguments) {
                                                  HasSubstr("reference"), EndsWith("got 'gpu'")));
   EXPECT_THAT(error({"--threads", "-1"}), HasSubstr("--threads: expected"));
   for (const char* number : {"0", "-3", "many", "3.5", "99999999999999999999", ""}) {
-    EXPECT_THAT(
-        error({"--top-k", number}),
-        EndsWith(std::string("--top-k: expected a whole number from 1 to 2147483647, got '") +
-                 number + "'"));
+    EXPECT_THAT(error({"--top-k", number}),
+                EndsWith(std::string("--top-k: expected a whole number from 1 to 2147483647, K, M "
+                                     "or G after it or not, got '") +
+                         number + "'"));
   }
   EXPECT_THAT(error({"--indexer", "misa", "--heads", "0"}),
               EndsWith("heads: expected 1 to H = 4, got 0"));

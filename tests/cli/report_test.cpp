@@ -142,6 +142,20 @@ TEST(ReportJson, IsNullWhereThereIsNothingToCompare) {
   EXPECT_TRUE(trace.at("indexers").at(0).at("attention").is_null());
 }
 
+TEST(Report, OneRunHasNoSpread) {
+  Comparison comparison = sample();
+  comparison.runs = 1;
+  for (IndexerResult& result : comparison.traces.front().indexers) {
+    result.query.spread.reset();
+    result.query.runs = 1;
+  }
+  const nlohmann::ordered_json json = to_json(comparison);
+  EXPECT_TRUE(json.at("summary").at(1).at("spread").is_null());
+  EXPECT_TRUE(
+      json.at("traces").at(0).at("indexers").at(1).at("seconds_per_query").at("spread").is_null());
+  EXPECT_THAT(to_text(comparison), Not(HasSubstr(" 0.0 ")));
+}
+
 TEST(ReportJson, WarnsOfABusyMachine) {
   Comparison comparison = sample();
   EXPECT_EQ(to_json(comparison).at("waited_for_processor"), 0.25);

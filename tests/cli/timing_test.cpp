@@ -36,9 +36,16 @@ TEST(Measure, ContendersTakeTurns) {
     EXPECT_EQ(timing.runs, 3);
     EXPECT_LE(timing.fastest, timing.median);
     EXPECT_LE(timing.median, timing.slowest);
-    EXPECT_GE(timing.spread, 0);
-    EXPECT_LE(timing.spread, (timing.slowest - timing.fastest) / 2);
+    ASSERT_TRUE(timing.spread);
+    EXPECT_GE(*timing.spread, 0);
+    EXPECT_LE(*timing.spread, (timing.slowest - timing.fastest) / 2);
   }
+}
+
+TEST(Measure, OneRunHasNoSpread) {
+  const Timings timings = measure(1, {[] {}});
+  ASSERT_EQ(timings.of.size(), 1U);
+  EXPECT_FALSE(timings.of.front().spread);
 }
 
 TEST(Measure, HasNoTimesOfNoContenders) { EXPECT_THAT(measure(3, {}).of, IsEmpty()); }

@@ -6,6 +6,8 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <cstdlib>
+#include <filesystem>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -90,6 +92,23 @@ TEST(Usage, ExamplesAreAccepted) {
   }
 }
 
+TEST(Usage, ExamplesOfTheDocumentationAreAccepted) {
+  for (const char* page : {"cli.md", "concepts.md"}) {
+    std::istringstream text(read_bytes(std::filesystem::path(MISA_DOCS) / page));
+    int examples = 0;
+    for (std::string line; std::getline(text, line);) {
+      if (line.starts_with("    misa ")) {
+        CLI::App app("", "misa");
+        add_commands(app);
+        EXPECT_THROW(app.parse(line.substr(4), true), CLI::Success) << line;
+        EXPECT_THAT(app.remaining(true), ::testing::IsEmpty()) << line;
+        ++examples;
+      }
+    }
+    EXPECT_GT(examples, 0) << page;
+  }
+}
+
 TEST(Usage, NoArgumentsAreARequestForHelp) {
   const Outcome outcome = run_misa({});
   EXPECT_EQ(outcome.code, 0);
@@ -105,6 +124,7 @@ TEST(Usage, SaysWhatWasMeant) {
       {{"compair", "in"}, commands + "'compair', perhaps compare"},
       {{"choose"}, commands + "'choose'"},
       {{"--json"}, commands + "'--json'"},
+      {{"--verson"}, commands + "'--verson', perhaps --version"},
       {{"--json", "info"}, "--json: expected after the command info, got before it"},
       {{"select", "in", "-o", "out", "--fast"},
        "--fast: expected an option that `misa select --help` lists"},
@@ -151,6 +171,52 @@ TEST(Usage, DtypesHaveTwoNames) {
         run_misa({"compare", folder / name, "--top-k", "8", "--runs", "1", "--indexers", "dsa"})
             .out;
     EXPECT_THAT(compared, HasSubstr(printed + " keys"));
+  }
+}
+
+// Every number of keys, queries or positions may be given as 2K.
+TEST(Usage, SizesHaveSuffixes) {
+  const Folder folder;
+  ASSERT_EQ(run_misa({"synth", "-o", folder / "in", "--queries", "1", "--keys", "3K"}).code, 0);
+  EXPECT_THAT(run_misa({"bench", "--queries", "1", "--keys", "3K", "--top-k", "2K", "--heads", "2",
+                        "--runs", "1", "--indexers", "dsa"})
+                  .out,
+              HasSubstr("· top 2048\n"));
+  EXPECT_THAT(run_misa({"compare", folder / "in", "--top-k", "2k", "--runs", "0"}).out,
+              HasSubstr("DSA's top 2048 "));
+  ASSERT_EQ(run_misa({"select", folder / "in", "-o", folder / "out", "--top-k", "2K"}).code, 0);
+  EXPECT_EQ(read_tensors(folder / "out").at("indices").shape.back(), 2048);
+}
+
+// misa bench --peer runs the first misa-bench-peers of the path.
+TEST(Usage, PeersAreTimedByAnotherCommand) {
+  const Folder folder;
+  const std::string path = std::getenv("PATH");
+  const std::string program = folder / "misa-bench-peers";
+  write_bytes(program, "#!/bin/sh\necho \"$@\"\nexit 3\n");
+  std::filesystem::permissions(program, std::filesystem::perms::owner_all);
+  ::setenv("PATH", (folder / "" + ":" + path).c_str(), 1);
+  const Outcome found = run_misa({"bench", "--peer", "torch,ggml", "--keys", "4K", "--top-k", "1K",
+                                  "--runs", "3", "--indexers", "dsa,misa", "--json"});
+  const Outcome twice = run_misa({"bench", "--peer", "torch", "--keys", "4K,8K"});
+  ::setenv("PATH", (folder / "none").c_str(), 1);
+  const Outcome lacking = run_misa({"bench", "--peer", "torch"});
+  ::setenv("PATH", path.c_str(), 1);
+  EXPECT_EQ(found.code, 3);
+  EXPECT_EQ(found.out, "--peers torch ggml --misa " MISA_PROGRAM
+                       " --queries 256 --heads 64 --keys 4096 --top-k 1024 --indexers dsa,misa "
+                       "--rounds 3 --json\n");
+  EXPECT_EQ(twice.code, 2);
+  EXPECT_EQ(twice.err, "misa: --keys: expected one number with --peer, got 2\n");
+  EXPECT_EQ(lacking.code, 2);
+  EXPECT_THAT(lacking.err, HasSubstr("misa-bench-peers on the path, which `pip install .` brings"));
+  for (const char* option : {"--dim", "--dtype", "--backend", "--format"}) {
+    const Arguments arguments{"bench", "--peer", "torch", option,
+                              option == std::string("--dim")      ? "64"
+                              : option == std::string("--dtype")  ? "F32"
+                              : option == std::string("--format") ? "csv"
+                                                                  : "cpu"};
+    EXPECT_EQ(run_misa(arguments).code, 2) << option;
   }
 }
 
