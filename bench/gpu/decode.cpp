@@ -5,7 +5,8 @@
 //
 // - Steps are replayed from a CUDA graph, which takes all caches in turn: so many that each is gone
 //   from L2 when its turn comes again. A figure is the time of a replay divided by its steps, the
-//   median of --replays after 3 that are not counted.
+//   median of --replays after 3 that are not counted. Indexers take turns, replay by replay, those
+//   with a sketch among each other, as a page has the codes of one.
 // - Keys are random and never zero. Pages are shuffled, their stride has room for their tails, and
 //   a row of the block table is as wide as --table tokens. Page sums stand in the tails, and the
 //   sketch that an indexer reads.
@@ -23,11 +24,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <list>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/check.cuh"
@@ -37,6 +41,7 @@
 #include "metrics.hpp"
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
+#include "options.hpp"
 #include "variant.hpp"
 
 namespace {
@@ -276,26 +281,16 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// A captured graph and the stream that it is replayed on.
-class Graph {
+class Stream {
  public:
-  explicit Graph(const std::function<void(cudaStream_t)>& enqueue) {
+  Stream() {
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "begin of capture");
-    enqueue(stream_);
-    cudaGraph_t graph = nullptr;
-    check(cudaStreamEndCapture(stream_, &graph), "end of capture");
-    check(cudaGraphInstantiate(&executable_, graph, 0), "cudaGraphInstantiate");
-    check(cudaGraphDestroy(graph), "cudaGraphDestroy");
   }
-  ~Graph() {
-    cudaGraphExecDestroy(executable_);
-    cudaStreamDestroy(stream_);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
+  ~Stream() { cudaStreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
 
-  void replay() const { check(cudaGraphLaunch(executable_, stream_), "cudaGraphLaunch"); }
+  [[nodiscard]] cudaStream_t get() const { return stream_; }
   void record(const Event& event) const {
     check(cudaEventRecord(event.get(), stream_), "cudaEventRecord");
   }
@@ -303,6 +298,28 @@ class Graph {
 
  private:
   cudaStream_t stream_ = nullptr;
+};
+
+// A graph that is captured from a stream and replayed on it.
+class Graph {
+ public:
+  Graph(const Stream& stream, const std::function<void(cudaStream_t)>& enqueue) : stream_(stream) {
+    check(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal),
+          "begin of capture");
+    enqueue(stream.get());
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(stream.get(), &graph), "end of capture");
+    check(cudaGraphInstantiate(&executable_, graph, 0), "cudaGraphInstantiate");
+    check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  }
+  ~Graph() { cudaGraphExecDestroy(executable_); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  void replay() const { check(cudaGraphLaunch(executable_, stream_.get()), "cudaGraphLaunch"); }
+
+ private:
+  const Stream& stream_;
   cudaGraphExec_t executable_ = nullptr;
 };
 
@@ -323,27 +340,38 @@ struct Result {
 // Enqueues the step that reads the cache with this number.
 using EnqueueStep = std::function<void(std::int64_t cache, cudaStream_t stream)>;
 
-std::vector<double> step_times(const EnqueueStep& enqueue, std::int64_t caches, int replays) {
+// The times of each indexer's step [indexer, replay], in microseconds.
+std::vector<std::vector<double>> step_times(const std::vector<EnqueueStep>& indexers,
+                                            std::int64_t caches, int replays) {
   const std::int64_t steps = (kLeastSteps + caches - 1) / caches * caches;
-  const Graph graph([&](cudaStream_t stream) {
-    for (std::int64_t i = 0; i < steps; ++i) {
-      enqueue(i % caches, stream);
-    }
-  });
-  const std::vector<Event> events(static_cast<std::size_t>(replays) + 1);
-  for (int i = -kWarmUp; i <= replays; ++i) {
-    if (i >= 0) {
-      graph.record(events[i]);
-    }
-    if (i < replays) {
+  const Stream stream;
+  std::list<Graph> graphs;
+  for (const EnqueueStep& enqueue : indexers) {
+    graphs.emplace_back(stream, [&](cudaStream_t capturing) {
+      for (std::int64_t i = 0; i < steps; ++i) {
+        enqueue(i % caches, capturing);
+      }
+    });
+  }
+  for (int i = 0; i < kWarmUp; ++i) {
+    for (const Graph& graph : graphs) {
       graph.replay();
     }
   }
-  graph.wait();
-  std::vector<double> times;
+  const std::vector<Event> events(static_cast<std::size_t>(replays) * indexers.size() + 1);
+  auto next = events.begin();
+  stream.record(*next);
   for (int i = 0; i < replays; ++i) {
-    times.push_back(microseconds_between(events[i].get(), events[i + 1].get()) /
-                    static_cast<double>(steps));
+    for (const Graph& graph : graphs) {
+      graph.replay();
+      stream.record(*++next);
+    }
+  }
+  stream.wait();
+  std::vector<std::vector<double>> times(indexers.size());
+  for (std::size_t i = 0; i + 1 < events.size(); ++i) {
+    times[i % indexers.size()].push_back(
+        microseconds_between(events[i].get(), events[i + 1].get()) / static_cast<double>(steps));
   }
   return times;
 }
@@ -358,15 +386,16 @@ std::vector<StageTime> stage_times(const EnqueueStep& enqueue, std::int64_t cach
   constexpr std::int64_t kMostSteps = 32;
   const std::int64_t steps = std::min(kMostSteps, (kLeastSteps + caches - 1) / caches * caches);
   std::vector<Mark> marks;
-  const Graph graph([&](cudaStream_t stream) {
+  const Stream stream;
+  const Graph graph(stream, [&](cudaStream_t capturing) {
     std::int64_t step = 0;
     misa::cuda::stage_listener = [&](const char* stage) {
       marks.push_back({step, stage, {}});
-      check(cudaEventRecordWithFlags(marks.back().event.get(), stream, cudaEventRecordExternal),
+      check(cudaEventRecordWithFlags(marks.back().event.get(), capturing, cudaEventRecordExternal),
             "cudaEventRecordWithFlags");
     };
     for (; step < steps; ++step) {
-      enqueue(step % caches, stream);
+      enqueue(step % caches, capturing);
     }
     misa::cuda::stage_listener = nullptr;
   });
@@ -375,7 +404,7 @@ std::vector<StageTime> stage_times(const EnqueueStep& enqueue, std::int64_t cach
   std::vector<std::vector<double>> times;  // [stage, replay and step]
   for (int replay = -kWarmUp; replay < replays; ++replay) {
     graph.replay();
-    graph.wait();
+    stream.wait();
     for (std::size_t i = 0; replay >= 0 && i < marks.size(); ++i) {
       const Mark& mark = marks[i];
       if (mark.stage != nullptr) {
@@ -396,32 +425,93 @@ std::vector<StageTime> stage_times(const EnqueueStep& enqueue, std::int64_t cach
   return stages;
 }
 
-Result time_step(const misa::IndexerConfig& config, const Options& options, const Shape& shape,
-                 const Caches& caches, const Device<std::uint8_t>& q, const Device<float>& w) {
+// A result, or why there is none.
+struct Outcome {
+  std::optional<Result> result;
+  std::string left_out;
+};
+
+// What does not fit, or has no kernels, leaves out one indexer and not all.
+template <class Body>
+void or_left_out(Outcome& outcome, const Body& body) {
+  try {
+    body();
+  } catch (const misa::Error& error) {
+    if (error.code() != misa::ErrorCode::unsupported &&
+        error.code() != misa::ErrorCode::workspace) {
+      throw;
+    }
+    outcome.left_out = error.what();
+  }
+}
+
+// A plan with what it writes to, and what comes of it.
+struct Step {
+  Outcome* outcome;
+  misa::cuda::Plan plan;
+  Device<std::int32_t> indices;
+
+  Step(Outcome* of, const misa::IndexerConfig& config, const misa::Shape& shape,
+       const misa::cuda::PlanOptions& options)
+      : outcome(of),
+        plan(config, shape, options),
+        indices(static_cast<std::size_t>(shape.tokens * config.top_k)) {}
+};
+
+// Times these indexers in turn and writes what comes of each. The caches have the sketch that they
+// read.
+void time_steps(const std::vector<std::pair<const misa::IndexerConfig*, Outcome*>>& indexers,
+                const Options& options, const Shape& shape, const Caches& caches,
+                const Device<std::uint8_t>& q, const Device<float>& w) {
   const misa::Shape bounds{shape.tokens(), options.heads,     kDim,
                            shape.context,  misa::DType::e4m3, misa::DType::e4m3};
   misa::cuda::PlanOptions plan_options;
   plan_options.workspace_cap = options.workspace;
   plan_options.backend = options.backend;
   plan_options.batch = shape.batch;
-  const misa::cuda::Plan plan(config, bounds, plan_options);
-  const Device<std::int32_t> indices(static_cast<std::size_t>(shape.tokens() * config.top_k));
-  const Device<std::byte> workspace(plan.workspace_bytes());
-  const EnqueueStep enqueue = [&](std::int64_t cache, cudaStream_t stream) {
-    plan.run({q.data(), misa::DType::e4m3, shape.tokens(), options.heads, kDim},
-             {w.data(), shape.tokens(), options.heads}, caches.keys(cache),
-             {indices.span(), {}, {}, {}}, workspace.span(), stream);
-  };
-  enqueue(0, nullptr);  // loads modules, and fails here rather than in a replay
-  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  const std::vector<double> times = step_times(enqueue, caches.count(), options.replays);
-  return {std::string(plan.backend()),
-          misa::cli::quantile(times, 0.5),
-          misa::cli::quantile(times, 0.1),
-          misa::cli::quantile(times, 0.9),
-          plan.workspace_bytes(),
-          options.stages ? stage_times(enqueue, caches.count(), options.replays)
-                         : std::vector<StageTime>{}};
+  std::list<Step> steps;
+  std::size_t bytes = 0;
+  for (const auto& [config, outcome] : indexers) {
+    or_left_out(*outcome, [&, config = config, outcome = outcome] {
+      const Step& step = steps.emplace_back(outcome, *config, bounds, plan_options);
+      bytes = std::max(bytes, step.plan.workspace_bytes());
+    });
+  }
+  const Device<std::byte> workspace(bytes);  // which steps of one stream can share
+  std::vector<EnqueueStep> enqueue;
+  for (auto step = steps.begin(); step != steps.end();) {
+    enqueue.emplace_back([&, step](std::int64_t cache, cudaStream_t stream) {
+      step->plan.run({q.data(), misa::DType::e4m3, shape.tokens(), options.heads, kDim},
+                     {w.data(), shape.tokens(), options.heads}, caches.keys(cache),
+                     {step->indices.span(), {}, {}, {}}, workspace.span(), stream);
+    });
+    or_left_out(*step->outcome, [&] {
+      enqueue.back()(0, nullptr);  // loads modules, and fails here rather than in a replay
+      check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    });
+    if (step->outcome->left_out.empty()) {
+      ++step;
+    } else {
+      enqueue.pop_back();
+      step = steps.erase(step);
+    }
+  }
+  if (steps.empty()) {
+    return;
+  }
+  const auto times = step_times(enqueue, caches.count(), options.replays);
+  std::size_t i = 0;
+  for (const Step& step : steps) {
+    step.outcome->result = {std::string(step.plan.backend()),
+                            misa::cli::quantile(times[i], 0.5),
+                            misa::cli::quantile(times[i], 0.1),
+                            misa::cli::quantile(times[i], 0.9),
+                            step.plan.workspace_bytes(),
+                            options.stages
+                                ? stage_times(enqueue[i], caches.count(), options.replays)
+                                : std::vector<StageTime>{}};
+    ++i;
+  }
 }
 
 // Prints a line of the table, or keeps an entry of the list.
@@ -517,17 +607,20 @@ void run_shape(const Options& options, const std::vector<misa::cli::Variant>& va
   const Queries queries(shape.tokens() * options.heads, options.seed);
   const Device<std::uint8_t> q(queries.q);
   const Device<float> w(queries.w);
-  for (const misa::cli::Variant& variant : variants) {
-    try {
-      options.without_tail ? caches.derive_nothing() : caches.derive(variant.config.sketch);
-      report.add(variant.name, shape, count,
-                 time_step(variant.config, options, shape, caches, q, w));
-    } catch (const misa::Error& error) {
-      if (error.code() != misa::ErrorCode::unsupported &&
-          error.code() != misa::ErrorCode::workspace) {
-        throw;
-      }
-      report.leave_out(variant.name, shape, error.what());
+  std::vector<Outcome> outcomes(variants.size());
+  std::map<int, std::vector<std::pair<const misa::IndexerConfig*, Outcome*>>> by_sketch;
+  for (std::size_t i = 0; i < variants.size(); ++i) {
+    by_sketch[variants[i].config.sketch].emplace_back(&variants[i].config, &outcomes[i]);
+  }
+  for (const auto& [bits, indexers] : by_sketch) {
+    options.without_tail ? caches.derive_nothing() : caches.derive(bits);
+    time_steps(indexers, options, shape, caches, q, w);
+  }
+  for (std::size_t i = 0; i < variants.size(); ++i) {
+    if (outcomes[i].result) {
+      report.add(variants[i].name, shape, count, *outcomes[i].result);
+    } else {
+      report.leave_out(variants[i].name, shape, outcomes[i].left_out);
     }
   }
 }
@@ -549,20 +642,21 @@ void run(const Options& options, const std::vector<misa::cli::Variant>& variants
 int main(int argc, char** argv) {
   Options options;
   CLI::App app("Times steps of decode on a paged cache of random e4m3 keys");
-  const CLI::Range positive(std::int64_t{1}, std::int64_t{1} << 20);
+  const CLI::Validator size = misa::cli::size_number(1, std::int64_t{1} << 20);
   app.add_option("--backend", options.backend, "a CUDA backend's name, or auto");
   app.add_option("--indexers", options.indexers, std::string(misa::cli::kVariantHelp));
-  app.add_option("--batch", options.batches, "B: sequences")->check(positive);
-  app.add_option("--context", options.contexts, "L: keys of a sequence")->check(positive);
-  app.add_option("--next-n", options.next_n, "queries of a sequence")->check(positive);
+  app.add_option("--batch", options.batches, "B: sequences")->transform(size);
+  app.add_option("--context", options.contexts, "L: keys of a sequence; 64K is 65536")
+      ->transform(size);
+  app.add_option("--next-n", options.next_n, "queries of a sequence")->transform(size);
   app.add_option("--heads", options.heads, "H");
-  app.add_option("--top-k", options.top_k, "positions wanted a query");
+  app.add_option("--top-k", options.top_k, "positions wanted a query")->transform(size);
   app.add_option("--page-stride", options.page_stride,
                  "bytes from one page to the next; by default those of a page with its tail");
-  app.add_option("--table", options.table, "tokens of a row of the block table");
+  app.add_option("--table", options.table, "tokens of a row of the block table")->transform(size);
   app.add_flag("--no-tail", options.without_tail, "the cache keeps no page sums and no sketch");
   app.add_option("--workspace", options.workspace, "bytes");
-  app.add_option("--replays", options.replays, "of a graph that count")->check(positive);
+  app.add_option("--replays", options.replays, "of a graph that count")->transform(size);
   app.add_option("--seed", options.seed, "of the data; random unless given");
   app.add_flag("--stages", options.stages, "also the time of every stage");
   app.add_flag("--json", options.json, "print JSON");

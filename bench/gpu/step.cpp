@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <list>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -29,6 +30,7 @@
 #include "misa/cache.hpp"
 #include "misa/cuda.hpp"
 #include "models.hpp"
+#include "options.hpp"
 #include "variant.hpp"
 
 namespace {
@@ -292,10 +294,11 @@ int main(int argc, char** argv) {
   CLI::App app("Times whole steps of the device plan on random e4m3 data");
   app.add_option("--backend", options.backend, "a CUDA backend's name, or auto");
   app.add_option("--indexers", options.indexers, std::string(misa::cli::kVariantHelp));
-  app.add_option("--keys", options.keys, "L");
-  app.add_option("--queries", options.queries, "T");
+  const CLI::Validator size = misa::cli::size_number(1, std::numeric_limits<std::int32_t>::max());
+  app.add_option("--keys", options.keys, "L; 64K is 65536")->transform(size);
+  app.add_option("--queries", options.queries, "T; 2K is 2048")->transform(size);
   app.add_option("--heads", options.heads, "H");
-  app.add_option("--top-k", options.top_k, "positions wanted a query");
+  app.add_option("--top-k", options.top_k, "positions wanted a query")->transform(size);
   app.add_option("--workspace", options.workspace, "bytes");
   app.add_option("--seed", options.seed, "of the data; random unless given");
   app.add_flag("--stages", options.stages, "also the time of every stage");
