@@ -5,8 +5,8 @@
     result(t)      = the top k over s
 
 :func:`select` is for contiguous keys, :func:`select_paged` for a paged key cache; both accept
-arrays of NumPy, PyTorch, CuPy and, in host memory, JAX. docs/python.md describes the interface, docs/formats.md the
-layouts.
+arrays of NumPy, PyTorch, CuPy and, in host memory, JAX. docs/python.md describes the interface,
+docs/formats.md the layouts.
 """
 
 from __future__ import annotations
