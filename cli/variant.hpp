@@ -26,7 +26,8 @@ inline constexpr std::string_view kVariantHelp =
     "NAME is dsa, misa, misa-dagger, misa-r, hisa or auto; any of :h=HEADS :m=CANDIDATES "
     ":sketch=BITS :dense=WORK :B=BLOCK :blocks=N :router=ROUTER may follow it; m=2k means twice "
     "top-k; before the re-rank scores come from a sketch of BITS (2 or 4) an element of the keys, "
-    "which are F8_E4M3, and m is 8k for 2 bits and 2k for 4 unless given; a query of at most WORK heads x keys is dsa's";
+    "which are F8_E4M3, and m is 8k for 2 bits and 2k for 4 unless given; a query of at most WORK "
+    "heads x keys is dsa's";
 
 // Throw Error for an unknown name, setting or value.
 Variant parse_variant(std::string_view text, int top_k);

@@ -13,6 +13,11 @@ trace=data/trace_h64_layer3.safetensors
 scripts/record.py recall $misa compare $trace --top-k 2048 --runs 0 --json --indexers $indexers
 scripts/record.py recall-fp8 $misa compare $trace --top-k 2048 --runs 0 --json --fp8 \
   --indexers misa-r:h=3:m=4k:sketch=2,misa-r:h=3:m=8k:sketch=2,dsa:m=2k:sketch=4
+# A context of 128K has 64 keys for every one of a top 2048, as these traces have at 256.
+for k in 2048 512 256; do
+  scripts/record.py "recall-sketch-$k" $misa compare data/*.safetensors --top-k $k --runs 0 --json \
+    --fp8 --indexers misa-r:h=3:m=4k:sketch=2,misa-r:h=3:m=8k:sketch=2,dsa:m=2k:sketch=4
+done
 scripts/record.py cpu-short $misa bench --json --queries 64 --keys 16K --dtype F8_E4M3 --runs 15
 for dtype in BF16 F8_E4M3; do
   name=${dtype#F8_}
