@@ -3,7 +3,7 @@
 # For a machine that has a GPU, Python 3.12, torch 2.11 and transformers 5.17 but no network: packs
 # what it lacks to serve a model.
 #   tests/engine/pack.sh ENGINE-VERSION OUT        ENGINE-VERSION: vllm-0.26.0, …: a list beside this
-# OUT gets piece1, piece2, … of at most 48 MiB, folders that hold one file each. There,
+# OUT gets piece1, piece2, … of at most 36 MiB, folders that hold one file each. There,
 # `tests/engine.sh unpack OUT` puts them together.
 #
 # The engine's wheel loses what these tests do not run on Hopper, and GPU code of other
@@ -57,7 +57,7 @@ tar -C "$work/site" --owner=0 --group=0 --sort=name -cf "$work/site.tar" .
 xz -T0 -6 "$work/site.tar"
 size=$(stat -c %s "$work/site.tar.xz")
 rm -rf "$out"/piece*
-split -n $(((size + (48 << 20) - 1) / (48 << 20))) --numeric-suffixes=1 -a 1 "$work/site.tar.xz" "$work/part"
+split -n $(((size + (36 << 20) - 1) / (36 << 20))) --numeric-suffixes=1 -a 1 "$work/site.tar.xz" "$work/part"
 for part in "$work"/part*; do
   folder=$out/piece${part##*part}
   mkdir "$folder"
