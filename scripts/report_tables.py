@@ -173,7 +173,7 @@ def picture() -> str:
         "![Recall against time: each indexer's recall of DSA's set, and the time of a decode step\n"
         "and of a prefill step on the GPU and of a step on the CPU, with the dense step of other\n"
         "libraries](docs/plots/recall-time.svg)\n\n"
-        "`auto` is one of those shown: DSA on short contexts, MISA-R with m = 4096 on long ones."
+        "The indexer `auto` is DSA up to 16K keys at 64 heads, and MISA-R with m = 4096 beyond."
     )
 
 
