@@ -65,8 +65,8 @@ struct IndexerConfig {
   }
 
   /// m if a sketch of so many bits is asked for and no m: 8 * top_k for 2 bits, 2 * top_k for 4. On
-  /// rows of up to 64 * top_k keys that keeps 99.8 % and 99.9 % of DSA's set in every layer that
-  /// was tried (docs/performance.md); 0 for other numbers of bits.
+  /// rows of up to 64 * top_k keys that keeps 99.9 % of DSA's set in each trace of data/
+  /// (docs/performance.md); 0 for other numbers of bits.
   static int candidates_of_sketch(int bits, int top_k = 2048);
 
   /// Depends on the row's length: DSA up to 512 * top_k heads x positions (16,384 positions at 64
