@@ -11,7 +11,7 @@
 set -euo pipefail
 
 packages=(
-  g++ make cmake ninja-build pkg-config git
+  g++ make cmake ninja-build ccache pkg-config git
   libhwy-dev libtbb-dev libfmt-dev libcli11-dev nlohmann-json3-dev libmd-dev libgtest-dev libgmock-dev
   help2man groff-base
 )
