@@ -13,7 +13,8 @@
 #   types    mypy, on the package as a whole
 #   tidy     clang-tidy, on the files of src/, cli/ and python/ that clang compiles; the tests are
 #            left out, since the expansions of GoogleTest's macros take longer than everything else,
-#            and the analyzer follows fewer paths of a function (its mode `shallow`, a third of the time)
+#            and the analyzer gives up on a function after 30,000 states in place of 225,000, which
+#            takes a third of the time
 set -euo pipefail
 cd "$(dirname "$0")/.."
 step=${1:-all}
@@ -85,7 +86,7 @@ tidy() {
   tracked 'src/*.cpp' 'cli/*.cpp' 'python/*.cpp' | while read -r path; do
     if grep -qF "\"file\": \"$PWD/$path\"" build/asan/compile_commands.json; then echo "$path"; fi
   done | xargs -r -P"$(nproc)" -n1 clang-tidy --quiet -p build/asan --extra-arg=-Xclang \
-    --extra-arg=-analyzer-config --extra-arg=-Xclang --extra-arg=mode=shallow 2>&1 |
+    --extra-arg=-analyzer-config --extra-arg=-Xclang --extra-arg=max-nodes=30000 2>&1 |
     sed '/ warnings* generated\.$/d'  # counts of warnings in other projects' headers
 }
 

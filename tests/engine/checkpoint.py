@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a small random model with a DSA indexer, which an engine loads like a real one.
 
-    checkpoint.py FOLDER v32|glm|glm-shared [--layers N] [--context N] [--drafts N] [--rank]
+    checkpoint.py FOLDER v32|glm|glm-shared [--layers N] [--context N] [--drafts N] [--experts]
+                  [--rank]
 
 Weights are scaled so that activations are of order 1 and the indexer's scores differ from token to
 token: with the engines' own dummy weights attention would not matter. There is no tokenizer;
@@ -45,7 +46,9 @@ KINDS: dict[str, dict[str, Any]] = {
 KINDS["glm-shared"] = KINDS["glm"] | {"index_topk_pattern": "FS"}
 
 
-def config(kind: str, layers: int, context: int, drafts: int, rank: bool) -> dict[str, Any]:
+def config(
+    kind: str, layers: int, context: int, drafts: int, experts: bool, rank: bool
+) -> dict[str, Any]:
     hidden, heads = 7168 if rank else 1024, 16
     return KINDS[kind] | {
         "num_hidden_layers": layers,
@@ -61,8 +64,8 @@ def config(kind: str, layers: int, context: int, drafts: int, rank: bool) -> dic
         "index_topk": TOP_K,
         "vocab_size": VOCABULARY,
         "intermediate_size": 2304 if rank else 2 * hidden,
-        # No layer has experts, but the classes want their sizes.
-        "first_k_dense_replace": layers + drafts,
+        # Draft layers alone may have experts, but the classes want their sizes.
+        "first_k_dense_replace": layers if experts else layers + drafts,
         "moe_intermediate_size": 512,
         "moe_layer_freq": 1,
         "n_routed_experts": 8,
@@ -106,10 +109,10 @@ class Weights:
     def norm(self, name: str, size: int) -> None:
         self.tensors[f"{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
 
-    def layer(self, name: str, shared: bool = False) -> None:
-        """shared: without an indexer."""
+    def layer(self, name: str, shared: bool = False, experts: bool = False) -> None:
+        """shared: without an indexer; experts: with a router and experts."""
         c = self.sizes
-        hidden, heads, middle = c["hidden_size"], c["num_attention_heads"], c["intermediate_size"]
+        hidden, heads = c["hidden_size"], c["num_attention_heads"]
         nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
         attention = f"{name}.self_attn"
         self.norm(f"{name}.input_layernorm", hidden)
@@ -123,9 +126,25 @@ class Weights:
         self.matrix(f"{attention}.o_proj", hidden, heads * v, 4.0)
         if not shared:
             self.indexer(f"{attention}.indexer")
-        self.matrix(f"{name}.mlp.gate_proj", middle, hidden)
-        self.matrix(f"{name}.mlp.up_proj", middle, hidden)
-        self.matrix(f"{name}.mlp.down_proj", hidden, middle)
+        if experts:
+            self.experts(f"{name}.mlp")
+        else:
+            self.mlp(f"{name}.mlp", c["intermediate_size"])
+
+    def mlp(self, name: str, middle: int) -> None:
+        hidden = self.sizes["hidden_size"]
+        self.matrix(f"{name}.gate_proj", middle, hidden)
+        self.matrix(f"{name}.up_proj", middle, hidden)
+        self.matrix(f"{name}.down_proj", hidden, middle)
+
+    def experts(self, name: str) -> None:
+        c = self.sizes
+        count, middle = c["n_routed_experts"], c["moe_intermediate_size"]
+        self.matrix(f"{name}.gate", count, c["hidden_size"])
+        self.tensors[f"{name}.gate.e_score_correction_bias"] = torch.zeros(count)
+        for i in range(count):
+            self.mlp(f"{name}.experts.{i}", middle)
+        self.mlp(f"{name}.shared_experts", middle * c["n_shared_experts"])
 
     def indexer(self, name: str) -> None:
         c = self.sizes
@@ -138,8 +157,9 @@ class Weights:
 
     def draft(self, name: str) -> None:
         """A layer that predicts the next token but one."""
-        hidden = self.sizes["hidden_size"]
-        self.layer(name)
+        c = self.sizes
+        hidden = c["hidden_size"]
+        self.layer(name, experts=c["first_k_dense_replace"] == c["num_hidden_layers"])
         self.norm(f"{name}.enorm", hidden)
         self.norm(f"{name}.hnorm", hidden)
         self.norm(f"{name}.shared_head.norm", hidden)
@@ -166,16 +186,18 @@ def write(
     layers: int = 2,
     context: int = 16384,
     drafts: int = 0,
+    experts: bool = False,
     rank: bool = False,
 ) -> None:
     """Writes config.json and model.safetensors, unless they are there.
 
+    drafts: layers that predict more tokens. experts: whether these have experts, as SGLang wants.
     rank: with the sizes of one rank of eight of a real model, in place of small ones.
     """
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = config(kind, layers, context, drafts, rank)
+    sizes = config(kind, layers, context, drafts, experts, rank)
     tensors = {name: tensor.clone() for name, tensor in Weights(sizes, seed=0).model().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(sizes, indent=1))
@@ -188,5 +210,6 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--context", type=int, default=16384)
     parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--experts", action="store_true")
     parser.add_argument("--rank", action="store_true")
     write(**vars(parser.parse_args()))

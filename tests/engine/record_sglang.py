@@ -4,7 +4,8 @@
 The plugin's hooks are wrapped: after them, SGLang's own method selects from the same inputs, and
 both results are kept beside the inputs. In a captured graph all of that is captured. Prefill is
 judged when it runs, decode after the step, when its keys still lie in their pages. Whatever form
-SGLang wants indices in, positions are what is judged.
+SGLang wants indices in, positions are what is judged. Calls of a draft model are not: its graphs
+are replayed where no step of the model begins or ends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from judge import PAGE, Row, judge, replay
 from misa.integrations import sglang as plugin
 
 FAR = 1 << 20  # of a page that the sequence does not have: its positions are behind every key
-ROWS = 16  # the most of a step of decode
+ROWS = 32  # the most of a step of decode: 8 sequences of 4 tokens
 
 
 def positions(
@@ -60,6 +61,10 @@ class Recorder(record.Recorder):
 
     retracted = 0  # sequences
 
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.drafts: set[torch.nn.Module] = set()  # modules of a draft model
+
     def install(self) -> None:
         """Before the plugin hooks SGLang."""
         plugin.ragged = self._around(plugin.ragged, "_get_topk_ragged", self._prefill)  # type: ignore[assignment]
@@ -70,15 +75,25 @@ class Recorder(record.Recorder):
 
         @functools.wraps(run)
         def forward(runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            sequences = batch.batch_size
+            rows = batch.input_ids.shape[0]
             result = run(runner, batch, *args, **kwargs)
             for kept in self._kept.values():  # rows that pad a graph's batch
-                kept.seen[sequences:].zero_()
-                kept.got[sequences:].fill_(-1)
+                kept.seen[rows:].zero_()
+                kept.got[rows:].fill_(-1)
             self.after_step()
             return result
 
         ModelRunner.forward = forward
+        load = ModelRunner.load_model
+
+        @functools.wraps(load)
+        def load_model(runner: Any, *args: Any, **kwargs: Any) -> Any:
+            result = load(runner, *args, **kwargs)
+            if runner.is_draft_worker:
+                self.drafts |= set(runner.model.modules())
+            return result
+
+        ModelRunner.load_model = load_model
         from sglang.srt.managers.schedule_batch import ScheduleBatch
 
         retract = ScheduleBatch.retract_decode
@@ -108,6 +123,8 @@ class Recorder(record.Recorder):
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 call = bound.arguments
+                if call["self"] in self.drafts:
+                    return result
                 self.config = settings.config(call["self"].index_topk)
                 metadata = call["metadata"]
                 fused = engine.envs.SGLANG_DSA_FUSE_TOPK.get() and not metadata.force_unfused_topk

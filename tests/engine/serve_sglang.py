@@ -45,14 +45,17 @@ from serve import (  # noqa: E402
 # indexer: MISA_* variables. graphs: decode in full graphs, and prefill of up to 2048 tokens in
 # graphs that break at the indexer, as SGLang does by default. fp8: a cache in FP8; indices of
 # prefill then point into gathered keys. unfused: indices are positions, else slots of the cache.
-# retract: every tenth step takes a sequence's pages, which begins again later. exact: whether the
-# positions are the engine's, up to rounding.
+# retract: every tenth step takes a sequence's pages, which begins again later. drafts: tokens that
+# a random draft model proposes; what is judged is their verification, in the model's own layers.
+# exact: whether the positions are the engine's, up to rounding.
 MODES: dict[str, dict[str, Any]] = {
     "graphs": {"graphs": "FULL"},
     "eager": {},
     "glm": {"graphs": "FULL", "kind": "glm"},
     "glm-shared": {"graphs": "FULL", "kind": "glm-shared"},
     "fp8": {"graphs": "FULL", "fp8": True},
+    "mtp2": {"graphs": "FULL", "drafts": 1},
+    "mtp4": {"graphs": "FULL", "drafts": 3},
     "all-heads": {"indexer": {"MISA_INDEXER": "misa", "MISA_HEADS": "64"}},
     "glm-all-heads": {"indexer": {"MISA_INDEXER": "misa", "MISA_HEADS": "32"}, "kind": "glm"},
     "unfused": {"unfused": True},
@@ -69,8 +72,16 @@ def engine(mode: dict[str, Any], folder: Path) -> Any:
         run_scheduler_process_func = staticmethod(run_scheduler_process)
 
     kind, fp8, graphs = mode.get("kind", "v32"), mode.get("fp8", False), "graphs" in mode
-    model = folder / "models" / f"{kind}-0"
-    checkpoint.write(model, kind)
+    drafts, draft = mode.get("drafts", 0), {}
+    model = folder / "models" / f"{kind}-{'experts' if drafts else 0}"
+    checkpoint.write(model, kind, drafts=min(drafts, 1), experts=drafts > 0)
+    if drafts:
+        draft = {
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": drafts,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": drafts + 1,
+        }
     return Recorded(
         model_path=str(model),
         skip_tokenizer_init=True,
@@ -90,6 +101,7 @@ def engine(mode: dict[str, Any], folder: Path) -> Any:
         cuda_graph_bs_decode=[1, 2, 4, SEQUENCES],
         cuda_graph_bs_prefill=[256, 1024, 2048],
         log_level="info",
+        **draft,
     )
 
 
