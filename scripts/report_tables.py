@@ -460,6 +460,8 @@ SERVED_SGLANG = {
     "eager": ("V3.2, `dsa`", "eager"),
     "fp8": ("V3.2, `dsa`", f"fp8 cache, {BREAKABLE}"),
     "unfused": ("V3.2, `dsa`", "positions in place of slots, eager"),
+    "mtp2": ("V3.2, `dsa`", f"a draft model, 2 queries a step verified, {BREAKABLE}"),
+    "mtp4": ("V3.2, `dsa`", f"a draft model, 4 queries a step verified, {BREAKABLE}"),
     "retract": ("V3.2, `dsa`", "sequences retracted, eager"),
     "glm": ("GLM, `dsa`", BREAKABLE),
     "glm-shared": ("GLM, a layer that shares another's selection, `dsa`", BREAKABLE),
