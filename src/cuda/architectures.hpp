@@ -19,10 +19,15 @@ struct Architecture {
   bool specific = false;  // runs on this capability only
 
   // Machine code runs on devices of the same major version and of an equal or higher minor version.
-  // PTX, which the driver compiles, runs on every equal or higher capability.
+  // PTX, which the driver compiles, runs on every equal or higher capability; but code for less
+  // than 9.0 has neither clusters nor waits for the previous kernel, with which kernels are
+  // launched on devices from 9.0 on.
   [[nodiscard]] bool serves(int device) const {
     if (specific) {
       return device == capability;
+    }
+    if (capability < 90 && device >= 90) {
+      return false;
     }
     return device >= capability && (ptx || (machine_code && device / 10 == capability / 10));
   }

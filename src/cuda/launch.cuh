@@ -43,6 +43,19 @@ inline std::size_t shared_limit() {
   return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
+// Lets thread blocks of a kernel have `bytes` of dynamic shared memory and as much more as the
+// device has. The limit belongs to the device, not to a launch: it is never lowered, as other
+// threads may be launching the kernel with more, and graphs may have captured it so.
+inline void allow_shared(const char* name, const void* kernel, std::size_t bytes) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  if (static_cast<std::size_t>(attributes.maxDynamicSharedSizeBytes) < bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_limit() - attributes.sharedSizeBytes)),
+          name);
+  }
+}
+
 // Enqueues a kernel that calls begin_kernel, with `bytes` of dynamic shared memory, in clusters of
 // `cluster` thread blocks; more than one needs compute capability 9.0. From there on, its launch
 // overlaps the end of the previous kernel.
@@ -50,9 +63,7 @@ template <class... Parameters, class... Arguments>
 void launch_clusters(const char* name, void (*kernel)(Parameters...), dim3 grid, int cluster,
                      int threads, std::size_t bytes, void* stream, const Arguments&... arguments) {
   if (bytes > 0) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
-          name);
+    allow_shared(name, reinterpret_cast<const void*>(kernel), bytes);
   }
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;

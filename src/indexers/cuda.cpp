@@ -159,7 +159,8 @@ class Chunk {
     BlockMeanTable means{};
     const bool wanted = traits_of(config_.router).keys == RouterKeys::block_means;
     if (wanted) {
-      means = pool::launch(problem_, config_.block, true, workspace_.route_means, stream_);
+      means = pool::launch(problem_, config_.block, true, workspace_.route_means, device_.num_sms,
+                           stream_);
     }
     route::launch(problem_, config_, device_, wanted ? &means : nullptr, workspace_.routing,
                   stream_);
@@ -169,7 +170,8 @@ class Chunk {
   Columns filter() const {
     const std::span<std::byte> room =
         filter::reads_means(problem_, device_) ? workspace_.filter_means : std::span<std::byte>{};
-    const BlockMeanTable means = pool::launch(problem_, config_.filter_block, false, room, stream_);
+    const BlockMeanTable means =
+        pool::launch(problem_, config_.filter_block, false, room, device_.num_sms, stream_);
     filter::launch(problem_, config_, device_, means, workspace_.blocks, workspace_.filter,
                    stream_);
     return {workspace_.blocks, config_.filter_blocks, config_.filter_block};

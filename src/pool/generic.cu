@@ -346,16 +346,15 @@ std::int64_t partial_queries_of(const DevicePagedSource& keys, std::int64_t toke
 // Thread blocks that fill rows, for each column block: of paged keys, as many as run at a time.
 template <DType type>
 std::int64_t row_blocks_of(const DeviceRaggedSource& /*keys*/, const BlockMeanTable& means,
-                           std::int64_t /*others*/) {
+                           std::int64_t /*others*/, int /*num_sms*/) {
   const std::int64_t rows = thread_block_rows(means.block);
   return (means.capacity + rows - 1) / rows;
 }
 template <DType type>
 std::int64_t row_blocks_of(const DevicePagedSource& keys, const BlockMeanTable& means,
-                           std::int64_t others) {
+                           std::int64_t others, int num_sms) {
   const std::int64_t column_blocks = means.dim / kSumColumns;
-  const std::int64_t at_a_time = std::int64_t{device_attribute(cudaDevAttrMultiProcessorCount)} *
-                                 kBlocksPerSm<type> / column_blocks;
+  const std::int64_t at_a_time = std::int64_t{num_sms} * kBlocksPerSm<type> / column_blocks;
   if (means.capacity == 0) {
     return 0;
   }
@@ -364,18 +363,18 @@ std::int64_t row_blocks_of(const DevicePagedSource& keys, const BlockMeanTable& 
   const std::int64_t at_once = has_sums(keys) ? kThreads / 32 : thread_block_rows(means.block);
   // At least one, for the rows' bases.
   return std::clamp<std::int64_t>((rows + at_once - 1) / at_once, 1,
-                                  std::max(at_a_time - others, at_a_time / 2));
+                                  std::max({at_a_time - others, at_a_time / 2, std::int64_t{1}}));
 }
 
 template <DType type, class Source>
-void launch(const Source& keys, std::int64_t tokens, const BlockMeanTable& means,
+void launch(const Source& keys, std::int64_t tokens, const BlockMeanTable& means, int num_sms,
             cudaStream_t stream) {
   const std::int64_t partial_queries = partial_queries_of(keys, tokens);
   const std::int64_t partial_blocks =
       means.partial == nullptr ? 0 : (tokens + partial_queries - 1) / partial_queries;
-  const dim3 grid(
-      static_cast<unsigned>(partial_blocks + row_blocks_of<type>(keys, means, partial_blocks)),
-      static_cast<unsigned>(means.dim / kSumColumns));
+  const std::int64_t row_blocks = row_blocks_of<type>(keys, means, partial_blocks, num_sms);
+  const dim3 grid(static_cast<unsigned>(partial_blocks + row_blocks),
+                  static_cast<unsigned>(means.dim / kSumColumns));
   if (grid.x > 0) {
     launch_kernel("block means", block_means_kernel<type, Source>, grid, kThreads, 0, stream, keys,
                   tokens, means, static_cast<std::int32_t>(partial_blocks),
@@ -394,7 +393,7 @@ std::size_t workspace_bytes(const Shape& shape, const KeyBounds& keys, std::int3
 
 template <class Source>
 BlockMeanTable launch(const ProblemOf<Source>& problem, std::int32_t block, bool partial,
-                      std::span<std::byte> workspace, cudaStream_t stream) {
+                      std::span<std::byte> workspace, int num_sms, cudaStream_t stream) {
   const std::int64_t tokens = problem.q.tokens;
   const std::int64_t dim = problem.q.dim;
   const std::size_t partial_size = partial_bytes(tokens, dim, partial);
@@ -438,20 +437,20 @@ BlockMeanTable launch(const ProblemOf<Source>& problem, std::int32_t block, bool
   means.dim = static_cast<std::int32_t>(dim);
   means.fp16 = problem.q.dtype == DType::e4m3 && problem.k.dtype == DType::e4m3;
   if constexpr (kPaged<Source>) {
-    launch<DType::e4m3>(problem.k, tokens, means, stream);
+    launch<DType::e4m3>(problem.k, tokens, means, num_sms, stream);
   } else {
     switch (problem.k.dtype) {
-      case DType::f32: launch<DType::f32>(problem.k, tokens, means, stream); break;
-      case DType::bf16: launch<DType::bf16>(problem.k, tokens, means, stream); break;
-      case DType::e4m3: launch<DType::e4m3>(problem.k, tokens, means, stream); break;
+      case DType::f32: launch<DType::f32>(problem.k, tokens, means, num_sms, stream); break;
+      case DType::bf16: launch<DType::bf16>(problem.k, tokens, means, num_sms, stream); break;
+      case DType::e4m3: launch<DType::e4m3>(problem.k, tokens, means, num_sms, stream); break;
     }
   }
   return means;
 }
 
-template BlockMeanTable launch(const Problem&, std::int32_t, bool, std::span<std::byte>,
+template BlockMeanTable launch(const Problem&, std::int32_t, bool, std::span<std::byte>, int,
                                cudaStream_t);
-template BlockMeanTable launch(const PagedProblem&, std::int32_t, bool, std::span<std::byte>,
+template BlockMeanTable launch(const PagedProblem&, std::int32_t, bool, std::span<std::byte>, int,
                                cudaStream_t);
 
 }  // namespace misa::cuda::pool

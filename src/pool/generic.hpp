@@ -22,9 +22,9 @@ std::size_t workspace_bytes(const Shape& shape, const KeyBounds& keys, std::int3
 
 // Fills a table in `workspace` with the means of all whole blocks that queries of `problem` see
 // and, if `partial`, with the queries' partial block means. The table has as many rows as there is
-// room.
+// room. `num_sms`: for how many SMs the work is cut.
 template <class Source>
 BlockMeanTable launch(const ProblemOf<Source>& problem, std::int32_t block, bool partial,
-                      std::span<std::byte> workspace, cudaStream_t stream);
+                      std::span<std::byte> workspace, int num_sms, cudaStream_t stream);
 
 }  // namespace misa::cuda::pool

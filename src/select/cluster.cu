@@ -34,9 +34,11 @@ constexpr std::uint32_t kLeastShared = 65536;
 // What a thread block that takes part has to read at least, 32 KB.
 constexpr std::uint32_t kLeastPart = 8192;
 
-// Clusters of more than 8 need a permission (cudaFuncAttributeNonPortableClusterSizeAllowed). With
-// 16 a row of a million scores is read in half the time.
+// Clusters of more than 8 need a permission (cudaFuncAttributeNonPortableClusterSizeAllowed) and a
+// device that can place them, which is known of Hopper alone. With 16 a row of a million scores is
+// read in half the time.
 constexpr int kMaxCluster = 16;
+constexpr int kMaxPortableCluster = 8;
 static_assert(kLeastShared / kLeastPart > 1 && kLeastShared > kMaxTopK + kRowCandidates);
 
 // How many scores the threshold should let through: more than k by five standard deviations of what
@@ -190,16 +192,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 int cluster_size(const Logits& logits, int num_sms) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) {
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  if (major < 9) {
     return 1;
   }
+  const int most = major == 9 ? kMaxCluster : kMaxPortableCluster;
   // Two thread blocks on an SM take longer than one with twice the work, and where more than half
   // of the SMs are wanted, clusters of 4 and more do not find a free place each.
   const auto fits = [&](int size) {
     return logits.rows * size <= (size > 2 ? num_sms / 2 : num_sms);
   };
   int size = 1;
-  while (logits.columns >= kLeastShared && size < kMaxCluster && fits(2 * size)) {
+  while (logits.columns >= kLeastShared && size < most && fits(2 * size)) {
     size *= 2;
   }
   return size;

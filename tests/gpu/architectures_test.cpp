@@ -120,6 +120,9 @@ TEST(Architectures, ListsReadAsCMakeMeansThem) {
   EXPECT_TRUE(serves("80-real", 80));
   EXPECT_TRUE(serves("80-real", 89));
   EXPECT_FALSE(serves("80-real", 90));
+  EXPECT_TRUE(serves("80", 89));
+  EXPECT_FALSE(serves("80", 90));  // what is launched there needs code for 9.0
+  EXPECT_FALSE(serves("89-virtual", 120));
   EXPECT_FALSE(serves("89-real", 86));
   EXPECT_TRUE(serves("90-virtual", 120));
   EXPECT_TRUE(serves("90", 100));

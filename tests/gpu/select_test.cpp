@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <future>
 #include <iterator>
 #include <limits>
 #include <numeric>
@@ -449,6 +450,35 @@ TEST_F(CudaTopK, CanBeCaptured) {
   cudaGraphExecDestroy(exec);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+// Threads that select other numbers of positions launch the same kernels with other amounts of
+// shared memory.
+TEST_F(CudaTopK, ThreadsThatSelectOtherNumbersDoNotDisturbEachOther) {
+  constexpr int kCalls = 3000;
+  const std::vector<float> row = normal_row(20000, 20);
+  const auto select = [&](int top_k) {
+    const Device<float> input(row, kInfinity);
+    const Outputs out(1, top_k);
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    for (int i = 0; i < kCalls; ++i) {
+      cuda::top_k({input.data(), 1, 20000}, top_k, {out.indices.data(), out.scores.data()}, stream);
+    }
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    cudaStreamDestroy(stream);
+    return row_of(out.indices.values(), out.scores.values(), 0, top_k);
+  };
+  const std::vector<int> numbers{2048, 64, 1024};
+  std::vector<std::future<Selected>> threads;
+  threads.reserve(numbers.size());
+  for (const int top_k : numbers) {
+    threads.push_back(std::async(std::launch::async, select, top_k));
+  }
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    expect_equal(threads[i].get(), expected(row, numbers[i]),
+                 "beside others, k " + std::to_string(numbers[i]));
+  }
 }
 
 // --- The fused path ---
