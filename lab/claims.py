@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import base, sparse
 from .indexer import DIM
-from .statistics import Interval, difference, share
+from .statistics import Interval, difference, interval, share, widened
 
 PAPER = "arXiv 2605.07363"
 # What it reports of LongBench: the average of its tasks, times 100.
@@ -30,9 +32,10 @@ SYNTHETIC = ("needle", "needles", "list")  # of lab.retrieval, beside the tasks 
 # Of what the best positions keep more than the last ones, an indexer that closes less than half
 # says more of how it was trained than of selections.
 WEAK = 0.5
-DOCUMENTS = 5  # of fewer a bootstrap's interval is too narrow to conclude from
+DOCUMENTS = 5  # of fewer nothing is concluded
 SAMPLES = 128  # keys from which slopes and dispersions are estimated (docs/spec.md)
 POINT = 0.01  # of a score: within it scores count as equal
+TENTH = 0.001  # of a point of recall: within it recalls count as equal
 
 
 class Testbed(NamedTuple):
@@ -117,8 +120,9 @@ def by_label(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 class Measured(NamedTuple):
-    """one: the file that it is from; where: the context; found: what is compared with the bound;
-    tells: whether what was measured could tell choices apart."""
+    """one: the file that it is from; where: the context; found: what is compared with the bound,
+    widened for few documents; tells: whether what was measured could tell choices apart; below:
+    layers in which it is below the bound for certain, whatever the mean over layers."""
 
     one: dict[str, Any]
     where: str
@@ -126,14 +130,15 @@ class Measured(NamedTuple):
     bound: float
     documents: int
     tells: bool = True
+    below: tuple[int, ...] = ()
 
     @property
     def verdict(self) -> str:
         if self.documents < DOCUMENTS or not self.tells:
             return "open"
-        if self.found.low >= self.bound:
-            return "holds"
-        return "fails" if self.found.high < self.bound else "open"
+        if self.below or self.found.high < self.bound:
+            return "fails"
+        return "holds" if self.found.low >= self.bound else "open"
 
 
 class Claim(NamedTuple):
@@ -167,7 +172,9 @@ def _worst_recalls(label: str, bound: float) -> Callable[[Testbed], Iterator[Mea
                 count = len(result["layers"])
                 place = f"{where(one)}, layer {least['layer']}, the worst of {count}"
                 documents = len(set(one["documents"]))
-                yield Measured(one, place, Interval(*least["recall"]), bound, documents)
+                whole = count == testbed.state["settings"].get("layers", count)
+                recall = widened(Interval(*least["recall"]), documents)
+                yield Measured(one, place, recall, bound, documents, tells=whole)
 
     return measure
 
@@ -181,12 +188,30 @@ def recall_over(one: dict[str, Any], label: str, other: str) -> Interval | None:
     return difference(*pair, one["documents"])
 
 
+def layers_below(one: dict[str, Any], label: str, other: str, bound: float) -> tuple[int, ...]:
+    """Of a file of lab.selection, the layers in which the whole interval of a choice's recall is
+    below that of another, by more than the bound allows."""
+    results, documents = by_label(one["results"]), len(set(one["documents"]))
+    pairs = zip(results[label]["layers"], results[other]["layers"], strict=True)
+    return tuple(
+        own["layer"]
+        for own, of_other in pairs
+        if widened(Interval(*own["recall"]), documents).high
+        < widened(Interval(*of_other["recall"]), documents).low + bound
+    )
+
+
 def _recalls_over(label: str, other: str, bound: float) -> Callable[[Testbed], Iterator[Measured]]:
     def measure(testbed: Testbed) -> Iterator[Measured]:
         for one in testbed.found["selection"]:
             over = recall_over(one, label, other)
             if over is not None:
-                yield Measured(one, where(one), over, bound, len(set(one["documents"])))
+                below = layers_below(one, label, other, bound)
+                place = where(one)
+                if below:
+                    place += f", below in the layers {', '.join(map(str, below))}"
+                count = len(set(one["documents"]))
+                yield Measured(one, place, widened(over, count), bound, count, below=below)
 
     return measure
 
@@ -205,7 +230,7 @@ def _scores_over(label: str, other: str, bound: float) -> Callable[[Testbed], It
                 ground, _ = _paired(scores, "dsa", sparse.RECENCY)
                 tells = ground is not None and ground.low > 0
                 place = f"{where(one)}, {prompts} prompts"
-                yield Measured(one, place, over, bound, prompts, tells)
+                yield Measured(one, place, widened(over, prompts), bound, prompts, tells)
 
     return measure
 
@@ -222,26 +247,43 @@ def _paired(
 
 
 def _answers(label: str, bound: float) -> Callable[[Testbed], Iterator[Measured]]:
-    """Of the questions of lab.retrieval that DSA answers, the share that a choice does."""
+    """Of the questions of lab.retrieval that DSA answers, the share that a choice does. Where keys
+    rounded to e4m3 alone lose as many answers, nothing can be told."""
 
     def measure(testbed: Testbed) -> Iterator[Measured]:
         for one in testbed.found["retrieval"]:
-            by_kind: dict[str, list[tuple[str, bool]]] = {}
-            for name, case in one["cases"].items():
-                for question in case["questions"]:
-                    said = question["answers"]
-                    if label in said and "dsa" in said and said["dsa"][0]:
-                        kept = by_kind.setdefault(case["kind"], [])
-                        kept.append((name, bool(said[label][0])))
             for kind in SYNTHETIC:
-                if kind in by_kind:
-                    answered = by_kind[kind]
-                    found = share(sum(kept for _, kept in answered), len(answered))
+                answered = _answered(one, kind, label)
+                if answered:
+                    found, documents = _share_of_answers(answered)
+                    floor = _answered(one, kind, FLOOR)
+                    tells = not floor or _share_of_answers(floor)[0].mean >= bound
                     place = f"{where(one)}, {kind}, {len(answered)} questions"
-                    contexts = len({name for name, _ in answered})
-                    yield Measured(one, place, found, bound, contexts)
+                    yield Measured(one, place, found, bound, documents, tells)
 
     return measure
+
+
+def _answered(one: dict[str, Any], kind: str, label: str) -> list[tuple[str, bool]]:
+    """Of a file of lab.retrieval, for each question of a kind that DSA answers its document, and
+    whether a choice answers it."""
+    return [
+        (case["document"], bool(question["answers"][label][0]))
+        for case in one["cases"].values()
+        if case["kind"] == kind
+        for question in case["questions"]
+        if label in question["answers"] and question["answers"].get("dsa", [0])[0]
+    ]
+
+
+def _share_of_answers(answered: list[tuple[str, bool]]) -> tuple[Interval, int]:
+    """The share of right answers, and of how many documents they are. Its interval holds Wilson's,
+    for the number of questions, and the bootstrap's, as questions to one document are alike."""
+    documents = [document for document, _ in answered]
+    right, count = [float(hit) for _, hit in answered], len(set(documents))
+    wilson, drawn = share(int(sum(right)), len(right)), widened(interval(right, documents), count)
+    found = Interval(drawn.mean, min(wilson.low, drawn.low), max(wilson.high, drawn.high))
+    return found, count
 
 
 def _said(label: str, other: str) -> str:
@@ -278,7 +320,7 @@ CLAIMS = [
         "re-ranking 4 k candidates recovers what rounding keys to e4m3 keeps",
         f"{PAPER}, where re-ranking recovers almost everything",
         POINTS,
-        _recalls_over("misa-dagger:h=8:m=4k", FLOOR, 0),
+        _recalls_over("misa-dagger:h=8:m=4k", FLOOR, -TENTH),
     ),
     Claim(
         "3 heads and a linear row keep no less than 8 routed heads",
@@ -290,7 +332,7 @@ CLAIMS = [
         "3 heads and a linear row, 4 k candidates re-ranked, keep what rounding keys to e4m3 keeps",
         EARLIER,
         POINTS,
-        _recalls_over("misa-r:h=3:m=4k", FLOOR, 0),
+        _recalls_over("misa-r:h=3:m=4k", FLOOR, -TENTH),
     ),
     Claim(
         "7 heads and a linear row answer 95 % or more of what DSA answers",
@@ -309,33 +351,39 @@ CLAIMS = [
         "same keys",
         EARLIER,
         POINTS,
-        _recalls_over("misa-r:h=3:m=8k:sketch=2:fp8", FLOOR, -0.001),
+        _recalls_over("misa-r:h=3:m=8k:sketch=2:fp8", FLOOR, -TENTH),
     ),
 ]
 
 
 def products(chosen: sparse.Choice, heads: int, length: int) -> float:
-    """Products of a query head and a key, or a mean of keys, as a share of DSA's."""
+    """Products of a query head and a key, or a mean of keys, as a share of DSA's, for all rows of a
+    prefill of `length` tokens."""
     config = chosen.config
     if config is None:
         return 0.0
+    seen = np.arange(1, length + 1)
     rows = heads if config.router == "all" else config.heads + config.residual
-    scanned, means = length, 0
+    scanned, beside = seen, 0 * seen
     if config.filter_block:
-        scanned = min(length, config.filter_blocks * config.filter_block)
-        means = length // config.filter_block
-    routed = {"pooled": length // config.block, "nonlinearity": SAMPLES, "dispersion": SAMPLES}
-    means += routed.get(config.router, 0)
-    total = rows * scanned + heads * (means + min(config.candidates, length))
-    return total / (heads * length)
+        scanned = np.minimum(seen, config.filter_blocks * config.filter_block)
+        beside = seen // config.filter_block
+    if config.router == "pooled":
+        beside = beside + seen // config.block
+    elif config.router in ("nonlinearity", "dispersion"):
+        beside = beside + np.minimum(seen, SAMPLES)
+    if config.candidates:
+        beside = beside + np.minimum(seen, config.candidates)
+    return float((rows * scanned + heads * beside).sum() / (heads * seen.sum()))
 
 
 def key_bytes(chosen: sparse.Choice, length: int) -> float:
-    """Bytes of e4m3 keys and what stands for them that a decode step reads, as a share of DSA's."""
+    """Bytes of keys and what stands for them that a decode step reads, as a share of those of DSA
+    on e4m3 keys. A choice that was not measured on e4m3 keys reads bf16."""
     config = chosen.config
     if config is None:
         return 0.0
-    whole = DIM + 4
+    whole = DIM + 4 if chosen.fp8 else 2 * DIM
     read = whole * length
     if config.sketch:
         scales = 2 if config.sketch == 2 else DIM // 32
@@ -343,7 +391,7 @@ def key_bytes(chosen: sparse.Choice, length: int) -> float:
     if config.filter_block:
         kept = min(length, config.filter_blocks * config.filter_block)
         read = whole * kept + 4 * DIM * (length // config.filter_block)
-    return read / (whole * length)
+    return read / ((DIM + 4) * length)
 
 
 class Default(NamedTuple):
@@ -370,11 +418,14 @@ def auto(heads: int, length: int, top_k: int) -> str:
 
 def keeps(one: dict[str, Any], language: list[dict[str, Any]], label: str) -> bool:
     """Whether a choice keeps what rounding keys to e4m3 keeps: DSA's set, and where it was
-    measured the next token's distribution."""
+    measured the next token's distribution; in the mean over layers, and for all that can be told in
+    each layer."""
     if label == "dsa":
         return True
     over = recall_over(one, label, FLOOR)
-    if over is None or over.low < 0:
+    if over is None or layers_below(one, label, FLOOR, -TENTH):
+        return False
+    if widened(over, len(set(one["documents"]))).low < -TENTH:
         return False
     for other in language:
         text = by_label(other["text"])

@@ -52,17 +52,18 @@ VERDICTS = f"""## Claims
 
 A claim holds where the whole interval is on its side of the bound, fails where the whole interval
 is on the other, and is open where the bound is inside or there are fewer than {DOCUMENTS}
-documents. The paper's claims are of large models and other contexts: a verdict is of the testbed
-alone. A claim about scores is also open where DSA does not score more than the last k positions
-do: then tasks cannot tell. The worst layer is chosen by the same data, which makes it look a little
-worse than it is.
+documents. Intervals here are wider than a bootstrap's, by Student's t, as documents are few. A
+claim about what rounding keeps also fails where a layer by itself is below for certain. The paper's
+claims are of large models and other contexts: a verdict is of the testbed alone. A claim about
+scores is also open where DSA does not score more than the last k positions do: then tasks cannot
+tell. The worst layer is chosen by the same data, which makes it look a little worse than it is.
 
 """
 RECALL = """## What is kept of DSA's set
 
 In percent: the recall of DSA's set, the same in the worst layer, and of the attention that DSA's
-set keeps the share that is kept. Products are those of a head and a key, or a mean of keys. A layer
-is below where its whole interval is.
+set keeps the share that is kept. Products are those of a head and a key, or a mean of keys, of all
+rows of a prefill. A layer is below where its whole interval is.
 """
 LANGUAGE = """## Language, every layer replaced at once
 
@@ -78,10 +79,11 @@ holds the answer's position; where looked: only in layers that give the fact a t
 attention or more. In percent; intervals of shares are Wilson's.
 """
 DEFAULTS = f"""The choices that keep what `{FLOOR}` keeps: of DSA's set the whole interval of the
-difference is not below zero, and the next token's distribution, where it was measured, is no
-farther from DSA's than the upper end of its interval. Of those, the one with the fewest products of
-a head and a key, which count in prefill, and the one that reads the fewest bytes of keys, which
-count in decode. Where no other choice passes, it is DSA.
+difference is not below a tenth of a point, and no layer by itself is below for certain; and the
+next token's distribution, where it was measured, is no farther from DSA's than the upper end of its
+interval. Of those, the one with the fewest products of a head and a key over a whole prefill, and
+the one that reads the fewest bytes of keys, which count in decode, as a share of those of e4m3.
+Where no other choice passes, it is DSA.
 
 """
 

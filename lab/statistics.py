@@ -2,12 +2,13 @@
 """Intervals of what is measured.
 
 What one document says about another window of itself is not what it says about another document, so
-documents are what is drawn again. Of few documents these intervals are too narrow: the programs say
-how many there were.
+documents are what is drawn again. Of few documents such an interval is too narrow: the programs say
+how many there were, and `widened` is what to conclude from.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -57,3 +58,26 @@ def share(hits: int, count: int) -> Interval:
     middle = (mean + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z / (1 + Z * Z / count) * np.sqrt(mean * (1 - mean) / count + (Z / (2 * count)) ** 2)
     return Interval(mean, float(max(middle - half, 0)), float(min(middle + half, 1)))
+
+
+def widened(found: Interval, count: int) -> Interval:
+    """Of an interval of `interval` over `count` documents, one that holds 95 % where these are few,
+    if their values are about normal: as far as Student's t and an unbiased variance reach, in place
+    of a normal distribution and the documents' own. Of one document, everything."""
+    if count < 2:
+        return Interval(found.mean, -math.inf, math.inf)
+    factor = _student(count - 1) / Z * math.sqrt(count / (count - 1))
+    low, high = (found.mean + factor * (end - found.mean) for end in (found.low, found.high))
+    return Interval(found.mean, low, high)
+
+
+def _student(freedom: int) -> float:
+    """97.5 % of Student's t are below; by Cornish's and Fisher's expansion, to 1 % from 4 on
+    (Abramowitz and Stegun, 26.7.5)."""
+    z, n = Z, freedom
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Intervals by hand."""
 
+import math
+
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")  # which the lab needs
 
-from lab.statistics import difference, interval, share  # noqa: E402
+from lab.statistics import Interval, difference, interval, share, widened  # noqa: E402
 
 
 def test_equal_values_have_no_interval():
@@ -53,3 +56,21 @@ def test_shares():
     assert share(0, 10) == pytest.approx((0, 0, 0.27753), abs=1e-4)
     assert share(10, 10) == pytest.approx((1, 0.72247, 1), abs=1e-4)
     assert share(50, 100) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
+
+
+def test_few_documents_widen():
+    # t of 4 degrees of freedom is 2.776, and the variance of 5 values counts 5/4: 1.584 in all.
+    found = widened(Interval(1, 0.9, 1.2), 5)
+    assert found == pytest.approx((1, 1 - 0.1584, 1 + 0.2 * 1.584), abs=2e-3)
+    assert widened(Interval(1, 0.9, 1.2), 1000) == pytest.approx((1, 0.9, 1.2), abs=1e-3)
+    assert widened(Interval(1, 1, 1), 1) == (1, -math.inf, math.inf)
+
+
+def test_intervals_of_few_documents_hold():
+    values = np.random.default_rng(0).normal(size=(400, 5))
+    held = 0
+    for one in values:
+        _, low, high = widened(interval(one), 5)
+        held += low <= 0 <= high
+    # 95 % are 380; four standard deviations are 17. Without widening it is about 336.
+    assert held >= 363
