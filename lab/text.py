@@ -26,7 +26,8 @@ class Document(NamedTuple):
 
 def documents(paths: Sequence[str | Path]) -> Iterator[Document]:
     """Every .txt file is one document, every line of a .jsonl file another, with the fields `text`
-    and, if any, `title`; both may be compressed (.xz). Folders are searched for them.
+    and, if any, `title`; both may be compressed (.xz). Folders are searched for them. Without a
+    title the name of the file is one, the same whether it is compressed or not.
 
     Raises ValueError for a file of another kind, or without text.
     """
@@ -36,16 +37,17 @@ def documents(paths: Sequence[str | Path]) -> Iterator[Document]:
             yield from documents(inside)
             continue
         opened = lzma.open if path.suffix == ".xz" else open
+        name = path.name.removesuffix(".xz")
         if kind(path) == ".txt":
             with opened(path, "rt", encoding="utf-8") as file:
-                yield Document(path.name, file.read())
+                yield Document(name, file.read())
         elif kind(path) == ".jsonl":
             with opened(path, "rt", encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     entry = json.loads(line)
                     if not isinstance(entry.get("text"), str):
                         raise ValueError(f"{path}, line {number}: expected a field text")
-                    yield Document(str(entry.get("title", f"{path.name}:{number}")), entry["text"])
+                    yield Document(str(entry.get("title", f"{name}:{number}")), entry["text"])
         else:
             raise ValueError(f"{path}: expected .txt or .jsonl, also with .xz, or a folder")
 

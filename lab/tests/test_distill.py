@@ -107,6 +107,8 @@ def test_documents(tmp_path, suffix):
             file.write("one")
     found = list(text.documents([tmp_path]))
     assert found[0].text == "one" and len(found) == (2 if ".jsonl" in suffix else 1)
+    # Compressed or not, a document is on the same side of the split.
+    assert found[-1].title == ("a.jsonl:2" if ".jsonl" in suffix else "a.txt")
     with pytest.raises(ValueError, match=r"expected \.txt or \.jsonl"):
         list(text.documents(["a.pdf"]))
 
@@ -135,3 +137,4 @@ def test_the_split_is_by_title():
     titles = [f"book {i}" for i in range(400)]
     share = sum(map(text.is_held_out, titles)) / len(titles)
     assert 0.12 < share < 0.26
+    assert not text.is_held_out("b5.txt") and text.is_held_out("b5.txt", share=15)  # 14 of 16
