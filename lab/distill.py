@@ -145,6 +145,11 @@ def main() -> int:
     folder, minutes = options.pop("folder"), options.pop("minutes")
     paths, decoder = options.pop("text"), options.pop("base")
     settings = Settings(**options)
+    if decoder and settings.held_out > text.HELD_OUT:
+        parser.error(
+            f"--held-out: expected at most {text.HELD_OUT} with --base, which learned the other "
+            f"documents, got {settings.held_out}"
+        )
     device = base.device()
     start = time.monotonic()
     model, tokenizer, name, _ = base.load(decoder, settings.length, device, base.dtype_on(device))

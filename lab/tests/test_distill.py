@@ -3,6 +3,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -138,3 +139,12 @@ def test_the_split_is_by_title():
     share = sum(map(text.is_held_out, titles)) / len(titles)
     assert 0.12 < share < 0.26
     assert not text.is_held_out("b5.txt") and text.is_held_out("b5.txt", share=15)  # 14 of 16
+
+
+def test_what_a_base_learned_is_not_held_out(tmp_path, monkeypatch, capsys):
+    given = ["--text", "a.txt", "--base", str(tmp_path), "--held-out", "4"]
+    monkeypatch.setattr(sys, "argv", ["lab", str(tmp_path), *given])
+    with pytest.raises(SystemExit):
+        distill.main()
+    message = "--held-out: expected at most 3 with --base, which learned the other documents, got 4"
+    assert message in capsys.readouterr().err
