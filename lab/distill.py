@@ -69,7 +69,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains until `settings.steps` or for `seconds`; returns the state. `name` is the model's.
 
-    Raises ValueError if the folder holds a run with other settings or of another model.
+    Raises ValueError if the folder holds a run with other settings, text or another model.
     """
     device = next(model.parameters()).device
     shape = Shape(len(model.model.layers), model.config.hidden_size, settings.heads, settings.rank)
@@ -79,6 +79,7 @@ def run(
         raise ValueError(f"{folder}: expected the settings {state['settings']}, got {asked}")
     if state.setdefault("base", name) != name:
         raise ValueError(f"{folder}: expected the {state['base']}, got the {name}")
+    text.goes_on(state, windows.digest, folder)
     torch.manual_seed(settings.seed)
     indexers = load(folder, shape).to(device)
     optimizer = torch.optim.AdamW(indexers.parameters(), weight_decay=0.01, betas=(0.9, 0.95))

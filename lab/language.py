@@ -243,6 +243,7 @@ def main() -> int:
     if top_k >= options.length - 1:
         parser.error(f"--top-k: expected less than --length, got {top_k}")
     prompts = longbench.prompts(options.prompts) if options.prompts else []
+    asked = longbench.digest(prompts)  # of all tasks: a run may go on with others
     prompts = [one for one in prompts if one.task in (options.tasks or longbench.TASKS)]
     labels = options.indexers or compared(top_k)
     try:
@@ -251,6 +252,8 @@ def main() -> int:
     except ValueError as error:
         parser.error(f"--indexers: {error}")
     given = trained(parser, options, seed=3)
+    settings = {"step": given.step, "heads": given.shape.heads, "length": options.length}
+    settings |= {"top_k": top_k, "text": given.text, "prompts": asked}
     state = measure(
         given.model,
         given.base.tokenizer,
@@ -259,7 +262,7 @@ def main() -> int:
         prompts,
         labels,
         options.folder / f"language-{options.length}-{top_k}.json",
-        {"step": given.step, "heads": given.shape.heads, "length": options.length, "top_k": top_k},
+        settings,
         seconds=options.minutes * 60 - (time.monotonic() - start),
     )
     print(table(state))

@@ -11,6 +11,7 @@ import json
 import lzma
 import re
 import string
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
@@ -127,6 +128,11 @@ def prompts(path: Path) -> list[Prompt]:
         raise ValueError(f"{path}: expected prompts of {', '.join(TASKS)}, got none")
     turns = zip_longest(*found.values())
     return [prompt for turn in turns for prompt in turn if prompt is not None]
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """8 hexadecimal digits that tell some prompts from others."""
+    return f"{zlib.crc32(json.dumps(prompts).encode()):08x}"
 
 
 def score(prompt: Prompt, answer: str) -> float:

@@ -287,7 +287,9 @@ def main() -> int:
     try:
         model, tokenizer, state = begin(folder, paths, settings)
         maker = tasks.Maker(tokenizer)
-        batches = Batches(maker, text.tokens_of(paths, tokenizer, held_out=False), settings)
+        learned = text.tokens_of(paths, tokenizer, held_out=False)
+        text.goes_on(state, text.digest(learned), folder)
+        batches = Batches(maker, learned, settings)
     except ValueError as error:
         parser.error(str(error))
     for last in state.get("checks", [])[-1:]:

@@ -337,8 +337,10 @@ def main() -> int:
     except ValueError as error:
         parser.error(f"--indexers: {error}")
     given = trained(parser, options, seed=4)
-    cases = list(asked(given, options))
+    prompts = longbench.prompts(options.prompts) if options.prompts else []
+    cases = list(asked(given, prompts, options))
     settings = {name: getattr(options, name) for name in ("length", "top_k", "depths")}
+    settings |= {"text": given.text, "prompts": longbench.digest(prompts)}
     path = options.folder / f"retrieval-{options.length}-{options.top_k}.json"
     state = measure(
         given.model,
@@ -353,12 +355,10 @@ def main() -> int:
     return 0
 
 
-def asked(given: Trained, options: Any) -> Iterable[Case]:
+def asked(given: Trained, prompts: list[longbench.Prompt], options: Any) -> Iterable[Case]:
     maker = tasks.Maker(given.base.tokenizer)
     yield from synthetic(maker, given.sample(options.contexts), options.length, options.depths)
-    if options.prompts:
-        prompts = longbench.prompts(options.prompts)
-        yield from of_prompts(prompts, given.base.tokenizer, options.length)
+    yield from of_prompts(prompts, given.base.tokenizer, options.length)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import lzma
 import random
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,22 @@ def is_held_out(title: str, share: int = HELD_OUT) -> bool:
     return zlib.crc32(title.encode()) % OF < share
 
 
+def digest(texts: Sequence[np.ndarray]) -> str:
+    """8 hexadecimal digits that tell the tokens of some documents from others."""
+    found = 0
+    for tokens in texts:
+        found = zlib.crc32(np.ascontiguousarray(tokens), zlib.crc32(b"%d " % len(tokens), found))
+    return f"{found:08x}"
+
+
+def goes_on(state: dict[str, Any], learned: str, folder: Path) -> None:
+    """Notes in the state of a folder the digest of the text that is learned; in a state from before
+    there were digests, too. Raises ValueError if other text was learned."""
+    before = state.setdefault("text", learned)
+    if before != learned:
+        raise ValueError(f"{folder}: expected the text with the digest {before}, got {learned}")
+
+
 class Windows:
     """Stretches of tokens, each a function of the seed and its number alone."""
 
@@ -83,6 +100,11 @@ class Windows:
         self._places = [len(tokens) - length + 1 for tokens in self._texts]
         self._length = length
         self._seed = seed
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the text that windows are of."""
+        return digest(self._texts)
 
     def __getitem__(self, number: int) -> torch.Tensor:
         """Window `number`, int64 [length]; every place of the text is as likely."""

@@ -34,6 +34,11 @@ class Trained(NamedTuple):
     def model(self) -> Any:
         return self.base.model
 
+    @property
+    def text(self) -> str:
+        """The digest of the held-out text."""
+        return self.windows.digest
+
     def sample(self, count: int) -> Sample:
         """Windows of as many documents as can be."""
         return Sample(*self.windows.spread(count))

@@ -123,6 +123,31 @@ def test_windows_depend_on_their_number_alone():
         text.Windows(texts, 60, seed=1)
 
 
+def test_text_is_told_from_other_text():
+    import zlib
+
+    texts = [np.array([1, 2], dtype=np.int32), np.array([3], dtype=np.int32)]
+    bytes_of = b"2 \1\0\0\0\2\0\0\0" + b"1 \3\0\0\0"
+    assert text.digest(texts) == f"{zlib.crc32(bytes_of):08x}"
+    assert text.digest(texts) != text.digest([np.array([1, 2, 3], dtype=np.int32)])
+    assert text.Windows(texts[:1], 2, seed=1).digest == text.digest(texts[:1])
+
+
+def test_other_text_is_refused(model, windows, tmp_path):
+    few = SETTINGS._replace(steps=1)
+    other = text.Windows([np.arange(LENGTH, dtype=np.int32) % 40], LENGTH, 0)
+    state = distill.run(model, windows, tmp_path, few)
+    assert state["text"] == windows.digest
+    assert distill.run(model, windows, tmp_path, few) == state
+    message = f"expected the text with the digest {windows.digest}, got {other.digest}"
+    with pytest.raises(ValueError, match=message):
+        distill.run(model, other, tmp_path, few)
+    # A state that does not say what was learned.
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps({k: v for k, v in state.items() if k != "text"}))
+    assert distill.run(model, other, tmp_path, few)["text"] == other.digest
+
+
 def test_windows_are_spread_over_documents():
     texts = [np.arange(first, first + 50, dtype=np.int32) for first in (0, 100, 200)]
     windows = text.Windows(texts, 10, seed=1)

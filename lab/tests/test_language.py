@@ -99,6 +99,8 @@ def test_prompts(tmp_path):
     found = longbench.prompts(path)
     assert [prompt.name for prompt in found] == ["qasper/0", "trec/0", "qasper/1"]
     assert found[1].gold == ["x"] and found[1].classes == ["y"]
+    assert longbench.digest(found) == longbench.digest(longbench.prompts(path))
+    assert longbench.digest(found) != longbench.digest([found[0]._replace(text="b"), *found[1:]])
     path.write_text(json.dumps(lines[1]))
     with pytest.raises(ValueError, match="got none"):
         longbench.prompts(path)

@@ -124,7 +124,7 @@ def test_files_are_small_and_transformers_reads_them(tokenizer, tmp_path, monkey
 
 def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     """One run, another piece, indexers distilled from it, and what is measured with them."""
-    from lab import quality, retrieval, traces
+    from lab import language, quality, retrieval, traces
 
     made, indexers = tmp_path / "decoder", tmp_path / "indexers"
     given = ["--text", str(book), "--stages", "96:0.004", "128:0.002"]
@@ -141,6 +141,12 @@ def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     state = decoder.state_of(made)
     assert state["checks"][-1]["step"] == state["step"] == 15
     assert call(pretrain, made, *given) in out  # it is through
+    less = tmp_path / "less.jsonl"
+    less.write_text("".join(book.read_text().splitlines(keepends=True)[:30]))
+    with pytest.raises(SystemExit):
+        call(pretrain, made, "--text", less, *given[2:])
+    err = capsys.readouterr().err
+    assert f"expected the text with the digest {state['text']}, got " in err
     (entry,) = state["checks"][-1]["lengths"]
     assert entry["length"] == 256 and 0 <= entry["needle"] <= 1
 
@@ -153,6 +159,16 @@ def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     from_it = ["--text", book, "--base", made, "--length", 256, "--top-k", 16]
     out = call(retrieval, indexers, *from_it, "--depths", 2, "--contexts", 1)
     assert "needles" in out and "misa-r:h=7" in out
+    again = call(retrieval, indexers, *from_it, "--depths", 2, "--contexts", 1)
+    assert "passes" not in again and again == out[out.index(again) :]
+    with pytest.raises(ValueError, match="expected the settings"):
+        call(retrieval, indexers, "--text", less, *from_it[2:], "--depths", 2, "--contexts", 1)
+    from_it += ["--windows", 1, "--indexers", "recency"]
+    assert "recency" in call(language, indexers, *from_it)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"task": "qasper", "id": 0, "prompt": "a", "gold": ["x"]}')
+    with pytest.raises(ValueError, match="expected the settings"):
+        call(language, indexers, *from_it, "--prompts", prompts)
     found = base.load(made, 256, torch.device("cpu"), torch.float32)
     assert found.note == ", trained on 128 tokens at most"
 
