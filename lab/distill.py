@@ -87,6 +87,7 @@ def run(
     first = state.setdefault("step", 0)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     start, losses = time.monotonic(), torch.zeros(shape.layers, device=device)
+    steps = 0  # that are in losses
     for step in range(first, settings.steps):
         if time.monotonic() - start > seconds:
             break
@@ -110,11 +111,11 @@ def run(
         torch.nn.utils.clip_grad_norm_(indexers.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        state["step"] = step + 1
+        state["step"], steps = step + 1, steps + 1
         if (step + 1) % LOGGED == 0 or step + 1 == settings.steps:
-            count = (step + 1) % LOGGED or LOGGED
-            layers = (losses / count).tolist()
+            layers = (losses / steps).tolist()
             losses.zero_()
+            steps = 0
             mean = sum(layers) / len(layers)
             if not math.isfinite(mean):
                 raise RuntimeError(f"step {step}: the loss is {mean}")

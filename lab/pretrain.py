@@ -152,7 +152,8 @@ def run(
     used = optimizers(model, settings.rate)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     start = since = time.monotonic()
-    sums, steps, tokens = torch.zeros(3, device=device), 0, 0
+    # Of losses' three, and how many steps had answers.
+    sums, steps, tokens = torch.zeros(4, device=device), 0, 0
     model.train()
     for step, given in enumerate(loader, first):
         rate = rate_at(settings, step, step - first, len(batches))
@@ -166,12 +167,14 @@ def run(
         for optimizer in used:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        sums += torch.stack(found).detach()
+        sums += torch.stack([*found, (roles[:, 1:] == tasks.ANSWER).any()]).detach()
         steps, tokens = steps + 1, tokens + ids.numel()
         state["step"] = step + 1
         over = step + 1 == len(batches) or time.monotonic() - start > seconds
         if over or steps == LOGGED:
-            of_text, of_answers, right = (sums / steps).tolist()  # waits for the device
+            of_text, of_answers, right, had = sums.tolist()  # waits for the device
+            of_text /= steps
+            of_answers, right = of_answers / max(had, 1), right / max(had, 1)
             now = time.monotonic()
             if not math.isfinite(of_text + of_answers):
                 raise RuntimeError(f"step {step}: the losses are {of_text} and {of_answers}")

@@ -61,6 +61,20 @@ def test_indexers_learn_and_go_on(model, windows, tmp_path):
         distill.run(model, windows, tmp_path / "two", SETTINGS._replace(heads=4))
 
 
+def test_a_mean_is_of_the_steps_of_this_start(model, windows, tmp_path, monkeypatch):
+    """One step before a stop and one after it, which is the mean; nothing is learned."""
+    still = SETTINGS._replace(steps=2, rate=0)
+    last = distill.run(model, windows, tmp_path / "last", still._replace(steps=1))
+    losses = [last["log"][0]["kl"]]
+    shape = indexer.Shape(2, 128, 8, 64)
+    made, state = indexer.load(tmp_path / "last", shape), {**last, "log": []}
+    state["settings"] = {**last["settings"], "steps": 2}
+    indexer.save(tmp_path / "again", made, state)
+    losses.append(distill.run(model, windows, tmp_path / "again", still)["log"][0]["kl"])
+    whole = distill.run(model, windows, tmp_path / "whole", still)["log"][0]["kl"]
+    assert whole == pytest.approx(sum(losses) / 2, rel=1e-3)
+
+
 def test_files_are_small_and_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(indexer, "FILE_BYTES", (1 << 16) + 20_000)
     shape = indexer.Shape(layers=3, width=32, heads=4, rank=8)

@@ -70,6 +70,22 @@ def test_losses_by_hand():
     assert pretrain.losses(model, ids, torch.ones_like(roles))[1] == 0
 
 
+def test_steps_without_answers_are_left_out_of_their_mean():
+    """Of logits that are all alike, so that every loss is log 50."""
+    model = decoder.new(decoder.Shape(1, 64, 50), 0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    plain = torch.ones(1, 8, dtype=torch.uint8)
+    asked = plain.clone()
+    asked[0, 4:6] = tasks.ANSWER
+    ids, state = torch.randint(1, 50, (1, 8)), {}
+    still = SETTINGS._replace(rate=0)
+    pretrain.run(model, [(ids, roles) for roles in (plain, asked, plain)], still, state)
+    (entry,) = state["log"]
+    assert [entry["text"], entry["answers"]] == pytest.approx([math.log(50)] * 2)
+    assert entry["right"] == 0
+
+
 def test_rate():
     def rate(step, since):
         return pretrain.rate_at(SETTINGS, step, since, 100)
