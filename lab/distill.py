@@ -5,9 +5,9 @@
 
 The loss of a layer is the divergence KL(p || softmax(scores)) of a row's attention p, averaged
 over heads, from what the indexer's scores say, on rows sampled from each window of text. Layers do
-not depend on each other. Stops after --minutes, or at --steps; run again, it goes on. Adam's
-moments are not kept, so it warms up again. FOLDER gets the indexers in files of at most 16 MiB, the
-state, and a log of losses.
+not depend on each other. Stops after --minutes, or at --steps; run again, it goes on, and one that
+is killed loses what it did in the last minute and a half. Adam's moments are not kept, so it warms
+up again. FOLDER gets the indexers in files of at most 16 MiB, the state, and a log of losses.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from . import base, text
 from .indexer import Shape, load, save, scores, state_of
+from .passes import Keeping
 
 LOGGED = 20  # steps between entries of the log
 
@@ -86,6 +87,7 @@ def run(
     state.setdefault("log", [])
     first = state.setdefault("step", 0)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    keeping = Keeping(indexers, lambda: save(folder, indexers, state))
     start, losses = time.monotonic(), torch.zeros(shape.layers, device=device)
     steps = 0  # that are in losses
     for step in range(first, settings.steps):
@@ -123,7 +125,8 @@ def run(
             took = time.monotonic() - start
             left = took / (step + 1 - first) * (settings.steps - step - 1)
             say(f"step {step + 1} of {settings.steps}, KL {mean:.4f}, {left / 60:.1f} min left")
-    save(folder, indexers, state)
+        keeping.now()
+    keeping.now(due=True)
     return state
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements that go on where they stopped: their file, and the passes that it lacks."""
+"""Runs that go on where they stopped: when training is saved, the file of a measurement, and the
+passes that it lacks."""
 
 from __future__ import annotations
 
@@ -9,6 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+KEPT = 90  # seconds of training between saves: a run that is killed loses no more
+
 
 def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What `path` holds, or a new state. Raises ValueError if it is of other settings."""
@@ -16,6 +21,25 @@ def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if state["settings"] != settings:
         raise ValueError(f"{path}: expected the settings {settings}, got {state['settings']}")
     return state
+
+
+class Keeping:
+    """Saves what is trained by `keep` when that is due."""
+
+    def __init__(self, model: torch.nn.Module, keep: Callable[[], None]) -> None:
+        self._model, self._keep = model, keep
+        self._last = time.monotonic()
+
+    def now(self, due: bool = False) -> None:
+        """Saves if it is due or KEPT seconds have gone by. Raises RuntimeError, and leaves what was
+        saved before, if a parameter is not finite."""
+        if not due and time.monotonic() - self._last < KEPT:
+            return
+        for name, value in self._model.named_parameters():
+            if not value.isfinite().all():
+                raise RuntimeError(f"{name}: expected finite numbers")
+        self._keep()
+        self._last = time.monotonic()
 
 
 def work(

@@ -6,8 +6,9 @@
 Contexts grow in stages, LENGTH:MILLIONS of tokens each. The loss is the mean over the tokens of
 text plus the mean over those of answers. Stops after --minutes, or when the stages are through; run
 again, it goes on with the same data as if it had not stopped. The optimizer's moments are not kept,
-so it warms up again, and weights are kept in bfloat16. At the end it says how the decoder does on
-held-out text. FOLDER gets the decoder in files of at most 16 MiB, its tokenizer, and a log.
+so it warms up again, and weights are kept in bfloat16. A run that is killed loses what it did in
+the last minute and a half. At the end it says how the decoder does on held-out text. FOLDER gets
+the decoder in files of at most 16 MiB, its tokenizer, and a log.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from . import base, decoder, tasks, text
 from .indexer import state_of
+from .passes import Keeping
 
 LOGGED = 100  # steps between entries of the log
 STAGES = ["512:40", "2048:80", "8192:100", "16384:80", "32768:60", "65536:40", "131072:40"]
@@ -136,9 +138,13 @@ def run(
     *,
     seconds: float = math.inf,
     workers: int = 0,
+    keep: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Trains until the stages are through or for `seconds`; `state` gets the step and the log."""
+    """Trains until the stages are through or for `seconds`; `state` gets the step and the log.
+
+    keep: saves the model and `state`; called now and then, and at the end.
+    """
     device = next(model.parameters()).device
     first = state.setdefault("step", 0)
     log = state.setdefault("log", [])
@@ -151,6 +157,7 @@ def run(
     )
     used = optimizers(model, settings.rate)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    keeping = Keeping(model, keep)
     start = since = time.monotonic()
     # Of losses' three, and how many steps had answers.
     sums, steps, tokens = torch.zeros(4, device=device), 0, 0
@@ -188,6 +195,7 @@ def run(
             )
             sums.zero_()
             steps, tokens, since = 0, 0, now
+        keeping.now(due=over)
         if over:
             break
 
@@ -304,8 +312,11 @@ def main() -> int:
         for layer in model.model.layers:
             layer.compile()
     left = minutes * 60 - (time.monotonic() - start)
-    run(model, batches, settings, state, seconds=left, workers=workers)
-    decoder.save(folder, model, tokenizer, state)
+
+    def keep() -> None:
+        decoder.save(folder, model, tokenizer, state)
+
+    run(model, batches, settings, state, seconds=left, workers=workers, keep=keep)
     held_out = text.tokens_of(paths, tokenizer, held_out=True)
     longest = min(BEYOND * batches.length(state["step"] - 1), sum(map(len, held_out)))
     model.to(base.dtype_on(device)).eval()
@@ -313,7 +324,7 @@ def main() -> int:
         lengths = [length for length in CHECKED if length <= longest]
         found = check(model, maker, held_out, lengths)
     state.setdefault("checks", []).append({"step": state["step"], "lengths": found})
-    decoder.save(folder, model, tokenizer, state)
+    keep()
     print(table(found))
     print(json.dumps({"step": state["step"], "steps": len(batches)}))
     return 0

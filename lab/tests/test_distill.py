@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from tiny import LENGTH  # noqa: E402
 
 import misa  # noqa: E402
-from lab import base, distill, indexer, text, traces  # noqa: E402
+from lab import base, distill, indexer, passes, text, traces  # noqa: E402
 
 SETTINGS = distill.Settings(
     heads=8, rank=64, length=LENGTH, rows=48, steps=60, rate=1e-2, warm_up=5, seed=3
@@ -61,7 +61,43 @@ def test_indexers_learn_and_go_on(model, windows, tmp_path):
         distill.run(model, windows, tmp_path / "two", SETTINGS._replace(heads=4))
 
 
-def test_a_mean_is_of_the_steps_of_this_start(model, windows, tmp_path, monkeypatch):
+def test_what_is_killed_goes_on(model, windows, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    class Until5:
+        digest = windows.digest
+
+        def __getitem__(self, step):
+            if step == 5:
+                raise Killed
+            return windows[step]
+
+    monkeypatch.setattr(passes, "KEPT", 0)
+    few = SETTINGS._replace(steps=6)
+    with pytest.raises(Killed):
+        distill.run(model, Until5(), tmp_path, few)
+    assert indexer.state_of(tmp_path)["step"] == 5
+    state = distill.run(model, windows, tmp_path, few)
+    assert state["step"] == 6 and [entry["step"] for entry in state["log"]] == [6]
+
+
+def test_only_finite_numbers_are_kept():
+    saved = []
+    model = torch.nn.Linear(2, 1)
+    keeping = passes.Keeping(model, lambda: saved.append(1))
+    keeping.now()  # not due yet
+    assert saved == []
+    keeping.now(due=True)
+    assert saved == [1]
+    with torch.no_grad():
+        model.weight[0, 1] = math.nan
+    with pytest.raises(RuntimeError, match="weight: expected finite numbers"):
+        keeping.now(due=True)
+    assert saved == [1]
+
+
+def test_a_mean_is_of_the_steps_of_this_start(model, windows, tmp_path):
     """One step before a stop and one after it, which is the mean; nothing is learned."""
     still = SETTINGS._replace(steps=2, rate=0)
     last = distill.run(model, windows, tmp_path / "last", still._replace(steps=1))

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from lab import base, decoder, distill, pretrain, tasks, text  # noqa: E402
+from lab import base, decoder, distill, passes, pretrain, tasks, text  # noqa: E402
 
 SETTINGS = pretrain.Settings(
     layers=2,
@@ -123,6 +123,35 @@ def test_two_pieces_are_nearly_one(tokenizer, batches, whole, tmp_path):
     assert state["log"][-1]["text"] == pytest.approx(whole["log"][-1]["text"], rel=0.1)
     with pytest.raises(ValueError, match="expected the settings"):
         pretrain.begin(tmp_path, [], SETTINGS._replace(rate=1))
+
+
+def test_what_is_killed_goes_on(tokenizer, batches, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    class Until5:
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, step):
+            if step == 5:
+                raise Killed
+            return batches[step]
+
+    model, state = decoder.new(decoder.Shape(2, 64, 400), 3), {"settings": SETTINGS._asdict()}
+    monkeypatch.setattr(passes, "KEPT", 0)
+    with pytest.raises(Killed):
+        pretrain.run(
+            model,
+            Until5(),
+            SETTINGS,
+            state,
+            keep=lambda: decoder.save(tmp_path, model, tokenizer, state),
+        )
+    loaded, _, state = pretrain.begin(tmp_path, [], SETTINGS)
+    assert state["step"] == 5
+    pretrain.run(loaded, batches, SETTINGS, state, seconds=0)
+    assert state["step"] == state["log"][0]["step"] == 6
 
 
 def test_files_are_small_and_transformers_reads_them(tokenizer, tmp_path, monkeypatch):
