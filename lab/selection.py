@@ -7,7 +7,8 @@ Of each indexer, in the notation of `misa compare`, the recall of DSA's set, and
 keeps of the attention that DSA's set keeps, as means over sampled rows that see more than k keys,
 windows and layers, and in each layer, with 95 % intervals by bootstrap over documents. Beside them
 the noise floor, DSA on keys rounded to e4m3 (dsa:fp8), and the last k and k random positions.
-Prints a table, and writes FOLDER/selection-LENGTH-K.json.
+Prints a table, and writes FOLDER/selection-LENGTH-K.json; of some layers only
+FOLDER/layers-LENGTH-K.json, which lab.report does not read.
 """
 
 from __future__ import annotations
@@ -136,14 +137,18 @@ def main() -> int:
     if options.top_k >= options.length:
         parser.error(f"--top-k: expected less than --length, got {options.top_k}")
     given = trained(parser, options, seed=2)
-    layers = options.layers if options.layers is not None else list(range(given.shape.layers))
+    every = list(range(given.shape.layers))
+    layers = every if options.layers is None else sorted(set(options.layers))
+    if not layers or not set(layers) <= set(every):
+        parser.error(f"--layers: expected some of 0 to {every[-1]}, got {options.layers}")
     sample = given.sample(options.windows)
     choices = grid(options.top_k, given.shape.heads)
     results = measure(given.model, given.indexers, sample, choices, options.rows, layers)
     settings = {name: getattr(options, name) for name in ("length", "top_k", "windows", "rows")}
     settings["documents"] = sample.documents
     found = {"step": given.step, "heads": given.shape.heads, "dim": DIM, **settings}
-    path = options.folder / f"selection-{options.length}-{options.top_k}.json"
+    kind = "selection" if layers == every else "layers"
+    path = options.folder / f"{kind}-{options.length}-{options.top_k}.json"
     text_of = json.dumps({**found, "results": results}, indent=1)
     replace(path, lambda beside: beside.write_text(text_of))
     print(table(results))

@@ -169,7 +169,7 @@ def test_files_are_small_and_transformers_reads_them(tokenizer, tmp_path, monkey
 
 def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     """One run, another piece, indexers distilled from it, and what is measured with them."""
-    from lab import language, quality, retrieval, traces
+    from lab import language, quality, retrieval, selection, traces
 
     made, indexers = tmp_path / "decoder", tmp_path / "indexers"
     given = ["--text", str(book), "--stages", "96:0.004", "128:0.002"]
@@ -200,6 +200,19 @@ def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     assert decoder.state_of(indexers)["base"] == "decoder from scratch, seed 0, 15 steps"
     call(quality, indexers, *from_it, "--top-k", 16, "--windows", 2, "--rows", 4)
     assert json.loads((indexers / "quality-192.json").read_text())["layers"]
+    layers = ["--top-k", 16, "--windows", 1, "--rows", 4, "--layers"]
+    call(selection, indexers, *from_it, *layers, 1, 0)
+    whole = indexers / "selection-192-16.json"
+    before = whole.read_text()
+    call(selection, indexers, *from_it, *layers, 1)
+    (some,) = indexers.glob("layers-*.json")
+    (entry,) = json.loads(some.read_text())["results"][0]["layers"]
+    assert entry["layer"] == 1 and whole.read_text() == before
+    assert list(indexers.glob("selection-*")) == [whole]
+    for wrong, got in (([2], "[2]"), ([0, -1], "[0, -1]"), ([], "[]")):
+        with pytest.raises(SystemExit):
+            call(selection, indexers, *from_it, *layers, *wrong)
+        assert f"--layers: expected some of 0 to 1, got {got}" in capsys.readouterr().err
     assert "layer1" in call(traces, indexers, tmp_path / "traces", *from_it, "--layers", 1)
     from_it = ["--text", book, "--base", made, "--length", 256, "--top-k", 16]
     out = call(retrieval, indexers, *from_it, "--depths", 2, "--contexts", 1)
