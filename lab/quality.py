@@ -5,9 +5,9 @@
 
 Of the dense attention of held-out text, averaged over heads, the share that k positions keep in
 each layer: the best ones (no selection keeps more), those that the indexer selects, the last ones,
-and random ones. Each is a mean over sampled rows that see more than k keys, with a 95 % interval by
-bootstrap over documents; so is what the indexer keeps more than the last positions do. Prints a
-table, and writes FOLDER/quality-LENGTH.json.
+and random ones. Each is a mean over sampled rows of the last eighth of a window, with a 95 %
+interval by bootstrap over documents; so is what the indexer keeps more than the last positions do.
+Prints a table, and writes FOLDER/quality-LENGTH.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from . import base
 from .indexer import replace, scores
 from .statistics import difference, interval
-from .trained import Sample, asking, parser_of, trained
+from .trained import Sample, asking, parser_of, seen, trained
 
 CHOICES = ("best", "indexer", "recent", "random")
 
@@ -64,7 +64,7 @@ def measure(
     device = next(model.parameters()).device
     shares: dict[tuple[int, int], list[dict[str, float]]] = {}
     for number, ids in enumerate(sample.windows):
-        places = asking(len(ids), max(top_ks), rows, number).to(device)
+        places = asking(len(ids), seen(len(ids), max(top_ks)), rows, number).to(device)
 
         def see(i: int, module: Any, hidden: Any, cos: Any, sin: Any, rows: Any = places) -> None:
             attention = base.attention(module, hidden, cos, sin, rows)
@@ -104,13 +104,14 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--rows", type=int, default=64, help="of a window that ask")
     options = parser.parse_args()
-    if max(options.top_k) >= options.length:
-        parser.error(f"--top-k: expected less than --length, got {max(options.top_k)}")
+    most = seen(options.length, 0) - 1
+    if max(options.top_k) > most:  # of another k other rows would ask
+        parser.error(f"--top-k: expected at most {most}, 7/8 of --length, got {max(options.top_k)}")
     given = trained(parser, options, seed=1)
     sample = given.sample(options.windows)
     layers, means = measure(given.model, given.indexers, sample, options.top_k, options.rows)
     settings = {name: getattr(options, name) for name in ("length", "windows", "rows")}
-    settings["documents"] = sample.documents
+    settings |= {"least": seen(options.length, 0), "documents": sample.documents}
     found = {"step": given.step, **settings, "layers": layers, "means": means}
     path = options.folder / f"quality-{options.length}.json"
     replace(path, lambda beside: beside.write_text(json.dumps(found, indent=1)))

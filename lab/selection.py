@@ -4,11 +4,11 @@
     python -m lab.selection FOLDER --text FILE... [--length 8192] [--top-k 512] [--layers 0 15 29]
 
 Of each indexer, in the notation of `misa compare`, the recall of DSA's set, and the share that it
-keeps of the attention that DSA's set keeps, as means over sampled rows that see more than k keys,
-windows and layers, and in each layer, with 95 % intervals by bootstrap over documents. Beside them
-the noise floor, DSA on keys rounded to e4m3 (dsa:fp8), and the last k and k random positions.
-Prints a table, and writes FOLDER/selection-LENGTH-K.json; of some layers only
-FOLDER/layers-LENGTH-K.json, which lab.report does not read.
+keeps of the attention that DSA's set keeps, as means over sampled rows of the last eighth of a
+window that see more than k keys, windows and layers, and in each layer, with 95 % intervals by
+bootstrap over documents. Beside them the noise floor, DSA on keys rounded to e4m3 (dsa:fp8), and
+the last k and k random positions. Prints a table, and writes FOLDER/selection-LENGTH-K.json; of
+some layers only FOLDER/layers-LENGTH-K.json, which lab.report does not read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from . import base, sparse
 from .indexer import DIM, replace
 from .statistics import interval
-from .trained import Sample, asking, parser_of, trained
+from .trained import Sample, asking, parser_of, seen, trained
 
 
 def grid(top_k: int, heads: int) -> list[sparse.Choice]:
@@ -67,7 +67,7 @@ def measure(
     dsa = sparse.choice("dsa", top_k)
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for number, ids in enumerate(sample.windows):
-        places = asking(len(ids), top_k, rows, number).to(device)
+        places = asking(len(ids), seen(len(ids), top_k), rows, number).to(device)
 
         def see(
             i: int,
@@ -145,7 +145,7 @@ def main() -> int:
     choices = grid(options.top_k, given.shape.heads)
     results = measure(given.model, given.indexers, sample, choices, options.rows, layers)
     settings = {name: getattr(options, name) for name in ("length", "top_k", "windows", "rows")}
-    settings["documents"] = sample.documents
+    settings |= {"least": seen(options.length, options.top_k), "documents": sample.documents}
     found = {"step": given.step, "heads": given.shape.heads, "dim": DIM, **settings}
     kind = "selection" if layers == every else "layers"
     path = options.folder / f"{kind}-{options.length}-{options.top_k}.json"

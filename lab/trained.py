@@ -84,7 +84,17 @@ def trained(
     return Trained(state["step"], shape, indexers.to(device), found, windows)
 
 
+LATE = 8  # rows of the last of so many parts of a window ask
+
+
+def seen(length: int, top_k: int) -> int:
+    """How many keys the rows that ask see at the least: those of the last eighth, so that they say
+    something of contexts of `length`, and more than top_k."""
+    return max(top_k, length - length // LATE) + 1
+
+
 def asking(length: int, least: int, rows: int, number: int) -> torch.Tensor:
-    """Some positions of window `number` that see more than `least` keys, in order."""
+    """Some positions of window `number` that see `least` keys or more, in order."""
     generator = torch.Generator().manual_seed(number)
-    return (least + torch.randperm(length - least, generator=generator)[:rows]).sort().values
+    chosen = torch.randperm(length - least + 1, generator=generator)[:rows]
+    return (least - 1 + chosen).sort().values

@@ -199,11 +199,16 @@ def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     call(distill, indexers, *from_it, "--heads", 16, "--rank", 8, "--rows", 16, "--steps", 2)
     assert decoder.state_of(indexers)["base"] == "decoder from scratch, seed 0, 15 steps"
     call(quality, indexers, *from_it, "--top-k", 16, "--windows", 2, "--rows", 4)
-    assert json.loads((indexers / "quality-192.json").read_text())["layers"]
+    found = json.loads((indexers / "quality-192.json").read_text())
+    assert found["layers"] and found["least"] == 169
+    with pytest.raises(SystemExit):
+        call(quality, indexers, *from_it, "--top-k", 169)
+    assert "--top-k: expected at most 168, 7/8 of --length, got 169" in capsys.readouterr().err
     layers = ["--top-k", 16, "--windows", 1, "--rows", 4, "--layers"]
     call(selection, indexers, *from_it, *layers, 1, 0)
     whole = indexers / "selection-192-16.json"
     before = whole.read_text()
+    assert json.loads(before)["least"] == 169
     call(selection, indexers, *from_it, *layers, 1)
     (some,) = indexers.glob("layers-*.json")
     (entry,) = json.loads(some.read_text())["results"][0]["layers"]

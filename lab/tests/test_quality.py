@@ -47,3 +47,6 @@ def test_measurement(model, windows, tmp_path):
         of_layers = [entry["indexer"][0] for entry in entries if entry["top_k"] == mean["top_k"]]
         assert mean["indexer"][0] == pytest.approx(sum(of_layers) / 2)
     assert len(quality.table(entries).splitlines()) == 5
+    # A k does not depend on the others that are asked for.
+    alone, _ = quality.measure(model, made, sample, [8], rows=20)
+    assert alone == [entry for entry in entries if entry["top_k"] == 8]

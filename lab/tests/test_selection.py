@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from lab import indexer, selection, sparse  # noqa: E402
-from lab.trained import Sample  # noqa: E402
+from lab.trained import Sample, asking, seen  # noqa: E402
 
 TOP_K = 8
 
@@ -19,6 +19,15 @@ def test_shares_by_hand():
     recall, kept = selection.shares(torch.tensor([[0, 3], [1, 0]]), dsa, attention)
     assert recall == 0.25
     assert kept == pytest.approx((0.5 / 0.7 + 0.2 / 0.8) / 2)
+
+
+def test_rows_of_the_last_eighth_ask():
+    assert [seen(8192, k) for k in (512, 7168, 7200)] == [7169, 7169, 7201]
+    # 4 of 32 rows, of which the first sees 29 keys; where 30 are selected, those that see more.
+    assert asking(32, seen(32, 8), 9, number=0).tolist() == [28, 29, 30, 31]
+    assert asking(32, seen(32, 30), 9, number=0).tolist() == [30, 31]
+    some = asking(8192, seen(8192, 512), 32, number=1).tolist()
+    assert len(set(some)) == 32 and some == sorted(some) and some[0] >= 7168 and some[-1] < 8192
 
 
 def test_the_grid_is_that_of_the_model():
