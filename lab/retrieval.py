@@ -12,8 +12,9 @@ Selection: with dense attention in every layer, in how many of the questions an 
 the position of the value, by the row that says its first token, and what part of the fact; beside
 them the dense attention that the row gives the fact. Answers: with every layer attending only to
 what its indexer selects, how many are exact, and their log-probability. Each by label, depth and
-layer, with 95 % intervals: of shares by Wilson, of means by bootstrap over documents, of which
-every prompt is one.
+layer, with 95 % intervals by bootstrap over documents, of which every prompt is one; of shares of
+questions that are each of another document by Wilson. A question's layers, or those that look at
+the fact, are first averaged: they are not independent.
 
 FOLDER/retrieval-LENGTH-K.json is written after each pass; a run stops after --minutes, and goes on
 when it is started again.
@@ -37,7 +38,7 @@ from . import base, gold, longbench, sparse, tasks
 from .indexer import replace
 from .language import DENSE, DSA, compared
 from .passes import begun, work
-from .statistics import interval, share
+from .statistics import Interval, interval, share
 from .trained import Sample, Trained, parser_of, trained
 
 LINES = 8  # of a list that are asked for
@@ -175,9 +176,9 @@ def summary(cases: list[dict[str, Any]], labels: list[str], depths: int) -> list
                     "contexts": len(set(numbers)),
                     "documents": len(set(documents)),
                     "questions": len(said),
-                    "exact": _share(exact),
+                    "exact": _share(exact, documents),
                     "log_probability": interval(logs, documents),
-                    "by_depth": _by_depth(list(zip(places, exact, strict=True)), depths),
+                    "by_depth": _by_depth(places, exact, documents, depths, _share),
                 }
             if chosen:
                 entry["selection"] = _selection(chosen, depths)
@@ -189,28 +190,34 @@ def summary(cases: list[dict[str, Any]], labels: list[str], depths: int) -> list
 def _selection(chosen: list[tuple[str, float, Any, list[float]]], depths: int) -> dict[str, Any]:
     documents, places, held, attention = map(list, zip(*chosen, strict=True))
     layers = range(len(held[0]))
-    pairs = [(i, number) for i in layers for number in range(len(chosen))]
-    looked = [held[number][i][0] for i, number in pairs if attention[number][i] >= LOOKS]
+    # Of each question, whether it was found in each layer that looks.
+    looked = [
+        [pair[0] for pair, seen in zip(*both, strict=True) if seen >= LOOKS]
+        for both in zip(held, attention, strict=True)
+    ]
+    where = [number for number, one in enumerate(looked) if one]
     means = [[_mean(pair[part] for pair in one) for one in held] for part in (0, 1)]
     return {
         "questions": len(chosen),
         "documents": len(set(documents)),
         "found": interval(means[0], documents),
-        "found_where_looked": _share(looked) if looked else None,
-        "looked": len(looked),
+        "found_where_looked": interval(
+            [_mean(looked[number]) for number in where], [documents[number] for number in where]
+        )
+        if where
+        else None,
+        "looked": sum(map(len, looked)),
         "of_facts": interval(means[1], documents),
         "by_layer": [
             {
                 "layer": i,
-                "found": _share([one[i][0] for one in held]),
+                "found": _share([one[i][0] for one in held], documents),
                 "of_facts": _mean(one[i][1] for one in held),
                 "attention": _mean(seen[i] for seen in attention),
             }
             for i in layers
         ],
-        "by_depth": _by_depth(
-            [(places[number], held[number][i][0]) for i, number in pairs], depths
-        ),
+        "by_depth": _by_depth(places, means[0], documents, depths, interval),
     }
 
 
@@ -219,18 +226,27 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
-def _share(hits: list[float]) -> Any:
-    return share(int(sum(hits)), len(hits))
+def _share(values: list[float], documents: list[str]) -> Interval:
+    """Of questions' hits, which are independent if no two are of a document."""
+    if len(set(documents)) == len(documents):
+        return share(int(sum(values)), len(values))
+    return interval(values, documents)
 
 
-def _by_depth(values: list[tuple[float, float]], depths: int) -> list[dict[str, Any]]:
-    """Of hits at depths from 0 to 1."""
-    found: dict[int, list[float]] = {}
-    for depth, hit in values:
-        found.setdefault(min(int(depth * depths), depths - 1), []).append(hit)
+def _by_depth(
+    places: list[float], values: list[float], documents: list[str], depths: int, of: Any
+) -> list[dict[str, Any]]:
+    """Of questions about places at depths from 0 to 1, their share as `of` finds it."""
+    found: dict[int, list[tuple[float, str]]] = {}
+    for place, *one in zip(places, values, documents, strict=True):
+        found.setdefault(min(int(place * depths), depths - 1), []).append(tuple(one))
     return [
-        {"depth": (i + 0.5) / depths, "count": len(hits), "share": _share(hits)}
-        for i, hits in sorted(found.items())
+        {
+            "depth": (i + 0.5) / depths,
+            "count": len(ones),
+            "share": of(*map(list, zip(*ones, strict=True))),
+        }
+        for i, ones in sorted(found.items())
     ]
 
 
@@ -321,7 +337,7 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=512)
     parser.add_argument("--indexers", nargs="+", help="beside dense and dsa; some if not given")
     parser.add_argument(
-        "--contexts", type=int, default=4, help="of each kind, and of needles at each depth"
+        "--contexts", type=int, default=12, help="of each kind, and of needles at each depth"
     )
     parser.add_argument("--depths", type=int, default=8)
     parser.add_argument("--prompts", type=Path, help=".jsonl of LongBench, also .xz")

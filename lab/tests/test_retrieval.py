@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from lab import decoder, gold, indexer, longbench, retrieval, sparse, tasks  # noqa: E402
+from lab.statistics import share  # noqa: E402
 from lab.trained import Sample  # noqa: E402
 
 LENGTH = 192
@@ -118,7 +119,8 @@ def test_summary_by_hand():
     assert "selection" not in dense and "answers" not in dsa
     answers, selection = dense["answers"], dsa["selection"]
     assert (answers["contexts"], answers["documents"], answers["questions"]) == (3, 2, 3)
-    assert answers["exact"][0] == pytest.approx(2 / 3)
+    # And a, with 1 and 0, and b, with 1.
+    assert answers["exact"] == pytest.approx((2 / 3, 1 / 2, 1))
     # Drawn again are a, with -1 and -5, and b, with -1.
     assert answers["log_probability"] == pytest.approx((-7 / 3, -3, -1))
     assert [(d["depth"], d["count"], d["share"][0]) for d in answers["by_depth"]] == [
@@ -127,10 +129,43 @@ def test_summary_by_hand():
     ]
     assert selection["found"][0] == pytest.approx((0.5 + 1 + 1) / 3)
     assert selection["looked"] == 3  # twice in layer 0, once in layer 1
-    assert selection["found_where_looked"][0] == pytest.approx(2 / 3)
+    # The means of the two questions that a layer looks at are 0 and 1, both of one document.
+    assert selection["found_where_looked"] == pytest.approx((0.5, 0.5, 0.5))
+    # The first half's questions were found in 1 of 2 layers and in both; the other half's in both,
+    # one question of one document.
+    early, late = selection["by_depth"]
+    assert (early["count"], early["share"]) == (2, pytest.approx((0.75, 0.75, 0.75)))
+    assert (late["count"], late["share"]) == (1, (1, 1, 1))
     first, second = selection["by_layer"]
     assert first["found"][0] == pytest.approx(2 / 3) and second["found"][0] == 1
     assert first["attention"] == pytest.approx(0.8 / 3) and first["of_facts"] == 0.5
+
+
+def test_layers_are_not_independent():
+    """Two questions, of which one is found in all of 50 layers, the other in none."""
+    kept = [
+        {
+            "kind": "needle",
+            "document": document,
+            "questions": [
+                {
+                    "depth": 0.5,
+                    "answers": {},
+                    "selected": {"dsa": [[found, found]] * 50},
+                    "attention": [0.2] * 50,
+                }
+            ],
+        }
+        for document, found in (("a", 1.0), ("b", 0.0))
+    ]
+    (found,) = retrieval.summary(kept, ["dsa"], 1)
+    # A layer by itself has one trial for each document.
+    assert found["selection"]["by_layer"][0]["found"] == share(1, 2)
+    # Drawn again are a twice, b twice, or both.
+    assert found["selection"]["found_where_looked"] == (0.5, 0, 1)
+    assert found["selection"]["looked"] == 100
+    (depth,) = found["selection"]["by_depth"]
+    assert depth == {"depth": 0.5, "count": 2, "share": (0.5, 0, 1)}
 
 
 def test_gold_by_hand(tokenizer):
