@@ -39,12 +39,15 @@ class Gold(NamedTuple):
 
 
 def found(prompt: Prompt, tokenizer: Any) -> Gold | None:
-    """With the first of its answers that stands in the prompt as whole words; None if none does."""
+    """With the first of its answers that stands in the prompt as whole words; None if none does.
+    What the question itself says, from the last `Question:` on, answers nothing."""
+    question = prompt.text.rfind("Question:")
+    context = prompt.text[:question] if question >= 0 else prompt.text
     # A paragraph that is to be named has its name at its head; the instructions have examples.
     head = ":" if prompt.task == "passage_retrieval_en" else r"(?!\w)"
     for answer in prompt.gold:
         pattern = r"(?<!\w)" + re.escape(answer) + head
-        hits = [m.start() for m in re.finditer(pattern, prompt.text, re.IGNORECASE)]
+        hits = [m.start() for m in re.finditer(pattern, context, re.IGNORECASE)]
         if len(answer) >= LETTERS and hits:
             break
     else:

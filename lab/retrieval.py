@@ -95,12 +95,15 @@ def _choice(number: int, i: int) -> random.Random:
     return random.Random(f"retrieval {number} {i}")
 
 
-def of_prompts(prompts: list[longbench.Prompt], tokenizer: Any, length: int) -> list[Case]:
-    """Those whose answers stand in them, and that are no longer than `length`."""
+def of_prompts(
+    prompts: list[longbench.Prompt], tokenizer: Any, length: int, top_k: int
+) -> list[Case]:
+    """Those whose answers stand in them, that are no longer than `length`, and of which not
+    everything is selected: more than top_k tokens are before the answer."""
     cases = []
     for prompt in prompts:
         found = gold.found(prompt, tokenizer) if prompt.task in gold.TASKS else None
-        if found is None or len(found.ids) > length:
+        if found is None or len(found.ids) > length or found.answer[0] <= top_k:
             continue
         question = tasks.Question(found.facts[0], found.answer, found.answer)
         example = tasks.Example(found.ids, found.ids * 0, [question])
@@ -374,7 +377,7 @@ def main() -> int:
 def asked(given: Trained, prompts: list[longbench.Prompt], options: Any) -> Iterable[Case]:
     maker = tasks.Maker(given.base.tokenizer)
     yield from synthetic(maker, given.sample(options.contexts), options.length, options.depths)
-    yield from of_prompts(prompts, given.base.tokenizer, options.length)
+    yield from of_prompts(prompts, given.base.tokenizer, options.length, options.top_k)
 
 
 if __name__ == "__main__":

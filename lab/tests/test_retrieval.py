@@ -169,7 +169,8 @@ def test_layers_are_not_independent():
 
 
 def test_gold_by_hand(tokenizer):
-    text = "The code of abcd is 12.\nNobody is Ann Lee, or annlee.\nann lee is.\nQuestion: who?"
+    context = "Question: 12? The code of abcd is 12.\nNobody is Ann Lee, or annlee.\nann lee is."
+    text = context + "\nQuestion: who is Ann Lee?"
     prompt = longbench.Prompt("hotpotqa", "0", text, ["no", "zzzz", "Ann Lee"], [])
     found = gold.found(prompt, tokenizer)
     parts = [text.index("Ann Lee"), text.index("ann lee is")]
@@ -180,6 +181,7 @@ def test_gold_by_hand(tokenizer):
     assert lines == ["Nobody is Ann Lee, or annlee.", "ann lee is."]
     assert tokenizer.decode(found.ids[slice(*found.answer)]) == " Ann Lee"
     assert gold.found(prompt._replace(gold=["no", "zzzz"]), tokenizer) is None
+    assert gold.found(prompt._replace(gold=["who is"]), tokenizer) is None  # only asked
 
     text = "Paragraph 1: one.\n\nParagraph 2: two.\n\nSay Paragraph 1 or Paragraph 2. It is: "
     prompt = longbench.Prompt("passage_retrieval_en", "0", text, ["Paragraph 2"], [])
@@ -188,9 +190,11 @@ def test_gold_by_hand(tokenizer):
     assert tokenizer.decode(found.ids[slice(*found.facts[0])]).strip() == "Paragraph 2: two."
     assert tokenizer.decode(found.ids[slice(*found.answer)]) == "Paragraph 2"
 
-    whole = retrieval.of_prompts([prompt], tokenizer, 500)
+    before = found.answer[0]
+    whole = retrieval.of_prompts([prompt], tokenizer, 500, before - 1)
     assert whole[0].asked[0].row == found.answer[0] - 1 and whole[0].kind == prompt.task
-    assert retrieval.of_prompts([prompt], tokenizer, 20) == []
+    assert retrieval.of_prompts([prompt], tokenizer, 20, 8) == []
+    assert retrieval.of_prompts([prompt], tokenizer, 500, before) == []
 
 
 def test_needles_alone_differ_by_depth_only_in_place(tokenizer, tokens):
