@@ -23,6 +23,7 @@ __all__ = ["Shape", "load", "new", "save", "state_of", "tokenizer_of"]
 
 HEAD_DIM = 64  # the indexers' part with RoPE is as wide
 CONTEXT = 131072
+HEADER = 1 << 16  # of a file, at most: the rest is for tensors
 # Its slowest angles turn less than half around in 128K tokens, the fastest in a few.
 ROPE_BASE = 5e6
 END = "<|endoftext|>"
@@ -79,8 +80,7 @@ def save(folder: Path, model: Any, tokenizer: Any, state: dict[str, Any]) -> Non
     part.mkdir(parents=True)
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     del weights["lm_head.weight"]  # the embedding
-    # Room for the files' headers.
-    model.save_pretrained(part, state_dict=weights, max_shard_size=FILE_BYTES - (1 << 16))
+    model.save_pretrained(part, state_dict=weights, max_shard_size=FILE_BYTES - HEADER)
     tokenizer.save_pretrained(part)
     for path in sorted(part.iterdir()):
         path.replace(folder / path.name)

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import base, text
-from .indexer import Shape, load, save, scores, state_of
+from .decoder import HEADER
+from .indexer import DIM, FILE_BYTES, Shape, load, save, scores, state_of
 from .passes import Keeping
 
 LOGGED = 20  # steps between entries of the log
@@ -158,6 +159,13 @@ def main() -> int:
     device = base.device()
     start = time.monotonic()
     model, tokenizer, name, _ = base.load(decoder, settings.length, device, base.dtype_on(device))
+    widest = max(settings.heads * DIM, model.config.hidden_size)
+    most = (FILE_BYTES - HEADER) // (2 * widest)
+    if settings.rank > most:
+        parser.error(
+            f"--rank: expected at most {most}, so that a matrix of {widest} columns fits a file, "
+            f"got {settings.rank}"
+        )
     learned = text.tokens_of(paths, tokenizer, held_out=False, share=settings.held_out)
     windows = text.Windows(learned, settings.length, settings.seed)
     left = minutes * 60 - (time.monotonic() - start)

@@ -252,6 +252,11 @@ def main() -> int:
     except ValueError as error:
         parser.error(f"--indexers: {error}")
     given = trained(parser, options, seed=3)
+    try:
+        for one in {one.task: one for one in prompts}.values():
+            longbench.tokens(one, given.base.tokenizer, options.length)
+    except ValueError as error:
+        parser.error(str(error))
     settings = {"step": given.step, "heads": given.shape.heads, "length": options.length}
     settings |= {"top_k": top_k, "text": given.text, "prompts": asked}
     state = measure(

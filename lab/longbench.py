@@ -145,19 +145,26 @@ def score(prompt: Prompt, answer: str) -> float:
 
 def tokens(prompt: Prompt, tokenizer: Any, length: int) -> torch.Tensor:
     """int64 [L], which leave room for the answer in `length`: where the prompt is longer, its
-    middle is left out. A message to a chat model where the tokenizer has a template."""
+    middle is left out. A message to a chat model where the tokenizer has a template. Raises
+    ValueError if `length` has room for none of the prompt."""
     task = TASKS[prompt.task]
     before = after = ""
     if tokenizer.chat_template and not task.plain:
-        around = tokenizer.apply_chat_template(
+        template = tokenizer.apply_chat_template(
             [{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True
         )
-        before, after = around.split("\0")
+        before, after = template.split("\0")
     first, middle, last = (
         torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=torch.int64)
         for part in (before, prompt.text, after)
     )
-    room = length - task.tokens - len(first) - len(last)
+    around = task.tokens + len(first) + len(last)
+    room = length - around
+    if room < 1:
+        raise ValueError(
+            f"--length: expected more than the {around} tokens around a prompt of {prompt.task}, "
+            f"got {length}"
+        )
     if len(middle) > room:
         middle = torch.cat([middle[: room // 2], middle[len(middle) - (room - room // 2) :]])
     return torch.cat([first, middle, last])

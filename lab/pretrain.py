@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from . import base, decoder, tasks, text
-from .indexer import state_of
+from .indexer import FILE_BYTES, state_of
 from .passes import Keeping
 
 LOGGED = 100  # steps between entries of the log
@@ -294,6 +294,12 @@ def main() -> int:
     settings = Settings(**options)
     if settings.width % decoder.HEAD_DIM or settings.width < 1:
         parser.error(f"--width: expected a multiple of {decoder.HEAD_DIM}, got {settings.width}")
+    most = (FILE_BYTES - decoder.HEADER) // (2 * settings.width)  # rows of bfloat16 in a file
+    if settings.vocabulary > most:
+        parser.error(
+            f"--vocabulary: expected at most {most}, whose embedding of --width {settings.width} "
+            f"fits a file, got {settings.vocabulary}"
+        )
     start, device = time.monotonic(), base.device()
     try:
         model, tokenizer, state = begin(folder, paths, settings)

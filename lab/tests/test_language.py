@@ -112,6 +112,11 @@ def test_long_prompts_lose_their_middle():
     assert plain.tolist() == list(range(10))
     assert longbench.tokens(prompt, Letters(None), 32 + 5).tolist() == [0, 1, 7, 8, 9]
     assert longbench.tokens(prompt, Letters("x"), 32 + 6).tolist() == [1, 1, 0, 8, 9, 4]
+    assert longbench.tokens(prompt, Letters("x"), 32 + 4).tolist() == [1, 1, 9, 4]
+    # 32 of the answer and 3 of the template.
+    message = "--length: expected more than the 35 tokens around a prompt of hotpotqa, got 35"
+    with pytest.raises(ValueError, match=message):
+        longbench.tokens(prompt, Letters("x"), 35)
     shot = prompt._replace(task="lcc")
     assert longbench.tokens(shot, Letters("x"), 64 + 2).tolist() == [0, 9]
 

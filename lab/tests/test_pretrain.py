@@ -198,6 +198,12 @@ def test_the_program_and_what_follows_it(book, tmp_path, monkeypatch, capsys):
     from_it = ["--text", book, "--base", made, "--length", 192]
     call(distill, indexers, *from_it, "--heads", 16, "--rank", 8, "--rows", 16, "--steps", 2)
     assert decoder.state_of(indexers)["base"] == "decoder from scratch, seed 0, 15 steps"
+    with pytest.raises(SystemExit):
+        call(distill, tmp_path / "large", *from_it, "--heads", 64, "--rank", 1021)
+    # 1020 rows of 64 heads of 128 in bfloat16 are 64 KiB less than 16 MiB.
+    err = capsys.readouterr().err
+    assert "--rank: expected at most 1020, so that a matrix of 8192 columns fits a file" in err
+    assert ", got 1021" in err
     call(quality, indexers, *from_it, "--top-k", 16, "--windows", 2, "--rows", 4)
     found = json.loads((indexers / "quality-192.json").read_text())
     assert found["layers"] and found["least"] == 169
@@ -252,6 +258,12 @@ def test_indexers_of_another_model_are_refused(model, windows, tmp_path):
     [
         (["--stages", "96"], "--stages: expected LENGTH:MILLIONS, got '96'"),
         (["--width", "100"], "--width: expected a multiple of 64, got 100"),
+        # 130,560 rows of 128 bytes and a header of 64 KiB are 16 MiB.
+        (
+            ["--vocabulary", "130561"],
+            "--vocabulary: expected at most 130560, whose embedding of --width 64 fits a file, "
+            "got 130561",
+        ),
         (["--stages", "999999:1"], "text: expected 999999 tokens or more, got "),
     ],
 )
