@@ -180,12 +180,13 @@ def _worst_recalls(label: str, bound: float) -> Callable[[Testbed], Iterator[Mea
 
 
 def recall_over(one: dict[str, Any], label: str, other: str) -> Interval | None:
-    """Of a file of lab.selection, the recall of a choice less that of another."""
+    """Of a file of lab.selection, the recall of a choice less that of another; the interval is
+    widened for few documents."""
     results = by_label(one["results"])
     if label not in results or other not in results:
         return None
     pair = (results[each]["recall_by_window"] for each in (label, other))
-    return difference(*pair, one["documents"])
+    return widened(difference(*pair, one["documents"]), len(set(one["documents"])))
 
 
 def layers_below(one: dict[str, Any], label: str, other: str, bound: float) -> tuple[int, ...]:
@@ -211,7 +212,7 @@ def _recalls_over(label: str, other: str, bound: float) -> Callable[[Testbed], I
                 if below:
                     place += f", below in the layers {', '.join(map(str, below))}"
                 count = len(set(one["documents"]))
-                yield Measured(one, place, widened(over, count), bound, count, below=below)
+                yield Measured(one, place, over, bound, count, below=below)
 
     return measure
 
@@ -230,7 +231,7 @@ def _scores_over(label: str, other: str, bound: float) -> Callable[[Testbed], It
                 ground, _ = _paired(scores, "dsa", sparse.RECENCY)
                 tells = ground is not None and ground.low > 0
                 place = f"{where(one)}, {prompts} prompts"
-                yield Measured(one, place, widened(over, prompts), bound, prompts, tells)
+                yield Measured(one, place, over, bound, prompts, tells)
 
     return measure
 
@@ -243,7 +244,8 @@ def _paired(
     both = sorted(own.keys() & others.keys())
     if not both:
         return None, 0
-    return difference([own[x] for x in both], [others[x] for x in both]), len(both)
+    over = difference([own[x] for x in both], [others[x] for x in both])
+    return widened(over, len(both)), len(both)
 
 
 def _answers(label: str, bound: float) -> Callable[[Testbed], Iterator[Measured]]:
@@ -423,9 +425,7 @@ def keeps(one: dict[str, Any], language: list[dict[str, Any]], label: str) -> bo
     if label == "dsa":
         return True
     over = recall_over(one, label, FLOOR)
-    if over is None or layers_below(one, label, FLOOR, -TENTH):
-        return False
-    if widened(over, len(set(one["documents"]))).low < -TENTH:
+    if over is None or over.low < -TENTH or layers_below(one, label, FLOOR, -TENTH):
         return False
     for other in language:
         text = by_label(other["text"])

@@ -53,7 +53,7 @@ VERDICTS = f"""## Claims
 A claim holds where the whole interval is on its side of the bound, fails where the whole interval
 is on the other, and is open where the bound is inside or there are fewer than {DOCUMENTS}
 documents. Intervals here are wider than a bootstrap's, by Student's t, as documents are few. A
-claim about what rounding keeps also fails where a layer by itself is below for certain. The paper's
+claim that compares recalls also fails where a layer by itself is below for certain. The paper's
 claims are of large models and other contexts: a verdict is of the testbed alone. A claim about
 scores is also open where DSA does not score more than the last k positions do: then tasks cannot
 tell. The worst layer is chosen by the same data, which makes it look a little worse than it is.
@@ -74,9 +74,10 @@ RETRIEVAL = """## Retrieval
 
 Facts at known positions: needles by themselves (`needle`), many at once (`needles`), lines of a
 list (`list`), and LongBench's questions whose answers stand in the prompt. Exact: of the answers,
-with every layer replaced. Selected: with dense attention, of layers and questions those whose set
-holds the answer's position; where looked: only in layers that give the fact a tenth of their
-attention or more. In percent; intervals of shares are Wilson's.
+with every layer replaced. Selected: with dense attention, in what part of the layers the set holds
+the answer's position, as a mean over questions; where looked: only in layers that give the fact a
+tenth of their attention or more. In percent; where no two questions are of a document, intervals
+of shares are Wilson's.
 """
 DEFAULTS = f"""The choices that keep what `{FLOOR}` keeps: of DSA's set the whole interval of the
 difference is not below a tenth of a point, and no layer by itself is below for certain; and the
@@ -284,6 +285,7 @@ def recall(testbeds: list[Testbed]) -> str:
                     ]
                 )
             text += f"\n### {each.name}, {claims.where(one)}\n\n"
+            text += f"Rows that see {one.get('least', one['top_k'] + 1):,} keys or more.\n\n"
             below = f"layers below {share(claims.EVERY_LAYER)}"
             head = ["choice", "products of DSA's", "recall", "worst layer", below, "attention"]
             text += table(head, rows) + mended(each, one)
